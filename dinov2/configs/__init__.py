@@ -1,0 +1,7 @@
+"""Typed run configuration: defaults <- YAML file <- ``section.key=value`` overrides."""
+
+from dinov2.configs.loader import ConfigError, config_from_mapping, load_config, save_config
+from dinov2.configs.schema import Config
+from dinov2.configs.validate import validate
+
+__all__ = ["Config", "ConfigError", "config_from_mapping", "load_config", "save_config", "validate"]

@@ -1,0 +1,190 @@
+"""Checks of values and of combinations of values, before any model, data or GPU is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+from dinov2.configs.loader import ConfigError
+from dinov2.configs.schema import Config
+
+_SHARES = (  # numbers in [0, 1]
+    "ibot.mask_sample_probability",
+    "train.max_damaged_share",
+    "augmentation.horizontal_flip_prob",
+    "augmentation.vertical_flip_prob",
+    "augmentation.hed_prob",
+    "augmentation.jitter_prob",
+    "augmentation.grayscale_prob",
+    "augmentation.blur_prob_global1",
+    "augmentation.blur_prob_global2",
+    "augmentation.blur_prob_local",
+    "teacher.momentum_teacher",
+    "teacher.final_momentum_teacher",
+)
+_POSITIVE = (
+    "train.batch_size_per_gpu",
+    "train.OFFICIAL_EPOCH_LENGTH",
+    "train.prefetch_factor",
+    "train.stream_block_rows",
+    "train.checkpoint_period_iterations",
+    "train.keep_checkpoints",
+    "train.tile_size",
+    "student.patch_size",
+    "crops.global_crops_size",
+    "crops.local_crops_size",
+    "dino.head_n_prototypes",
+    "dino.head_bottleneck_dim",
+    "dino.head_nlayers",
+    "dino.head_hidden_dim",
+    "dino.kde_kappa",
+    "ibot.head_n_prototypes",
+    "ibot.head_bottleneck_dim",
+    "ibot.head_nlayers",
+    "ibot.head_hidden_dim",
+    "teacher.warmup_teacher_temp",
+    "teacher.teacher_temp",
+    "optim.epochs",
+    "optim.base_lr",
+    "optim.layerwise_decay",
+    "evaluation.eval_period_iterations",
+    "logging.period_iterations",
+)
+_NON_NEGATIVE = (
+    "train.seed",
+    "train.num_workers",
+    "train.stream_lanes",
+    "train.unfreeze_last_n_blocks",
+    "student.num_register_tokens",
+    "crops.local_crops_number",
+    "dino.loss_weight",
+    "dino.koleo_loss_weight",
+    "dino.kde_loss_weight",
+    "ibot.loss_weight",
+    "augmentation.hed_shift",
+    "augmentation.hed_scale",
+    "augmentation.brightness",
+    "augmentation.contrast",
+    "augmentation.saturation",
+    "optim.warmup_epochs",
+    "optim.min_lr",
+    "optim.weight_decay",
+    "optim.weight_decay_end",
+    "optim.clip_grad",
+    "optim.freeze_last_layer_epochs",
+    "optim.patch_embed_lr_mult",
+    "teacher.warmup_teacher_temp_epochs",
+)
+_BELOW_ONE = ("student.drop_path_rate", "optim.adamw_beta1", "optim.adamw_beta2")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse values out of range and combinations that cannot work.
+
+    Args:
+        config: the decoded configuration.
+        world_size: number of training processes.
+
+    Raises:
+        ConfigError: listing every fault with the key, its value and what would be accepted.
+    """
+    faults = [*_range_faults(config), *_crop_faults(config), *_mask_faults(config)]
+    faults += [*_data_faults(config), *_training_faults(config, world_size)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _range_faults(config: Config) -> Iterator[str]:
+    rules = (
+        (_SHARES, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+        (_POSITIVE, lambda x: x > 0, "a number above 0"),
+        (_NON_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (_BELOW_ONE, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+        (("augmentation.hue",), lambda x: 0 <= x <= 0.5, "a number in [0, 0.5]"),
+    )
+    for keys, accepts, expected in rules:
+        for key in keys:
+            value = attrgetter(key)(config)
+            if not accepts(value):
+                yield f"{key} = {value} is out of range; expected {expected}."
+
+
+def _crop_faults(config: Config) -> Iterator[str]:
+    patch = config.student.patch_size
+    for key in ("global_crops_size", "local_crops_size"):
+        size = getattr(config.crops, key)
+        if patch > 0 and size % patch:
+            below = size // patch * patch
+            near = " or ".join(str(s) for s in (below, below + patch) if s)
+            yield f"crops.{key} = {size} is not a multiple of student.patch_size = {patch}; {near} would be."
+    for key in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(config.crops, key)
+        if not 0 < low <= high <= 1:
+            yield f"crops.{key} = [{low}, {high}] is not a range of area shares; expected 0 < min <= max <= 1."
+    low, high = config.augmentation.blur_sigma_min_max
+    if not 0 < low <= high:
+        yield f"augmentation.blur_sigma_min_max = [{low}, {high}] is not a range; expected 0 < min <= max."
+    kernel = config.augmentation.blur_kernel_size
+    if kernel < 1 or kernel % 2 == 0:
+        yield f"augmentation.blur_kernel_size = {kernel} is not an odd number of 1 or more."
+    if min(config.augmentation.normalize_std) <= 0:
+        std = list(config.augmentation.normalize_std)
+        yield f"augmentation.normalize_std = {std} holds a number that is not above 0."
+
+
+def _mask_faults(config: Config) -> Iterator[str]:
+    low, high = config.ibot.mask_ratio_min_max
+    if not 0 <= low <= high <= 1:
+        yield f"ibot.mask_ratio_min_max = [{low}, {high}] is not a range in [0, 1] with min <= max."
+    share = config.ibot.mask_sample_probability
+    if share * 4 % 1:
+        yield (
+            f"ibot.mask_sample_probability = {share} is not a multiple of 0.25; masks are stratified over the "
+            "four global crops of two images, so 0, 0.25, 0.5, 0.75 or 1 are accepted."
+        )
+    if config.ibot.loss_weight > 0 and (share == 0 or high == 0):
+        yield (
+            f"ibot.loss_weight = {config.ibot.loss_weight} needs masked patches, but "
+            f"ibot.mask_sample_probability = {share} and ibot.mask_ratio_min_max = [{low}, {high}] mask none; "
+            "set the weight to 0 or raise the two."
+        )
+
+
+def _data_faults(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.streaming_from_hf and not train.streaming_dataset_path:
+        yield "train.streaming_dataset_path is empty; give a folder of Parquet shards."
+    if not train.streaming_from_hf and not train.sample_list_path:
+        yield (
+            "train.sample_list_path is empty while train.streaming_from_hf = false; give a sample list, or set "
+            "train.streaming_from_hf=true with train.streaming_dataset_path."
+        )
+
+
+def _training_faults(config: Config, world_size: int) -> Iterator[str]:
+    batch = config.train.batch_size_per_gpu
+    if batch % 2:
+        yield f"train.batch_size_per_gpu = {batch} is odd; masks are stratified over pairs of images, so it is even."
+    optim = config.optim
+    if optim.early_stop is not None and not 0 < optim.early_stop <= optim.epochs:
+        yield f"optim.early_stop = {optim.early_stop} is not in (0, optim.epochs = {optim.epochs}]; null means epochs."
+    if optim.warmup_epochs > optim.epochs:
+        yield f"optim.warmup_epochs = {optim.warmup_epochs} exceeds optim.epochs = {optim.epochs}."
+    if config.train.use_pretrained and config.student.pretrained_weights:
+        yield (
+            f"student.pretrained_weights = {config.student.pretrained_weights!r} and train.use_pretrained = true "
+            "both name starting weights; use one."
+        )
+    student = config.compute_precision.student
+    in_fp16 = [m for m in ("backbone", "dino_head", "ibot_head")
+               if getattr(student, m).mixed_precision.param_dtype == "fp16"]  # fmt: skip
+    if in_fp16 and not config.compute_precision.grad_scaler:
+        yield (
+            f"compute_precision.grad_scaler = false while student.{in_fp16[0]} computes in fp16, where gradients "
+            "underflow without a scaler; set it to true or use bf16."
+        )
+    rows = batch * (world_size if config.dino.kde_gather else 1)
+    if config.dino.kde_loss_weight > 0 and rows < 2:
+        yield f"dino.kde_loss_weight = {config.dino.kde_loss_weight} needs at least 2 images; the batch has {rows}."
+    if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0:
+        yield "dino.loss_weight = 0 and ibot.loss_weight = 0 leave nothing to learn; set one above 0."

@@ -1,0 +1,143 @@
+"""The strict configuration loader: merge order, faults, inert keys, saved file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+import dinov2
+from dinov2.configs import Config, ConfigError, config_from_mapping, load_config, save_config, validate
+from dinov2.configs.schema import INERT_KEYS
+
+PACKAGE = Path(dinov2.__file__).parent
+SHIPPED = sorted((PACKAGE / "configs" / "train").glob("*.yaml"))
+DATA = ["train.streaming_dataset_path=shards"]
+
+
+def leaves(section: type, prefix: str = "") -> list[str]:
+    paths = []
+    for name, hint in get_type_hints(section).items():
+        child = f"{prefix}{name}"
+        paths += leaves(hint, f"{child}.") if dataclasses.is_dataclass(hint) else [child]
+    return paths
+
+
+def test_merge_order(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {base_lr: 1e-4, epochs: 7}\n")
+    config = load_config(file, ["optim.epochs=9", "crops.local_crops_scale=[0.1,0.3]"])
+    assert (config.optim.base_lr, config.optim.epochs) == (1e-4, 9.0)
+    assert config.optim.weight_decay == 0.04  # default
+    assert config.crops.local_crops_scale == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_yaml_loads_and_is_valid(path: Path):
+    validate(load_config(path), world_size=8)
+
+
+def test_recipe_numbers():
+    config = load_config(PACKAGE / "configs/train/vitg14_reg4.yaml")
+    assert (config.optim.base_lr, config.optim.epochs, config.optim.early_stop) == (2e-4, 8000, 200)
+    assert (config.train.batch_size_per_gpu, config.student.drop_path_rate, config.optim.clip_grad) == (48, 0.4, 3.0)
+    assert (config.dino.head_n_prototypes, config.dino.head_bottleneck_dim, config.ibot.head_bottleneck_dim) == (
+        131072, 384, 256)  # fmt: skip
+    assert config.ibot.mask_ratio_min_max == (0.1, 0.45)
+    assert (config.crops.global_crops_size, config.crops.local_crops_size) == (224, 98)
+    blur = config.augmentation
+    assert (blur.blur_prob_global1, blur.blur_prob_global2, blur.blur_prob_local) == (1.0, 0.1, 0.5)
+    assert not config.dino.kde_reference_sign
+
+
+def test_published_yaml_works_as_it_stands(tmp_path: Path):
+    """Keys of the OpenMidnight vits14 recipe, the ones that were never read included."""
+    file = tmp_path / "published.yaml"
+    file.write_text(
+        "dino: {head_n_prototypes: 131072, head_bottleneck_dim: 384, do_kde: True, kde_loss_weight: .05,"
+        " koleo_loss_weight: 0, do_koleo: False}\n"
+        "ibot: {loss_weight: 1.0, mask_sample_probability: 0.5, mask_ratio_min_max: [0.1, 0.45],"
+        " separate_head: true, head_n_prototypes: 131072}\n"
+        "train: {sample_list_path: a.txt, streaming_from_hf: false, streaming_dataset_path: medarc/TCGA-12K-parquet,"
+        " batch_size_per_gpu: 48, centering: sinkhorn_knopp, use_pretrained: True, OFFICIAL_EPOCH_LENGTH: 1250,"
+        " num_workers: 24, prefetch_factor: 8, skip_checkpointer: true}\n"
+        "student: {arch: vit_small, patch_size: 14, drop_path_rate: 0.1, ffn_layer: swiglufused, block_chunks: 4,"
+        " num_register_tokens: 4, interpolate_antialias: true, interpolate_offset: 0.0}\n"
+        "teacher: {momentum_teacher: 0.994}\n"
+        "optim: {epochs: 110, early_stop: 110, weight_decay_end: 0.2, base_lr: 7.0e-04, warmup_epochs: 10,"
+        " layerwise_decay: 1.0}\n"
+        "crops: {local_crops_size: 98}\n"
+        "evaluation: {eval_period_iterations: 2500, bach_root: /b, breakhis_root: /h, pcam_root: /p}\n"
+    )
+    validate(load_config(file), world_size=1)
+
+
+def test_every_fault_is_reported_at_once_with_path_and_nearest_key(tmp_path: Path):
+    overrides = ["train.batch_sie_per_gpu=4", "optim.base_lr=fast", "crops=3", "train.num_workers=2.5",
+                 "ibot.mask_ratio_min_max=[0.1]", "train.use_pretrained=1", "nonsense=1"]  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    text = str(caught.value)
+    assert len(caught.value.faults) == 7
+    assert "train.batch_sie_per_gpu; did you mean train.batch_size_per_gpu?" in text
+    for fault in ("optim.base_lr = 'fast'", "crops = 3", "train.num_workers = 2.5", "ibot.mask_ratio_min_max = [0.1]",
+                  "train.use_pretrained = 1", "Unknown config key nonsense"):  # fmt: skip
+        assert fault in text
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "\x00"])
+def test_a_file_that_is_no_yaml_mapping(tmp_path: Path, content: str):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(file)
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_malformed_override():
+    with pytest.raises(ConfigError, match="section.key=value"):
+        load_config(None, ["--fast"])
+
+
+def test_empty_section_keeps_defaults():
+    assert config_from_mapping({"optim": None}) == config_from_mapping({})
+
+
+def test_saved_file_is_what_was_merged(tmp_path: Path):
+    config = load_config(SHIPPED[0], ["optim.early_stop=null"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optim"]["base_lr"] == config.optim.base_lr
+
+
+def test_inert_keys_are_announced(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", logger="dinov2"):
+        load_config(None, ["dino.do_kde=true"])
+    assert "dino.do_kde has no effect: dino.kde_loss_weight > 0 decides" in caplog.text
+
+
+@pytest.mark.parametrize("key", leaves(Config))
+def test_every_key_is_read_somewhere(key: str):
+    """A key is inert and says so, or its name is read as an attribute (or mirrored by field name) outside configs."""
+    if key in INERT_KEYS:
+        return
+    name = key.rsplit(".", 1)[1]
+    sources = [p.read_text() for p in PACKAGE.rglob("*.py") if "configs" not in p.parts or p.name == "__init__.py"]
+    if key.startswith("augmentation."):
+        assert any(re.search(rf"\b{name}\b", text) for text in sources), key
+    else:
+        assert any(re.search(rf"\.{name}\b|\"{name}\"", text) for text in sources), key
+
+
+def test_every_key_is_documented():
+    text = (PACKAGE.parent / "docs" / "config.md").read_text()
+    undocumented = [key for key in leaves(Config) if key.rsplit(".", 1)[1] not in text]
+    assert not undocumented

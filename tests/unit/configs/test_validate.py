@@ -1,0 +1,58 @@
+"""Values and combinations that are refused before anything is built."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinov2.configs import ConfigError, load_config, validate
+
+DATA = "train.streaming_dataset_path=shards"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["crops.local_crops_size=97"], r"crops.local_crops_size = 97 is not a multiple .* 84 or 98"),
+        (["crops.global_crops_size=7"], r"crops.global_crops_size = 7 .*; 14 would be"),
+        (["ibot.mask_ratio_min_max=[0.1,1.5]"], r"ibot.mask_ratio_min_max = \[0.1, 1.5\]"),
+        (["ibot.mask_ratio_min_max=[0.6,0.5]"], r"min <= max"),
+        (["ibot.mask_ratio_min_max=[-0.1,0.5]"], r"ibot.mask_ratio_min_max = \[-0.1, 0.5\]"),
+        (["ibot.mask_sample_probability=0.3"], r"not a multiple of 0.25"),
+        (["ibot.mask_sample_probability=1.5"], r"in \[0, 1\]"),
+        (["ibot.mask_sample_probability=0"], r"mask none"),
+        (["train.batch_size_per_gpu=3"], r"train.batch_size_per_gpu = 3 is odd"),
+        (["train.batch_size_per_gpu=0"], r"train.batch_size_per_gpu = 0 is out of range"),
+        (["train.streaming_dataset_path="], r"train.streaming_dataset_path is empty"),
+        (["train.streaming_from_hf=false"], r"train.sample_list_path is empty"),
+        (["optim.base_lr=-1"], r"optim.base_lr = -1.0 is out of range"),
+        (["optim.base_lr=.nan"], r"optim.base_lr = nan is out of range"),
+        (["optim.early_stop=101"], r"optim.early_stop = 101.0 is not in"),
+        (["optim.warmup_epochs=101"], r"optim.warmup_epochs = 101.0 exceeds"),
+        (["student.drop_path_rate=1.0"], r"student.drop_path_rate = 1.0"),
+        (["crops.local_crops_scale=[0,0.3]"], r"crops.local_crops_scale"),
+        (["augmentation.blur_kernel_size=4"], r"blur_kernel_size = 4 is not an odd"),
+        (["augmentation.hed_prob=2"], r"augmentation.hed_prob = 2.0"),
+        (["train.use_pretrained=true", "student.pretrained_weights=w.pth"], r"both name starting weights"),
+        (["dino.loss_weight=0", "ibot.loss_weight=0"], r"nothing to learn"),
+        (
+            ["compute_precision.grad_scaler=false",
+             "compute_precision.student.backbone.mixed_precision.param_dtype=fp16"],
+            r"underflow without a scaler",
+        ),
+    ],
+)  # fmt: skip
+def test_refused(overrides: list[str], message: str):
+    config = load_config(None, [DATA, *overrides])
+    with pytest.raises(ConfigError, match=message):
+        validate(config, world_size=1)
+
+
+def test_all_faults_at_once():
+    config = load_config(None, [DATA, "crops.local_crops_size=97", "optim.base_lr=0", "train.batch_size_per_gpu=1"])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=1)
+    assert len(caught.value.faults) == 3
+
+
+def test_defaults_are_valid():
+    validate(load_config(None, [DATA]), world_size=4)
