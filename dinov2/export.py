@@ -1,0 +1,35 @@
+"""Write a teacher to a file that other tools open, with a JSON beside it that says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
+    """Write ``{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}`` in fp32, then the JSON, atomically.
+
+    Args:
+        path: target ``.pth``; the JSON has the same name with ``.json``.
+        modules: whole state dict of each module by name.
+        metadata: JSON-serialisable: ``architecture`` (the backbone's constructor arguments), ``step``,
+            ``samples``, ``config``.
+    """
+    teacher = {
+        f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
+        for module, state in modules.items()
+        for key, tensor in state.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    torch.save({"teacher": teacher}, beside)
+    json_beside = path.with_name(f"{path.stem}.json.tmp{os.getpid()}")
+    json_beside.write_text(json.dumps(dict(metadata), indent=1))
+    json_beside.replace(path.with_suffix(".json"))
+    beside.replace(path)

@@ -1,0 +1,140 @@
+"""Save, find, load and retain sharded training checkpoints.
+
+A checkpoint is a folder ``checkpoints/step_XXXXXXX`` holding one file of tensors per rank and ``state.json``. It
+is written beside under a temporary name and renamed when complete, so a folder with the final name is whole;
+``last_checkpoint`` names the newest. Tensors are addressed by name, so any number of ranks can read them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from dinov2.distributed import barrier, is_main_process
+
+logger = logging.getLogger("dinov2")
+
+_STATE_FILE = "state.json"
+
+
+class Checkpointer:
+    """The checkpoints of one run.
+
+    Args:
+        output_dir: the run's folder.
+        keep: number of newest complete checkpoints kept by `save`.
+    """
+
+    def __init__(self, output_dir: Path, keep: int):
+        self.output_dir = output_dir
+        self.folder = output_dir / "checkpoints"
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        found = (path.parent.name for path in self.folder.glob(f"step_*/{_STATE_FILE}"))
+        return sorted(int(name[5:]) for name in found if name[5:].isdigit())
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint taken after ``step`` completed steps."""
+        return self.folder / f"step_{step:07d}"
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """The small JSON beside the tensors.
+
+        Raises:
+            ValueError: the file is not JSON.
+        """
+        path = self.path(step) / _STATE_FILE
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Checkpoint state {str(path)!r} is not JSON ({error}); remove that folder.") from error
+
+    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write one checkpoint and drop those beyond ``keep``; all ranks must call.
+
+        Args:
+            step: completed optimiser steps.
+            tensors: nested state dict of (sharded) tensors.
+            state: JSON-serialisable rest.
+        """
+        final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
+        if is_main_process():
+            shutil.rmtree(beside, ignore_errors=True)  # left by a save of ours that was killed
+            beside.mkdir(parents=True)
+        barrier()
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
+        if is_main_process():
+            (beside / _STATE_FILE).write_text(json.dumps(state, indent=1))
+            beside.rename(final)
+            _write_atomically(self.output_dir / "last_checkpoint", final.name)
+            self._retain()
+        barrier()
+        logger.info("Saved checkpoint %s.", final)
+
+    def load(self, step: int, tensors: dict[str, Any]) -> None:
+        """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
+
+        Raises:
+            ValueError: names or shapes differ from those saved.
+        """
+        try:
+            dcp.load(tensors, storage_reader=_RestrictedReader(self.path(step)))
+        except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+            detail = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"Checkpoint {str(self.path(step))!r} does not fit this model ({detail}); resume with the "
+                "configuration it was saved with or start in another output folder."
+            ) from error
+
+    def _retain(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(step))
+
+
+class _RestrictedReader(dcp.FileSystemReader):
+    """A reader whose pickled metadata may name only what checkpoint metadata consists of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles checkpoint metadata and refuses every other class, so a doctored file cannot run code."""
+
+    _NAMES = frozenset(
+        {("torch.distributed.checkpoint.metadata", name) for name in (
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+            "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")}
+        | {("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
+        | {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("collections", "OrderedDict")}
+        | {("torch.serialization", "_get_layout"), ("torch", "Size")}
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self._NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"Checkpoint metadata names {module}.{name}, which is not checkpoint data.")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,42 @@
+"""Run logging: the package logger with rank prefix, metric accumulation and metric sinks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from dinov2.distributed import get_global_rank, is_main_process
+
+__all__ = ["setup_logging"]
+
+
+def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> logging.Logger:
+    """Configure the ``dinov2`` logger: stderr on rank 0 (warnings on all ranks), and a file per rank.
+
+    Args:
+        output_dir: where ``logs/rank_R.log`` is appended to; None logs to the console alone.
+        level: lowest level that rank 0 shows.
+
+    Returns:
+        The logger. Calling again replaces its handlers.
+    """
+    logger = logging.getLogger("dinov2")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    rank = get_global_rank()
+    where = "" if is_main_process() else f"[rank {rank}] "
+    formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {where}%(message)s", datefmt="%H:%M:%S")
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(level if is_main_process() else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if output_dir is not None:
+        (output_dir / "logs").mkdir(exist_ok=True)
+        handlers.append(logging.FileHandler(output_dir / "logs" / f"rank_{rank}.log"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    return logger

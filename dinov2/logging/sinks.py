@@ -1,0 +1,98 @@
+"""Where metric records go: the console, ``metrics.jsonl`` and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger("dinov2")
+
+
+class Sink(Protocol):
+    """Receives one record per logging period, on rank 0 only."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class ConsoleSink:
+    """One line per record: step, losses, lr, gradient norm, speed, data wait, memory, time left."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log the record's headline values."""
+        losses = "  ".join(
+            f"{name.removesuffix('_loss').removesuffix('_crops')} {value:.4f}"
+            for name, value in record.items()
+            if name.endswith("_loss")
+        )
+        norm = max(value for name, value in record.items() if name.startswith("grad_norm"))
+        logger.info(
+            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%  %.1f GiB  ETA %s",
+            record["step"], record["total_steps"], losses, record["lr"], norm, record["img_per_s"],
+            record["data_wait_pct"], record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class JsonlSink:
+    """Appends each record as one JSON line. After a resume, the last line of a step is the valid one."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append the record."""
+        self._file.write(json.dumps(dict(record)) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WandbSink:
+    """A Weights & Biases run whose id is kept in the output folder, so that a resume continues it.
+
+    Without a login (or network) the run is kept offline under the output folder; nothing is ever asked.
+    """
+
+    def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
+        import wandb
+
+        id_file = output_dir / "wandb_run_id.txt"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        options = {
+            "dir": str(output_dir),
+            "project": project,
+            "id": id_file.read_text().strip(),
+            "resume": "allow",
+            "config": dict(config),
+            "name": output_dir.resolve().name,
+        }
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except wandb.errors.CommError as error:
+            logger.warning("Weights & Biases cannot be reached (%s); this run is logged offline.", error)
+            self._run = wandb.init(mode="offline", **options)
+        if os.environ.get("DINOV2_RUN_SCRIPT"):
+            self._run.save(os.environ["DINOV2_RUN_SCRIPT"], policy="now")
+        self._run.define_metric("*", step_metric="step")  # a resumed run goes back to an earlier step
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log the record."""
+        self._run.log(dict(record))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()

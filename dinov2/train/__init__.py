@@ -1,0 +1,1 @@
+"""Training: the self-distillation step, the loop around it, and its command line."""

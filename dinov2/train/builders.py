@@ -1,0 +1,207 @@
+"""From configuration to parts: the only place where config objects meet models, data and losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2.configs import Config
+from dinov2.configs.schema import AugmentationConfig
+from dinov2.data import AugmentationOptions, MultiCropAugmentation, MultiCropCollate, normalize
+from dinov2.data.loader import TrainLoader, make_train_loader
+from dinov2.data.order import SampleOrder
+from dinov2.data.parquet_source import ParquetSource
+from dinov2.data.sample import Source
+from dinov2.data.slide_list import SlideListSource
+from dinov2.distributed import get_global_rank, get_global_size, is_main_process
+from dinov2.models.pretrained import load_pretrained, published_url, read_checkpoint
+from dinov2.train.plan import RunPlan
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger("dinov2")
+
+
+def build_source(config: Config, index_cache: Path | None = None) -> Source:
+    """Open the dataset that the configuration names.
+
+    Args:
+        config: validated configuration.
+        index_cache: where the index of Parquet shards is kept between launches; None keeps none.
+
+    Raises:
+        FileNotFoundError, ValueError: the dataset is missing, empty or of another format.
+    """
+    train = config.train
+    if train.streaming_from_hf:
+        return ParquetSource(train.streaming_dataset_path, index_cache)
+    return SlideListSource(train.sample_list_path, train.slide_root or None, train.tile_size)
+
+
+def build_augmentation(config: Config) -> MultiCropAugmentation:
+    """The multi-crop transform of the configuration."""
+    options = {field.name: getattr(config.augmentation, field.name) for field in dataclasses.fields(AugmentationOptions)}
+    crops = config.crops
+    return MultiCropAugmentation(
+        AugmentationOptions(**options),
+        crops.global_crops_scale,
+        crops.local_crops_scale,
+        crops.local_crops_number,
+        crops.global_crops_size,
+        crops.local_crops_size,
+        seed=config.train.seed,
+        backend=config.augmentation.backend,
+    )
+
+
+def build_collate(config: Config) -> MultiCropCollate:
+    """The collate function of the configuration, which also draws the masks."""
+    ibot = config.ibot
+    return MultiCropCollate(
+        config.train.seed,
+        config.student.patch_size,
+        ibot.mask_sample_probability,
+        ibot.mask_ratio_min_max,
+        config.crops.global_crops_size,
+    )
+
+
+def build_loader(
+    config: Config, plan: RunPlan, source: Source, start_sample: int, order: dict[str, int], device: torch.device
+) -> TrainLoader:
+    """This rank's training loader.
+
+    Args:
+        config: validated configuration.
+        plan: of the run.
+        source: from `build_source`.
+        start_sample: samples consumed so far.
+        order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
+        device: where batches go.
+    """
+    return make_train_loader(
+        source,
+        build_augmentation(config),
+        build_collate(config),
+        global_batch=plan.global_batch,
+        rank=get_global_rank(),
+        world_size=get_global_size(),
+        start_sample=start_sample,
+        order=SampleOrder(source.unit_rows, **order),
+        num_workers=config.train.num_workers,
+        prefetch_factor=config.train.prefetch_factor,
+        pin_memory=device.type == "cuda",
+        max_damaged_share=config.train.max_damaged_share,
+    )
+
+
+def order_parameters(config: Config, plan: RunPlan) -> dict[str, int]:
+    """Seed, lanes V and block length R of a run's first launch."""
+    train = config.train
+    lanes = train.stream_lanes or 8 * plan.global_batch
+    return {"seed": train.seed, "lanes": lanes, "block_rows": train.stream_block_rows}
+
+
+class DeviceBatches:
+    """Batches of a loader on the device, crops normalised to float32 there.
+
+    Args:
+        loader: yields batch dicts of CPU tensors.
+        augmentation: section with the normalisation constants.
+        device: target.
+    """
+
+    def __init__(self, loader: TrainLoader, augmentation: AugmentationConfig, device: torch.device):
+        self._loader, self._device = loader, device
+        self._mean, self._std = augmentation.normalize_mean, augmentation.normalize_std
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._loader:
+            moved = {
+                name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            for crops in ("global_crops", "local_crops"):
+                moved[crops] = normalize(moved[crops], self._mean, self._std)
+            yield moved
+
+
+def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:
+    """Student and teacher with their starting weights, sharded over the ranks, on ``device``.
+
+    The starting weights depend on the seed alone, whatever the number of ranks. All ranks must call.
+
+    Args:
+        config: validated configuration.
+        device: of this rank.
+        from_checkpoint: a checkpoint will be loaded over them, so no published weights are needed.
+
+    Raises:
+        FileNotFoundError, ValueError: weights are missing or do not fit.
+    """
+    check_backend(config.student.attention_backend, device)
+    torch.manual_seed(config.train.seed)
+    arch = SSLMetaArch(config, weights_device="cpu" if is_main_process() else "meta")
+    if is_main_process() and not from_checkpoint:
+        load_starting_weights(arch, config)
+    if config.train.unfreeze_last_n_blocks:
+        arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
+    arch.prepare_for_distributed_training(device)
+    return arch.train()
+
+
+def load_starting_weights(arch: SSLMetaArch, config: Config) -> None:
+    """Fill student and teacher from the weights that the configuration names, if any.
+
+    ``MODEL.WEIGHTS`` is a teacher export (backbone, and heads where it holds them); otherwise
+    ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone.
+    """
+    student = config.student
+    weights = student.pretrained_weights
+    if config.train.use_pretrained:
+        weights = published_url(student.arch, student.patch_size, student.num_register_tokens)
+    if config.MODEL.WEIGHTS:
+        load_export(arch.student, config.MODEL.WEIGHTS)
+    elif weights:
+        load_pretrained(arch.student.backbone, weights)
+        logger.info("Backbone initialised from %s.", weights)
+    arch.copy_student_to_teacher()
+
+
+def load_export(network: nn.ModuleDict, path: str) -> None:
+    """Fill a network from a teacher export: the backbone always, each head that the file holds.
+
+    Raises:
+        ValueError: a head's shapes differ, or the backbone does not fit.
+    """
+    load_pretrained(network.backbone, path)
+    teacher = read_checkpoint(path).get("teacher", {})
+    loaded = ["backbone"]
+    for name in ("dino_head", "ibot_head"):
+        head = {key.removeprefix(f"{name}."): value for key, value in teacher.items() if key.startswith(f"{name}.")}
+        if not head or name not in network:
+            continue
+        try:
+            network[name].load_state_dict(head)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())
+            raise ValueError(f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail}).") from error
+        loaded.append(name)
+    logger.info("%s initialised from %s.", ", ".join(loaded), path)
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Refuse an attention backend that the device cannot run.
+
+    Raises:
+        ValueError: naming the setting and the alternative.
+    """
+    if backend == "xformers" and device.type != "cuda":
+        raise ValueError(
+            f"student.attention_backend = xformers runs on CUDA only and this run is on {device.type}; use sdpa."
+        )

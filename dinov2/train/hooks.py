@@ -1,0 +1,90 @@
+"""What happens around the steps: periodic actions (checkpoint, export) and garbage collection."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from dinov2.train.state import TrainState
+
+if TYPE_CHECKING:
+    from dinov2.train.trainer import Trainer
+
+
+class Hook(Protocol):
+    """Called by the trainer in the order given; every rank calls every hook."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After each step, with the state already advanced."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step of a run that ended well."""
+
+    def close(self) -> None:
+        """Always, also after an error."""
+
+
+class PeriodicHook:
+    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step.
+
+    Args:
+        period: steps.
+        action: writes something of the present state; all ranks call it.
+        at_start: whether the step a run starts from counts as not yet acted on.
+    """
+
+    def __init__(self, period: int, action: Callable[[TrainState], None], at_start: bool = False):
+        self.period = period
+        self.action = action
+        self.at_start = at_start
+        self._last: int | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Note where the run starts."""
+        self._last = None if self.at_start else trainer.state.step
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Act when due."""
+        if trainer.state.step % self.period == 0:
+            self._act(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Act unless the last step already did."""
+        self._act(trainer)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _act(self, trainer: Trainer) -> None:
+        if self._last != trainer.state.step:
+            trainer.guard.flush()  # a bad step must not be written as a good one
+            self.action(trainer.state)
+            self._last = trainer.state.step
+
+
+class GarbageHook:
+    """Collects cyclic garbage at the same step on every rank, so that no rank waits for another's collector."""
+
+    def __init__(self, period: int = 500):
+        self.period = period
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Take over from the automatic collector."""
+        gc.disable()
+        gc.collect()
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Collect when due."""
+        if trainer.state.step % self.period == 0:
+            gc.collect()
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Give collection back."""
+        gc.enable()

@@ -1,0 +1,221 @@
+"""One training run in its output folder: checks, start or resume, what it saves and exports."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov2.configs import Config, save_config, validate
+from dinov2.data.loader import validate_stream_state
+from dinov2.distributed import barrier, broadcast_object, get_global_size, is_main_process
+from dinov2.export import save_teacher
+from dinov2.fsdp import Checkpointer, full_state_dict
+from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from dinov2.train.builders import DeviceBatches, build_arch, build_loader, build_source, order_parameters
+from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
+from dinov2.train.optim import adam_state, build_optimizer
+from dinov2.train.plan import RunPlan, describe_plan, flops_per_step, make_plan
+from dinov2.train.schedules import Schedules
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.state import TrainState, check_resumable, describe_state
+from dinov2.train.trainer import Trainer
+
+logger = logging.getLogger("dinov2")
+
+
+def prepare_output_dir(output_dir: Path, resume: bool) -> None:
+    """Make the run's folder and check that it can be written; all ranks must call.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: a new run would start in the folder of an existing one.
+    """
+    if is_main_process():
+        probe = output_dir / f".write_probe_{os.getpid()}"
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"Output folder {str(output_dir)!r} cannot be written ({error.strerror}); give --output-dir a folder "
+                "that can."
+            ) from error
+        if not resume and any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            raise ValueError(
+                f"Output folder {str(output_dir)!r} holds a run already; leave out --no-resume to go on with it, or "
+                "give a new folder."
+            )
+    barrier()
+
+
+class Run:
+    """A run set up to train: newest checkpoint restored, data and networks ready. All ranks must construct.
+
+    Args:
+        config: decoded configuration.
+        output_dir: the run's folder, made by `prepare_output_dir`.
+        device: of this rank.
+
+    Raises:
+        ValueError, FileNotFoundError: configuration, data, weights or checkpoint do not fit.
+    """
+
+    def __init__(self, config: Config, output_dir: Path, device: torch.device):
+        self.config, self.output_dir, self.device = config, output_dir, device
+        validate(config, get_global_size())
+        self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
+        saved = self._newest_state()
+        self.plan = make_plan(config, get_global_size(), saved and saved["global_batch"])
+        self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
+        self.loader = self._open_stream(saved)
+        self.arch = build_arch(config, device, from_checkpoint=saved is not None)
+        betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
+        self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
+        student = config.compute_precision.student
+        in_fp16 = "fp16" in {
+            module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)
+        }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16 and config.compute_precision.grad_scaler)
+        if saved:
+            self.checkpointer.load(self.state.step, self._tensors())
+            self.scaler.load_state_dict(saved["scaler"])
+            logger.info("Resumed from %s.", self.checkpointer.path(self.state.step))
+
+    def train(self) -> None:
+        """Train to the end of the plan; all ranks must call.
+
+        Raises:
+            NonFiniteError: the loss or a gradient was not finite.
+        """
+        if is_main_process():
+            save_config(self.config, self.output_dir / "config.yaml")
+        logger.info("%s", self.describe())
+        config = self.config
+        trainer = Trainer(
+            arch=self.arch,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            schedules=Schedules(
+                config.optim, config.teacher, peak_lr=self.plan.peak_lr, epoch_steps=self.plan.epoch_steps
+            ),
+            plan=self.plan,
+            state=self.state,
+            batches=DeviceBatches(self.loader, config.augmentation, self.device),
+            seed=config.train.seed,
+            clip_grad=config.optim.clip_grad,
+            log_period=config.logging.period_iterations,
+            sinks=self._sinks(),
+            hooks=self._hooks(),
+        )
+        trainer.fit()
+
+    def describe(self) -> str:
+        """The plan as lines of text."""
+        backbone, head = self.arch.student["backbone"], self.arch.student["dino_head"]
+        ibot_head = self.arch.student["ibot_head"] if "ibot_head" in self.arch.student else None
+        flops = flops_per_step(self.config, backbone, head, ibot_head, self.plan.local_batch)
+        return describe_plan(self.config, self.plan, sum(p.numel() for p in self.arch.student.parameters()), flops)
+
+    def save_checkpoint(self, state: TrainState) -> None:
+        """Save tensors and state; all ranks must call."""
+        described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
+        described["scaler"] = self.scaler.state_dict()
+        self.checkpointer.save(state.step, self._tensors(), described)
+
+    def export_teacher(self, state: TrainState) -> None:
+        """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
+        modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
+        path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
+        if is_main_process():
+            metadata = {
+                "architecture": _architecture(self.config),
+                "step": state.step,
+                "samples": state.samples,
+                "config": dataclasses.asdict(self.config),
+            }
+            save_teacher(path, modules, metadata)
+            logger.info("Exported the teacher to %s.", path)
+        barrier()
+
+    def _newest_state(self) -> dict[str, Any] | None:
+        """JSON state of the newest complete checkpoint, as rank 0 sees it, checked against the configuration."""
+        saved = None
+        if is_main_process() and self.checkpointer.steps():
+            saved = self.checkpointer.read_state(self.checkpointer.steps()[-1])
+        saved = broadcast_object(saved)
+        if saved is not None:
+            check_resumable(saved, self.config)
+        return saved
+
+    def _open_stream(self, saved: dict[str, Any] | None) -> Any:
+        # Rank 0 reads the footers and leaves the index for the other ranks.
+        cache = self.output_dir / "stream_index"
+        if is_main_process():
+            source = build_source(self.config, cache)
+        barrier()
+        if not is_main_process():
+            source = build_source(self.config, cache)
+        order = order_parameters(self.config, self.plan)
+        if saved:
+            order = {name: saved["stream"][name] for name in order}
+        loader = build_loader(self.config, self.plan, source, self.state.samples, order, self.device)
+        if saved:
+            validate_stream_state(saved["stream"], loader.stream_state)
+        return loader
+
+    def _tensors(self) -> dict[str, Any]:
+        """Every tensor of the run by name; loading a checkpoint fills them in place."""
+        return {
+            "student": self.arch.student.state_dict(),
+            "teacher": self.arch.teacher.state_dict(),
+            "optimizer": adam_state(self.arch.student, self.optimizer),
+            "dino_loss": self.arch.dino_loss.state_dict(),
+            "ibot_patch_loss": self.arch.ibot_patch_loss.state_dict(),
+        }
+
+    def _hooks(self) -> list[Hook]:
+        # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
+        hooks: list[Hook] = [PeriodicHook(self.config.evaluation.eval_period_iterations, self.export_teacher)]
+        if not self.config.train.skip_checkpointer:
+            hooks.append(PeriodicHook(self.config.train.checkpoint_period_iterations, self.save_checkpoint))
+        return [*hooks, GarbageHook()]
+
+    def _sinks(self) -> list[Sink]:
+        if not is_main_process():
+            return []
+        sinks: list[Sink] = [ConsoleSink(), JsonlSink(self.output_dir / "metrics.jsonl")]
+        if self.config.logging.wandb:
+            config = dataclasses.asdict(self.config) | {"plan": dataclasses.asdict(self.plan)}
+            sinks.append(WandbSink(self.output_dir, self.config.logging.wandb_project, config))
+        return sinks
+
+
+def dry_run(config: Config, world_size: int) -> str:
+    """Check configuration and data, and describe the plan without allocating weights."""
+    validate(config, world_size)
+    plan: RunPlan = make_plan(config, world_size)
+    source = build_source(config)
+    with torch.device("meta"):
+        arch = SSLMetaArch(config)
+    student = arch.student
+    ibot_head = student["ibot_head"] if "ibot_head" in student else None
+    flops = flops_per_step(config, student["backbone"], student["dino_head"], ibot_head, plan.local_batch)
+    text = describe_plan(config, plan, sum(p.numel() for p in student.parameters()), flops)
+    return f"{text}\n  data      {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes"
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    """The backbone's constructor arguments, as `dinov2.hub.load_teacher` reads them."""
+    student = dataclasses.asdict(config.student)
+    keys = ("arch", "patch_size", "ffn_layer", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias",
+            "interpolate_antialias", "interpolate_offset")  # fmt: skip
+    return {key: student[key] for key in keys} | {
+        "init_values": student["layerscale"],
+        "img_size": config.crops.global_crops_size,
+    }

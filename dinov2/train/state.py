@@ -1,0 +1,100 @@
+"""What a checkpoint says beside its tensors, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from dinov2.configs import Config
+from dinov2.utils.provenance import package_versions
+
+logger = logging.getLogger("dinov2")
+
+# Keys whose change would make the saved weights, optimiser state or data order mean something else.
+_FIXED_KEYS = (
+    "student.arch",
+    "student.patch_size",
+    "student.ffn_layer",
+    "student.num_register_tokens",
+    "student.qkv_bias",
+    "student.proj_bias",
+    "student.ffn_bias",
+    "crops.global_crops_size",
+    "dino.head_n_prototypes",
+    "dino.head_bottleneck_dim",
+    "dino.head_nlayers",
+    "dino.head_hidden_dim",
+    "ibot.separate_head",
+    "ibot.head_n_prototypes",
+    "ibot.head_bottleneck_dim",
+    "ibot.head_nlayers",
+    "ibot.head_hidden_dim",
+    "optim.layerwise_decay",
+    "optim.patch_embed_lr_mult",
+    "train.unfreeze_last_n_blocks",
+    "train.seed",
+    "train.stream_lanes",
+    "train.stream_block_rows",
+    "train.OFFICIAL_EPOCH_LENGTH",
+)
+
+
+@dataclass
+class TrainState:
+    """How far a run has come."""
+
+    step: int = 0
+    """Completed optimiser steps."""
+    samples: int = 0
+    """Samples consumed over all ranks; the next step starts at this global sample index."""
+
+
+def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int, config: Config) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    as_dict = dataclasses.asdict(config)
+    digest = hashlib.sha256(json.dumps(as_dict, sort_keys=True).encode()).hexdigest()
+    return {
+        "step": state.step,
+        "samples": state.samples,
+        "global_batch": global_batch,
+        "stream": stream,
+        "config": as_dict,
+        "config_sha256": digest,
+        "versions": package_versions(),
+    }
+
+
+def check_resumable(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to resume under a configuration that the saved state does not fit; name harmless changes in the log.
+
+    Args:
+        saved: JSON part of the checkpoint.
+        config: of the launch.
+
+    Raises:
+        ValueError: fixed keys changed; all are named with both values.
+    """
+    before, now = _flatten(saved["config"]), _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    changed = [key for key in now if before.get(key) != now[key]]
+    fixed = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS]
+    if fixed:
+        raise ValueError(
+            f"The run in this output folder cannot go on with a changed configuration ({'; '.join(fixed)}); restore "
+            "these values, or start in another output folder."
+        )
+    for key in changed:
+        logger.info("Resuming with %s = %r (was %r).", key, now[key], before.get(key))
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

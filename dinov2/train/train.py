@@ -1,0 +1,65 @@
+"""Train a model: ``python dinov2/train/train.py --config-file F --output-dir D [section.key=value ...]``.
+
+Started alone it trains in one process; under ``torchrun`` it shards over all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinov2.configs import load_config
+from dinov2.distributed import destroy_process_group, init_process_group
+from dinov2.logging import setup_logging
+from dinov2.train.guard import NonFiniteError
+from dinov2.train.run import Run, dry_run, prepare_output_dir
+from dinov2.utils.environment import select_device
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="DINOv2 self-distillation on pathology tiles.")
+    parser.add_argument("--config-file", help="YAML file, merged over ssl_default_config.yaml")
+    parser.add_argument("--output-dir", help="the run's folder; train.output_dir where left out")
+    parser.add_argument("--no-resume", action="store_true", help="start anew; refused where the folder holds a run")
+    parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check configuration and data, show the plan and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override configuration values")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (2 for what the user can mend)."""
+    args = parse_args(argv)
+    logger = setup_logging()
+    try:
+        config = load_config(args.config_file, args.overrides)
+        if args.dry_run:
+            sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
+            return 0
+        device = select_device()
+        init_process_group(device)
+        output_dir = Path(args.output_dir or config.train.output_dir)
+        prepare_output_dir(output_dir, resume=not args.no_resume)
+        logger = setup_logging(output_dir)
+        run = Run(config, output_dir, device)
+        if args.eval_only:
+            if run.state.step == 0:
+                raise ValueError(f"Output folder {str(output_dir)!r} holds no complete checkpoint to export.")
+            run.export_teacher(run.state)
+        else:
+            run.train()
+    except (ValueError, OSError, NonFiniteError) as error:
+        logger.error("%s", error)
+        logger.debug("Raised here:", exc_info=True)
+        return 2
+    finally:
+        destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
