@@ -1,0 +1,132 @@
+"""Process group, ranks, and collectives that are the identity in a single process.
+
+Nothing above this package asks whether a run is distributed: without a process group there is one
+rank, number 0, and every collective returns what it was given.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_enabled() -> bool:
+    """Say whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_global_rank() -> int:
+    """Return this process's rank among all processes of the run, 0 without a process group."""
+    return dist.get_rank() if is_enabled() else 0
+
+
+def get_global_size() -> int:
+    """Return the number of processes of the run, 1 without a process group."""
+    return dist.get_world_size() if is_enabled() else 1
+
+
+def get_local_rank() -> int:
+    """Return this process's rank on its own machine (torchrun's ``LOCAL_RANK``), 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Say whether this process is global rank 0, the one that writes what all ranks share."""
+    return get_global_rank() == 0
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the process group that torchrun describes; does nothing when not started by torchrun.
+
+    CUDA tensors travel by NCCL and CPU tensors (objects, checkpoint metadata) by gloo. All ranks must call.
+
+    Args:
+        device: device of this process; a CUDA device without an index means the one numbered by
+            ``LOCAL_RANK``, and becomes the current device.
+
+    Raises:
+        ValueError: torchrun's variables are incomplete (``RANK`` without ``MASTER_ADDR``, say).
+    """
+    if "RANK" not in os.environ or is_enabled():
+        return
+    if device.type != "cuda":
+        dist.init_process_group("gloo")
+        return
+    device = torch.device("cuda", get_local_rank() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+
+
+def destroy_process_group() -> None:
+    """Leave the process group, if there is one."""
+    if is_enabled():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(t: Tensor) -> Tensor:
+    """Sum ``t`` over all ranks in place and return it. All ranks must call; no gradient flows."""
+    return _all_reduce(t, dist.ReduceOp.SUM)
+
+
+def all_reduce_min(t: Tensor) -> Tensor:
+    """Take the minimum of ``t`` over all ranks in place and return it. All ranks must call; no gradient."""
+    return _all_reduce(t, dist.ReduceOp.MIN)
+
+
+def all_reduce_max(t: Tensor) -> Tensor:
+    """Take the maximum of ``t`` over all ranks in place and return it. All ranks must call; no gradient."""
+    return _all_reduce(t, dist.ReduceOp.MAX)
+
+
+def _all_reduce(t: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if get_global_size() > 1:
+        dist.all_reduce(t, op=op)
+    return t
+
+
+def all_gather_rows(t: Tensor) -> Tensor:
+    """Stack the rows of all ranks in rank order, differentiably.
+
+    The backward pass adds up, for each row, the gradients that all ranks hold for it, and hands the sum to
+    the row's owner. A loss that every rank computes from the gathered rows therefore yields ``world`` times
+    its gradient on each owner, and the data-parallel mean over ranks (DDP, FSDP) divides by ``world``: the
+    parameters receive exactly the gradient of one process on the joined batch.
+
+    Args:
+        t: (B, D), of the same shape and dtype on all ranks. All ranks must call, and run backward.
+
+    Returns:
+        (world * B, D), dtype of ``t``.
+    """
+    return _AllGatherRows.apply(t) if get_global_size() > 1 else t
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        gathered = t.new_empty(get_global_size() * t.shape[0], *t.shape[1:])
+        dist.all_gather_into_tensor(gathered, t.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        own = grad.new_empty(grad.shape[0] // get_global_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """Return rank ``src``'s picklable ``obj`` on every rank. All ranks must call."""
+    if get_global_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks have arrived. All ranks must call."""
+    if get_global_size() > 1:
+        dist.barrier()

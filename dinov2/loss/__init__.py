@@ -1,0 +1,20 @@
+"""Training losses. Each file gives its equation; all compute in float32 or better, without a host sync."""
+
+from dinov2.loss.dino_clstoken_loss import DINOLoss, dino_global_loss, dino_local_loss
+from dinov2.loss.ibot_patch_loss import ibot_loss, iBOTPatchLoss
+from dinov2.loss.kde_loss import KDELoss
+from dinov2.loss.koleo_loss import KoLeoLoss
+from dinov2.loss.sinkhorn import sinkhorn_knopp
+from dinov2.loss.soft_cross_entropy import soft_cross_entropy
+
+__all__ = [
+    "DINOLoss",
+    "KDELoss",
+    "KoLeoLoss",
+    "dino_global_loss",
+    "dino_local_loss",
+    "iBOTPatchLoss",
+    "ibot_loss",
+    "sinkhorn_knopp",
+    "soft_cross_entropy",
+]
