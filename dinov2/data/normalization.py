@@ -1,0 +1,33 @@
+"""From bytes to network input, on whatever device the bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(
+    images: Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(images / 255 - mean) / std`` per channel.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        mean: Per channel, of values in [0, 1].
+        std: Per channel, of values in [0, 1].
+        dtype: Of the result; the arithmetic is float32.
+
+    Returns:
+        (B, 3, H, W) of ``dtype`` on the same device.
+    """
+    # Plain numbers per channel: a tensor of constants would be a blocking copy to the device.
+    channels = zip(images.unbind(1), mean, std, strict=True)
+    return torch.stack([(x.float() * (1 / (255 * s)) - m / s).to(dtype) for x, m, s in channels], dim=1)
