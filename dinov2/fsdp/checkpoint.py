@@ -90,7 +90,7 @@ class Checkpointer:
         """
         try:
             dcp.load(tensors, storage_reader=_RestrictedReader(self.path(step)))
-        except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        except (dcp.api.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             detail = str(error).strip().splitlines()[-1]
             raise ValueError(
                 f"Checkpoint {str(self.path(step))!r} does not fit this model ({detail}); resume with the "

@@ -51,10 +51,9 @@ def shard(
 
 
 def reshard(module: nn.Module) -> None:
-    """Drop gathered copies of the parameters, so that the next forward gathers their present values.
+    """Put the shards back in place of gathered parameters, so that they can be updated and gathered anew.
 
-    A network without a backward keeps what its last forward gathered; after an in-place update of the shards
-    that copy is stale.
+    Needed by a network without a backward, which otherwise keeps what its last forward gathered.
     """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):

@@ -233,10 +233,10 @@ class SSLMetaArch(nn.Module):
             m: momentum in [0, 1].
             healthy: 1, or a 0-d tensor that is 0 to leave the teacher as it is.
         """
+        reshard(self.teacher)
         teacher, student = _local_shards(self.teacher), _local_shards(self.student)
         weight = torch.as_tensor((1 - m) * healthy, device=teacher[0].device)
         torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
-        reshard(self.teacher)
 
     def forward_backward(self, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """DINOv2's public step on a batch from ``collate_data_and_cast``: losses, with gradients accumulated."""

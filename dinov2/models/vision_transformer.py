@@ -1,0 +1,313 @@
+"""Vision transformer with registers, several crop sizes in one call, and DINOv2's names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.layers import Block, DINOHead, LayerScale, Mlp, PatchEmbed, SwiGLUFFN, SwiGLUFFNFused
+from dinov2.layers.attention import Segments
+
+# Tensor dimensions below: B images, C channels, N patches, R registers, T packed rows of all images, D width.
+
+FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFN,
+    "swiglufused": SwiGLUFFNFused,
+    "identity": lambda *args, **kwargs: nn.Identity(),
+}
+
+
+class DinoVisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al., arXiv:2010.11929) as DINOv2 (arXiv:2304.07193) uses it, with optional registers
+    (Darcet et al., arXiv:2309.16588). State-dict keys and constructor keywords are those of Meta's class.
+
+    Args:
+        img_size: side in pixels of the images that the position grid is made for.
+        patch_size: side of a patch in pixels.
+        in_chans: colour channels.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the feed-forward part over D.
+        qkv_bias, ffn_bias, proj_bias: biases of the linear maps.
+        drop_path_rate: stochastic depth, of every block or of the last one.
+        drop_path_uniform: the same rate in every block; else rising linearly from 0.
+        init_values: initial LayerScale gain; None or 0 leaves LayerScale out.
+        embed_layer, act_layer, block_fn: classes of the parts.
+        ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
+        block_chunks: accepted for compatibility; blocks are never chunked, and chunked state dicts load.
+        num_register_tokens: R.
+        interpolate_antialias: antialias when resampling the position grid.
+        interpolate_offset: added to the target grid's sides when resampling by scale; 0 resamples to exact sides.
+        attention_backend: "sdpa" or "xformers".
+
+    Raises:
+        ValueError: an unknown feed-forward layer or attention backend.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ffn_bias: bool = True,
+        proj_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
+        init_values: float | None = None,
+        embed_layer: Callable[..., nn.Module] = PatchEmbed,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        block_fn: Callable[..., nn.Module] = Block,
+        ffn_layer: str = "mlp",
+        block_chunks: int = 0,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+        attention_backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        if ffn_layer not in FFN_LAYERS:
+            raise ValueError(f"ffn_layer is {ffn_layer!r}; one of {', '.join(FFN_LAYERS)} is expected.")
+        self.embed_dim = self.num_features = embed_dim
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        rates = [drop_path_rate] * depth
+        if not drop_path_uniform and depth > 1:
+            rates = [drop_path_rate * i / (depth - 1) for i in range(depth)]
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            block_fn(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                drop_path=rate,
+                init_values=init_values or None,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                ffn_layer=FFN_LAYERS[ffn_layer],
+                attention_backend=attention_backend,
+            )
+            for rate in rates
+        )
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Identity()
+        self.init_weights()
+        self.register_load_state_dict_pre_hook(_unchunk_blocks)
+
+    def init_weights(self) -> None:
+        """Draw starting weights: truncated normals of deviation 0.02 for linear maps and the position grid, 1e-6
+        normals for the tokens, zeros for biases and the mask token, gains as configured."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale)):
+                module.reset_parameters()
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """`forward_features` in training; otherwise its class token (B, D)."""
+        outputs = self.forward_features(*args, **kwargs)
+        return outputs if is_training else self.head(outputs["x_norm_clstoken"])
+
+    def forward_features(self, x: Tensor | Sequence[Tensor], masks: Any = None) -> Any:
+        """All tokens of one batch, or of several batches of different crop sizes in one pass over the blocks.
+
+        Args:
+            x: (B, C, H, W), or a list of such.
+            masks: bool (B, N), True where the mask token replaces the patch, or None; a list of these for a list.
+
+        Returns:
+            Per batch a dict: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
+            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given.
+        """
+        if isinstance(x, Tensor):
+            return self._forward_crops([x], [masks])[0]
+        return self._forward_crops(x, masks if masks is not None else [None] * len(x))
+
+    def forward_features_list(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict]:
+        """Meta's name for `forward_features` of a list."""
+        return self._forward_crops(x_list, masks_list)
+
+    def _forward_crops(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[dict[str, Any]]:
+        x, segments = self._pack(crops, masks)
+        for block in self.blocks:
+            x = block(x, segments)
+        first_patch = 1 + self.num_register_tokens
+        outputs = []
+        for prenorm, normed, mask in zip(_unpack(x, segments), _unpack(self.norm(x), segments), masks, strict=True):
+            outputs.append(
+                {
+                    "x_norm_clstoken": normed[:, 0],
+                    "x_norm_regtokens": normed[:, 1:first_patch],
+                    "x_norm_patchtokens": normed[:, first_patch:],
+                    "x_prenorm": prenorm,
+                    "masks": mask,
+                }
+            )
+        return outputs
+
+    def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
+        tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
+        return torch.cat([t.flatten(0, 1) for t in tokens]), [(len(t), t.shape[1]) for t in tokens]
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Class token, registers and patches with positions, float32 under autocast: (B, 1 + R + N, D)."""
+        height, width = x.shape[-2:]
+        patches = self.patch_embed(x)
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        patches = patches.to(dtype)
+        if masks is not None:
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(dtype), patches)
+        tokens = torch.cat([self.cls_token.to(dtype).expand(len(x), -1, -1), patches], dim=1)
+        tokens = tokens + self.interpolate_pos_encoding(tokens, height, width)
+        if self.register_tokens is None:
+            return tokens
+        registers = self.register_tokens.to(dtype).expand(len(x), -1, -1)
+        return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
+
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings (1, 1 + N, D) for an image of ``height`` x ``width`` px, in the dtype of ``x``.
+
+        The patch grid is resampled bicubically in float32 where its sides differ.
+        """
+        pos_embed = self.pos_embed.to(x.dtype)
+        side = math.isqrt(pos_embed.shape[1] - 1)
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if (rows, columns) == (side, side):
+            return pos_embed
+        grid = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = resample_grid(grid, (rows, columns), self.interpolate_antialias, self.interpolate_offset)
+        return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(x.dtype)], dim=1)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """Patch tokens after some of the blocks.
+
+        Args:
+            x: (B, C, H, W).
+            n: how many of the last blocks, or which blocks by number.
+            reshape: return maps (B, D, H/p, W/p) in place of (B, N, D).
+            return_class_token: pair each with its class token (B, D).
+            norm: apply the final norm.
+        """
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        rows, segments = self._pack([x], [None])
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            rows = block(rows, segments)
+            if i in wanted:
+                outputs.append(_unpack(self.norm(rows) if norm else rows, segments)[0])
+        if len(outputs) != len(wanted):
+            raise ValueError(f"n is {n}, but the blocks are numbered 0 to {self.n_blocks - 1}.")
+        class_tokens = [out[:, 0] for out in outputs]
+        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        if reshape:
+            grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+            patches = [p.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for p in patches]
+        return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
+
+
+def resample_grid(grid: Tensor, size: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:
+    """Resample a position grid (1, D, h, w) bicubically to ``size``.
+
+    With an ``offset`` the scale factor is (side + offset) / old side, as in Meta's models without registers; the
+    sampling positions then differ slightly from those of the exact sides.
+    """
+    if not offset:
+        return F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
+    scale = tuple((new + offset) / old for new, old in zip(size, grid.shape[-2:], strict=True))
+    return F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
+
+
+def _unpack(rows: Tensor, segments: Segments) -> list[Tensor]:
+    """(T, D) as one (B, N, D) per segment."""
+    parts = rows.split([batch * tokens for batch, tokens in segments])
+    return [part.view(batch, tokens, -1) for part, (batch, tokens) in zip(parts, segments, strict=True)]
+
+
+def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Rename ``blocks.<chunk>.<i>.`` to ``blocks.<i>.`` in place."""
+    for key in [key for key in state if key.startswith(f"{prefix}blocks.")]:
+        parts = key.removeprefix(f"{prefix}blocks.").split(".")
+        if parts[1].isdigit():
+            state[f"{prefix}blocks.{'.'.join(parts[1:])}"] = state.pop(key)
+
+
+def _vit(embed_dim: int, depth: int, num_heads: int, **kwargs: Any) -> DinoVisionTransformer:
+    return DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **kwargs)
+
+
+def vit_demo(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """128 wide, 4 blocks: for the demo and tests only."""
+    return _vit(128, 4, 4, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+
+
+def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-Ti: 192 wide, 12 blocks, 3 heads (DeiT, arXiv:2012.12877)."""
+    return _vit(192, 12, 3, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+
+
+def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-S: 384 wide, 12 blocks, 6 heads."""
+    return _vit(384, 12, 6, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+
+
+def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-B: 768 wide, 12 blocks, 12 heads."""
+    return _vit(768, 12, 12, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+
+
+def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-L: 1024 wide, 24 blocks, 16 heads."""
+    return _vit(1024, 24, 16, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+
+
+def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-g as in DINOv2: 1536 wide, 40 blocks, 24 heads of 64."""
+    return _vit(1536, 40, 24, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+
+
+ARCHITECTURES: dict[str, Callable[..., DinoVisionTransformer]] = {
+    maker.__name__: maker for maker in (vit_demo, vit_tiny, vit_small, vit_base, vit_large, vit_giant2)
+}
+
+__all__ = ["ARCHITECTURES", "DINOHead", "DinoVisionTransformer", *ARCHITECTURES]
