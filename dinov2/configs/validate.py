@@ -183,6 +183,17 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
             f"compute_precision.grad_scaler = false while student.{in_fp16[0]} computes in fp16, where gradients "
             "underflow without a scaler; set it to true or use bf16."
         )
+    for module in ("backbone", "dino_head", "ibot_head"):
+        ours, theirs = (
+            getattr(network, module).sharding_strategy
+            for network in (config.compute_precision.student, config.compute_precision.teacher)
+        )
+        if ours != theirs and "NO_SHARD" in (ours, theirs):
+            yield (
+                f"compute_precision.student.{module}.sharding_strategy = {ours} and teacher's = {theirs} place the "
+                "weights differently, but the teacher follows the student shard by shard; set NO_SHARD for both or "
+                "for neither."
+            )
     rows = batch * (world_size if config.dino.kde_gather else 1)
     if config.dino.kde_loss_weight > 0 and rows < 2:
         yield f"dino.kde_loss_weight = {config.dino.kde_loss_weight} needs at least 2 images; the batch has {rows}."

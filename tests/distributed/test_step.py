@@ -73,7 +73,8 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
         (),
         ("ibot.separate_head=false", "train.centering=centering"),
         ("compute_precision.student.backbone.sharding_strategy=FULL_SHARD",
-         "compute_precision.student.dino_head.sharding_strategy=NO_SHARD"),
+         "compute_precision.student.dino_head.sharding_strategy=NO_SHARD",
+         "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD"),
     ],
     ids=["sinkhorn", "shared-head-centering", "other-sharding"],
 )  # fmt: skip
