@@ -7,11 +7,14 @@ is written beside under a temporary name and renamed when complete, so a folder 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,8 @@ class Checkpointer:
             shutil.rmtree(beside, ignore_errors=True)  # left by a save of ours that was killed
             beside.mkdir(parents=True)
         barrier()
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
+        with _one_process_is_meant():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
         if is_main_process():
             (beside / _STATE_FILE).write_text(json.dumps(state, indent=1))
             beside.rename(final)
@@ -89,7 +93,8 @@ class Checkpointer:
             ValueError: names or shapes differ from those saved.
         """
         try:
-            dcp.load(tensors, storage_reader=_RestrictedReader(self.path(step)))
+            with _one_process_is_meant():
+                dcp.load(tensors, storage_reader=_RestrictedReader(self.path(step)))
         except (dcp.api.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             detail = str(error).strip().splitlines()[-1]
             raise ValueError(
@@ -132,6 +137,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"Checkpoint metadata names {module}.{name}, which is not checkpoint data.")
+
+
+@contextlib.contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without a process group torch warns that it assumes a single process, which here is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _write_atomically(path: Path, text: str) -> None:
