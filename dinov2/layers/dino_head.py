@@ -1,4 +1,4 @@
-"""Projection head of DINO and iBOT."""
+"""The projection head of DINO and iBOT."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.layers.precision import at_least_float32
+
+# Tensor dimensions below: D width, Z bottleneck, K prototypes.
+
 
 class DINOHead(nn.Module):
     """Tokens to prototype logits: an MLP to a bottleneck, L2 normalisation, a weight-normed linear map.
 
-    DINO (arXiv:2104.14294, section 3.2 and appendix C), with z the normalised bottleneck and v_k, g_k the
-    direction and gain of prototype k: logit_k = g_k (v_k / ||v_k||) . z
+    DINO (arXiv:2104.14294, appendix C): logit_k = g_k <v_k / ||v_k||, z / ||z||> with z = MLP(x).
 
     Args:
-        in_dim: width of the tokens.
-        out_dim: K, number of prototypes.
-        use_bn: batch normalisation in the MLP.
-        nlayers: linear layers of the MLP, at least 1.
-        hidden_dim: width of the MLP.
-        bottleneck_dim: width of the normalised bottleneck.
+        in_dim: D.
+        out_dim: K.
+        use_bn: batch norm after every hidden layer.
+        nlayers: linear layers of the MLP; at least 1.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: Z.
         mlp_bias: biases in the MLP.
     """
 
@@ -32,54 +35,58 @@ class DINOHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         mlp_bias: bool = True,
-    ) -> None:
+    ):
         super().__init__()
-        widths = [in_dim, *[hidden_dim] * (max(nlayers, 1) - 1), bottleneck_dim]
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for i in range(len(widths) - 1):
-            layers.append(nn.Linear(widths[i], widths[i + 1], bias=mlp_bias))
-            if i < len(widths) - 2:
-                layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if use_bn else [nn.GELU()]
-        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        for inner, outer in zip(widths[:-2], widths[1:-1], strict=True):
+            norm = [nn.BatchNorm1d(outer)] if use_bn else []
+            layers += [nn.Linear(inner, outer, bias=mlp_bias), *norm, nn.GELU()]
+        last = nn.Linear(widths[-2], bottleneck_dim, bias=mlp_bias)
+        self.mlp = nn.Sequential(*layers, last) if layers else last
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal weights of deviation 0.02 and zero biases in the MLP; unit gains in the last layer."""
-        for module in self.mlp.modules():
+        """Truncated normal weights of deviation 0.02 and zero biases in the MLP; see `WeightNormLinear`."""
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm1d):
+            elif isinstance(module, nn.BatchNorm1d | WeightNormLinear):
                 module.reset_parameters()
-        self.last_layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (..., K) of tokens (..., in_dim)."""
-        z = self.mlp(x)
+        """Map tokens (..., D) of any dtype to logits (..., K)."""
+        rows = x.flatten(0, -2).to(self.last_layer.weight_v.dtype)
+        z = self.mlp(rows)
         eps = 1e-6 if z.dtype == torch.float16 else 1e-12
-        return self.last_layer(F.normalize(z.float() if z.dtype != torch.float64 else z, dim=-1, eps=eps).to(z.dtype))
+        logits = self.last_layer(F.normalize(at_least_float32(z), dim=-1, eps=eps))
+        return logits.unflatten(0, x.shape[:-1])
 
 
 class WeightNormLinear(nn.Module):
-    """y = W x with rows W_k = g_k v_k / ||v_k|| (Salimans & Kingma, arXiv:1602.07868); keys ``weight_g``, ``weight_v``.
+    """y = W x with rows W_k = g_k v_k / ||v_k|| (arXiv:1602.07868, eq. 2); the gains start at 1 and are trained.
 
-    The norm is taken in float32 or better. Gains are trained.
+    Args:
+        in_features: Z.
+        out_features: K.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight_g = nn.Parameter(torch.empty(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gains of one; directions as PyTorch initialises a linear layer."""
+        """Unit gains, and directions as PyTorch starts a linear layer: uniform within 1 / sqrt(Z)."""
         nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        v = self.weight_v if self.weight_v.dtype == torch.float64 else self.weight_v.float()
-        return F.linear(x, (self.weight_g * F.normalize(v, dim=1)).to(x.dtype))
+        """Map (..., Z) to (..., K); rows are normalised in float32 or better, multiplied in the parameters' dtype."""
+        weight = at_least_float32(self.weight_g) * F.normalize(at_least_float32(self.weight_v), dim=1)
+        dtype = self.weight_v.dtype
+        return F.linear(x.to(dtype), weight.to(dtype))

@@ -1,4 +1,4 @@
-"""Image to patch tokens."""
+"""Images to patch tokens."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """One linear map per patch, as a strided convolution; keys ``proj.weight`` and ``proj.bias``.
+    """One linear map for all patches, written as a strided convolution.
 
     Args:
-        img_size: side in pixels that the position grid is made for.
+        img_size: side in pixels of the images that the position grid is made for.
         patch_size: side of a patch in pixels.
         in_chans: colour channels.
         embed_dim: D.
+
+    Raises:
+        ValueError: ``img_size`` is not a multiple of ``patch_size``.
     """
 
-    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
         super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"img_size = {img_size} is not a multiple of patch_size = {patch_size}; choose one that is.")
         self.img_size = img_size
         self.patch_size = patch_size
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed (B, C, H, W) as (B, H/p * W/p, D), row by row.
+        """Embed images (B, C, H, W) of any dtype as patches (B, H/p * W/p, D), row by row.
 
         Raises:
             ValueError: a side is not a multiple of the patch.
@@ -31,6 +36,7 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"The image is {height} x {width} px; both sides must be multiples of the patch size {self.patch_size}."
+                f"Images of {height} x {width} px do not divide into patches of {self.patch_size} px; "
+                "both sides must be multiples of it."
             )
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)

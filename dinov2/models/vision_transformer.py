@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers import Block, DINOHead, LayerScale, Mlp, PatchEmbed, SwiGLUFFN, SwiGLUFFNFused
-from dinov2.layers.attention import Segments
+from dinov2.layers import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFN, SwiGLUFFNFused
+from dinov2.layers.packing import Segments, pack, unpack
+from dinov2.layers.stochastic_depth import draw_orders
 
 # Tensor dimensions below: B images, C channels, N patches, R registers, T packed rows of all images, D width.
 
@@ -98,7 +98,6 @@ class DinoVisionTransformer(nn.Module):
         rates = [drop_path_rate] * depth
         if not drop_path_uniform and depth > 1:
             rates = [drop_path_rate * i / (depth - 1) for i in range(depth)]
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
             block_fn(
                 dim=embed_dim,
@@ -110,13 +109,12 @@ class DinoVisionTransformer(nn.Module):
                 drop_path=rate,
                 init_values=init_values or None,
                 act_layer=act_layer,
-                norm_layer=norm_layer,
                 ffn_layer=FFN_LAYERS[ffn_layer],
                 attention_backend=attention_backend,
             )
             for rate in rates
         )
-        self.norm = norm_layer(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.head = nn.Identity()
         self.init_weights()
         self.register_load_state_dict_pre_hook(_unchunk_blocks)
@@ -163,11 +161,12 @@ class DinoVisionTransformer(nn.Module):
 
     def _forward_crops(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[dict[str, Any]]:
         x, segments = self._pack(crops, masks)
-        for block in self.blocks:
-            x = block(x, segments)
+        orders = self._draw_orders(segments, x.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, segments, [order[2 * i : 2 * i + 2] for order in orders] if orders else None)
         first_patch = 1 + self.num_register_tokens
         outputs = []
-        for prenorm, normed, mask in zip(_unpack(x, segments), _unpack(self.norm(x), segments), masks, strict=True):
+        for prenorm, normed, mask in zip(unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True):
             outputs.append(
                 {
                     "x_norm_clstoken": normed[:, 0],
@@ -181,7 +180,13 @@ class DinoVisionTransformer(nn.Module):
 
     def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
         tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
-        return torch.cat([t.flatten(0, 1) for t in tokens]), [(len(t), t.shape[1]) for t in tokens]
+        return pack(tokens), tuple((len(t), t.shape[1]) for t in tokens)
+
+    def _draw_orders(self, segments: Segments, device: torch.device) -> list[Tensor] | None:
+        """Per segment int64 (2 * depth, B): the images that each branch of each block keeps come first."""
+        if not self.training or not any(block.drop_path_rate for block in self.blocks):
+            return None
+        return draw_orders(segments, 2 * self.n_blocks, device)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Class token, registers and patches with positions, float32 under autocast: (B, 1 + R + N, D)."""
@@ -235,7 +240,7 @@ class DinoVisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             rows = block(rows, segments)
             if i in wanted:
-                outputs.append(_unpack(self.norm(rows) if norm else rows, segments)[0])
+                outputs.append(unpack(self.norm(rows) if norm else rows, segments)[0])
         if len(outputs) != len(wanted):
             raise ValueError(f"n is {n}, but the blocks are numbered 0 to {self.n_blocks - 1}.")
         class_tokens = [out[:, 0] for out in outputs]
@@ -256,12 +261,6 @@ def resample_grid(grid: Tensor, size: tuple[int, int], antialias: bool, offset: 
         return F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
     scale = tuple((new + offset) / old for new, old in zip(size, grid.shape[-2:], strict=True))
     return F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
-
-
-def _unpack(rows: Tensor, segments: Segments) -> list[Tensor]:
-    """(T, D) as one (B, N, D) per segment."""
-    parts = rows.split([batch * tokens for batch, tokens in segments])
-    return [part.view(batch, tokens, -1) for part, (batch, tokens) in zip(parts, segments, strict=True)]
 
 
 def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -309,5 +308,3 @@ def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any
 ARCHITECTURES: dict[str, Callable[..., DinoVisionTransformer]] = {
     maker.__name__: maker for maker in (vit_demo, vit_tiny, vit_small, vit_base, vit_large, vit_giant2)
 }
-
-__all__ = ["ARCHITECTURES", "DINOHead", "DinoVisionTransformer", *ARCHITECTURES]

@@ -1,0 +1,78 @@
+"""The feed-forward layers of a transformer block; each maps (..., D) of any dtype to (..., D)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """fc2(act(fc1(x))).
+
+    Args:
+        in_features: D.
+        hidden_features: width between the two maps.
+        act_layer: activation.
+        bias: of both maps.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each row."""
+        return self.fc2(self.act(self.fc1(x.to(self.fc1.weight.dtype))))
+
+
+class SwiGLUFFN(nn.Module):
+    """w3(silu(a) * b) with (a, b) the halves of w12(x) (arXiv:2002.05202, eq. 6).
+
+    Args:
+        in_features: D.
+        hidden_features: width of each half.
+        act_layer: not used, the gate is always SiLU; here so that all layers are built alike.
+        bias: of both maps.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] | None = None,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each row."""
+        gate, value = self.w12(x.to(self.w12.weight.dtype)).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class SwiGLUFFNFused(SwiGLUFFN):
+    """`SwiGLUFFN` two thirds as wide as asked for, rounded up to a multiple of 8.
+
+    Its three matrices then hold about as many weights as the two of an `Mlp`; the giant model's is 4096 wide.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] | None = None,
+        bias: bool = True,
+    ):
+        super().__init__(in_features, (int(hidden_features * 2 / 3) + 7) // 8 * 8, act_layer, bias)
