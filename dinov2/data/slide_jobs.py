@@ -1,0 +1,83 @@
+"""What the slide tools share: jobs over several processes, and files that are whole or absent."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, unit: str
+) -> Iterator[tuple[int, Result]]:
+    """Run a function over jobs in several processes, with a progress bar.
+
+    Args:
+        function: importable by name, since the processes are spawned.
+        jobs: picklable.
+        workers: processes; 1 runs everything in this one.
+        unit: what the progress bar counts.
+
+    Yields:
+        A job's place in `jobs` and its result, as they finish.
+
+    Raises:
+        RuntimeError: a process was killed from outside (memory, signal).
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=len(jobs), unit=unit, disable=None) as bar:
+        for place, result in _in_processes(function, jobs, min(workers, len(jobs))):
+            bar.update()
+            yield place, result
+
+
+def _in_processes(
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> Iterator[tuple[int, Result]]:
+    if workers <= 1:
+        yield from ((place, function(job)) for place, job in enumerate(jobs))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        places = {pool.submit(function, job): place for place, job in enumerate(jobs)}
+        try:
+            for future in as_completed(places):
+                yield places[future], future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"One of {workers} processes was killed, perhaps for want of memory; try fewer --workers."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Write text beside `path` and rename it, so that `path` is never half-written."""
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(lines)
+        commit(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def commit(partial: Path, path: Path) -> None:
+    """Bring a finished file to the disk and give it its name."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """One JSON object per line."""
+    return (json.dumps(record) + "\n" for record in records)

@@ -1,0 +1,132 @@
+"""Make two small haematoxylin-eosin slides for the demo and tests, from a micrograph in scikit-image.
+
+The micrograph is stained with haematoxylin and DAB. Colour deconvolution takes the two stains apart, and each
+is painted again in the colours of a haematoxylin-eosin slide. `demo_train.svs` shows the upper part of the
+tissue, `demo_holdout.svs` the lower part: no pixel is in both.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+logger = logging.getLogger("make_demo_slide")
+
+TRAIN_ROWS, HOLDOUT_ROWS = slice(0, 336), slice(344, 512)  # rows of the micrograph, a gap between them
+ENLARGEMENT = 3
+MARGIN_PX = 384  # white canvas on every side, which the tissue rule has to reject
+DOWNSAMPLES = (1, 2, 4)
+MPP_UM, OBJECTIVE_POWER = 0.25, 40
+TILE_PX, JPEG_QUALITY = 256, 90
+
+# Optical density per unit of stain, for red, green and blue light.
+HAEMATOXYLIN_OD = np.array([0.65, 0.70, 0.29])
+EOSIN_OD = np.array([0.18, 0.85, 0.45])
+
+
+def render_haematoxylin_eosin(micrograph: np.ndarray) -> np.ndarray:
+    """Repaint a haematoxylin-DAB micrograph as haematoxylin-eosin.
+
+    Nuclei keep their haematoxylin. DAB marks the cytoplasm of glands and becomes eosin; blurred haematoxylin
+    stands in for the stroma, which DAB leaves colourless. Eosin saturates: e = 0.55 (1 - exp(-x)).
+
+    Args:
+        micrograph: uint8 (H, W, 3) RGB.
+
+    Returns:
+        uint8 (H, W, 3) RGB.
+    """
+    from skimage.color import rgb2hed
+
+    density = rgb2hed(micrograph) * -np.log(1e-6)  # scikit-image counts stain in units of ln(1e6)
+    nuclei = np.clip(density[..., 0] - 0.10, 0, None)
+    gland = np.clip(density[..., 2] - 0.13, 0, None)
+    stroma = cv2.GaussianBlur(nuclei, (0, 0), 3)
+    eosin = 0.55 * (1 - np.exp(-(0.75 * gland + 2.2 * stroma)))
+    optical_density = 1.9 * nuclei[..., None] * HAEMATOXYLIN_OD + eosin[..., None] * EOSIN_OD
+    return np.rint(255 * np.exp(-optical_density)).astype(np.uint8)
+
+
+def set_on_canvas(tissue: np.ndarray) -> np.ndarray:
+    """Enlarge a uint8 (H, W, 3) image and centre it on white; every downsample divides the new sides."""
+    height, width = (ENLARGEMENT * side for side in tissue.shape[:2])
+    enlarged = cv2.resize(tissue, (width, height), interpolation=cv2.INTER_CUBIC)
+    step = max(DOWNSAMPLES)
+    canvas_height, canvas_width = (-(-(side + 2 * MARGIN_PX) // step) * step for side in (height, width))
+    canvas = np.full((canvas_height, canvas_width, 3), 255, np.uint8)
+    canvas[MARGIN_PX : MARGIN_PX + height, MARGIN_PX : MARGIN_PX + width] = enlarged
+    return canvas
+
+
+def write_aperio_slide(path: Path, image: np.ndarray) -> None:
+    """Write a uint8 (H, W, 3) RGB image as a pyramidal Aperio-style SVS with JPEG tiles.
+
+    The file is written beside and renamed. Page 1 is the stripped thumbnail that readers of SVS expect.
+    """
+    from tifffile import TiffWriter
+
+    height, width = image.shape[:2]
+    levels = [cv2.resize(image, (width // d, height // d), interpolation=cv2.INTER_AREA) for d in DOWNSAMPLES]
+    thumbnail = cv2.resize(image, (width // 8, height // 8), interpolation=cv2.INTER_AREA)
+    source = f"Aperio Image Library v12.0.15 \r\n{width}x{height} [0,0 {width}x{height}]"
+    tiled = f"{source} ({TILE_PX}x{TILE_PX})"
+    jpeg = {
+        "photometric": "rgb",  # what goes in; tifffile stores JPEG as YCbCr and tags it so
+        "subsampling": (2, 2),
+        "compression": "jpeg",
+        "compressionargs": {"level": JPEG_QUALITY},
+        "subfiletype": 0,
+        "metadata": None,
+        "software": None,
+    }
+    scale = f"AppMag = {OBJECTIVE_POWER}|MPP = {MPP_UM}"
+    partial = path.with_name(path.name + ".part")
+    with TiffWriter(partial, bigtiff=True) as tiff:
+        for index, level in enumerate(levels):
+            size = "" if index == 0 else f" -> {level.shape[1]}x{level.shape[0]}"
+            description = f"{tiled}{size} JPEG/RGB Q={JPEG_QUALITY}|{scale}"
+            tiff.write(level, tile=(TILE_PX, TILE_PX), description=description, **jpeg)
+            if index == 0:
+                size = f" -> {thumbnail.shape[1]}x{thumbnail.shape[0]}"
+                tiff.write(thumbnail, rowsperstrip=16, description=f"{source}{size} - |{scale}", **jpeg)
+    partial.rename(path)
+
+
+def make_demo_slides(output_dir: Path) -> tuple[Path, Path]:
+    """Write `demo_train.svs` and `demo_holdout.svs` into a folder, replacing none.
+
+    Raises:
+        FileExistsError: one of the two files is there already.
+    """
+    from skimage.data import immunohistochemistry
+
+    paths = output_dir / "demo_train.svs", output_dir / "demo_holdout.svs"
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(f"'{path}' exists already; name another --output-dir or move it away.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    stained = render_haematoxylin_eosin(immunohistochemistry())
+    for path, rows in zip(paths, (TRAIN_ROWS, HOLDOUT_ROWS), strict=True):
+        write_aperio_slide(path, set_on_canvas(stained[rows]))
+        logger.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: `make_demo_slide.py --output-dir DIR`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the two slides")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        make_demo_slides(args.output_dir)
+    except OSError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,178 @@
+"""Training straight from a sample list: the list itself, its units, and the patches it yields."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.data.loader import make_train_loader
+from dinov2.data.order import SampleOrder
+from dinov2.data.sample import DecodeError, EncodedSample, Sample
+from dinov2.data.slide_list import SlideListSource, locate_slide, read_sample_list
+from tests.unit.slides.conftest import damage_tile
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def sample_at(source: SlideListSource, unit: int, row: int) -> EncodedSample:
+    [(slide, data)] = source.read(unit, [row])
+    return EncodedSample(0, unit, row, slide, data)
+
+
+def test_list_with_spaces_comments_and_blank_lines(tmp_path: Path) -> None:
+    samples = read_sample_list(
+        write(
+            tmp_path / "list",
+            "# made by hand",
+            "/a b/c 1 2.svs 10 20 0",
+            "",
+            "  x.svs\t5 6 1 ",
+            "/a b/c 1 2.svs 7 8 2",
+        )
+    )
+    assert samples.slides == ["/a b/c 1 2.svs", "x.svs"]
+    rows = zip(samples.slide, samples.x, samples.y, samples.level, strict=True)
+    assert [tuple(map(int, row)) for row in rows] == [(0, 10, 20, 0), (1, 5, 6, 1), (0, 7, 8, 2)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a.svs 1 2", "a.svs 1 2 x", "a.svs 1.5 2 0", "a.svs -1 2 0", "1 2 0", "a.svs 1 2 9999999999", "a.svs"],
+)
+def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "list", "# head", "a.svs 1 2 0", line)
+    with pytest.raises(ValueError, match=r"Line 3 of sample list .* three whole numbers x y level") as caught:
+        read_sample_list(path)
+    assert line in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_missing_and_empty_lists(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no sample list"):
+        read_sample_list(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds no patch"):
+        read_sample_list(write(tmp_path / "list", "# nothing", ""))
+
+
+def test_digest_sees_patches_and_order_not_comments(tmp_path: Path) -> None:
+    def digest(*lines: str) -> str:
+        return read_sample_list(write(tmp_path / "list", *lines)).digest()
+
+    base = digest("a.svs 1 2 0", "b.svs 3 4 1")
+    assert digest("# comment", "a.svs  1 2 0", "", "b.svs 3 4 1") == base
+    others = [
+        digest("b.svs 3 4 1", "a.svs 1 2 0"),
+        digest("a.svs 1 2 0", "b.svs 3 5 1"),
+        digest("a.svs 1 2 0", "c.svs 3 4 1"),
+        digest("a.svs 1 2 0", "a.svs 3 4 1"),
+        digest("a.svs 1 2 0"),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_units_are_64_consecutive_lines(train_slide: Path, tmp_path: Path) -> None:
+    source = SlideListSource(write(tmp_path / "list", *(f"{train_slide} {i} 0 0" for i in range(150))))
+    assert source.unit_rows.dtype == np.int64 and source.unit_rows.tolist() == [64, 64, 22]
+    assert source.num_rows == 150 and source.unit_bytes.shape == (3,)
+    assert source.read(2, [21, 0]) == [(str(train_slide), b"149 0 0"), (str(train_slide), b"128 0 0")]
+    assert source.describe(2) == f"patches 129 to 150 of sample list '{tmp_path / 'list'}'"
+
+
+def test_patches_are_the_stored_pixels_at_the_snapped_place(
+    train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
+) -> None:
+    """Level-0 places between pixels of level 1 (601, 703) and 2 (602, 701) go to the nearest pixel."""
+    lines = (
+        f"{train_slide} {x} {y} {level}" for x, y, level in [(601, 703, 0), (602, 703, 1), (603, 701, 2)]
+    )
+    source = SlideListSource(write(tmp_path / "list", *lines), tile_size=96)
+    for row, (column, top) in enumerate([(601, 703), (301, 352), (151, 175)]):
+        expected = stored_levels[row][top : top + 96, column : column + 96]
+        np.testing.assert_array_equal(source.decode(sample_at(source, 0, row)), expected)
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy.decode(sample_at(copy, 0, 2)), expected)
+
+
+def test_unreadable_patches_are_decode_errors_that_name_the_place(train_slide: Path, tmp_path: Path) -> None:
+    broken = damage_tile(train_slide, tmp_path / "broken.svs", 0, empty=True)
+    source = SlideListSource(
+        write(
+            tmp_path / "list",
+            f"{broken} 0 0 0",
+            f"{broken} 2200 0 0",
+            f"{broken} 0 0 7",
+            f"{broken} 400 400 0",
+        )
+    )
+    reasons = [
+        "level 0, column 0, row 0, .*missing from the file",
+        "column 2200, .*leaves the level",
+        "level 7",
+    ]
+    for row, reason in enumerate(reasons):
+        with pytest.raises(DecodeError, match=f"broken.svs', .*{reason}"):
+            source.decode(sample_at(source, 0, row))
+    assert source.decode(sample_at(source, 0, 3)).shape == (224, 224, 3)
+
+
+def test_slide_root_finds_moved_slides(train_slide: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "mnt" / "batch 1" / "s.svs"
+    moved.parent.mkdir(parents=True)
+    shutil.copy(train_slide, moved)
+    for name in ("/data/TCGA/batch 1/s.svs", "batch 1/s.svs", str(moved)):
+        assert locate_slide(name, tmp_path / "mnt") == moved
+    assert locate_slide("/data/other/t.svs", tmp_path / "mnt") == tmp_path / "mnt" / "data/other/t.svs"
+    assert locate_slide("/data/s.svs", None) == Path("/data/s.svs")
+    listed = write(tmp_path / "list", "/data/TCGA/batch 1/s.svs 600 700 0")
+    source = SlideListSource(listed, slide_root=tmp_path / "mnt")
+    assert source.read(0, [0])[0][0] == "/data/TCGA/batch 1/s.svs"
+    assert source.decode(sample_at(source, 0, 0)).shape == (224, 224, 3)
+    assert source.fingerprint == SlideListSource(listed, slide_root=tmp_path / "mnt").fingerprint
+    assert (
+        source.fingerprint != SlideListSource(listed, slide_root=tmp_path / "mnt", tile_size=256).fingerprint
+    )
+
+
+def test_missing_slides_are_found_before_training(train_slide: Path, tmp_path: Path) -> None:
+    listed = write(tmp_path / "list", f"{train_slide} 0 0 0", "/no/a.svs 0 0 0", "/no/b.svs 0 0 0")
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 slides of sample list .* the first is '/no/a.svs'"):
+        SlideListSource(listed)
+    with pytest.raises(ValueError, match="The tile size is 0 px"):
+        SlideListSource(listed, tile_size=0)
+
+
+def _identity(image: np.ndarray, index: int) -> np.ndarray:
+    return image
+
+
+def _as_list(samples: list[Sample]) -> list[Sample]:
+    return samples
+
+
+def test_loader_cuts_patches_in_the_order_of_any_other_source(
+    train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
+) -> None:
+    broken = damage_tile(train_slide, tmp_path / "broken.svs", 0, empty=True)
+    lines = [f"{train_slide} {400 + 2 * i} {600 + 4 * i} {i % 2}" for i in range(95)] + [f"{broken} 0 0 0"]
+    source = SlideListSource(write(tmp_path / "list", *lines), tile_size=64)
+    order = SampleOrder(source.unit_rows, seed=5, lanes=8, block_rows=16)
+    loader = make_train_loader(
+        source, _identity, _as_list, global_batch=8, rank=0, world_size=1, start_sample=16, order=order,
+        num_workers=2,
+    )  # fmt: skip
+    batches = iter(loader)
+    samples = [sample for _ in range(10) for sample in next(batches)]
+    assert [sample.index for sample in samples] == list(range(16, 96))
+    places = order.locate(np.arange(16, 96))
+    for sample, line in zip(samples, 64 * places.unit + places.row, strict=True):
+        assert sample.replaced == (line == 95)
+        i = 64 if line == 95 else line  # the next row of the unit, which wraps to its first line
+        x, y, level = 400 + 2 * i, 600 + 4 * i, i % 2
+        y, x = y >> level, x >> level
+        np.testing.assert_array_equal(sample.crops, stored_levels[level][y : y + 64, x : x + 64])
+    damages = [sample.damage for sample in samples if sample.replaced]
+    assert len(damages) == 1 and "broken.svs', level 0, column 0" in damages[0]
