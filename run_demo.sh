@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# From a slide to a trained, exported and inspected teacher, in minutes on a CPU or GPU and without downloaded data.
+# Sets up first if needed. All that it makes lies in one folder; an earlier demo there is moved aside.
+#
+#   OUTPUT_DIR    that folder (default: output_demo beside this file)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+demo=$(realpath -m "${OUTPUT_DIR:-$root/output_demo}")
+python=$root/.venv/bin/python
+cd "$root"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+die() { printf 'run_demo.sh: %s\n' "$*" >&2; exit 1; }
+stage() { printf '\n== %s\n   %s\n' "$1" "$2"; }
+
+# Renames an earlier demo so that a new one starts in its place; refuses to touch anything else.
+move_demo_aside() {
+    local aside
+    [[ -n $(find "$demo" -mindepth 1 -maxdepth 1 2>/dev/null) ]] || return 0
+    [[ -d $demo/slides ]] || die "OUTPUT_DIR=$demo is neither empty nor an earlier demo: name another folder."
+    aside=$demo.$(date +%Y%m%d-%H%M%S)
+    [[ ! -e $aside ]] || die "$aside exists already: wait a second and start again."
+    mv -- "$demo" "$aside"
+    printf 'Moved the earlier demo to %s\n' "$aside"
+}
+
+# Cuts the tiles of one slide into Parquet shards: name of the slide, tiles per level.
+cut_tiles() {
+    "$python" prepatching_scripts/create_sample_dataset_txt.py "$demo/slides/demo_$1.svs" \
+        --output "$demo/lists/$1.txt" --levels 0 1 --per-level "$2"
+    "$python" prepatching_scripts/build_parquet_sample_dataset.py "$demo/lists/$1.txt" \
+        --output "$demo/parquet/$1" --encoding jpeg
+}
+
+# Starts the training in the background and kills it outright once a checkpoint is there.
+train_until_killed() {
+    local pid
+    "${train[@]}" &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null || true' EXIT
+    until [[ -f $demo/run/last_checkpoint ]]; do
+        kill -0 "$pid" 2>/dev/null || die "The training ended before its first checkpoint; see above."
+        sleep 0.2
+    done
+    sleep 2 # a few more steps, which the resumed run has to make again
+    kill -KILL "$pid"
+    { wait "$pid" || true; } 2>/dev/null
+    printf "Killed the process after %s.\n" "$(<"$demo/run/last_checkpoint")"
+    trap - EXIT
+}
+
+stage "1/6 Set-up" "The environment in .venv, and what this machine offers."
+./install.sh
+move_demo_aside
+
+stage "2/6 Slides" "Two pyramidal slides, from scikit-image's micrograph re-stained as haematoxylin-eosin."
+"$python" prepatching_scripts/make_demo_slide.py --output-dir "$demo/slides"
+
+stage "3/6 Tiles" "Tissue positions go into sample lists, their tiles into Parquet; the white margin is rejected."
+cut_tiles train 300
+cut_tiles holdout 64
+
+train=(
+    "$python" dinov2/train/train.py --config-file dinov2/configs/train/demo.yaml --output-dir "$demo/run"
+    train.streaming_dataset_path="$demo/parquet/train"
+)
+stage "4/6 Training" "Watch total, ibot and kde fall. After the first checkpoint the process is killed (SIGKILL)."
+train_until_killed
+
+stage "5/6 Resuming" "The same command again: it resumes from the checkpoint and trains to the end."
+"${train[@]}"
+
+stage "6/6 Report" "Reloads the exported teacher, embeds the held-out tiles, draws what it has learnt."
+"$python" -m dinov2.report "$demo/run" --tiles "$demo/parquet/holdout" --output "$demo/report"
+
+cat <<END
+
+Done. The loss before and after is in the first table above.
+  run        $demo/run (config.yaml, metrics.jsonl, checkpoints/, eval/)
+  teacher    $(find "$demo/run/eval" -name '*.pth' | sort -V | tail -n 1)
+  drawings   $demo/report/{loss_curves,crops,pca}.png
+  report     $demo/report/report.html
+END
