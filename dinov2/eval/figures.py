@@ -1,0 +1,119 @@
+"""Drawings of a run: metrics, augmented crops, patch features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+MASK_GREY = 110
+MAX_LOCAL_CROPS = 6  # shown per tile
+PCA_PAIRS_PER_ROW = 4
+
+
+def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
+    """Every loss term, the learning rate, the gradient norms and the throughput against the step.
+
+    Args:
+        metrics: columns of ``metrics.jsonl`` by name, each (records,).
+    """
+    panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss")}
+    panels["learning rate"] = ["lr"]
+    panels["gradient norm before clipping"] = [name for name in metrics if name.startswith("grad_norm")]
+    panels["images per second"] = ["img_per_s"]
+    columns, rows = 3, -(-len(panels) // 3)
+    figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            _draw_line(axis, metrics["step"], metrics[name], name.removeprefix("grad_norm_"))
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axis.legend(fontsize=8, edgecolor="none", framealpha=0.8)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _draw_line(axis: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """The values; where there are many, faint under their running mean over 2 % of the run."""
+    window = len(values) // 50
+    if window < 2:
+        axis.plot(steps, values, lw=1.6, label=label)
+        return
+    (line,) = axis.plot(steps, values, lw=0.8, alpha=0.3)
+    smooth = np.convolve(values, np.ones(window) / window, "valid")
+    axis.plot(steps[window - 1 :], smooth, lw=1.6, color=line.get_color(), label=label)
+
+
+def draw_crops(tiles: Sequence[np.ndarray], batch: Mapping[str, Tensor], patch_size: int) -> Figure:
+    """Tiles, one per row, with their augmented views; masked patches are grey.
+
+    Args:
+        tiles: B arrays, uint8 (H, W, 3) RGB.
+        batch: what the collate function made of them: ``global_crops``, ``local_crops``, ``masks``.
+        patch_size: side of a patch in pixels.
+    """
+    images = len(tiles)
+    crops_and_masks = zip(batch["global_crops"], batch["masks"], strict=True)
+    masked = [_grey_out(crop, mask, patch_size) for crop, mask in crops_and_masks]
+    local = batch["local_crops"].permute(0, 2, 3, 1).numpy()[: MAX_LOCAL_CROPS * images]
+    views = [*tiles, *masked, *local]  # view-major
+    titles = ["tile", "global 1", "global 2", *(f"local {i + 1}" for i in range(len(local) // images))]
+    figure = Figure(figsize=(1.5 * len(titles), 1.55 * images + 0.3), layout="constrained")
+    axes = figure.subplots(images, len(titles), squeeze=False)
+    for axis, image in zip(axes.T.ravel(), views, strict=True):
+        _show(axis, image)
+    for axis, title, image in zip(axes[0], titles, views[::images], strict=True):
+        axis.set_title(f"{title}\n{image.shape[1]} px", fontsize=9)
+    return figure
+
+
+def _grey_out(crop: Tensor, mask: Tensor, patch_size: int) -> np.ndarray:
+    """uint8 (3, S, S) with the patches of a bool (N,) mask turned grey; (S, S, 3)."""
+    grid = mask.reshape(crop.shape[1] // patch_size, -1)
+    hidden = grid.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1).numpy()[..., None]
+    image = crop.permute(1, 2, 0).numpy()
+    return np.where(hidden, (0.1 * image + 0.9 * MASK_GREY).astype(np.uint8), image)
+
+
+def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
+    """Tiles, each beside the first three principal components of its patch features as red, green and blue.
+
+    Args:
+        tiles: uint8 (H, W, 3) RGB.
+        features: (len(tiles), rows, columns, D); the components are those of all tiles together.
+    """
+    rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    centred = rows - rows.mean(0)
+    _, sigma, components = np.linalg.svd(centred, full_matrices=False)
+    scores = centred @ components[:3].T
+    low, high = np.percentile(scores, [2, 98], axis=0)
+    colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*features.shape[:3], 3)
+    columns, lines = 2 * min(PCA_PAIRS_PER_ROW, len(tiles)), -(-len(tiles) // PCA_PAIRS_PER_ROW)
+    figure = Figure(figsize=(1.6 * columns, 1.7 * lines + 0.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for tile, colour, left, right in zip(tiles, colours, axes[::2], axes[1::2], strict=False):
+        _show(left, tile)
+        _show(right, colour)
+    for axis in axes[2 * len(tiles) :]:
+        axis.set_visible(False)
+    share = np.square(sigma[:3]).sum() / max(np.square(sigma).sum(), 1e-12)
+    title = f"tiles, and three principal components of their patch features ({share:.0%} of the variance)"
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    """An image in a thin frame, so that white ones have an edge."""
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_color("lightgrey")
