@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
+def save_teacher(
+    path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]
+) -> None:
     """Write ``{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}`` in fp32, then the JSON, atomically.
 
     Args:

@@ -63,7 +63,7 @@ def make_train_loader(
         ValueError: If the batch cannot be split over the ranks or `start_sample` is negative.
     """
     # In this process and before the fork: a forked child that stops the thread pool it inherited hangs.
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(1)
     reader = RankReader(
         source, order, global_batch=global_batch, rank=rank, world_size=world_size, start_sample=start_sample
     )

@@ -61,7 +61,9 @@ class Checkpointer:
         try:
             return json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"Checkpoint state {str(path)!r} is not JSON ({error}); remove that folder.") from error
+            raise ValueError(
+                f"Checkpoint state {str(path)!r} is not JSON ({error}); remove that folder."
+            ) from error
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write one checkpoint and drop those beyond ``keep``; all ranks must call.
@@ -136,7 +138,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"Checkpoint metadata names {module}.{name}, which is not checkpoint data.")
+        raise pickle.UnpicklingError(
+            f"Checkpoint metadata names {module}.{name}, which is not checkpoint data."
+        )
 
 
 @contextlib.contextmanager

@@ -43,7 +43,9 @@ def shard(
         mesh = init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
     keep = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": strategy == "FULL_SHARD"}
     for unit in units:
         fully_shard(unit, **keep)

@@ -24,16 +24,22 @@ class Attention(nn.Module):
         backend: "sdpa" (PyTorch's) or "xformers" (CUDA only).
 
     Raises:
-        ValueError: the heads do not divide the width, or the backend is unknown.
-        RuntimeError: the backend cannot be used here.
+        ValueError: the heads do not divide the width, or the backend is unknown or cannot be used here.
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True, backend: str = "sdpa"
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        backend: str = "sdpa",
     ):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"num_heads = {num_heads} does not divide the width {dim}; choose a divisor of it.")
+            raise ValueError(
+                f"num_heads = {num_heads} does not divide the width {dim}; choose a divisor of it."
+            )
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)

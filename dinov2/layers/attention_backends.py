@@ -18,8 +18,7 @@ def attention_backend(name: str) -> Attend:
     """Return the attention function called ``name``, after making sure that it can be used here.
 
     Raises:
-        ValueError: the name is unknown.
-        RuntimeError: the backend lacks its device or its package.
+        ValueError: the name is unknown, or the backend lacks its device or its package.
     """
     if name == "sdpa":
         return _sdpa
@@ -30,7 +29,8 @@ def attention_backend(name: str) -> Attend:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     try:
         return memory_efficient_attention(q, k, v)
     except NotImplementedError as error:  # the build has no kernel for this torch, device or dtype
-        raise RuntimeError(
+        raise ValueError(
             f"attention_backend = 'xformers' has no kernel here for {q.dtype} on {q.device} ({_one_line(error)}); "
             f"install the xformers build made for torch {torch.__version__}, or choose 'sdpa'."
         ) from error
@@ -47,11 +47,13 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _require_xformers() -> None:
     if not torch.cuda.is_available():
-        raise RuntimeError("attention_backend = 'xformers' needs a CUDA device and there is none; choose 'sdpa'.")
+        raise ValueError(
+            "attention_backend = 'xformers' needs a CUDA device and there is none; choose 'sdpa'."
+        )
     try:
         from xformers.ops import memory_efficient_attention  # noqa: F401
     except Exception as error:  # a build for another torch fails in its loader, with whatever that raises
-        raise RuntimeError(
+        raise ValueError(
             f"attention_backend = 'xformers' cannot be imported beside torch {torch.__version__} "
             f"({_one_line(error)}); install the xformers build made for it, or choose 'sdpa'."
         ) from error

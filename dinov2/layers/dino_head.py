@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class DINOHead(nn.Module):
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for inner, outer in zip(widths[:-2], widths[1:-1], strict=True):
+        for inner, outer in pairwise(widths[:-1]):
             norm = [nn.BatchNorm1d(outer)] if use_bn else []
             layers += [nn.Linear(inner, outer, bias=mlp_bias), *norm, nn.GELU()]
         last = nn.Linear(widths[-2], bottleneck_dim, bias=mlp_bias)

@@ -9,7 +9,7 @@ from dinov2.models.vision_transformer import ARCHITECTURES, DinoVisionTransforme
 
 def build_model_from_cfg(
     cfg: Any, only_teacher: bool = False
-) -> tuple[DinoVisionTransformer | None, DinoVisionTransformer, int]:
+) -> tuple[DinoVisionTransformer, DinoVisionTransformer, int] | tuple[DinoVisionTransformer, int]:
     """Build student and teacher backbones with fresh weights, on the default device.
 
     Args:
@@ -17,7 +17,10 @@ def build_model_from_cfg(
         only_teacher: leave the student out.
 
     Returns:
-        Student (None with ``only_teacher``), teacher (the same without stochastic depth), and their width.
+        Student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.
+
+    Raises:
+        ValueError: the architecture is unknown.
     """
     student = cfg.student
     arguments = {
@@ -31,11 +34,13 @@ def build_model_from_cfg(
         "num_register_tokens": student.num_register_tokens,
         "interpolate_antialias": student.interpolate_antialias,
         "interpolate_offset": student.interpolate_offset,
-        "attention_backend": student.attention_backend,
+        "attention_backend": getattr(student, "attention_backend", "sdpa"),
     }
+    if student.arch not in ARCHITECTURES:
+        raise ValueError(f"student.arch is {student.arch!r}; one of {', '.join(ARCHITECTURES)} is expected.")
     build = ARCHITECTURES[student.arch]
     teacher = build(**arguments)
     if only_teacher:
-        return None, teacher, teacher.embed_dim
+        return teacher, teacher.embed_dim
     drop_path = {"drop_path_rate": student.drop_path_rate, "drop_path_uniform": student.drop_path_uniform}
     return build(**arguments, **drop_path), teacher, teacher.embed_dim

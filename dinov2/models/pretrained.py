@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov2.models.vision_transformer import resample_grid
+from dinov2.models.positions import resample_positions
+from dinov2.models.transformers_layout import from_transformers, is_transformers_layout
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
 _SHOWN = 6  # keys named in an error
 
 
-def published_url(arch: str, patch_size: int, num_register_tokens: int) -> str:
+def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
     """Address of Meta's weights of an architecture.
 
+    Args:
+        arch: "vit_small", "vit_base", "vit_large" or "vit_giant2".
+        patch_size: in pixels.
+        num_register_tokens: 0 or 4.
+        ffn_layer: of the model that the weights are for; None leaves it unchecked.
+
     Raises:
-        ValueError: none are published for it.
+        ValueError: none are published for it, or the published ones have another feed-forward layer.
     """
     if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
         raise ValueError(
             f"There are no published DINOv2 weights for {arch} with patch size {patch_size} and {num_register_tokens} "
             f"registers; they exist for {', '.join(_PUBLISHED)} with patch size 14 and 0 or 4 registers."
+        )
+    published = ("swiglufused", "swiglu") if arch == "vit_giant2" else ("mlp",)
+    if ffn_layer is not None and ffn_layer not in published:
+        raise ValueError(
+            f"The published {arch} weights do not fit ffn_layer = {ffn_layer!r}; they need {published[0]!r}."
         )
     name = f"dinov2_{_PUBLISHED[arch]}14"
     return f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{'_reg4' if num_register_tokens else ''}_pretrain.pth"
@@ -39,32 +51,45 @@ def read_checkpoint(path_or_url: str) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or is damaged; or the address cannot be read.
     """
+    is_url = re.match(r"(https?|file)://", path_or_url)
+    if not is_url and not Path(path_or_url).is_file():
+        raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
     try:
-        if re.match(r"https?://", path_or_url):
+        if is_url:
             return torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
-        if not Path(path_or_url).is_file():
-            raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
+        if path_or_url.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path_or_url)
         return torch.load(path_or_url, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
         detail = " ".join(str(error).split())[:200]
-        raise ValueError(f"Weights {path_or_url!r} cannot be read ({detail}); a PyTorch .pth file is expected.") from error
+        raise ValueError(
+            f"Weights {path_or_url!r} cannot be read ({detail}); a PyTorch .pth or a .safetensors file is expected."
+        ) from error
 
 
-def backbone_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     """Find the backbone in a checkpoint: our exports, OpenMidnight's and Midnight's, Meta's, with or without wrappers.
 
-    Wrappers ``teacher``, ``model`` and ``state_dict``, prefixes ``module.`` and ``backbone.`` and chunked block
-    names are undone.
+    Wrappers ``teacher``, ``model`` and ``state_dict``, prefixes ``module.``, ``teacher.`` and ``backbone.``,
+    chunked block names and transformers' names are undone. Where nothing of the kind is found the result is empty
+    or fits no model.
     """
-    state: Any = checkpoint
-    for wrapper in ("teacher", "model", "state_dict"):
+    state = checkpoint
+    for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    if not isinstance(state, Mapping):
+        return {}
+    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    for prefix in ("module.", "teacher.", "backbone."):
+        if any(key.startswith(prefix) for key in state):
+            state = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
+    if is_transformers_layout(state):
+        return from_transformers(state)
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
 
 
@@ -73,34 +98,54 @@ def load_pretrained(model: nn.Module, path_or_url: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: keys or shapes do not fit; all are named.
+        ValueError: the file cannot be read, or its keys or shapes do not fit; see `check_fit`.
     """
-    checkpoint = read_checkpoint(path_or_url)
-    state = backbone_state_dict(checkpoint) if isinstance(checkpoint, Mapping) else {}
-    if "pos_embed" in state:
-        state["pos_embed"] = _fit_positions(state["pos_embed"], model.pos_embed.shape)
-    own = model.state_dict()
-    faults = _list("missing", own.keys() - state.keys()) + _list("unknown", state.keys() - own.keys())
-    faults += _list("of another shape", [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys() if state[key].shape != own[key].shape
-    ])  # fmt: skip
-    if faults:
-        raise ValueError(f"Weights {path_or_url!r} do not fit the model: {'; '.join(faults)}.")
+    state = backbone_state_dict(read_checkpoint(path_or_url))
+    positions, side = state.get("pos_embed"), math.isqrt(model.pos_embed.shape[1] - 1)
+    if positions is not None and _is_square_grid(positions):
+        state["pos_embed"] = resample_positions(positions, (side, side))
+    check_fit(model, state, path_or_url)
     model.load_state_dict(state)
 
 
-def _fit_positions(pos_embed: Tensor, shape: torch.Size) -> Tensor:
-    """Resample (1, 1 + n, D) to the shape of the model's; left alone where it is no square grid of that width."""
-    sides = [math.isqrt(max(count - 1, 0)) for count in (pos_embed.shape[1], shape[1])] if pos_embed.ndim == 3 else []
-    if not sides or sides[0] == sides[1] or sides[0] ** 2 + 1 != pos_embed.shape[1]:
-        return pos_embed
-    grid = pos_embed[:, 1:].float().unflatten(1, (sides[0], sides[0])).permute(0, 3, 1, 2)
-    grid = resample_grid(grid, (sides[1], sides[1]), antialias=True)
-    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict has exactly the keys and shapes of a model.
+
+    Weights with another number of registers are refused too: registers take part in every attention, so neither
+    fresh ones nor their absence would leave the features as they were trained.
+
+    Raises:
+        ValueError: it has not; says which are missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    registers = [_num_registers(state), _num_registers(own)]
+    shapes = {
+        key: f"{tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    }
+    faults = [
+        *_list("missing", own.keys() - state.keys()),
+        *_list("unknown", state.keys() - own.keys()),
+        *_list("of another shape", [f"{key} {difference}" for key, difference in shapes.items()]),
+    ]
+    if registers[0] != registers[1]:
+        faults.insert(0, f"they have {registers[0]} registers and the model {registers[1]}")
+    if faults:
+        raise ValueError(f"Weights {source!r} do not fit the model: {'; '.join(faults)}.")
 
 
-def _list(what: str, names: Any) -> list[str]:
+def _num_registers(state: Mapping[str, Tensor]) -> int:
+    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
+
+
+def _is_square_grid(positions: Tensor) -> bool:
+    return (
+        positions.ndim == 3 and math.isqrt(max(positions.shape[1] - 1, 0)) ** 2 == positions.shape[1] - 1 > 0
+    )
+
+
+def _list(what: str, names: Iterable[str]) -> list[str]:
     names = sorted(names)
     if not names:
         return []

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFN, SwiGLUFFNFused
+from dinov2.layers import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFNFused
 from dinov2.layers.packing import Segments, pack, unpack
 from dinov2.layers.stochastic_depth import draw_orders
+from dinov2.models.positions import resample_positions
 
 # Tensor dimensions below: B images, C channels, N patches, R registers, T packed rows of all images, D width.
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
-    "swiglu": SwiGLUFFN,
+    "swiglu": SwiGLUFFNFused,
     "swiglufused": SwiGLUFFNFused,
     "identity": lambda *args, **kwargs: nn.Identity(),
 }
@@ -37,19 +36,19 @@ class DinoVisionTransformer(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the feed-forward part over D.
         qkv_bias, ffn_bias, proj_bias: biases of the linear maps.
-        drop_path_rate: stochastic depth, of every block or of the last one.
-        drop_path_uniform: the same rate in every block; else rising linearly from 0.
+        drop_path_rate: rate of stochastic depth in the last block, in [0, 1).
+        drop_path_uniform: the same rate in every block; else it rises linearly from 0.
         init_values: initial LayerScale gain; None or 0 leaves LayerScale out.
         embed_layer, act_layer, block_fn: classes of the parts.
         ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
         block_chunks: accepted for compatibility; blocks are never chunked, and chunked state dicts load.
         num_register_tokens: R.
         interpolate_antialias: antialias when resampling the position grid.
-        interpolate_offset: added to the target grid's sides when resampling by scale; 0 resamples to exact sides.
+        interpolate_offset: in [0, 1), added to the target grid's sides when resampling; see `resample_positions`.
         attention_backend: "sdpa" or "xformers".
 
     Raises:
-        ValueError: an unknown feed-forward layer or attention backend.
+        ValueError: an unknown feed-forward layer or attention backend, or an offset out of range.
     """
 
     def __init__(
@@ -80,6 +79,10 @@ class DinoVisionTransformer(nn.Module):
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
             raise ValueError(f"ffn_layer is {ffn_layer!r}; one of {', '.join(FFN_LAYERS)} is expected.")
+        if not 0 <= interpolate_offset < 1:
+            raise ValueError(
+                f"interpolate_offset is {interpolate_offset}; a number from 0 to below 1 is expected."
+            )
         self.embed_dim = self.num_features = embed_dim
         self.n_blocks = depth
         self.num_heads = num_heads
@@ -88,16 +91,16 @@ class DinoVisionTransformer(nn.Module):
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
 
-        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.patch_embed = embed_layer(
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
+        )
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.register_tokens = (
             nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
         )
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
-        rates = [drop_path_rate] * depth
-        if not drop_path_uniform and depth > 1:
-            rates = [drop_path_rate * i / (depth - 1) for i in range(depth)]
+        rates = [drop_path_rate * (1 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
             block_fn(
                 dim=embed_dim,
@@ -155,7 +158,9 @@ class DinoVisionTransformer(nn.Module):
             return self._forward_crops([x], [masks])[0]
         return self._forward_crops(x, masks if masks is not None else [None] * len(x))
 
-    def forward_features_list(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict]:
+    def forward_features_list(
+        self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
+    ) -> list[dict]:
         """Meta's name for `forward_features` of a list."""
         return self._forward_crops(x_list, masks_list)
 
@@ -166,7 +171,9 @@ class DinoVisionTransformer(nn.Module):
             x = block(x, segments, [order[2 * i : 2 * i + 2] for order in orders] if orders else None)
         first_patch = 1 + self.num_register_tokens
         outputs = []
-        for prenorm, normed, mask in zip(unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True):
+        for prenorm, normed, mask in zip(
+            unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True
+        ):
             outputs.append(
                 {
                     "x_norm_clstoken": normed[:, 0],
@@ -189,12 +196,14 @@ class DinoVisionTransformer(nn.Module):
         return draw_orders(segments, 2 * self.n_blocks, device)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Class token, registers and patches with positions, float32 under autocast: (B, 1 + R + N, D)."""
+        """Class token, registers and patches with positions, float32 or better: (B, 1 + R + N, D)."""
         height, width = x.shape[-2:]
         patches = self.patch_embed(x)
         dtype = torch.promote_types(patches.dtype, torch.float32)
         patches = patches.to(dtype)
         if masks is not None:
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(f"masks are {tuple(masks.shape)}; {tuple(patches.shape[:2])} is expected.")
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(dtype), patches)
         tokens = torch.cat([self.cls_token.to(dtype).expand(len(x), -1, -1), patches], dim=1)
         tokens = tokens + self.interpolate_pos_encoding(tokens, height, width)
@@ -206,16 +215,11 @@ class DinoVisionTransformer(nn.Module):
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings (1, 1 + N, D) for an image of ``height`` x ``width`` px, in the dtype of ``x``.
 
-        The patch grid is resampled bicubically in float32 where its sides differ.
+        The patch grid is resampled where its sides differ; see `resample_positions`.
         """
+        size = (height // self.patch_size, width // self.patch_size)
         pos_embed = self.pos_embed.to(x.dtype)
-        side = math.isqrt(pos_embed.shape[1] - 1)
-        rows, columns = height // self.patch_size, width // self.patch_size
-        if (rows, columns) == (side, side):
-            return pos_embed
-        grid = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = resample_grid(grid, (rows, columns), self.interpolate_antialias, self.interpolate_offset)
-        return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(x.dtype)], dim=1)
+        return resample_positions(pos_embed, size, self.interpolate_antialias, self.interpolate_offset)
 
     def get_intermediate_layers(
         self,
@@ -249,18 +253,6 @@ class DinoVisionTransformer(nn.Module):
             grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
             patches = [p.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for p in patches]
         return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
-
-
-def resample_grid(grid: Tensor, size: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:
-    """Resample a position grid (1, D, h, w) bicubically to ``size``.
-
-    With an ``offset`` the scale factor is (side + offset) / old side, as in Meta's models without registers; the
-    sampling positions then differ slightly from those of the exact sides.
-    """
-    if not offset:
-        return F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
-    scale = tuple((new + offset) / old for new, old in zip(size, grid.shape[-2:], strict=True))
-    return F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
 
 
 def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:

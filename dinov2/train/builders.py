@@ -45,7 +45,10 @@ def build_source(config: Config, index_cache: Path | None = None) -> Source:
 
 def build_augmentation(config: Config) -> MultiCropAugmentation:
     """The multi-crop transform of the configuration."""
-    options = {field.name: getattr(config.augmentation, field.name) for field in dataclasses.fields(AugmentationOptions)}
+    options = {
+        field.name: getattr(config.augmentation, field.name)
+        for field in dataclasses.fields(AugmentationOptions)
+    }
     crops = config.crops
     return MultiCropAugmentation(
         AugmentationOptions(**options),
@@ -72,7 +75,12 @@ def build_collate(config: Config) -> MultiCropCollate:
 
 
 def build_loader(
-    config: Config, plan: RunPlan, source: Source, start_sample: int, order: dict[str, int], device: torch.device
+    config: Config,
+    plan: RunPlan,
+    source: Source,
+    start_sample: int,
+    order: dict[str, int],
+    device: torch.device,
 ) -> TrainLoader:
     """This rank's training loader.
 
@@ -144,7 +152,6 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
     Raises:
         FileNotFoundError, ValueError: weights are missing or do not fit.
     """
-    check_backend(config.student.attention_backend, device)
     torch.manual_seed(config.train.seed)
     arch = SSLMetaArch(config, weights_device="cpu" if is_main_process() else "meta")
     if is_main_process() and not from_checkpoint:
@@ -164,7 +171,9 @@ def load_starting_weights(arch: SSLMetaArch, config: Config) -> None:
     student = config.student
     weights = student.pretrained_weights
     if config.train.use_pretrained:
-        weights = published_url(student.arch, student.patch_size, student.num_register_tokens)
+        weights = published_url(
+            student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer
+        )
     if config.MODEL.WEIGHTS:
         load_export(arch.student, config.MODEL.WEIGHTS)
     elif weights:
@@ -183,25 +192,19 @@ def load_export(network: nn.ModuleDict, path: str) -> None:
     teacher = read_checkpoint(path).get("teacher", {})
     loaded = ["backbone"]
     for name in ("dino_head", "ibot_head"):
-        head = {key.removeprefix(f"{name}."): value for key, value in teacher.items() if key.startswith(f"{name}.")}
+        head = {
+            key.removeprefix(f"{name}."): value
+            for key, value in teacher.items()
+            if key.startswith(f"{name}.")
+        }
         if not head or name not in network:
             continue
         try:
             network[name].load_state_dict(head)
         except RuntimeError as error:
             detail = " ".join(str(error).split())
-            raise ValueError(f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail}).") from error
+            raise ValueError(
+                f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail})."
+            ) from error
         loaded.append(name)
     logger.info("%s initialised from %s.", ", ".join(loaded), path)
-
-
-def check_backend(backend: str, device: torch.device) -> None:
-    """Refuse an attention backend that the device cannot run.
-
-    Raises:
-        ValueError: naming the setting and the alternative.
-    """
-    if backend == "xformers" and device.type != "cuda":
-        raise ValueError(
-            f"student.attention_backend = xformers runs on CUDA only and this run is on {device.type}; use sdpa."
-        )

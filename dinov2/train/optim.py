@@ -21,13 +21,13 @@ def layer_decay(name: str, depth: int, rate: float) -> float:
     """
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
-        layer = int(block.group(1)) + 1
-    else:
-        layer = 0 if name.startswith(_EMBEDDINGS) else depth + 1
-    return rate ** (depth + 1 - layer)
+        return rate ** (depth - int(block[1]))
+    return rate ** (depth + 1) if name.startswith(_EMBEDDINGS) else 1.0
 
 
-def parameter_groups(student: nn.ModuleDict, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict]:
+def parameter_groups(
+    student: nn.ModuleDict, layerwise_decay: float, patch_embed_lr_mult: float
+) -> list[dict]:
     """Trainable parameters grouped by learning-rate factor, weight-decay factor and last-layer membership.
 
     Norms, LayerScale gains and biases are not decayed; tokens, the position grid and the last layer's gain are.
@@ -101,6 +101,9 @@ def adam_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
             state = optimizer.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
             states[names[parameter]] = dict(state)
     return states

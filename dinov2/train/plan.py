@@ -74,8 +74,7 @@ def make_plan(config: Config, world_size: int, global_batch: int | None = None) 
     )
 
 
-def flops_per_step(config: Config, backbone: nn.Module, dino_head: nn.Module, ibot_head: nn.Module | None,
-                   images: int) -> float:  # fmt: skip
+def flops_per_step(config: Config, student: nn.ModuleDict, images: int) -> float:
     """Arithmetic of one training step on ``images`` images, for model FLOPs utilisation.
 
     A product of (n, a) by (a, b) counts 2nab, a training pass three forward passes, attention 4 n^2 D forward.
@@ -83,15 +82,15 @@ def flops_per_step(config: Config, backbone: nn.Module, dino_head: nn.Module, ib
 
     Args:
         config: the run's configuration.
-        backbone: ViT (may be on the meta device).
-        dino_head: head of the CLS tokens.
-        ibot_head: head of the masked patches; None where it is shared.
+        student: ``backbone``, ``dino_head`` and, where separate, ``ibot_head``; may be on the meta device.
         images: images of the step on one process.
     """
     patch, crops = config.student.patch_size, config.crops
     n_global, n_local = ((size // patch) ** 2 for size in (crops.global_crops_size, crops.local_crops_size))
     extra = 1 + config.student.num_register_tokens
     b_global, b_local = 2 * images, crops.local_crops_number * images
+    backbone, dino_head = student["backbone"], student["dino_head"]
+    ibot_head = student["ibot_head" if "ibot_head" in student else "dino_head"]
     width = backbone.embed_dim
 
     student = teacher = 0.0
@@ -108,14 +107,16 @@ def flops_per_step(config: Config, backbone: nn.Module, dino_head: nn.Module, ib
     edges = [low + (high - low) * (j + 1) / masked_crops for j in range(masked_crops)]
     masked_rows = images // 2 * sum(int(n_global * edge) for edge in edges)
     heads = 2 * _linear_weights(dino_head) * (3 * (b_global + b_local) + b_global)
-    heads += 2 * _linear_weights(ibot_head or dino_head) * 4 * masked_rows
+    heads += 2 * _linear_weights(ibot_head) * 4 * masked_rows
     pixels = 2 * 3 * patch**2 * width
     embed = pixels * (2 * (b_global * n_global + b_local * n_local) + b_global * n_global)
     return student + teacher + heads + embed
 
 
-def describe_plan(config: Config, plan: RunPlan, parameters: int, flops: float) -> str:
+def describe_plan(config: Config, plan: RunPlan, student: nn.ModuleDict) -> str:
     """The plan as lines of text, for the start of a run and for ``--dry-run``."""
+    parameters = sum(p.numel() for p in student.parameters())
+    flops = flops_per_step(config, student, plan.local_batch)
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
     return "\n".join(
         (

@@ -19,7 +19,7 @@ from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.builders import DeviceBatches, build_arch, build_loader, build_source, order_parameters
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.optim import adam_state, build_optimizer
-from dinov2.train.plan import RunPlan, describe_plan, flops_per_step, make_plan
+from dinov2.train.plan import describe_plan, make_plan
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_resumable, describe_state
@@ -79,9 +79,12 @@ class Run:
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
         student = config.compute_precision.student
         in_fp16 = "fp16" in {
-            module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)
+            module.mixed_precision.param_dtype
+            for module in (student.backbone, student.dino_head, student.ibot_head)
         }
-        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16 and config.compute_precision.grad_scaler)
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=in_fp16 and config.compute_precision.grad_scaler
+        )
         if saved:
             self.checkpointer.load(self.state.step, self._tensors())
             self.scaler.load_state_dict(saved["scaler"])
@@ -95,7 +98,7 @@ class Run:
         """
         if is_main_process():
             save_config(self.config, self.output_dir / "config.yaml")
-        logger.info("%s", self.describe())
+        logger.info("%s", describe_plan(self.config, self.plan, self.arch.student))
         config = self.config
         trainer = Trainer(
             arch=self.arch,
@@ -114,13 +117,6 @@ class Run:
             hooks=self._hooks(),
         )
         trainer.fit()
-
-    def describe(self) -> str:
-        """The plan as lines of text."""
-        backbone, head = self.arch.student["backbone"], self.arch.student["dino_head"]
-        ibot_head = self.arch.student["ibot_head"] if "ibot_head" in self.arch.student else None
-        flops = flops_per_step(self.config, backbone, head, ibot_head, self.plan.local_batch)
-        return describe_plan(self.config, self.plan, sum(p.numel() for p in self.arch.student.parameters()), flops)
 
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
@@ -199,14 +195,11 @@ class Run:
 def dry_run(config: Config, world_size: int) -> str:
     """Check configuration and data, and describe the plan without allocating weights."""
     validate(config, world_size)
-    plan: RunPlan = make_plan(config, world_size)
+    plan = make_plan(config, world_size)
     source = build_source(config)
     with torch.device("meta"):
         arch = SSLMetaArch(config)
-    student = arch.student
-    ibot_head = student["ibot_head"] if "ibot_head" in student else None
-    flops = flops_per_step(config, student["backbone"], student["dino_head"], ibot_head, plan.local_batch)
-    text = describe_plan(config, plan, sum(p.numel() for p in student.parameters()), flops)
+    text = describe_plan(config, plan, arch.student)
     return f"{text}\n  data      {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes"
 
 

@@ -131,7 +131,9 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict]:
         """The student's parameter groups; see `parameter_groups`."""
-        return parameter_groups(self.student, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
+        return parameter_groups(
+            self.student, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
+        )
 
     def compute_losses(self, batch: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """The losses of one batch; all ranks must call.
@@ -209,9 +211,15 @@ class SSLMetaArch(nn.Module):
             patch_logits,
         )
 
-    def _apply_heads(self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def _apply_heads(
+        self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
-        precision = self.cfg.compute_precision.student if network is self.student else self.cfg.compute_precision.teacher
+        precision = (
+            self.cfg.compute_precision.student
+            if network is self.student
+            else self.cfg.compute_precision.teacher
+        )
         if "ibot_head" in network:
             with self._autocast(precision.dino_head):
                 cls_logits = network.dino_head(cls_tokens)

@@ -16,7 +16,7 @@ from dinov2.distributed import destroy_process_group, init_process_group
 from dinov2.logging import setup_logging
 from dinov2.train.guard import NonFiniteError
 from dinov2.train.run import Run, dry_run, prepare_output_dir
-from dinov2.utils.environment import select_device
+from dinov2.utils.environment import DeviceError, select_device
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,10 +24,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DINOv2 self-distillation on pathology tiles.")
     parser.add_argument("--config-file", help="YAML file, merged over ssl_default_config.yaml")
     parser.add_argument("--output-dir", help="the run's folder; train.output_dir where left out")
-    parser.add_argument("--no-resume", action="store_true", help="start anew; refused where the folder holds a run")
-    parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check configuration and data, show the plan and stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override configuration values")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew; refused where the folder holds a run"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check configuration and data, show the plan and stop"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override configuration values"
+    )
     return parser.parse_args(argv)
 
 
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.export_teacher(run.state)
         else:
             run.train()
-    except (ValueError, OSError, NonFiniteError) as error:
+    except (ValueError, OSError, DeviceError, NonFiniteError) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)
         return 2

@@ -23,6 +23,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState
 from dinov2.utils.seeding import step_seed
 
+
 class Trainer:
     """Runs the steps of a plan over batches and calls hooks around them.
 
@@ -132,7 +133,12 @@ class Trainer:
         step = self.state.step
         if step % self._log_period and step != self.plan.total_steps:
             return
-        record = {"step": step, "total_steps": self.plan.total_steps, **self._metrics.reduce(), **vars(values)}
+        record = {
+            "step": step,
+            "total_steps": self.plan.total_steps,
+            **self._metrics.reduce(),
+            **vars(values),
+        }
         record |= self._period.speed(step, self.plan)
         record["memory_gib"] = peak_memory_gib(self.arch.device)
         for sink in self._sinks:

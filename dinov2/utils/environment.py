@@ -17,13 +17,17 @@ ALLOW_CPU = "PATHFM_ALLOW_CPU"
 _REPORTED = ("torchvision", "numpy", "omegaconf", "pyarrow", "pillow", "opencv-python-headless", "xformers")
 
 
+class DeviceError(RuntimeError):
+    """The machine has a GPU that this process cannot use."""
+
+
 def select_device() -> torch.device:
     """Device of this process: its own GPU where one is usable, the CPU where the machine has none.
 
     The GPU is ``cuda:LOCAL_RANK``. An empty ``CUDA_VISIBLE_DEVICES`` chooses the CPU.
 
     Raises:
-        RuntimeError: the machine has a GPU that this process cannot use; the message holds the remedy.
+        DeviceError: the machine has a GPU that this process cannot use; the message holds the remedy.
             ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
     """
     if _gpus_hidden():
@@ -34,7 +38,7 @@ def select_device() -> torch.device:
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if os.environ.get(ALLOW_CPU) == "1":
         return torch.device("cpu")
-    raise RuntimeError(f"{problem} ({ALLOW_CPU}=1 runs on the CPU instead.)")
+    raise DeviceError(f"{problem} ({ALLOW_CPU}=1 runs on the CPU instead.)")
 
 
 def gpu_problem(index: int = 0) -> str | None:

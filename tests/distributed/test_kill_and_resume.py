@@ -65,7 +65,12 @@ def test_sigkill_on_two_processes_resumes_on_one(tmp_path: Path):
     state = json.loads(newest.read_text())
     assert state["samples"] == 8 * state["step"] < 8 * 20
     resumed = subprocess.run(
-        command(output_dir, shards, 1), env=environment(), timeout=120, capture_output=True, text=True, check=True
+        command(output_dir, shards, 1),
+        env=environment(),
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert f"Resumed from {newest.parent}" in resumed.stderr
     # The last record of a step is the valid one; all of them together are the uninterrupted run's curve, which

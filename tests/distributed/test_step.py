@@ -48,12 +48,18 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     batch = batch_of(config, rank, get_global_size())
     seen: dict[str, Tensor] = {}
     for step in range(2):
-        apply_schedule(optimizer, ScheduleValues(lr=1e-3, last_layer_lr=1e-3, wd=0.04, mom=0.9, teacher_temp=0.05))
+        apply_schedule(
+            optimizer, ScheduleValues(lr=1e-3, last_layer_lr=1e-3, wd=0.04, mom=0.9, teacher_temp=0.05)
+        )
         optimizer.zero_grad()
         losses = arch.compute_losses(batch, teacher_temp=0.05)
         losses["total_loss"].backward()
         if step == 0:
-            seen |= {f"grad/{name}": whole(p.grad) for name, p in arch.student.named_parameters() if p.grad is not None}
+            seen |= {
+                f"grad/{name}": whole(p.grad)
+                for name, p in arch.student.named_parameters()
+                if p.grad is not None
+            }
         norms = clip_by_module(arch.student, 0.5)
         optimizer.step()
         arch.update_teacher(0.9)
@@ -86,4 +92,6 @@ def test_two_processes_equal_one(overrides: tuple[str, ...]):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
         # Adam divides by the root of the second moment, which lifts rounding in the smallest gradients.
         atol = 2e-5 if name.startswith(("student", "teacher")) else 2e-6
-        torch.testing.assert_close(first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -44,7 +44,11 @@ def test_shipped_yaml_loads_and_is_valid(path: Path):
 def test_recipe_numbers():
     config = load_config(PACKAGE / "configs/train/vitg14_reg4.yaml")
     assert (config.optim.base_lr, config.optim.epochs, config.optim.early_stop) == (2e-4, 8000, 200)
-    assert (config.train.batch_size_per_gpu, config.student.drop_path_rate, config.optim.clip_grad) == (48, 0.4, 3.0)
+    assert (config.train.batch_size_per_gpu, config.student.drop_path_rate, config.optim.clip_grad) == (
+        48,
+        0.4,
+        3.0,
+    )
     assert (config.dino.head_n_prototypes, config.dino.head_bottleneck_dim, config.ibot.head_bottleneck_dim) == (
         131072, 384, 256)  # fmt: skip
     assert config.ibot.mask_ratio_min_max == (0.1, 0.45)
@@ -103,7 +107,7 @@ def test_missing_file():
 
 
 def test_malformed_override():
-    with pytest.raises(ConfigError, match="section.key=value"):
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
         load_config(None, ["--fast"])
 
 
@@ -130,7 +134,9 @@ def test_every_key_is_read_somewhere(key: str):
     if key in INERT_KEYS:
         return
     name = key.rsplit(".", 1)[1]
-    sources = [p.read_text() for p in PACKAGE.rglob("*.py") if "configs" not in p.parts or p.name == "__init__.py"]
+    sources = [
+        p.read_text() for p in PACKAGE.rglob("*.py") if "configs" not in p.parts or p.name == "__init__.py"
+    ]
     if key.startswith("augmentation."):
         assert any(re.search(rf"\b{name}\b", text) for text in sources), key
     else:

@@ -49,7 +49,9 @@ def test_refused(overrides: list[str], message: str):
 
 
 def test_all_faults_at_once():
-    config = load_config(None, [DATA, "crops.local_crops_size=97", "optim.base_lr=0", "train.batch_size_per_gpu=1"])
+    config = load_config(
+        None, [DATA, "crops.local_crops_size=97", "optim.base_lr=0", "train.batch_size_per_gpu=1"]
+    )
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size=1)
     assert len(caught.value.faults) == 3

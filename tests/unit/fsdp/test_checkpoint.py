@@ -16,7 +16,10 @@ from tests.helpers.spawn import run_ranks
 
 
 def tensors(value: float) -> dict:
-    return {"student": {"weight": torch.full((4, 3), value)}, "optimizer": {"weight": {"step": torch.tensor(value)}}}
+    return {
+        "student": {"weight": torch.full((4, 3), value)},
+        "optimizer": {"weight": {"step": torch.tensor(value)}},
+    }
 
 
 def test_newest_are_kept_and_named(tmp_path: Path):

@@ -47,6 +47,6 @@ def test_flops_of_the_full_recipe():
     masked = 24 * (int(256 * 0.275) + int(256 * 0.45))
     heads = 116_916_224 * (3 * 480 + 96) + 82_837_504 * 4 * masked
     pixels = 2 * 588 * width * (2 * (96 * 256 + 384 * 49) + 96 * 256)
-    counted = flops_per_step(config, student["backbone"], student["dino_head"], student["ibot_head"], images)
+    counted = flops_per_step(config, student, images)
     assert counted == student_flops + teacher_flops + heads + pixels
     assert counted == pytest.approx(249e12, rel=0.003)  # the published accounting has 3,402 masked rows

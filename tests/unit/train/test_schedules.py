@@ -23,7 +23,8 @@ def schedules_of(name: str, world_size: int, *overrides: str) -> Schedules:
 
 
 @pytest.mark.parametrize(
-    ("total", "warmup", "freeze", "start"), [(100, 10, 0, 0.0), (50, 0, 5, 0.1), (20, 20, 0, 0.04), (9, 1, 3, 0.2)]
+    ("total", "warmup", "freeze", "start"),
+    [(100, 10, 0, 0.0), (50, 0, 5, 0.1), (20, 20, 0, 0.04), (9, 1, 3, 0.2)],
 )
 def test_cosine_scheduler_equals_the_written_out_array(total: int, warmup: int, freeze: int, start: float):
     cosine = np.arange(total - warmup - freeze)

@@ -1,0 +1,42 @@
+"""What the documentation points at exists: files, tests, shipped configurations, keys."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from dinov2.configs.schema import Config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert not [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_exist(page: Path):
+    file = None
+    for name, test in re.findall(r"`([\w/]*\.?p?y?)::(\w+)`", page.read_text()):
+        file = ROOT / "tests" / name if name else file
+        assert f"def {test}(" in file.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_keys_exist(page: Path):
+    sections = {field.name: get_type_hints(Config)[field.name] for field in fields(Config)}
+    for section, key in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", page.read_text()):
+        if section in sections and is_dataclass(sections[section]) and key != "py":
+            assert key in {field.name for field in fields(sections[section])}, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_short_and_narrow(page: Path):
+    lines = page.read_text().splitlines()
+    assert len(lines) <= 200
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]

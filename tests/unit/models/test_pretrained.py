@@ -1,0 +1,164 @@
+"""Published weights and exports fill a backbone, whatever they are wrapped in."""
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from dinov2.models.pretrained import backbone_state_dict, load_pretrained, published_url, read_checkpoint
+from tests.helpers.backbones import chunked, random_backbone
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def export(state):
+    """Backbone and heads of a teacher, in a training run's chunks."""
+    return {**prefixed(chunked(state), "backbone."), "dino_head.mlp.0.weight": torch.zeros(2)}
+
+
+LAYOUTS = {
+    "Meta's file": lambda state: state,
+    "chunked": chunked,
+    "teacher export": lambda state: {"teacher": export(state)},
+    "Meta's training checkpoint": lambda state: {
+        "model": {**prefixed(export(state), "teacher."), **prefixed(export(state), "student.")},
+        "iteration": 7,
+    },
+    "teacher in a training checkpoint": lambda state: {"model": {"teacher": export(state)}, "optimizer": {}},
+    "state_dict": lambda state: {"state_dict": prefixed(state, "module."), "epoch": 3},
+    "data-parallel teacher": lambda state: {"teacher": prefixed(state, "module.backbone.")},
+}
+
+
+@pytest.fixture
+def teacher():
+    return random_backbone(num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0).float()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, teacher, tmp_path):
+    torch.save(LAYOUTS[layout](teacher.state_dict()), tmp_path / "weights.pth")
+    model = random_backbone(num_register_tokens=4).float()
+    load_pretrained(model, str(tmp_path / "weights.pth"))
+    torch.testing.assert_close(model.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_position_grid_is_resampled_as_timm_does(registers, tmp_path):
+    published = random_backbone(img_size=518, num_register_tokens=registers).float()
+    torch.save(published.state_dict(), tmp_path / "weights.pth")
+    model = random_backbone(img_size=224, num_register_tokens=registers).float()
+    load_pretrained(model, str(tmp_path / "weights.pth"))
+    assert model.pos_embed.shape == (1, 257, 96)
+    expected = resample_abs_pos_embed(published.pos_embed, [16, 16], num_prefix_tokens=1, antialias=True)
+    torch.testing.assert_close(model.pos_embed, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.cls_token, published.cls_token, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        ({"num_register_tokens": 0}, ["they have 4 registers and the model 0", "unknown: register_tokens."]),
+        ({"ffn_layer": "swiglufused"}, ["missing: blocks.0.mlp.w12.bias", "unknown: blocks.0.mlp.fc1.bias"]),
+        ({"depth": 4}, ["missing: blocks.3.attn.proj.bias", "and 8 more."]),
+        ({"patch_size": 28}, [r"patch_embed.proj.weight (96, 3, 14, 14) for (96, 3, 28, 28)."]),
+    ],
+)  # fmt: skip
+def test_misfits_are_named_and_change_nothing(change, faults, teacher, tmp_path):
+    torch.save(teacher.state_dict(), tmp_path / "weights.pth")
+    model = random_backbone(**{"num_register_tokens": 4, **change}).float()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"weights.pth' do not fit the model: ") as error:
+        load_pretrained(model, str(tmp_path / "weights.pth"))
+    assert [fault for fault in faults if fault not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_broken_position_grid_is_named(teacher, tmp_path):
+    state = teacher.state_dict()
+    torch.save({**state, "pos_embed": state["pos_embed"][:, :-3]}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"another shape: pos_embed \(1, 14, 96\) for \(1, 17, 96\)"):
+        load_pretrained(teacher, str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"teacher": "soon"}, {}, torch.zeros(3)], ids=repr)
+def test_files_without_a_backbone(content, teacher, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    assert backbone_state_dict(content) == {}
+    with pytest.raises(ValueError, match=r"weights.pth' do not fit the model: .*missing: blocks.0"):
+        load_pretrained(teacher, str(tmp_path / "weights.pth"))
+
+
+def test_missing_file():
+    with pytest.raises(
+        FileNotFoundError, match=r"'/no/such/weights.pth' does not exist; give a .pth file or a URL"
+    ):
+        read_checkpoint("/no/such/weights.pth")
+
+
+class Surprise:
+    def __reduce__(self):
+        return (print, ("arbitrary code",))
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "code"])
+def test_unreadable_files(kind, teacher, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    torch.save(Surprise() if kind == "code" else teacher.state_dict(), path)
+    if kind == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(
+        ValueError, match=r"weights.pth' cannot be read \(.*\); a PyTorch .pth or a .safetensors file"
+    ) as error:
+        read_checkpoint(str(path))
+    assert "\n" not in str(error.value)
+    assert "arbitrary code" not in capsys.readouterr().out
+
+
+def test_addresses_go_through_torch_hubs_cache(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    source = tmp_path / "published.pth"
+    torch.save(teacher.state_dict(), source)
+    address = source.as_uri()
+    first = read_checkpoint(address)
+    assert (tmp_path / "hub/checkpoints/published.pth").is_file()
+    source.unlink()
+    torch.testing.assert_close(read_checkpoint(address), first, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"file:///no/such.pth' cannot be read"):
+        read_checkpoint("file:///no/such.pth")
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "name"),
+    [
+        ("vit_small", 0, "dinov2_vits14/dinov2_vits14_pretrain.pth"),
+        ("vit_base", 4, "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
+        ("vit_large", 0, "dinov2_vitl14/dinov2_vitl14_pretrain.pth"),
+        ("vit_giant2", 4, "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth"),
+    ],
+)
+def test_published_addresses(arch, registers, name):
+    assert published_url(arch, 14, registers) == f"https://dl.fbaipublicfiles.com/dinov2/{name}"
+
+
+@pytest.mark.parametrize("what", [("vit_tiny", 14, 4), ("vit_giant2", 16, 4), ("vit_giant2", 14, 2)])
+def test_unpublished_architectures(what):
+    with pytest.raises(
+        ValueError, match=f"no published DINOv2 weights for {what[0]} with patch size {what[1]}"
+    ):
+        published_url(*what)
+
+
+@pytest.mark.parametrize(
+    ("arch", "other", "needed"), [("vit_small", "swiglufused", "mlp"), ("vit_giant2", "mlp", "swiglufused")]
+)
+def test_published_feed_forward_layers(arch, other, needed):
+    assert published_url(arch, 14, 4, needed) == published_url(arch, 14, 4)
+    with pytest.raises(
+        ValueError, match=f"published {arch} weights do not fit ffn_layer = '{other}'; they need '{needed}'"
+    ):
+        published_url(arch, 14, 4, other)
