@@ -87,3 +87,14 @@ def test_weights_on_the_meta_device_are_drawn_after_materialising():
             parameter.fill_(float("nan"))
     head.init_weights()
     assert all(p.isfinite().all() for p in head.parameters())
+
+
+def test_initial_weights_reach_every_parameter():
+    with torch.device("meta"):
+        head = DINOHead(16, 32, use_bn=True, hidden_dim=24, bottleneck_dim=8)
+    head.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.fill_(torch.nan)
+    head.init_weights()
+    assert [name for name, value in head.state_dict().items() if not value.isfinite().all()] == []

@@ -127,6 +127,16 @@ def test_stochastic_depth_acts_in_training_only():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_every_branch_draws_its_own_images():
+    model, seen = random_backbone(drop_path_rate=0.4, drop_path_uniform=True).train(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(
+            lambda _, args: seen.extend(order for orders in args[2] for order in orders)
+        )
+    model([images(40, 14), images(40, 28)], is_training=True)
+    assert len({tuple(order.tolist()) for order in seen}) == 3 * 2 * 2  # blocks, branches, crop sizes
+
+
 def independent_grid(model, rows, columns):
     """Positions for a grid by PyTorch's interpolation, with exact sides or with the scale (side + offset) / 4."""
     grid = model.pos_embed[0, 1:].reshape(4, 4, 96).permute(2, 0, 1)[None].float()
