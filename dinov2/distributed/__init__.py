@@ -5,11 +5,15 @@ rank, number 0, and every collective returns what it was given.
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
+_TIMEOUT = timedelta(minutes=30)
 
 
 def is_enabled() -> bool:
@@ -52,11 +56,11 @@ def init_process_group(device: torch.device) -> None:
     if "RANK" not in os.environ or is_enabled():
         return
     if device.type != "cuda":
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
         return
     device = torch.device("cuda", get_local_rank() if device.index is None else device.index)
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
 
 
 def destroy_process_group() -> None:

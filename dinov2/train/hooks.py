@@ -34,18 +34,16 @@ class PeriodicHook:
     Args:
         period: steps.
         action: writes something of the present state; all ranks call it.
-        at_start: whether the step a run starts from counts as not yet acted on.
     """
 
-    def __init__(self, period: int, action: Callable[[TrainState], None], at_start: bool = False):
+    def __init__(self, period: int, action: Callable[[TrainState], None]):
         self.period = period
         self.action = action
-        self.at_start = at_start
         self._last: int | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Note where the run starts."""
-        self._last = None if self.at_start else trainer.state.step
+        """The step that a run resumes from has been acted on."""
+        self._last = trainer.state.step
 
     def after_step(self, trainer: Trainer) -> None:
         """Act when due."""
