@@ -154,6 +154,7 @@ class StudentConfig:
     layerscale: float
     drop_path_uniform: bool
     pretrained_weights: str
+    pretrained_pos_embed: bool
     ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"]
     block_chunks: int
     qkv_bias: bool

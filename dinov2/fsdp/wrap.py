@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -38,6 +39,8 @@ def shard(
             residual stream stays fp32 and autocast rounds at each product.
         reduce_dtype: dtype of the gradient average over ranks.
     """
+    # It warns that views of a module's output must not be changed in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     world = get_global_size()
     if strategy == "NO_SHARD":
         mesh = init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))

@@ -93,17 +93,24 @@ def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
 
 
-def load_pretrained(model: nn.Module, path_or_url: str) -> None:
+def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) -> None:
     """Fill a backbone from a file, its position grid resampled (bicubic, antialiased, exact sides) to the model's.
+
+    Args:
+        model: the backbone.
+        path_or_url: the file.
+        positions: whether to take the position grid; otherwise the model keeps its own.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read, or its keys or shapes do not fit; see `check_fit`.
     """
     state = backbone_state_dict(read_checkpoint(path_or_url))
-    positions, side = state.get("pos_embed"), math.isqrt(model.pos_embed.shape[1] - 1)
-    if positions is not None and _is_square_grid(positions):
-        state["pos_embed"] = resample_positions(positions, (side, side))
+    grid, side = state.get("pos_embed"), math.isqrt(model.pos_embed.shape[1] - 1)
+    if not positions:
+        state["pos_embed"] = model.pos_embed.detach()
+    elif grid is not None and _is_square_grid(grid):
+        state["pos_embed"] = resample_positions(grid, (side, side))
     check_fit(model, state, path_or_url)
     model.load_state_dict(state)
 

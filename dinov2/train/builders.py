@@ -177,7 +177,7 @@ def load_starting_weights(arch: SSLMetaArch, config: Config) -> None:
     if config.MODEL.WEIGHTS:
         load_export(arch.student, config.MODEL.WEIGHTS)
     elif weights:
-        load_pretrained(arch.student.backbone, weights)
+        load_pretrained(arch.student.backbone, weights, student.pretrained_pos_embed)
         logger.info("Backbone initialised from %s.", weights)
     arch.copy_student_to_teacher()
 

@@ -56,6 +56,15 @@ def test_position_grid_is_resampled_as_timm_does(registers, tmp_path):
     torch.testing.assert_close(model.cls_token, published.cls_token, rtol=0, atol=0)
 
 
+def test_position_grid_can_be_left_as_it_starts(teacher, tmp_path):
+    torch.save(teacher.state_dict(), tmp_path / "weights.pth")
+    model = random_backbone(num_register_tokens=4).float()
+    start = model.pos_embed.detach().clone()
+    load_pretrained(model, str(tmp_path / "weights.pth"), positions=False)
+    assert torch.equal(model.pos_embed, start) and not torch.equal(model.pos_embed, teacher.pos_embed)
+    assert torch.equal(model.cls_token, teacher.cls_token)
+
+
 @pytest.mark.parametrize(
     ("change", "faults"),
     [
