@@ -9,15 +9,18 @@ demo=$(realpath -m "${OUTPUT_DIR:-$root/output_demo}")
 python=$root/.venv/bin/python
 cd "$root"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# A thread per core is slow as soon as anything else runs, and on a shared host there are more cores than ours.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 die() { printf 'run_demo.sh: %s\n' "$*" >&2; exit 1; }
 stage() { printf '\n== %s\n   %s\n' "$1" "$2"; }
 
-# Renames an earlier demo so that a new one starts in its place; refuses to touch anything else.
+is_empty() { [[ -z $(find "$demo" -mindepth 1 -maxdepth 1 2>/dev/null) ]]; }
+
+# Renames an earlier demo so that a new one starts in its place.
 move_demo_aside() {
     local aside
-    [[ -n $(find "$demo" -mindepth 1 -maxdepth 1 2>/dev/null) ]] || return 0
-    [[ -d $demo/slides ]] || die "OUTPUT_DIR=$demo is neither empty nor an earlier demo: name another folder."
+    is_empty && return
     aside=$demo.$(date +%Y%m%d-%H%M%S)
     [[ ! -e $aside ]] || die "$aside exists already: wait a second and start again."
     mv -- "$demo" "$aside"
@@ -32,22 +35,26 @@ cut_tiles() {
         --output "$demo/parquet/$1" --encoding jpeg
 }
 
-# Starts the training in the background and kills it outright once a checkpoint is there.
+# Starts the training in the background and kills it outright some steps after its first checkpoint.
 train_until_killed() {
-    local pid
+    local pid logged=""
     "${train[@]}" &
     pid=$!
     trap 'kill "$pid" 2>/dev/null || true' EXIT
-    until [[ -f $demo/run/last_checkpoint ]]; do
-        kill -0 "$pid" 2>/dev/null || die "The training ended before its first checkpoint; see above."
-        sleep 0.2
+    until [[ -n $logged && $(records) -gt $logged ]]; do
+        kill -0 "$pid" 2>/dev/null || die "The training ended before it could be killed; see above."
+        [[ -n $logged || ! -f $demo/run/last_checkpoint ]] || logged=$(records)
+        sleep 0.1
     done
-    sleep 2 # a few more steps, which the resumed run has to make again
     kill -KILL "$pid"
     { wait "$pid" || true; } 2>/dev/null
-    printf "Killed the process after %s.\n" "$(<"$demo/run/last_checkpoint")"
     trap - EXIT
+    printf 'Killed after %s, which is the last checkpoint.\n' "$(<"$demo/run/last_checkpoint")"
 }
+
+records() { wc -l <"$demo/run/metrics.jsonl"; }
+
+is_empty || [[ -d $demo/slides ]] || die "OUTPUT_DIR=$demo is neither empty nor an earlier demo: name another."
 
 stage "1/6 Set-up" "The environment in .venv, and what this machine offers."
 ./install.sh
@@ -67,10 +74,10 @@ train=(
 stage "4/6 Training" "Watch total, ibot and kde fall. After the first checkpoint the process is killed (SIGKILL)."
 train_until_killed
 
-stage "5/6 Resuming" "The same command again: it resumes from the checkpoint and trains to the end."
+stage "5/6 Resuming" "The same command resumes from the checkpoint: the steps it makes again have the same losses."
 "${train[@]}"
 
-stage "6/6 Report" "Reloads the exported teacher, embeds the held-out tiles, draws what it has learnt."
+stage "6/6 Report" "The exported teacher is loaded, held-out tiles are embedded, and all is drawn: open report.html."
 "$python" -m dinov2.report "$demo/run" --tiles "$demo/parquet/holdout" --output "$demo/report"
 
 cat <<END
