@@ -20,7 +20,7 @@ class NonFiniteError(RuntimeError):
 class _Observation:
     step: int
     terms: dict[str, Tensor]
-    bad_ranks: Tensor  # (world,) on the host; valid once `copied` has passed
+    bad: Tensor  # (world + 1,), the ranks' losses, then the gradient; on the host, valid once `copied` has passed
     copied: torch.cuda.Event | None
 
 
@@ -41,20 +41,26 @@ class FiniteGuard:
         self._delay = delay
         self._pending: deque[_Observation] = deque()
 
-    def observe(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def observe(self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
         """Fold one step's values (0-d tensors, each to be finite) into the flag; all ranks must call.
+
+        Args:
+            step: zero-based.
+            losses: of this rank's samples.
+            norms: of the gradient, which the ranks share and which therefore names none of them; may be empty.
 
         Raises:
             NonFiniteError: the step observed ``delay`` steps ago was bad.
         """
-        finite = torch.isfinite(torch.stack([value.detach().float() for value in values.values()])).all()
-        bad_ranks = torch.zeros(get_global_size(), device=finite.device)
-        bad_ranks[get_global_rank()] = 1 - finite.float()
-        all_reduce_sum(bad_ranks)
-        self.healthy = self.healthy * (bad_ranks.sum() == 0)
-        host = torch.empty(bad_ranks.shape, pin_memory=finite.is_cuda).copy_(bad_ranks, non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
-        self._pending.append(_Observation(step, {k: v.detach() for k, v in values.items()}, host, copied))
+        bad = torch.zeros(get_global_size() + 1, device=self.healthy.device)
+        bad[get_global_rank()] = _any_non_finite(losses)
+        bad[-1] = _any_non_finite(norms) if norms else 0.0
+        all_reduce_sum(bad)
+        self.healthy = self.healthy * (bad.sum() == 0)
+        host = torch.empty(bad.shape, pin_memory=bad.is_cuda).copy_(bad, non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if bad.is_cuda else None
+        terms = {name: value.detach() for name, value in {**losses, **norms}.items()}
+        self._pending.append(_Observation(step, terms, host, copied))
         if len(self._pending) > self._delay:
             self._check(self._pending.popleft())
 
@@ -70,16 +76,21 @@ class FiniteGuard:
     def _check(self, seen: _Observation) -> None:
         if seen.copied is not None:
             seen.copied.synchronize()
-        if not seen.bad_ranks.any():
+        if not seen.bad.any():
             return
-        share = self._global_batch // get_global_size()
-        places = []
-        for rank in seen.bad_ranks.nonzero().flatten().tolist():
-            first = seen.step * self._global_batch + rank * share
-            places.append(f"rank {rank} (samples {first} to {first + share - 1})")
+        first, share = seen.step * self._global_batch, self._global_batch // get_global_size()
+        places = [
+            f"on rank {rank} (samples {first + rank * share} to {first + (rank + 1) * share - 1})"
+            for rank in seen.bad[:-1].nonzero().flatten().tolist()
+        ] or [f"in the gradient of all ranks (samples {first} to {first + self._global_batch - 1})"]
         terms = ", ".join(f"{name} = {value.item():g}" for name, value in seen.terms.items())
         raise NonFiniteError(
-            f"Step {seen.step} is not finite on {', '.join(places)}; rank {get_global_rank()} has {terms}. No weight "
+            f"Step {seen.step} is not finite {', '.join(places)}; rank {get_global_rank()} has {terms}. No weight "
             "was updated from that step on: resume from the last checkpoint, with a lower optim.base_lr or "
             "optim.clip_grad if it happens again."
         )
+
+
+def _any_non_finite(values: Mapping[str, Tensor]) -> Tensor:
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    return 1 - torch.isfinite(stacked).all().float()

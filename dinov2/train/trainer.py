@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Iterable, Sequence
@@ -80,7 +81,9 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite; no update was made from that step on.
         """
-        try:
+        with contextlib.ExitStack() as stack:
+            for closable in reversed((*self._hooks, *self._sinks)):
+                stack.callback(closable.close)
             for hook in self._hooks:
                 hook.on_start(self)
             batches = iter(self._batches)
@@ -95,9 +98,6 @@ class Trainer:
             self.guard.flush()
             for hook in self._hooks:
                 hook.on_end(self)
-        finally:
-            for closable in (*self._hooks, *self._sinks):
-                closable.close()
 
     def train_step(self, batch: dict[str, Any]) -> None:
         """One optimiser step on one batch (device tensors); all ranks must call."""
@@ -107,13 +107,14 @@ class Trainer:
         torch.manual_seed(step_seed(self._seed, step, get_global_rank()))
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.arch.compute_losses(batch, values.teacher_temp)
-        # Dividing by the healthy flag makes every later gradient non-finite after a bad step, which a loss
-        # scaler then skips; while healthy it divides by one.
-        self.scaler.scale(losses["total_loss"] / self.guard.healthy).backward()
+        # A loss scaler skips an update for the sake of its gradients alone. Dividing by zero makes them non-finite
+        # where the loss is, and after a bad step; in health it divides by one.
+        healthy = self.guard.healthy * torch.isfinite(losses["total_loss"])
+        self.scaler.scale(losses["total_loss"] / healthy).backward()
         self.scaler.unscale_(self.optimizer)
         norms = clip_by_module(self.arch.student, self._clip_grad)
         # A non-finite gradient under a loss scaler is an overflow, which the scaler handles by itself.
-        self.guard.observe(step, losses if self.scaler.is_enabled() else {**losses, **norms})
+        self.guard.observe(step, losses, {} if self.scaler.is_enabled() else norms)
         self._update(values.mom)
         self.state.step += 1
         self.state.samples += self.plan.global_batch

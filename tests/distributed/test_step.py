@@ -5,39 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from dinov2.configs import Config, load_config
-from dinov2.data import MultiCrops, Sample, normalize
+from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
-from dinov2.train.builders import build_arch, build_collate
+from dinov2.train.builders import build_arch
 from dinov2.train.optim import adam_state, apply_schedule, build_optimizer, clip_by_module
 from dinov2.train.schedules import ScheduleValues
+from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 from tests.helpers.spawn import run_ranks
+from tests.helpers.training import whole
 
 IMAGES = 8
 EXACT = ("student.drop_path_rate=0", "dino.kde_gather=true", "dino.koleo_gather=true",
          "train.streaming_dataset_path=unused")  # fmt: skip
-
-
-def batch_of(config: Config, rank: int, world: int) -> dict:
-    """This rank's share of eight fixed random images."""
-    pixels = torch.Generator().manual_seed(7)
-    samples = []
-    for index in range(IMAGES):
-        crops = MultiCrops(
-            torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8, generator=pixels),
-            torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, generator=pixels),
-        )
-        samples.append(Sample(index, crops, "slide", replaced=False))
-    share = IMAGES // world
-    batch = build_collate(config)(samples[rank * share : (rank + 1) * share])
-    return batch | {name: normalize(batch[name]) for name in ("global_crops", "local_crops")}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
@@ -45,7 +26,7 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     config = load_config(None, [*TINY, *EXACT, *overrides])
     arch = build_arch(config, torch.device("cpu"), from_checkpoint=False)
     optimizer = build_optimizer(arch.get_params_groups(), (0.9, 0.999))
-    batch = batch_of(config, rank, get_global_size())
+    batch = random_batch(config, IMAGES, rank, get_global_size())
     seen: dict[str, Tensor] = {}
     for step in range(2):
         apply_schedule(
