@@ -58,12 +58,12 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     "overrides",
     [
         (),
-        ("ibot.separate_head=false", "train.centering=centering"),
+        ("ibot.separate_head=false", "train.centering=centering", "train.unfreeze_last_n_blocks=1"),
         ("compute_precision.student.backbone.sharding_strategy=FULL_SHARD",
          "compute_precision.student.dino_head.sharding_strategy=NO_SHARD",
          "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD"),
     ],
-    ids=["sinkhorn", "shared-head-centering", "other-sharding"],
+    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding"],
 )  # fmt: skip
 def test_two_processes_equal_one(overrides: tuple[str, ...]):
     one = two_steps(0, overrides)
