@@ -22,16 +22,27 @@ def save_teacher(
         modules: whole state dict of each module by name.
         metadata: JSON-serialisable: ``architecture`` (the backbone's constructor arguments), ``step``,
             ``samples``, ``config``.
+
+    Raises:
+        OSError: the files cannot be written.
     """
     teacher = {
         f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
         for module, state in modules.items()
         for key, tensor in state.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    torch.save({"teacher": teacher}, beside)
-    json_beside = path.with_name(f"{path.stem}.json.tmp{os.getpid()}")
-    json_beside.write_text(json.dumps(dict(metadata), indent=1))
-    json_beside.replace(path.with_suffix(".json"))
-    beside.replace(path)
+    beside, json_beside = (
+        path.with_name(f"{path.stem}{kind}.tmp{os.getpid()}") for kind in (".pth", ".json")
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"teacher": teacher}, beside)
+        json_beside.write_text(json.dumps(dict(metadata), indent=1))
+        json_beside.replace(path.with_suffix(".json"))
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+        for unfinished in (beside, json_beside):
+            unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"Teacher {str(path)!r} cannot be written ({error}); make room or mend the folder."
+        ) from error

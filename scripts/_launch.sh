@@ -48,7 +48,7 @@ move_run_aside() {
     [[ -e $folder ]] || return 0
     [[ -d $folder ]] || die "OUTPUT_DIR=$folder is a file: name a folder."
     # A start that failed before its first step leaves no more than these.
-    [[ -n $(find "$folder/" -mindepth 1 -maxdepth 1 ! -name config.yaml ! -name stream_index) ]] || return 0
+    [[ -n $(find "$folder/" -mindepth 1 -maxdepth 1 ! -name config.yaml ! -name stream_index ! -name logs ! -name .lock) ]] || return 0
     is_run_folder "$folder" || die "OUTPUT_DIR=$folder is neither empty nor an earlier run: name another folder."
     aside=$folder.$(date +%Y%m%d-%H%M%S)
     [[ ! -e $aside ]] || die "$aside exists already: wait a second and start again."
@@ -82,10 +82,10 @@ case $RESUME in
     *) die "RESUME=$RESUME is neither True nor False." ;;
 esac
 
-# One process needs no torchrun, whose report would bury the one sentence that a wrong setting ends in.
+# One process needs no torchrun.
 torchrun=()
 if [[ $NNODES -gt 1 || $NPROC_PER_NODE -gt 1 ]]; then
-    torchrun=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE")
+    torchrun=("$root/scripts/_torchrun.py" --nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE")
     if [[ $NNODES -eq 1 && -z ${MASTER_PORT:-} ]]; then
         torchrun+=(--standalone)
     else

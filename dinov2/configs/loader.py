@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import math
 import os
+import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +50,7 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
     if malformed:
         raise ConfigError([f"Override {item!r} is not of the form section.key=value." for item in malformed])
     try:
-        merged = OmegaConf.merge(user, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(user, *map(_read_override, overrides))
         mapping = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([f"The configuration cannot be merged: {str(error).splitlines()[0]}"]) from error
@@ -74,10 +76,13 @@ def config_from_mapping(user: Mapping[str, Any] | DictConfig) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the merged configuration as YAML, atomically; an equal file is left untouched."""
+    """Write the merged configuration as YAML, atomically; an unequal earlier file is kept under its date."""
     text = yaml.safe_dump(_plain(config), sort_keys=False)
-    if path.exists() and path.read_text() == text:
-        return
+    if path.exists():
+        if path.read_bytes() == text.encode():
+            return
+        written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(path.with_name(f"{path.stem}.{written}{path.suffix}"))
     beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
     beside.write_text(text)
     beside.replace(path)
@@ -88,12 +93,20 @@ def _read_yaml(path: Path) -> DictConfig:
         raise FileNotFoundError(f"Config file {str(path)!r} does not exist; give the path of a YAML file.")
     try:
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         detail = " ".join(str(error).split())
-        raise ConfigError([f"Config file {str(path)!r} is not valid YAML: {detail}"]) from error
+        raise ConfigError([f"Config file {str(path)!r} is not YAML that can be read: {detail}"]) from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError([f"Config file {str(path)!r} holds a list; sections with keys are expected."])
     return loaded
+
+
+def _read_override(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError([f"Override {override!r} has no value in YAML syntax: {detail}"]) from error
 
 
 def _decode_section(section: type, user: Any, defaults: Any, path: str, faults: list[str]) -> Any:
@@ -120,7 +133,7 @@ def _decode_section(section: type, user: Any, defaults: Any, path: str, faults: 
 def _decode_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     try:
         return _convert(hint, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         faults.append(f"{path} = {value!r} is not valid; expected {_describe(hint)}.")
         return None
 
@@ -141,9 +154,11 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is str and value is None:  # `key:` with nothing after it
         return ""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if type(value) is not hint:
         raise TypeError
+    if (hint is float and not math.isfinite(value)) or (hint is int and abs(value) >= 2**64):
+        raise ValueError
     return value
 
 
@@ -155,7 +170,12 @@ def _describe(hint: Any) -> str:
         return f"{_describe(args[0])} or null"
     if origin is tuple:
         return f"a list of {len(args)} values, each {_describe(args[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
+    return {
+        bool: "true or false",
+        int: "a whole number of at most 64 bits",
+        float: "a finite number",
+        str: "a text",
+    }[hint]
 
 
 def _unknown_key(path: str, key: str, known: list[str]) -> str:

@@ -56,6 +56,7 @@ _NON_NEGATIVE = (
     "train.stream_lanes",
     "train.unfreeze_last_n_blocks",
     "student.num_register_tokens",
+    "student.layerscale",
     "crops.local_crops_number",
     "dino.loss_weight",
     "dino.koleo_loss_weight",
@@ -142,11 +143,12 @@ def _mask_faults(config: Config) -> Iterator[str]:
             f"ibot.mask_sample_probability = {share} is not a multiple of 0.25; masks are stratified over the "
             "four global crops of two images, so 0, 0.25, 0.5, 0.75 or 1 are accepted."
         )
-    if config.ibot.loss_weight > 0 and (share == 0 or high == 0):
+    side = config.crops.global_crops_size // max(config.student.patch_size, 1)
+    if config.ibot.loss_weight > 0 and (share == 0 or side < 2 or side * side * high < 1):
         yield (
             f"ibot.loss_weight = {config.ibot.loss_weight} needs masked patches, but "
-            f"ibot.mask_sample_probability = {share} and ibot.mask_ratio_min_max = [{low}, {high}] mask none; "
-            "set the weight to 0 or raise the two."
+            f"ibot.mask_sample_probability = {share} and ibot.mask_ratio_min_max = [{low}, {high}] mask none of "
+            f"{side} x {side} patches; set the weight to 0 or raise the two."
         )
 
 
@@ -166,15 +168,25 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
     if batch % 2:
         yield f"train.batch_size_per_gpu = {batch} is odd; masks are stratified over pairs of images, so it is even."
     optim = config.optim
+    last_epoch = optim.epochs if optim.early_stop is None else optim.early_stop
     if optim.early_stop is not None and not 0 < optim.early_stop <= optim.epochs:
         yield f"optim.early_stop = {optim.early_stop} is not in (0, optim.epochs = {optim.epochs}]; null means epochs."
     if optim.warmup_epochs > optim.epochs:
         yield f"optim.warmup_epochs = {optim.warmup_epochs} exceeds optim.epochs = {optim.epochs}."
-    if config.train.use_pretrained and config.student.pretrained_weights:
+    steps = last_epoch * config.train.OFFICIAL_EPOCH_LENGTH
+    if steps > 0 and round(steps) == 0:
         yield (
-            f"student.pretrained_weights = {config.student.pretrained_weights!r} and train.use_pretrained = true "
-            "both name starting weights; use one."
+            f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH = "
+            f"{config.train.OFFICIAL_EPOCH_LENGTH} make {steps:g} steps; at least one is expected."
         )
+    weights = {
+        "MODEL.WEIGHTS": config.MODEL.WEIGHTS,
+        "student.pretrained_weights": config.student.pretrained_weights,
+        "train.use_pretrained": config.train.use_pretrained,
+    }
+    named = [f"{key} = {value}" for key, value in weights.items() if value]
+    if len(named) > 1:
+        yield f"{' and '.join(named)} name different starting weights; use one."
     student = config.compute_precision.student
     in_fp16 = [m for m in ("backbone", "dino_head", "ibot_head")
                if getattr(student, m).mixed_precision.param_dtype == "fp16"]  # fmt: skip

@@ -27,11 +27,11 @@ class DecodedRows(Dataset):
             image = self._source.decode(encoded)
         except DecodeError as error:
             damage = f"row {encoded.row} of {self._source.describe(encoded.unit)}: {error}"
-            encoded, image = self._next_good(encoded)
+            encoded, image = self._next_good(encoded, error)
         crops = self._transform(image, encoded.index)
         return Sample(encoded.index, crops, encoded.slide, replaced=bool(damage), damage=damage)
 
-    def _next_good(self, bad: EncodedSample) -> tuple[EncodedSample, np.ndarray]:
+    def _next_good(self, bad: EncodedSample, error: DecodeError) -> tuple[EncodedSample, np.ndarray]:
         count = int(self._source.unit_rows[bad.unit])
         rows = [(bad.row + step) % count for step in range(1, count)]
         for row, (slide, data) in zip(rows, self._source.read(bad.unit, rows), strict=True):
@@ -41,5 +41,6 @@ class DecodedRows(Dataset):
             except DecodeError:
                 continue
         raise ValueError(
-            f"none of the {count} rows of {self._source.describe(bad.unit)} is an image; restore the shard"
+            f"none of the {count} rows of {self._source.describe(bad.unit)} is an image (row {bad.row}: "
+            f"{error}); restore them or train without them"
         )

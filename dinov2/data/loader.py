@@ -8,7 +8,7 @@ from typing import Any
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.decoded_rows import DecodedRows, Transform
 from dinov2.data.order import SampleOrder
@@ -70,7 +70,7 @@ def make_train_loader(
     _report_memory(reader.memory_bound(), order.lanes, int(source.unit_rows.max()))
     make_loader = partial(
         DataLoader,
-        DecodedRows(source, transform),
+        _ErrorsAsItems(DecodedRows(source, transform)),
         collate_fn=_DamageReport(collate),
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
@@ -106,7 +106,10 @@ class TrainLoader:
         steps = _until_failure(self._reader, failure)
         batches = iter(self._make_loader(batch_sampler=steps))
         try:
-            for batch, samples, damages in batches:
+            for loaded in batches:
+                if isinstance(loaded, Exception):
+                    raise loaded
+                batch, samples, damages = loaded
                 seen += samples
                 damaged += len(damages)
                 examples = (examples + damages)[:_EXAMPLES]
@@ -136,19 +139,20 @@ def _until_failure(reader: RankReader, failure: list[Exception]) -> Iterator[lis
         failure.append(error)
 
 
-def validate_stream_state(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def validate_stream_state(saved: dict[str, Any], current: dict[str, Any], dataset: str) -> None:
     """Check that a run resumes on the stream it was saved with.
 
     Args:
         saved: `TrainLoader.stream_state` from the checkpoint.
         current: The same of the loader just built.
+        dataset: Its name, for the message.
 
     Raises:
         ValueError: If the dataset or a parameter of the order differs.
     """
     if saved["fingerprint"] != current["fingerprint"]:
         raise ValueError(
-            f"the dataset changed since the checkpoint (fingerprint {saved['fingerprint']} then, "
+            f"dataset '{dataset}' changed since the checkpoint (fingerprint {saved['fingerprint']} then, "
             f"{current['fingerprint']} now); resume with the same shards or start a new run"
         )
     changed = [f"{key} {saved[key]} is now {current[key]}" for key in saved if current[key] != saved[key]]
@@ -158,13 +162,33 @@ def validate_stream_state(saved: dict[str, Any], current: dict[str, Any]) -> Non
         )
 
 
+class _ErrorsAsItems(Dataset):
+    """Hands what the user can mend to the main process as it is; raised in a worker it would come as a traceback."""
+
+    def __init__(self, rows: DecodedRows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, encoded: EncodedSample) -> Sample | Exception:
+        try:
+            return self._rows[encoded]
+        except (ValueError, OSError) as error:
+            return error
+
+
 class _DamageReport:
-    """Collate that also tells the main process, which counts and logs, how many samples and which damage."""
+    """Collate that also tells the main process, which counts and logs, how many samples and which damage.
+
+    Of samples among which there is an error, it returns the first one.
+    """
 
     def __init__(self, collate: Callable[[list[Sample]], Batch]) -> None:
         self._collate = collate
 
-    def __call__(self, samples: list[Sample]) -> tuple[Batch, int, list[str]]:
+    def __call__(self, samples: list[Sample | Exception]) -> tuple[Batch, int, list[str]] | Exception:
+        errors = (sample for sample in samples if isinstance(sample, Exception))
+        return next(errors, None) or self._report(samples)
+
+    def _report(self, samples: list[Sample]) -> tuple[Batch, int, list[str]]:
         return self._collate(samples), len(samples), [sample.damage for sample in samples if sample.replaced]
 
 

@@ -143,6 +143,11 @@ def _read_footer(path: str) -> dict[str, Any]:
     kind = schema.field(image).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise ValueError(f"column '{image}' of shard '{path}' has type {kind}; binary is expected")
+    named = SLIDE_COLUMN[image]
+    if named in names and not _is_text(schema.field(named).type):
+        raise ValueError(
+            f"column '{named}' of shard '{path}' has type {schema.field(named).type}; string is expected"
+        )
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     leaf = footer.schema.names.index(image)
     return {
@@ -152,6 +157,12 @@ def _read_footer(path: str) -> dict[str, Any]:
         "group_rows": [group.num_rows for group in groups],
         "group_bytes": [group.column(leaf).total_uncompressed_size for group in groups],
     }
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in is_text)
 
 
 def _raw_size(path: str, metadata: dict[str, str]) -> int:

@@ -5,8 +5,9 @@ rank, number 0, and every collective returns what it was given.
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,11 @@ from torch import Tensor
 
 # Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
 _TIMEOUT = timedelta(minutes=30)
+_T = TypeVar("_T")
+
+
+class MainProcessError(RuntimeError):
+    """Rank 0 failed at what the others waited for; the cause is raised there."""
 
 
 def is_enabled() -> bool:
@@ -128,6 +134,28 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     box = [obj]
     dist.broadcast_object_list(box, src=src)
     return box[0]
+
+
+def on_main_process(action: Callable[[], _T]) -> _T:
+    """Return on every rank what ``action`` (picklable result) returns on rank 0. All ranks must call.
+
+    Raises:
+        MainProcessError: on the other ranks where it raises on rank 0, which raises the error itself.
+    """
+    if get_global_size() == 1:
+        return action()
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+    result, failed = broadcast_object((result, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise MainProcessError("Rank 0 could not go on.")
+    return result
 
 
 def barrier() -> None:

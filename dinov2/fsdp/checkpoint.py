@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from dinov2.distributed import barrier, is_main_process
+from dinov2.distributed import MainProcessError, is_main_process, on_main_process
 
 logger = logging.getLogger("dinov2")
 
@@ -55,15 +56,20 @@ class Checkpointer:
         """The small JSON beside the tensors.
 
         Raises:
-            ValueError: the file is not JSON.
+            ValueError: the file is not a JSON object or says another step.
         """
         path = self.path(step) / _STATE_FILE
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            state = json.loads(path.read_bytes())
+        except ValueError as error:
             raise ValueError(
-                f"Checkpoint state {str(path)!r} is not JSON ({error}); remove that folder."
+                f"Checkpoint state {str(path)!r} is not JSON ({error}); {self._way_out(step)}"
             ) from error
+        if not isinstance(state, dict) or state.get("step") != step:
+            raise ValueError(
+                f"Checkpoint state {str(path)!r} does not describe step {step}; {self._way_out(step)}"
+            )
+        return state
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write one checkpoint and drop those beyond ``keep``; all ranks must call.
@@ -71,38 +77,65 @@ class Checkpointer:
         Args:
             step: completed optimiser steps.
             tensors: nested state dict of (sharded) tensors.
-            state: JSON-serialisable rest.
+            state: JSON-serialisable rest; its ``step`` is ``step``.
+
+        Raises:
+            OSError: the checkpoint cannot be written; earlier ones are as they were.
         """
         final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
-        if is_main_process():
+
+        def begin() -> None:
             shutil.rmtree(beside, ignore_errors=True)  # left by a save of ours that was killed
             beside.mkdir(parents=True)
-        barrier()
-        with _one_process_is_meant():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
-        if is_main_process():
+
+        def finish() -> None:
             (beside / _STATE_FILE).write_text(json.dumps(state, indent=1))
+            if final.exists():  # without its state, or it would have been resumed from
+                final.rename(final.with_name(f"{final.name}.damaged.{time.time_ns()}"))
             beside.rename(final)
             _write_atomically(self.output_dir / "last_checkpoint", final.name)
             self._retain()
-        barrier()
+
+        try:
+            on_main_process(begin)
+            with _one_process_is_meant():
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
+            on_main_process(finish)
+        except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
+            if isinstance(error, MainProcessError):
+                raise
+            if is_main_process():
+                shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+            raise OSError(
+                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}); make room or mend the folder, and the "
+                "run resumes from the checkpoint before it."
+            ) from error
         logger.info("Saved checkpoint %s.", final)
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
 
         Raises:
-            ValueError: names or shapes differ from those saved.
+            ValueError: a file is missing or damaged, or names or shapes differ from those saved.
         """
+        reader = _RestrictedReader(self.path(step))
         try:
+            reader.read_metadata()  # torch would report what is wrong with it as a traceback of its own
             with _one_process_is_meant():
-                dcp.load(tensors, storage_reader=_RestrictedReader(self.path(step)))
-        except (dcp.api.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            detail = str(error).strip().splitlines()[-1]
+                dcp.load(tensors, storage_reader=reader)
+        except (
+            dcp.api.CheckpointException,
+            Exception,
+        ) as error:  # damaged bytes lead to whatever they lead to
             raise ValueError(
-                f"Checkpoint {str(self.path(step))!r} does not fit this model ({detail}); resume with the "
-                "configuration it was saved with or start in another output folder."
+                f"Checkpoint {str(self.path(step))!r} is damaged or does not fit this model ({_cause(error)}); resume "
+                f"with the configuration it was saved with, or {self._way_out(step)}"
             ) from error
+
+    def _way_out(self, step: int) -> str:
+        earlier = [other for other in self.steps() if other < step]
+        go_on = f"resume from {self.path(earlier[-1]).name}" if earlier else "start anew"
+        return f"move that checkpoint out of {str(self.folder)!r} to {go_on}."
 
     def _retain(self) -> None:
         for step in self.steps()[: -self.keep]:
@@ -141,6 +174,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"Checkpoint metadata names {module}.{name}, which is not checkpoint data."
         )
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong on the first rank where something did: the first sentence."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while isinstance(error.__context__, OSError):  # torch's zip writer fails once more over the failed write
+        error = error.__context__
+    text = " ".join((str(error) or type(error).__name__).split())
+    return text.split(". ")[0][:300]
 
 
 @contextlib.contextmanager

@@ -52,8 +52,11 @@ class JsonlSink:
         self._file = path.open("a", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append the record."""
-        self._file.write(json.dumps(dict(record)) + "\n")
+        """Append the record; raises OSError where the file cannot be written."""
+        try:
+            self._file.write(json.dumps(dict(record)) + "\n")
+        except OSError as error:
+            raise OSError(f"Metrics {self._file.name!r} cannot be written ({error.strerror}).") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -19,7 +19,7 @@ from dinov2.data.order import SampleOrder
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.sample import Source
 from dinov2.data.slide_list import SlideListSource
-from dinov2.distributed import get_global_rank, get_global_size, is_main_process
+from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.models.pretrained import load_pretrained, published_url, read_checkpoint
 from dinov2.train.plan import RunPlan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -154,10 +154,9 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
     """
     torch.manual_seed(config.train.seed)
     arch = SSLMetaArch(config, weights_device="cpu" if is_main_process() else "meta")
-    if is_main_process() and not from_checkpoint:
-        load_starting_weights(arch, config)
-    if config.train.unfreeze_last_n_blocks:
-        arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
+    arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
+    if not from_checkpoint:
+        on_main_process(lambda: load_starting_weights(arch, config))
     arch.prepare_for_distributed_training(device)
     return arch.train()
 
@@ -168,18 +167,30 @@ def load_starting_weights(arch: SSLMetaArch, config: Config) -> None:
     ``MODEL.WEIGHTS`` is a teacher export (backbone, and heads where it holds them); otherwise
     ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone.
     """
-    student = config.student
-    weights = student.pretrained_weights
-    if config.train.use_pretrained:
-        weights = published_url(
-            student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer
-        )
+    weights = starting_weights(config)
     if config.MODEL.WEIGHTS:
-        load_export(arch.student, config.MODEL.WEIGHTS)
+        load_export(arch.student, weights)
     elif weights:
-        load_pretrained(arch.student.backbone, weights, student.pretrained_pos_embed)
+        load_pretrained(arch.student.backbone, weights, config.student.pretrained_pos_embed)
         logger.info("Backbone initialised from %s.", weights)
     arch.copy_student_to_teacher()
+
+
+def starting_weights(config: Config) -> str:
+    """Path or URL of the weights that the configuration names, or an empty text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: none are published for this architecture.
+    """
+    student = config.student
+    if config.train.use_pretrained:
+        return published_url(student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer)
+    for key, weights in (("MODEL.WEIGHTS", config.MODEL.WEIGHTS),
+                         ("student.pretrained_weights", student.pretrained_weights)):  # fmt: skip
+        if weights and "://" not in weights and not Path(weights).is_file():
+            raise FileNotFoundError(f"{key} = {weights!r} is no file; give the path or URL of a .pth file.")
+    return config.MODEL.WEIGHTS or student.pretrained_weights
 
 
 def load_export(network: nn.ModuleDict, path: str) -> None:

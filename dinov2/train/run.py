@@ -1,10 +1,10 @@
-"""One training run in its output folder: checks, start or resume, what it saves and exports."""
+"""One training run in its output folder: start or resume, what it saves and exports."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,19 @@ import torch
 
 from dinov2.configs import Config, save_config, validate
 from dinov2.data.loader import validate_stream_state
-from dinov2.distributed import barrier, broadcast_object, get_global_size, is_main_process
+from dinov2.data.sample import Source
+from dinov2.distributed import get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
-from dinov2.train.builders import DeviceBatches, build_arch, build_loader, build_source, order_parameters
+from dinov2.train.builders import (
+    DeviceBatches,
+    build_arch,
+    build_loader,
+    build_source,
+    order_parameters,
+    starting_weights,
+)
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.optim import adam_state, build_optimizer
 from dinov2.train.plan import describe_plan, make_plan
@@ -28,52 +36,30 @@ from dinov2.train.trainer import Trainer
 logger = logging.getLogger("dinov2")
 
 
-def prepare_output_dir(output_dir: Path, resume: bool) -> None:
-    """Make the run's folder and check that it can be written; all ranks must call.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: a new run would start in the folder of an existing one.
-    """
-    if is_main_process():
-        probe = output_dir / f".write_probe_{os.getpid()}"
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(
-                f"Output folder {str(output_dir)!r} cannot be written ({error.strerror}); give --output-dir a folder "
-                "that can."
-            ) from error
-        if not resume and any((output_dir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            raise ValueError(
-                f"Output folder {str(output_dir)!r} holds a run already; leave out --no-resume to go on with it, or "
-                "give a new folder."
-            )
-    barrier()
-
-
 class Run:
     """A run set up to train: newest checkpoint restored, data and networks ready. All ranks must construct.
 
     Args:
         config: decoded configuration.
-        output_dir: the run's folder, made by `prepare_output_dir`.
+        output_dir: the run's folder, from `hold_output_dir`.
         device: of this rank.
+        eval_only: export a teacher and train nothing; needs a checkpoint and no data.
 
     Raises:
         ValueError, FileNotFoundError: configuration, data, weights or checkpoint do not fit.
+        MainProcessError: that is so, and rank 0 says it.
     """
 
-    def __init__(self, config: Config, output_dir: Path, device: torch.device):
+    def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
         self.config, self.output_dir, self.device = config, output_dir, device
-        validate(config, get_global_size())
+        on_main_process(partial(validate, config, get_global_size()))
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
-        saved = self._newest_state()
-        self.plan = make_plan(config, get_global_size(), saved and saved["global_batch"])
+        saved = on_main_process(self._newest_state)
+        self.plan = on_main_process(
+            partial(make_plan, config, get_global_size(), saved and saved["global_batch"])
+        )
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
-        self.loader = self._open_stream(saved)
+        self.loader = None if eval_only else self._open_stream(saved)
         self.arch = build_arch(config, device, from_checkpoint=saved is not None)
         betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
@@ -87,7 +73,8 @@ class Run:
         )
         if saved:
             self.checkpointer.load(self.state.step, self._tensors())
-            self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # empty where nothing computed in fp16 before
+                self.scaler.load_state_dict(saved["scaler"])
             logger.info("Resumed from %s.", self.checkpointer.path(self.state.step))
 
     def train(self) -> None:
@@ -96,8 +83,13 @@ class Run:
         Raises:
             NonFiniteError: the loss or a gradient was not finite.
         """
-        if is_main_process():
-            save_config(self.config, self.output_dir / "config.yaml")
+        if self.state.step >= self.plan.total_steps:
+            logger.info(
+                "Nothing is left to train: the run in %s is at step %d of %d; more optim.epochs or a later "
+                "optim.early_stop go on with it.", self.output_dir, self.state.step, self.plan.total_steps,
+            )  # fmt: skip
+            return
+        on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
         logger.info("%s", describe_plan(self.config, self.plan, self.arch.student))
         config = self.config
         trainer = Trainer(
@@ -128,7 +120,8 @@ class Run:
         """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
         path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
-        if is_main_process():
+
+        def write() -> None:
             metadata = {
                 "architecture": _architecture(self.config),
                 "step": state.step,
@@ -137,32 +130,30 @@ class Run:
             }
             save_teacher(path, modules, metadata)
             logger.info("Exported the teacher to %s.", path)
-        barrier()
+
+        on_main_process(write)
 
     def _newest_state(self) -> dict[str, Any] | None:
-        """JSON state of the newest complete checkpoint, as rank 0 sees it, checked against the configuration."""
-        saved = None
-        if is_main_process() and self.checkpointer.steps():
-            saved = self.checkpointer.read_state(self.checkpointer.steps()[-1])
-        saved = broadcast_object(saved)
-        if saved is not None:
-            check_resumable(saved, self.config)
+        """JSON state of the newest complete checkpoint, checked against the configuration."""
+        if not self.checkpointer.steps():
+            return None
+        saved = self.checkpointer.read_state(self.checkpointer.steps()[-1])
+        check_resumable(saved, self.config)
         return saved
 
     def _open_stream(self, saved: dict[str, Any] | None) -> Any:
         # Rank 0 reads the footers and leaves the index for the other ranks.
-        cache = self.output_dir / "stream_index"
-        if is_main_process():
-            source = build_source(self.config, cache)
-        barrier()
-        if not is_main_process():
-            source = build_source(self.config, cache)
+        open_source = partial(build_source, self.config, self.output_dir / "stream_index")
+        opened: list[Source] = []
+        on_main_process(lambda: opened.append(open_source()))
+        source = opened[0] if opened else open_source()
         order = order_parameters(self.config, self.plan)
         if saved:
             order = {name: saved["stream"][name] for name in order}
         loader = build_loader(self.config, self.plan, source, self.state.samples, order, self.device)
         if saved:
-            validate_stream_state(saved["stream"], loader.stream_state)
+            data = self.config.train.streaming_dataset_path or self.config.train.sample_list_path
+            on_main_process(partial(validate_stream_state, saved["stream"], loader.stream_state, data))
         return loader
 
     def _tensors(self) -> dict[str, Any]:
@@ -197,8 +188,10 @@ def dry_run(config: Config, world_size: int) -> str:
     validate(config, world_size)
     plan = make_plan(config, world_size)
     source = build_source(config)
+    starting_weights(config)
     with torch.device("meta"):
         arch = SSLMetaArch(config)
+        arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
     text = describe_plan(config, plan, arch.student)
     return f"{text}\n  data      {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes"
 

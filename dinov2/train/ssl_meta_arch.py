@@ -90,7 +90,7 @@ class SSLMetaArch(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
 
     def freeze_all_but_last_blocks(self, n: int) -> None:
-        """Train only the last ``n`` backbone blocks, the final norm and the heads.
+        """Train only the last ``n`` backbone blocks, the final norm and the heads; 0 leaves all trainable.
 
         Raises:
             ValueError: there are fewer than ``n`` blocks.
@@ -101,6 +101,8 @@ class SSLMetaArch(nn.Module):
                 f"train.unfreeze_last_n_blocks = {n} exceeds the {len(backbone.blocks)} blocks of "
                 f"{self.cfg.student.arch}; use at most that, or 0 to train everything."
             )
+        if n == 0:
+            return
         backbone.requires_grad_(False)
         for module in (*backbone.blocks[len(backbone.blocks) - n :], backbone.norm):
             module.requires_grad_(True)

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dinov2.configs import load_config
-from dinov2.distributed import destroy_process_group, init_process_group
+from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process
 from dinov2.logging import setup_logging
 from dinov2.train.guard import NonFiniteError
-from dinov2.train.run import Run, dry_run, prepare_output_dir
+from dinov2.train.output_folder import hold_output_dir, require_checkpoint
+from dinov2.train.run import Run, dry_run
 from dinov2.utils.environment import DeviceError, select_device
+
+USER_ERROR = 2
+"""Exit status where one sentence has said what the user can mend."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,26 +52,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logger = setup_logging()
     try:
-        config = load_config(args.config_file, args.overrides)
         if args.dry_run:
+            config = load_config(args.config_file, args.overrides)
             sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
             return 0
         device = select_device()
         init_process_group(device)
+        config = on_main_process(lambda: load_config(args.config_file, args.overrides))
         output_dir = Path(args.output_dir or config.train.output_dir)
-        prepare_output_dir(output_dir, resume=not args.no_resume)
-        logger = setup_logging(output_dir)
-        run = Run(config, output_dir, device)
         if args.eval_only:
-            if run.state.step == 0:
-                raise ValueError(f"Output folder {str(output_dir)!r} holds no complete checkpoint to export.")
-            run.export_teacher(run.state)
-        else:
-            run.train()
+            require_checkpoint(output_dir)
+        with hold_output_dir(output_dir, resume=not args.no_resume):
+            logger = setup_logging(output_dir)
+            run = Run(config, output_dir, device, args.eval_only)
+            if args.eval_only:
+                run.export_teacher(run.state)
+            else:
+                run.train()
+    except MainProcessError:
+        time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
+        return USER_ERROR
     except (ValueError, OSError, DeviceError, NonFiniteError) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)
-        return 2
+        return USER_ERROR
+    except torch.OutOfMemoryError as error:
+        logger.error(
+            "%s; lower train.batch_size_per_gpu, the crops or the heads, or use more GPUs.",
+            ". ".join(str(error).split(". ")[:2]),
+        )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        logger.error("Interrupted; the same command resumes from the last checkpoint.")
+        return 128 + signal.SIGINT
     finally:
         destroy_process_group()
     return 0

@@ -152,7 +152,7 @@ def test_resume_with_a_changed_dataset_is_refused(shards: Path, finished: Path, 
     output_dir = shutil.copytree(finished, tmp_path / "out")
     other = write_tissue_shards(tmp_path / "other", shards=2)
     assert train(other, output_dir) == 2
-    assert "dataset changed" in capsys.readouterr().err
+    assert f"dataset '{other}' changed" in capsys.readouterr().err
 
 
 def test_resume_with_an_incompatible_config_is_refused(shards: Path, finished: Path, tmp_path: Path, capsys):

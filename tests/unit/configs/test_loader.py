@@ -111,6 +111,14 @@ def test_malformed_override():
         load_config(None, ["--fast"])
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "1e999"])
+def test_numbers_are_finite(value: str):
+    with pytest.raises(
+        ConfigError, match=r"optim.base_lr = (nan|inf) is not valid; expected a finite number"
+    ):
+        load_config(None, [f"optim.base_lr={value}"])
+
+
 def test_empty_section_keeps_defaults():
     assert config_from_mapping({"optim": None}) == config_from_mapping({})
 

@@ -239,8 +239,8 @@ def test_stream_state_admits_the_same_stream_only(source: ParquetSource) -> None
     state = make_loader(source, world=2, start=48).stream_state
     expected = {"seed": SEED, "lanes": LANES, "block_rows": BLOCK, "global_batch": BATCH}
     assert state == {**expected, "fingerprint": source.fingerprint}
-    validate_stream_state(dict(state), state)
-    with pytest.raises(ValueError, match="the dataset changed since the checkpoint"):
-        validate_stream_state(state | {"fingerprint": "0"}, state)
+    validate_stream_state(dict(state), state, "tiles")
+    with pytest.raises(ValueError, match="dataset 'tiles' changed since the checkpoint"):
+        validate_stream_state(state | {"fingerprint": "0"}, state, "tiles")
     with pytest.raises(ValueError, match=r"order of samples \(lanes 96 is now 48\)"):
-        validate_stream_state(state | {"lanes": 96}, state)
+        validate_stream_state(state | {"lanes": 96}, state, "tiles")

@@ -72,7 +72,7 @@ def test_one_node_by_default_starts_eight_processes(repository, tmp_path):
         launch(repository, "run_1node.sh", "optim.lr=1e-4", "train.name=a b", cwd=tmp_path)
     )
     assert arguments == [
-        *("-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", "8", "--standalone"),
+        *(str(repository / "scripts/_torchrun.py"), "--nnodes", "1", "--nproc_per_node", "8", "--standalone"),
         str(repository / "dinov2/train/train.py"),
         *("--config-file", str(repository / "dinov2/configs/train/vitg14_reg4.yaml")),
         *("--output-dir", str(repository / "output_vitg14"), "optim.lr=1e-4", "train.name=a b"),
