@@ -107,8 +107,9 @@ class Checkpointer:
             if is_main_process():
                 shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
             raise OSError(
-                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}); make room or mend the folder, and the "
-                "run resumes from the checkpoint before it."
+                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}; "
+                f"{_free_mib(self.output_dir)} MiB free); make room or mend the folder, and the run resumes from the "
+                "checkpoint before it."
             ) from error
         logger.info("Saved checkpoint %s.", final)
 
@@ -174,6 +175,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"Checkpoint metadata names {module}.{name}, which is not checkpoint data."
         )
+
+
+def _free_mib(folder: Path) -> int:
+    return shutil.disk_usage(folder).free >> 20
 
 
 def _cause(error: BaseException) -> str:

@@ -1,0 +1,252 @@
+"""What a user can get wrong ends in one sentence that names it, and harms nothing that was there."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from dinov2.train.train import main
+from tests.helpers.runs import TINY, read_metrics
+
+CHECKPOINT = "checkpoints/step_0000003"
+
+
+def train(shards: Path | str, output_dir: Path | str, *overrides: str, flags: tuple[str, ...] = ()) -> int:
+    data = f"train.streaming_dataset_path={shards}"
+    return main(["--output-dir", str(output_dir), *flags, *TINY, data, *overrides])
+
+
+def errors(capsys: pytest.CaptureFixture) -> list[str]:
+    """The error lines of what was written to stderr, which must hold no traceback."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return [line for line in text.splitlines() if line[9:11] == "E "]
+
+
+def image(width: int, height: int, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_shard(folder: Path, images: list[bytes | None], paths: pa.Array | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    paths = pa.array([f"slide/{i}_0_0.jpg" for i in range(len(images))]) if paths is None else paths
+    table = pa.table({"path": paths, "jpeg": pa.array(images, pa.binary())})
+    pq.write_table(table, folder / "shard.parquet", row_group_size=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps that has stopped after 4, with checkpoints at 3 and 4."""
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    assert train(shards, output_dir, "optim.early_stop=1") == 0
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  seed: 1\n  seed: 2\n", "found duplicate key seed"),
+        ("train:\n\tseed: 1\n", "line 2, column 1"),
+        ("- train\n", "holds a list; sections with keys are expected"),
+        ("5\n", "is not YAML that can be read"),
+        ("train:\n  output_dir: caf\xe9\n", "can't decode byte 0xe9"),
+        ('train: !!python/object/apply:os.system ["false"]\n', "could not determine a constructor"),
+        ("train: 5\n", "train = 5 is not a section"),
+        ("compute_precision: {student: {backbone: {mixed_precission: {}}}}\n", "did you mean "
+         "compute_precision.student.backbone.mixed_precision?"),
+    ],
+)  # fmt: skip
+def test_config_file(tmp_path: Path, capsys: pytest.CaptureFixture, text: str, message: str):
+    (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
+    assert main(["--config-file", str(tmp_path / "bad.yaml"), "--dry-run"]) == 2
+    (error,) = errors(capsys)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seed=[1, 2]", "train.seed = [1, 2] is not valid; expected a whole number"),
+        (
+            f"train.seed={2**64}",
+            f"train.seed = {2**64} is not valid; expected a whole number of at most 64 bits",
+        ),
+        ("train.seed=-1", "train.seed = -1 is out of range; expected 0 or more"),
+        ("train.output_dir=[1", "Override 'train.output_dir=[1' has no value in YAML syntax"),
+        ("optim.epochs=.inf", "optim.epochs = inf is not valid; expected a finite number"),
+        ("optim.early_stop=0.01", "make 0.04 steps; at least one is expected"),
+        ("student.layerscale=-1", "student.layerscale = -1.0 is out of range; expected 0 or more"),
+        (
+            "ibot.mask_ratio_min_max=[0.001, 0.01]",
+            "mask none of 4 x 4 patches; set the weight to 0 or raise the two",
+        ),
+        ("crops.global_crops_size=14", "mask none of 1 x 1 patches"),
+        ("student.pretrained_weights=/no/w.pth", "student.pretrained_weights = '/no/w.pth' is no file"),
+        ("MODEL.WEIGHTS=/no/w.pth", "MODEL.WEIGHTS = '/no/w.pth' is no file"),
+        ("train.use_pretrained=true", "no published DINOv2 weights for vit_demo"),
+        ("train.unfreeze_last_n_blocks=9", "exceeds the 4 blocks of vit_demo"),
+    ],
+)
+def test_values_are_refused_by_a_dry_run(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str
+):
+    assert train(shards, tmp_path / "out", override, flags=("--dry-run",)) == 2
+    (error,) = errors(capsys)
+    assert message in error
+
+
+def test_only_one_source_of_starting_weights(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    overrides = ("MODEL.WEIGHTS=a.pth", "train.use_pretrained=true")
+    assert train(shards, tmp_path / "out", *overrides, flags=("--dry-run",)) == 2
+    (error,) = errors(capsys)
+    assert "MODEL.WEIGHTS = a.pth and train.use_pretrained = True name different starting weights" in error
+
+
+@pytest.mark.parametrize("override", ["ibot.mask_ratio_min_max=[1, 1]", "crops.local_crops_number=0",
+                                      "ibot.mask_sample_probability=0", f"train.seed={2**64 - 1}"])  # fmt: skip
+def test_extreme_values_train(shards: Path, tmp_path: Path, override: str):
+    weight = ("ibot.loss_weight=0",) if "sample_probability" in override else ()
+    few = ("optim.early_stop=0.5", "train.skip_checkpointer=true")
+    assert train(shards, tmp_path / "out", override, *few, *weight) == 0
+    assert all(np.isfinite(record["total_loss"]) for record in read_metrics(tmp_path / "out"))
+
+
+def test_odd_images_train(tmp_path: Path):
+    """Of one pixel, of one line, grey, with transparency, with a palette, for print."""
+    odd = [image(1, 1), image(3000, 10), image(10, 3000), image(40, 40, "L"), image(40, 40, "RGBA"),
+           image(40, 40, "P"), image(40, 40, "1"), image(40, 40, "CMYK", "JPEG")]  # fmt: skip
+    data = write_shard(tmp_path / "a b=c ünï [x]", odd)
+    assert train(data, tmp_path / "out ö", "optim.early_stop=0.5", "train.skip_checkpointer=true") == 0
+    assert all(np.isfinite(record["total_loss"]) for record in read_metrics(tmp_path / "out ö"))
+
+
+@pytest.mark.parametrize("bad", [b"<html>404</html>", b"", None, image(40, 40)[:300]])
+def test_one_damaged_row_is_replaced_and_named(tmp_path: Path, capsys, bad: bytes | None):
+    data = write_shard(tmp_path / "data", [image(40, 40)] * 7 + [bad])
+    assert train(data, tmp_path / "out", "optim.early_stop=0.25", "train.skip_checkpointer=true") == 0
+    assert "replaced a damaged row: row 7 of row group 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_damaged_rows(tmp_path: Path, capsys: pytest.CaptureFixture, workers: int):
+    data = write_shard(tmp_path / "data", [b"<html>404</html>"] * 8)
+    assert train(data, tmp_path / "out", f"train.num_workers={workers}") == 2
+    (error,) = errors(capsys)
+    assert f"none of the 8 rows of row group 0 of shard '{data}/shard.parquet' is an image" in error
+    assert "16 bytes beginning b'<html>40' are neither PNG nor JPEG" in error
+
+
+def test_a_slide_column_of_the_wrong_type(tmp_path: Path, capsys: pytest.CaptureFixture):
+    data = write_shard(tmp_path / "data", [image(40, 40)] * 8, paths=pa.array(range(8)))
+    assert train(data, tmp_path / "out") == 2
+    (error,) = errors(capsys)
+    assert "column 'path' of shard" in error and "has type int64; string is expected" in error
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "eval", "logs"])
+def test_names_of_a_run_that_are_taken(shards: Path, tmp_path: Path, capsys, name: str):
+    (tmp_path / name).write_text("mine")
+    assert train(shards, tmp_path) == 2
+    (error,) = errors(capsys)
+    assert f"holds something else under {name}" in error
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_an_earlier_config_is_kept(shards: Path, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    assert train(shards, tmp_path, "optim.early_stop=0.25", "train.skip_checkpointer=true") == 0
+    (kept,) = tmp_path.glob("config.*.yaml")
+    assert kept.read_text() == "mine: 1\n"
+
+
+def test_a_folder_that_another_launch_is_using(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert train(shards, tmp_path) == 2
+        other.stdin.close()
+    (error,) = errors(capsys)
+    assert f"Output folder '{tmp_path}' is in use by another launch" in error
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(shards: Path, stopped: Path, tmp_path: Path, capsys):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.is_file()}
+    assert train(shards, output_dir, "optim.early_stop=1") == 0
+    assert "Nothing is left to train" in capsys.readouterr().err
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"rank_0.log"}
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty"])
+def test_a_damaged_checkpoint_is_named_with_a_way_out(
+    shards: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
+):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    file = output_dir / "checkpoints/step_0000004" / name
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[:-200], "zeroed": bytes(len(whole)), "empty": b""}[damage])
+    assert train(shards, output_dir) == 2
+    (error,) = errors(capsys)
+    assert "checkpoints/step_0000004" in error
+    assert f"move that checkpoint out of '{output_dir}/checkpoints' to resume from step_0000003." in error
+
+
+def test_a_checkpoint_without_its_state_is_passed_over_and_kept(shards: Path, stopped: Path, tmp_path: Path):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    (output_dir / "checkpoints/step_0000004/state.json").unlink()
+    assert train(shards, output_dir, "optim.early_stop=1") == 0
+    kept = {path.name.split(".")[0] for path in (output_dir / "checkpoints").glob("*.damaged.*")}
+    assert kept == {"step_0000004"}
+    assert [record["step"] for record in read_metrics(output_dir)] == [1, 2, 3, 4, 4]
+
+
+def test_a_checkpoint_that_cannot_be_written(shards: Path, tmp_path: Path, capsys, monkeypatch):
+    """The earlier checkpoint survives a full disk, and the half-written one is removed."""
+    save = torch.distributed.checkpoint.save
+
+    def full(tensors: dict, storage_writer: object) -> None:
+        if "0000003" not in str(storage_writer.path):
+            raise OSError(28, "No space left on device")
+        save(tensors, storage_writer=storage_writer)
+
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", full)
+    assert train(shards, tmp_path / "out") == 2
+    (error,) = errors(capsys)
+    assert "step_0000006' cannot be written ([Errno 28] No space left on device; " in error
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step_0000003"]
+    monkeypatch.undo()
+    assert train(shards, tmp_path / "out", "optim.early_stop=1") == 0
+    assert f"Resumed from {tmp_path / 'out' / CHECKPOINT}" in capsys.readouterr().err
+
+
+def test_precision_may_change_on_resume(shards: Path, stopped: Path, tmp_path: Path):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    fp16 = "compute_precision.student.backbone.mixed_precision.param_dtype=fp16"
+    assert train(shards, output_dir, fp16, "optim.early_stop=1.25") == 0
+
+
+def test_eval_only_needs_a_checkpoint_and_no_data(stopped: Path, tmp_path: Path, capsys):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    shutil.rmtree(output_dir / "eval")
+    assert train("/no/such/data", output_dir, flags=("--eval-only",)) == 0
+    assert (output_dir / "eval/training_4/teacher_checkpoint.pth").is_file()
+    assert train("/no/such/data", tmp_path / "none", flags=("--eval-only",)) == 2
+    (error,) = errors(capsys)
+    assert "none' holds no complete checkpoint to export" in error and not (tmp_path / "none").exists()
