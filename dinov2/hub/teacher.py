@@ -76,7 +76,7 @@ def _build(path: str, state: Mapping[str, Tensor], exact_sides: bool) -> DinoVis
         raise ValueError(f"The JSON beside {path!r} names no arch out of {', '.join(ARCHITECTURES)}.")
     try:
         return make(**arguments | {"img_size": _image_side(state)})
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The architecture in the JSON beside {path!r} does not describe a ViT ({error})."
         ) from error

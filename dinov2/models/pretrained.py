@@ -63,7 +63,8 @@ def read_checkpoint(path_or_url: str) -> Any:
             return load_file(path_or_url)
         return torch.load(path_or_url, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        detail = " ".join(str(error).split())[:200]
+        # What follows torch's first sentence is advice to load the file without its safeguard.
+        detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
         raise ValueError(
             f"Weights {path_or_url!r} cannot be read ({detail}); a PyTorch .pth or a .safetensors file is expected."
         ) from error
