@@ -125,9 +125,25 @@ def _decode_section(section: type, user: Any, defaults: Any, path: str, faults: 
         child = f"{path}.{name}" if path else name
         if dataclasses.is_dataclass(hint):
             values[name] = _decode_section(hint, user.get(name), defaults[name], child, faults)
+        elif dataclasses.is_dataclass(entry := next(iter(get_args(hint)), None)):
+            values[name] = _decode_entries(entry, user.get(name, defaults[name]), child, faults)
         else:
             values[name] = _decode_value(hint, user.get(name, defaults[name]), child, faults)
     return section(**values)
+
+
+def _decode_entries(entry: type, user: Any, path: str, faults: list[str]) -> tuple[Any, ...]:
+    """Build a tuple of dataclass ``entry`` from a list of mappings; the dataclass holds the defaults of its keys."""
+    if not isinstance(user, (list, tuple)):
+        keys = ", ".join(field.name for field in dataclasses.fields(entry))
+        faults.append(f"{path} = {user!r} is not valid; expected a list of entries with the keys {keys}.")
+        return ()
+    defaults = {field.name: field.default for field in dataclasses.fields(entry)}
+    decoded = []
+    for number, values in enumerate(user):
+        place = f"{path}[{number}]"
+        decoded.append(_decode_section(entry, values, defaults, place, faults))
+    return tuple(decoded)
 
 
 def _decode_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -200,4 +216,4 @@ def _plain(value: Any) -> Any:
     """Dataclasses and tuples as the dicts and lists that YAML knows."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

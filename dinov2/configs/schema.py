@@ -91,6 +91,15 @@ class IbotConfig:
 
 
 @dataclass(frozen=True)
+class DatasetConfig:
+    """One entry of ``train.datasets``: a dataset of a mixture and its share of the samples."""
+
+    path: str = ""
+    weight: float = 1.0
+    revision: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Section ``train``: data source, batch, checkpoints."""
 
@@ -99,15 +108,22 @@ class TrainConfig:
     seed: int
     num_workers: int
     prefetch_factor: int
+    augmentation_device: Literal["cpu", "gpu"]
     OFFICIAL_EPOCH_LENGTH: int
     centering: Literal["centering", "sinkhorn_knopp"]
     streaming_from_hf: bool
     streaming_dataset_path: str
+    streaming_dataset_revision: str
+    datasets: tuple[DatasetConfig, ...]
+    exclusion_file: str
+    validation_share: float
     sample_list_path: str
     slide_root: str
     tile_size: int
     stream_lanes: int
     stream_block_rows: int
+    stream_memory_gib: float
+    stream_attempts: int
     max_damaged_share: float
     use_pretrained: bool
     unfreeze_last_n_blocks: int
@@ -224,6 +240,7 @@ class LoggingConfig:
     """Section ``logging``: where and how often metrics are written."""
 
     period_iterations: int
+    samples: bool
     wandb: bool
     wandb_project: str
 

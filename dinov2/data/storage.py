@@ -1,0 +1,114 @@
+"""Where shards lie, and how their bytes are read: by ranges, whatever the place."""
+
+import glob
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+
+class StoredFile(NamedTuple):
+    """One file of a dataset: its name below the dataset's place, its bytes, and what changes when they do."""
+
+    name: str
+    size: int
+    version: str
+
+
+class Storage(Protocol):
+    """The Parquet files of one dataset; may be pickled, forked and used from several threads.
+
+    Attributes:
+        place: The dataset as a path or URL, with the commit where there is one; equal places hold equal names.
+    """
+
+    place: str
+
+    def list_files(self) -> list[StoredFile]:
+        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Read exactly `length` bytes of a file from byte `start` on; OSError where they cannot be had."""
+
+    def locate(self, name: str) -> str:
+        """Give the path or URL of a file, for messages."""
+
+
+class LocalStorage:
+    """The Parquet files of a folder (with its subfolders), of a glob, or one file; hidden ones are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such place.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        path = os.path.expanduser(pattern)
+        if os.path.isdir(path):
+            self.place, self._inside = path, "**/*.parquet"
+        elif os.path.isfile(path):
+            self.place, self._inside = os.path.dirname(path), glob.escape(os.path.basename(path))
+        elif glob.has_magic(path):
+            self.place = next(str(parent) for parent in Path(path).parents if not glob.has_magic(str(parent)))
+            self._inside = os.path.relpath(path, self.place)
+        else:
+            raise FileNotFoundError(
+                f"dataset '{pattern}' does not exist; give a folder of .parquet files, a glob or one file"
+            )
+        self._pattern = pattern
+
+    def list_files(self) -> list[StoredFile]:
+        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
+        found = glob.iglob(self._inside, root_dir=self.place or ".", recursive=True)
+        names = sorted(name for name in found if os.path.isfile(self.locate(name)))
+        if not names:
+            raise FileNotFoundError(
+                f"dataset '{self._pattern}' holds no Parquet file; at least one is expected"
+            )
+        stats = [os.stat(self.locate(name)) for name in names]
+        return [StoredFile(n, s.st_size, str(s.st_mtime_ns)) for n, s in zip(names, stats, strict=True)]
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Read exactly `length` bytes of a file; OSError where they cannot be had."""
+        path = self.locate(name)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(length)
+            while len(data) < length:  # one read gives 2 GiB at most
+                more = file.read(length - len(data))
+                if not more:
+                    raise OSError(f"'{path}' ends at byte {start + len(data)}; {start + length} are expected")
+                data += more
+        return data
+
+    def locate(self, name: str) -> str:
+        """Give the path of a file."""
+        return os.path.join(self.place, name)
+
+
+class RangedFile(io.RawIOBase):
+    """A stored file as a Python file object, for libraries that want one; every read is a ranged read."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        self._storage, self._name, self._size, self._position = storage, name, size, 0
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position and return it."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer as far as the file goes and return how far that is."""
+        length = max(0, min(len(buffer), self._size - self._position))
+        if length:
+            buffer[:length] = self._storage.read_range(self._name, self._position, length)
+            self._position += length
+        return length
