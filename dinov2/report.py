@@ -29,7 +29,8 @@ from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
 from dinov2.eval.figures import draw_crops, draw_curves, draw_pca
 from dinov2.eval.rankme import mean_cosine, rankme
 from dinov2.hub import load_teacher
-from dinov2.train.builders import build_augmentation, build_collate, build_source
+from dinov2.train.builders import build_augmentation, build_collate
+from dinov2.train.stream import open_data
 from dinov2.utils.environment import select_device
 
 logger = logging.getLogger("dinov2.report")
@@ -160,7 +161,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
     metrics = read_metrics(output_dir / "metrics.jsonl")
     config = load_config(output_dir / "config.yaml")
     teacher = newest_teacher(output_dir)
-    train_source = build_source(config)
+    train_source = open_data(config).source
     model = load_teacher(str(teacher)).to(select_device())
     embeddings, pca = look_through(model, ParquetSource(tiles) if tiles else train_source, config)
 

@@ -27,6 +27,8 @@ _POSITIVE = (
     "train.OFFICIAL_EPOCH_LENGTH",
     "train.prefetch_factor",
     "train.stream_block_rows",
+    "train.stream_memory_gib",
+    "train.stream_attempts",
     "train.checkpoint_period_iterations",
     "train.keep_checkpoints",
     "train.tile_size",
@@ -76,7 +78,7 @@ _NON_NEGATIVE = (
     "optim.patch_embed_lr_mult",
     "teacher.warmup_teacher_temp_epochs",
 )
-_BELOW_ONE = ("student.drop_path_rate", "optim.adamw_beta1", "optim.adamw_beta2")
+_BELOW_ONE = ("train.validation_share", "student.drop_path_rate", "optim.adamw_beta1", "optim.adamw_beta2")
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -154,13 +156,26 @@ def _mask_faults(config: Config) -> Iterator[str]:
 
 def _data_faults(config: Config) -> Iterator[str]:
     train = config.train
-    if train.streaming_from_hf and not train.streaming_dataset_path:
-        yield "train.streaming_dataset_path is empty; give a folder of Parquet shards."
-    if not train.streaming_from_hf and not train.sample_list_path:
+    key, kind = (
+        ("streaming_dataset_path", "a folder of Parquet shards, a hub id or a URL")
+        if train.streaming_from_hf
+        else ("sample_list_path", "a sample list")
+    )
+    path = getattr(train, key)
+    if not path and not train.datasets:
         yield (
-            "train.sample_list_path is empty while train.streaming_from_hf = false; give a sample list, or set "
-            "train.streaming_from_hf=true with train.streaming_dataset_path."
+            f"train.{key} is empty while train.streaming_from_hf = {str(train.streaming_from_hf).lower()}; give "
+            f"{kind}, or several in train.datasets."
         )
+    if path and train.datasets:
+        yield f"train.{key} = {path} and train.datasets name different data; use one."
+    if train.streaming_dataset_revision and train.datasets:
+        yield "train.streaming_dataset_revision does not reach train.datasets; give each entry its own revision."
+    for number, dataset in enumerate(train.datasets):
+        if not dataset.path:
+            yield f"train.datasets[{number}].path is empty; give {kind}."
+        if dataset.weight <= 0:
+            yield f"train.datasets[{number}].weight = {dataset.weight} is out of range; expected a number above 0."
 
 
 def _training_faults(config: Config, world_size: int) -> Iterator[str]:

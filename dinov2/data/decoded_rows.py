@@ -9,13 +9,15 @@ from torch.utils.data import Dataset
 
 from dinov2.data.sample import DecodeError, EncodedSample, Sample, Source
 
+_UNITS_TRIED = 8  # row groups after one without any image; more in a row are no accident
 Transform = Callable[[np.ndarray, int], Any]
 
 
 class DecodedRows(Dataset):
     """Encoded to augmented samples; a damaged row gives way to the next good one of its row group, wrapping.
 
-    The substitute depends on the dataset only, not on ranks or workers, and is augmented as sample g.
+    Where none of the row group is good, it is the first good one of the row groups that follow. The substitute
+    depends on the dataset only, not on ranks or workers, and is augmented as sample g.
     """
 
     def __init__(self, source: Source, transform: Transform) -> None:
@@ -26,21 +28,27 @@ class DecodedRows(Dataset):
         try:
             image = self._source.decode(encoded)
         except DecodeError as error:
-            damage = f"row {encoded.row} of {self._source.describe(encoded.unit)}: {error}"
-            encoded, image = self._next_good(encoded, error)
+            damage = f"{self._source.describe(encoded.unit, encoded.row)}: {error}"
+            encoded, image = self._next_good(encoded, damage)
         crops = self._transform(image, encoded.index)
-        return Sample(encoded.index, crops, encoded.slide, replaced=bool(damage), damage=damage)
+        return Sample(
+            encoded.index, crops, encoded.slide, bool(damage), damage, unit=encoded.unit, row=encoded.row
+        )
 
-    def _next_good(self, bad: EncodedSample, error: DecodeError) -> tuple[EncodedSample, np.ndarray]:
-        count = int(self._source.unit_rows[bad.unit])
+    def _next_good(self, bad: EncodedSample, damage: str) -> tuple[EncodedSample, np.ndarray]:
+        source = self._source
+        count = int(source.unit_rows[bad.unit])
         rows = [(bad.row + step) % count for step in range(1, count)]
-        for row, (slide, data) in zip(rows, self._source.read(bad.unit, rows), strict=True):
-            candidate = dataclasses.replace(bad, row=row, slide=slide, data=data)
-            try:
-                return candidate, self._source.decode(candidate)
-            except DecodeError:
-                continue
+        following = np.flatnonzero(np.roll(source.unit_rows, -bad.unit - 1)[:-1])[:_UNITS_TRIED]
+        for unit in [bad.unit, *((following + bad.unit + 1) % len(source.unit_rows)).tolist()]:
+            rows = rows if unit == bad.unit else range(int(source.unit_rows[unit]))
+            for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
+                candidate = dataclasses.replace(bad, unit=unit, row=row, slide=slide, data=data)
+                try:
+                    return candidate, source.decode(candidate)
+                except DecodeError:
+                    continue
         raise ValueError(
-            f"none of the {count} rows of {self._source.describe(bad.unit)} is an image (row {bad.row}: "
-            f"{error}); restore them or train without them"
+            f"nothing can stand in for {damage}; no row of {source.describe(bad.unit)} and of the "
+            f"{len(following)} row groups after it is an image: restore them or train without them"
         )

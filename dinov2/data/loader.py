@@ -14,11 +14,11 @@ from dinov2.data.decoded_rows import DecodedRows, Transform
 from dinov2.data.order import SampleOrder
 from dinov2.data.reader import RankReader
 from dinov2.data.sample import EncodedSample, Sample, Source
+from dinov2.data.stream_memory import Prefetch
 
 logger = logging.getLogger(__name__)
 
-_GIB = 2**30
-_MUCH_MEMORY = 16 * _GIB  # per rank; above it a node of 8 ranks may need more than it has
+_DEFAULT_PREFETCH = Prefetch()
 _MIN_SEEN = 10_000  # the damaged share is taken of at least so many, lest one early row stop a run
 _EXAMPLES = 5
 
@@ -36,6 +36,7 @@ def make_train_loader(
     start_sample: int,
     order: SampleOrder,
     num_workers: int,
+    prefetch: Prefetch = _DEFAULT_PREFETCH,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
     max_damaged_share: float = 0.001,
@@ -53,6 +54,7 @@ def make_train_loader(
         start_sample: Global sample index to begin at, which is the number of samples consumed so far.
         order: The order of samples; lanes should be a multiple of `global_batch`.
         num_workers: Worker processes; 0 decodes in this process.
+        prefetch: How far the reader works ahead of the workers.
         prefetch_factor: Batches that each worker prepares ahead.
         pin_memory: Whether batches lie in page-locked memory.
         max_damaged_share: Share of this rank's samples, or of the first 10,000, that may be damaged.
@@ -64,10 +66,8 @@ def make_train_loader(
     """
     # In this process and before the fork: a forked child that stops the thread pool it inherited hangs.
     cv2.setNumThreads(1)
-    reader = RankReader(
-        source, order, global_batch=global_batch, rank=rank, world_size=world_size, start_sample=start_sample
-    )
-    _report_memory(reader.memory_bound(), order.lanes, int(source.unit_rows.max()))
+    split = {"global_batch": global_batch, "world_size": world_size}
+    reader = RankReader(source, order, rank=rank, start_sample=start_sample, prefetch=prefetch, **split)
     make_loader = partial(
         DataLoader,
         _ErrorsAsItems(DecodedRows(source, transform)),
@@ -150,16 +150,16 @@ def validate_stream_state(saved: dict[str, Any], current: dict[str, Any], datase
     Raises:
         ValueError: If the dataset or a parameter of the order differs.
     """
-    if saved["fingerprint"] != current["fingerprint"]:
+    differing = [key for key in current if saved.get(key) != current[key]]
+    if "fingerprint" in differing:
         raise ValueError(
-            f"dataset '{dataset}' changed since the checkpoint (fingerprint {saved['fingerprint']} then, "
-            f"{current['fingerprint']} now); resume with the same shards or start a new run"
+            f"dataset '{dataset}' changed since the checkpoint (fingerprint {saved.get('fingerprint')} then, "
+            f"{current['fingerprint']} now); resume with the same shards, exclusion file and validation share, or "
+            "start a new run"
         )
-    changed = [f"{key} {saved[key]} is now {current[key]}" for key in saved if current[key] != saved[key]]
-    if changed:
-        raise ValueError(
-            f"resuming would change the order of samples ({', '.join(changed)}); keep the old values"
-        )
+    if differing:
+        changed = ", ".join(f"{key} {saved.get(key)} is now {current[key]}" for key in differing)
+        raise ValueError(f"resuming would change the order of samples ({changed}); keep the old values")
 
 
 class _ErrorsAsItems(Dataset):
@@ -200,15 +200,3 @@ def _start_worker(_: int) -> None:
 
 def _default_start_method() -> str | None:
     return "fork" if sys.platform == "linux" else None
-
-
-def _report_memory(bound: int, lanes: int, largest_unit: int) -> None:
-    much = bound > _MUCH_MEMORY
-    logger.log(
-        logging.WARNING if much else logging.INFO,
-        "the reader holds up to %.2f GiB on this rank (%d lanes, row groups of up to %d rows)%s",
-        bound / _GIB,
-        lanes,
-        largest_unit,
-        "; fewer lanes or smaller row groups take less" if much else "",
-    )

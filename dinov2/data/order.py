@@ -54,6 +54,15 @@ class _Tape(NamedTuple):
     starts: np.ndarray  # tape position of each unit's first row, by unit number
 
 
+def check_parameters(seed: int, lanes: int, block_rows: int) -> None:
+    """Refuse parameters that make no order with a ValueError."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the order's seed is {seed}, but it must lie in [0, 2**64)")
+    for name, value in (("lanes", lanes), ("block_rows", block_rows)):
+        if value < 1:
+            raise ValueError(f"the order's {name} is {value}, but it must be at least 1")
+
+
 class SampleOrder:
     """Locates any global sample index in O(log units), after one sort of the units per epoch.
 
@@ -69,14 +78,15 @@ class SampleOrder:
         self.num_rows = int(self._rows.sum())
         if self.num_rows == 0:
             raise ValueError("the dataset holds 0 rows, but an order needs at least 1")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"the order's seed is {seed}, but it must lie in [0, 2**64)")
-        for name, value in (("lanes", lanes), ("block_rows", block_rows)):
-            if value < 1:
-                raise ValueError(f"the order's {name} is {value}, but it must be at least 1")
+        check_parameters(seed, lanes, block_rows)
         self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
         self._short, self._longer = divmod(self.num_rows, lanes)  # the first `longer` lanes hold one row more
         self._tapes: dict[int, _Tape] = {}
+
+    @property
+    def parts(self) -> list[tuple[int, "SampleOrder"]]:
+        """First unit and order of each dataset: this one alone, from unit 0."""
+        return [(0, self)]
 
     @property
     def parameters(self) -> dict[str, int]:

@@ -9,8 +9,10 @@ import numpy as np
 
 from dinov2.data.order import SampleOrder
 from dinov2.data.sample import EncodedSample, Source
+from dinov2.data.stream_memory import Prefetch
 
 _Key = tuple[int, int, int]  # epoch, unit, piece
+_DEFAULT_PREFETCH = Prefetch()
 _Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
 
 
@@ -32,8 +34,7 @@ class RankReader:
         rank: k.
         world_size: Number of ranks.
         start_sample: First global sample index of step 0.
-        threads: Units fetched at a time.
-        look_ahead: Steps planned before they are asked for.
+        prefetch: How far to work ahead.
     """
 
     def __init__(
@@ -45,8 +46,7 @@ class RankReader:
         rank: int,
         world_size: int,
         start_sample: int,
-        threads: int = 4,
-        look_ahead: int = 8,
+        prefetch: Prefetch = _DEFAULT_PREFETCH,
     ) -> None:
         if global_batch < 1 or global_batch % world_size:
             raise ValueError(
@@ -57,36 +57,19 @@ class RankReader:
             raise ValueError(f"the stream cannot start at sample {start_sample}; 0 or more is expected")
         self._source, self._order = source, order
         self._batch, self._rank, self._rank_batch = global_batch, rank, global_batch // world_size
-        self._start, self._threads, self._look_ahead = start_sample, threads, look_ahead
+        self._start, self._prefetch = start_sample, prefetch
 
     def __iter__(self) -> Iterator[list[EncodedSample]]:
         fetches: _Fetches = {}
         window: deque[list[tuple[int, _Key]]] = deque()
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="dinov2-reader")
+        pool = ThreadPoolExecutor(self._prefetch.threads, thread_name_prefix="dinov2-reader")
         try:
             for first in itertools.count(self._start + self._rank * self._rank_batch, self._batch):
                 window.append(self._plan(first, fetches, pool))
-                if len(window) > self._look_ahead:
+                if len(window) > self._prefetch.look_ahead:
                     yield [_take(fetches, g, key) for g, key in window.popleft()]
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def memory_bound(self) -> int:
-        """Bytes of encoded images this reader can hold at once.
-
-        A lane holds rows of one unit, at most its share of an epoch; the look-ahead may open its next unit
-        early, and each thread holds up to twice a unit while it picks rows.
-        """
-        rows, order = self._source.unit_rows, self._order
-        sizes = self._source.unit_bytes[rows > 0]
-        per_row = sizes / rows[rows > 0]
-        held = np.sort(np.minimum(sizes, per_row * -(-order.num_rows // order.lanes)))[::-1]
-        aligned = order.lanes % self._batch == 0
-        lanes = order.lanes * self._rank_batch // self._batch if aligned else order.lanes
-        repeats, rest = divmod(lanes, len(held))
-        early = per_row.max() * ((self._look_ahead + 1) * self._rank_batch + lanes)
-        reading = 2 * np.sort(sizes)[-self._threads :].sum()
-        return int(held.sum() * repeats + held[:rest].sum() + early + reading)
 
     def _plan(self, first: int, fetches: _Fetches, pool: ThreadPoolExecutor) -> list[tuple[int, _Key]]:
         """Locate one step's samples and start to fetch the pieces that are not yet on their way."""

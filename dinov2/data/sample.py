@@ -45,6 +45,8 @@ class Sample:
         slide: Slide the tile was cut from.
         replaced: Whether the row at g was damaged and another of its row group stands in for it.
         damage: If replaced, where the damaged row is and what is wrong with it.
+        unit: Unit that the row was taken from.
+        row: Row within that unit.
     """
 
     index: int
@@ -52,6 +54,8 @@ class Sample:
     slide: str
     replaced: bool
     damage: str = ""
+    unit: int = 0
+    row: int = 0
 
 
 class Source(Protocol):
@@ -62,12 +66,14 @@ class Source(Protocol):
         unit_bytes: Bytes that the samples of each unit take in memory, int64 (U,); an upper estimate.
         fingerprint: Identifies names, sizes and layout: equal fingerprints mean equal samples in equal order.
         num_rows: Sum of `unit_rows`.
+        is_remote: Whether a read waits for a network.
     """
 
     unit_rows: np.ndarray
     unit_bytes: np.ndarray
     fingerprint: str
     num_rows: int
+    is_remote: bool
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for."""
@@ -75,5 +81,8 @@ class Source(Protocol):
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn a sample's bytes into uint8 (H, W, 3) RGB; raises DecodeError where they are no image."""
 
-    def describe(self, unit: int) -> str:
-        """Name a unit for a message to the user."""
+    def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its rows as it is stored, for a message to the user."""
+
+    def slides(self, unit: int) -> list[str]:
+        """Name the slide of every row of a unit, without reading images where that can be."""

@@ -40,7 +40,7 @@ class SampleList:
 
     def digest(self) -> str:
         """Identifies the patches and their order; comments and blank lines do not matter."""
-        state = hashlib.blake2b("\n".join(self.slides).encode(), digest_size=16)
+        state = hashlib.blake2b("\n".join(self.slides).encode(errors="surrogateescape"), digest_size=16)
         for column in (self.slide, self.x, self.y, self.level):
             state.update(np.ascontiguousarray(column, "<i4"))
         return state.hexdigest()
@@ -111,12 +111,14 @@ class SlideListSource:
         tile_size: side of a patch in px of its level.
 
     Attributes:
-        unit_rows, unit_bytes, fingerprint, num_rows: see `dinov2.data.sample.Source`.
+        unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.sample.Source`.
 
     Raises:
         FileNotFoundError: the list, or a slide that it names, does not exist.
         ValueError: a line is malformed, there is none, or `tile_size` is not positive.
     """
+
+    is_remote = False
 
     def __init__(
         self, list_path: str | Path, slide_root: str | Path | None = None, tile_size: int = 224
@@ -161,11 +163,18 @@ class SlideListSource:
         except SlideError as error:
             raise DecodeError(str(error)) from error
 
-    def describe(self, unit: int) -> str:
-        """Name a unit for a message to the user."""
+    def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its patches, for a message to the user."""
         first = unit * UNIT_LINES + 1
+        if row is not None:
+            return f"patch {first + row} of sample list '{self._list_path}'"
         last = first + int(self.unit_rows[unit]) - 1
         return f"patches {first} to {last} of sample list '{self._list_path}'"
+
+    def slides(self, unit: int) -> list[str]:
+        """Name the slide of every line of a unit."""
+        numbers = self._samples.slide[unit * UNIT_LINES : (unit + 1) * UNIT_LINES]
+        return [self._samples.slides[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_open"}

@@ -40,7 +40,7 @@ def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]
             try:
                 yield source.decode(EncodedSample(0, unit, row, slide, data))
             except DecodeError as error:
-                logger.warning("Left out row %d of %s: %s.", row, source.describe(unit), error)
+                logger.warning("Left out %s: %s.", source.describe(unit, row), error)
 
 
 def embed_images(

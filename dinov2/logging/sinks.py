@@ -25,7 +25,7 @@ class Sink(Protocol):
 
 
 class ConsoleSink:
-    """One line per record: step, losses, lr, gradient norm, speed, data wait, memory, time left."""
+    """One line per record: step, losses, lr, gradient norm, speed, data wait, slides in the batch, memory, time left."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record's headline values."""
@@ -36,9 +36,9 @@ class ConsoleSink:
         )
         norm = max(value for name, value in record.items() if name.startswith("grad_norm"))
         logger.info(
-            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%  %.1f GiB  ETA %s",
+            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%  %d slides  %.1f GiB  ETA %s",
             record["step"], record["total_steps"], losses, record["lr"], norm, record["img_per_s"],
-            record["data_wait_pct"], record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
+            record["data_wait_pct"], record["slides_per_batch"], record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
         )  # fmt: skip
 
     def close(self) -> None:

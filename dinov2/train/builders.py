@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +12,16 @@ import torch
 from torch import nn
 
 from dinov2.configs import Config
-from dinov2.configs.schema import AugmentationConfig
 from dinov2.data import AugmentationOptions, MultiCropAugmentation, MultiCropCollate, normalize
+from dinov2.data.device_batches import DeviceBatches
 from dinov2.data.loader import TrainLoader, make_train_loader
-from dinov2.data.order import SampleOrder
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.sample import Source
-from dinov2.data.slide_list import SlideListSource
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.models.pretrained import load_pretrained, published_url, read_checkpoint
 from dinov2.train.plan import RunPlan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.stream import OpenData, prefetch_for
 
 logger = logging.getLogger("dinov2")
-
-
-def build_source(config: Config, index_cache: Path | None = None) -> Source:
-    """Open the dataset that the configuration names.
-
-    Args:
-        config: validated configuration.
-        index_cache: where the index of Parquet shards is kept between launches; None keeps none.
-
-    Raises:
-        FileNotFoundError, ValueError: the dataset is missing, empty or of another format.
-    """
-    train = config.train
-    if train.streaming_from_hf:
-        return ParquetSource(train.streaming_dataset_path, index_cache)
-    return SlideListSource(train.sample_list_path, train.slide_root or None, train.tile_size)
 
 
 def build_augmentation(config: Config) -> MultiCropAugmentation:
@@ -77,7 +58,7 @@ def build_collate(config: Config) -> MultiCropCollate:
 def build_loader(
     config: Config,
     plan: RunPlan,
-    source: Source,
+    data: OpenData,
     start_sample: int,
     order: dict[str, int],
     device: torch.device,
@@ -87,11 +68,12 @@ def build_loader(
     Args:
         config: validated configuration.
         plan: of the run.
-        source: from `build_source`.
+        data: from `open_data`.
         start_sample: samples consumed so far.
         order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
         device: where batches go.
     """
+    source = data.source
     return make_train_loader(
         source,
         build_augmentation(config),
@@ -100,43 +82,23 @@ def build_loader(
         rank=get_global_rank(),
         world_size=get_global_size(),
         start_sample=start_sample,
-        order=SampleOrder(source.unit_rows, **order),
+        order=data.order(**order),
         num_workers=config.train.num_workers,
+        prefetch=prefetch_for(config, source),
         prefetch_factor=config.train.prefetch_factor,
         pin_memory=device.type == "cuda",
         max_damaged_share=config.train.max_damaged_share,
     )
 
 
-def order_parameters(config: Config, plan: RunPlan) -> dict[str, int]:
-    """Seed, lanes V and block length R of a run's first launch."""
-    train = config.train
-    lanes = train.stream_lanes or 8 * plan.global_batch
-    return {"seed": train.seed, "lanes": lanes, "block_rows": train.stream_block_rows}
+def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> DeviceBatches:
+    """Batches on the device, crops normalised to float32 there."""
+    mean, std = config.augmentation.normalize_mean, config.augmentation.normalize_std
 
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        return batch | {name: normalize(batch[name], mean, std) for name in ("global_crops", "local_crops")}
 
-class DeviceBatches:
-    """Batches of a loader on the device, crops normalised to float32 there.
-
-    Args:
-        loader: yields batch dicts of CPU tensors.
-        augmentation: section with the normalisation constants.
-        device: target.
-    """
-
-    def __init__(self, loader: TrainLoader, augmentation: AugmentationConfig, device: torch.device):
-        self._loader, self._device = loader, device
-        self._mean, self._std = augmentation.normalize_mean, augmentation.normalize_std
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._loader:
-            moved = {
-                name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-            }
-            for crops in ("global_crops", "local_crops"):
-                moved[crops] = normalize(moved[crops], self._mean, self._std)
-            yield moved
+    return DeviceBatches(batches, device, prepare)
 
 
 def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:

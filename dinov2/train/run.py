@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,20 @@ from typing import Any
 import torch
 
 from dinov2.configs import Config, save_config, validate
-from dinov2.data.loader import validate_stream_state
-from dinov2.data.sample import Source
-from dinov2.distributed import get_global_size, is_main_process, on_main_process
+from dinov2.data.loader import TrainLoader, validate_stream_state
+from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
-from dinov2.train.builders import (
-    DeviceBatches,
-    build_arch,
-    build_loader,
-    build_source,
-    order_parameters,
-    starting_weights,
-)
+from dinov2.train.builders import build_arch, build_loader, device_batches, starting_weights
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.optim import adam_state, build_optimizer
 from dinov2.train.plan import describe_plan, make_plan
+from dinov2.train.sample_log import SampleLog
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_resumable, describe_state
+from dinov2.train.stream import describe_stream, open_data, order_parameters
 from dinov2.train.trainer import Trainer
 
 logger = logging.getLogger("dinov2")
@@ -101,7 +96,7 @@ class Run:
             ),
             plan=self.plan,
             state=self.state,
-            batches=DeviceBatches(self.loader, config.augmentation, self.device),
+            batches=device_batches(self._batches(), config, self.device),
             seed=config.train.seed,
             clip_grad=config.optim.clip_grad,
             log_period=config.logging.period_iterations,
@@ -113,7 +108,7 @@ class Run:
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
-        described["scaler"] = self.scaler.state_dict()
+        described |= {"scaler": self.scaler.state_dict(), "places": self._places}
         self.checkpointer.save(state.step, self._tensors(), described)
 
     def export_teacher(self, state: TrainState) -> None:
@@ -141,20 +136,26 @@ class Run:
         check_resumable(saved, self.config)
         return saved
 
-    def _open_stream(self, saved: dict[str, Any] | None) -> Any:
-        # Rank 0 reads the footers and leaves the index for the other ranks.
-        open_source = partial(build_source, self.config, self.output_dir / "stream_index")
-        opened: list[Source] = []
-        on_main_process(lambda: opened.append(open_source()))
-        source = opened[0] if opened else open_source()
-        order = order_parameters(self.config, self.plan)
+    def _open_stream(self, saved: dict[str, Any] | None) -> TrainLoader:
+        # Rank 0 lists files and reads footers, once for all.
+        index_cache = self.output_dir / "stream_index"
+        data = on_main_process(partial(open_data, self.config, index_cache, saved))
+        self._places = data.places
+        lanes = saved["stream"]["lanes"] if saved else 0
+        order = on_main_process(partial(order_parameters, self.config, self.plan, data, lanes))
+        loader = build_loader(self.config, self.plan, data, self.state.samples, order, self.device)
         if saved:
-            order = {name: saved["stream"][name] for name in order}
-        loader = build_loader(self.config, self.plan, source, self.state.samples, order, self.device)
-        if saved:
-            data = self.config.train.streaming_dataset_path or self.config.train.sample_list_path
-            on_main_process(partial(validate_stream_state, saved["stream"], loader.stream_state, data))
+            on_main_process(
+                partial(validate_stream_state, saved["stream"], loader.stream_state, ", ".join(data.names))
+            )
+        logger.info("%s", describe_stream(self.config, self.plan, data, order))
         return loader
+
+    def _batches(self) -> Iterable[dict[str, Any]]:
+        if not self.config.logging.samples:
+            return self.loader
+        path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
+        return SampleLog(self.loader, path, self.state.step)
 
     def _tensors(self) -> dict[str, Any]:
         """Every tensor of the run by name; loading a checkpoint fills them in place."""
@@ -187,13 +188,13 @@ def dry_run(config: Config, world_size: int) -> str:
     """Check configuration and data, and describe the plan without allocating weights."""
     validate(config, world_size)
     plan = make_plan(config, world_size)
-    source = build_source(config)
+    data = open_data(config)
+    stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     starting_weights(config)
     with torch.device("meta"):
         arch = SSLMetaArch(config)
         arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
-    text = describe_plan(config, plan, arch.student)
-    return f"{text}\n  data      {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes"
+    return f"{describe_plan(config, plan, arch.student)}\n{stream}"
 
 
 def _architecture(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.distributed import get_global_rank
+from dinov2.distributed import all_gather_rows, get_global_rank
 from dinov2.logging.metrics import MetricAccumulator
 from dinov2.logging.sinks import Sink
 from dinov2.train.guard import FiniteGuard
@@ -118,7 +118,8 @@ class Trainer:
         self._update(values.mom)
         self.state.step += 1
         self.state.samples += self.plan.global_batch
-        self._log({**losses, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}, values)
+        metrics = {**losses, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
+        self._log(metrics, values, batch["slide_ids"])
 
     def _update(self, momentum: float) -> None:
         if self.scaler.is_enabled():
@@ -129,7 +130,7 @@ class Trainer:
             self.optimizer.step()
         self.arch.update_teacher(momentum, self.guard.healthy)
 
-    def _log(self, metrics: dict[str, Tensor], values: ScheduleValues) -> None:
+    def _log(self, metrics: dict[str, Tensor], values: ScheduleValues, slide_ids: Tensor) -> None:
         self._metrics.add(metrics)
         step = self.state.step
         if step % self._log_period and step != self.plan.total_steps:
@@ -141,6 +142,7 @@ class Trainer:
             **vars(values),
         }
         record |= self._period.speed(step, self.plan)
+        record["slides_per_batch"] = all_gather_rows(slide_ids).unique().numel()
         record["memory_gib"] = peak_memory_gib(self.arch.device)
         for sink in self._sinks:
             sink.write(record)

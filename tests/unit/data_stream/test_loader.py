@@ -41,6 +41,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         "numbers": [sample.crops[0] for sample in samples],
         "slides": [sample.slide for sample in samples],
         "replaced": sum(sample.replaced for sample in samples),
+        "rows": [(sample.unit, sample.row) for sample in samples],
     }
 
 
@@ -213,26 +214,31 @@ def test_too_much_damage_stops_with_the_first_rows_named(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_row_group_without_any_image_is_named(tmp_path: Path, workers: int) -> None:
-    loader = make_loader(damaged_source(tmp_path, [4, 5, 6, 7]), num_workers=workers)
+def test_rows_of_a_group_without_any_image_come_from_the_next_group_that_has_one(
+    tmp_path: Path, workers: int
+) -> None:
+    source = damaged_source(tmp_path, [4, 5, 6, 7, 8])
+    order = slow_order.epoch_order([4, 4, 4], SEED, LANES, BLOCK, 0)
+    stands_in = {number: 9 for number in range(4, 9)}
+    reference = [stands_in.get(4 * unit + row, 4 * unit + row) for unit, row in order]
+    batch = next(iter(make_loader(source, num_workers=workers, global_batch=12)))
+    assert batch["numbers"] == reference
+    assert batch["replaced"] == 5
+    assert [4 * unit + row for unit, row in batch["rows"]] == reference
+
+
+def test_the_last_group_is_followed_by_the_first(tmp_path: Path) -> None:
+    batch = next(iter(make_loader(damaged_source(tmp_path, [0, 8, 9, 10, 11]), global_batch=12)))
+    assert sorted(batch["numbers"]) == sorted([1, 1, 2, 3, 4, 5, 6, 7, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_without_any_image_is_named(tmp_path: Path, workers: int) -> None:
+    loader = make_loader(damaged_source(tmp_path, list(range(12))), num_workers=workers)
     with pytest.raises(
-        ValueError, match=r"none of the 4 rows of row group 1 of shard '.*a.parquet' is an image"
+        ValueError, match=r"nothing can stand in for row . of row group . of shard '.*a.parquet': a PNG"
     ):
         next(iter(loader))
-
-
-def test_memory_is_reported_and_warned_of(
-    source: ParquetSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with caplog.at_level(logging.INFO):
-        make_loader(source)
-    assert (
-        "the reader holds up to 0.00 GiB on this rank (48 lanes, row groups of up to 4 rows)" in caplog.text
-    )
-    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
-    monkeypatch.setattr(source, "unit_bytes", source.unit_rows * 2**30)
-    make_loader(source)
-    assert "fewer lanes or smaller row groups take less" in caplog.records[-1].getMessage()
 
 
 def test_stream_state_admits_the_same_stream_only(source: ParquetSource) -> None:

@@ -69,20 +69,24 @@ def test_any_epoch_visits_each_row_once_as_the_slow_reference_does(
     assert_epoch_matches(unit_rows, seed, lanes, block_rows, epoch)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     unit_rows=st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any),
-    lanes=st.integers(1, 40),
-    epoch=st.integers(0, 3),
+    lanes=st.integers(1, 90),
+    block_rows=st.integers(1, 15),
+    epoch=st.integers(0, 10**6),
 )
-def test_members_are_the_inverse_of_locate(unit_rows: list[int], lanes: int, epoch: int) -> None:
-    order = SampleOrder(unit_rows, seed=3, lanes=lanes, block_rows=4)
+def test_members_are_the_inverse_of_locate(
+    unit_rows: list[int], lanes: int, block_rows: int, epoch: int
+) -> None:
+    order = SampleOrder(unit_rows, seed=3, lanes=lanes, block_rows=block_rows)
     indices = np.arange(order.num_rows) + epoch * order.num_rows
     places = np.stack(order.locate(indices), axis=1).tolist()
     located = dict(zip(indices.tolist(), places, strict=True))
     listed = {}
     for key in {tuple(place[:3]) for place in located.values()}:
         members, rows = order.members(*key)
+        assert listed.keys().isdisjoint(members.tolist())
         listed |= {g: [*key, row] for g, row in zip(members.tolist(), rows.tolist(), strict=True)}
     assert listed == located
 

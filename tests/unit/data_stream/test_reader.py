@@ -10,6 +10,7 @@ import pytest
 
 from dinov2.data.order import SampleOrder
 from dinov2.data.reader import RankReader
+from dinov2.data.stream_memory import Prefetch, memory_bound
 from tests.helpers import slow_order
 
 UNIT_ROWS = [4, 4, 3, 0, 8, 1, 16, 4, 2, 30]
@@ -18,6 +19,8 @@ ROW_BYTES = 1000
 
 class MemorySource:
     """Rows that name themselves; counts reads and the rows that are alive."""
+
+    is_remote = False
 
     def __init__(self, unit_rows: list[int], broken: int | None = None) -> None:
         self.unit_rows = np.array(unit_rows)
@@ -70,14 +73,14 @@ def test_aligned_lanes_are_fetched_once_by_one_rank() -> None:
     unit_rows = [6] * 48  # 12 lanes of 24 rows; a lane begins with a unit and covers 4
     sources = [MemorySource(unit_rows) for _ in range(4)]
     for rank, source in enumerate(sources):
-        for _ in islice(reader(source, 12, 12, rank, 4, look_ahead=0), 24):
+        for _ in islice(reader(source, 12, 12, rank, 4, prefetch=Prefetch(look_ahead=0)), 24):
             pass
     assert sum((source.reads for source in sources), Counter()) == Counter(range(48))
 
 
 def test_giant_units_are_fetched_once_per_epoch_and_again_where_a_lane_runs_into_them() -> None:
     source = MemorySource([500, 500])  # 80 lanes of 13 or 12 rows: the second unit begins within a lane
-    for _ in islice(reader(source, 80, 40, look_ahead=0), 25):
+    for _ in islice(reader(source, 80, 40, prefetch=Prefetch(look_ahead=0)), 25):
         pass
     assert sorted(source.reads.values()) == [1, 2]
 
@@ -85,8 +88,8 @@ def test_giant_units_are_fetched_once_per_epoch_and_again_where_a_lane_runs_into
 @pytest.mark.parametrize(("lanes", "batch"), [(24, 12), (30, 12), (7, 12), (3, 240), (5000, 12)])
 @pytest.mark.parametrize("world", [1, 3])
 def test_rows_are_freed_as_used_and_stay_within_the_bound(lanes: int, batch: int, world: int) -> None:
-    rank_reader = reader(MemorySource(UNIT_ROWS), lanes, batch, world - 1, world, 17, look_ahead=2, threads=1)
-    steps = iter(rank_reader)
+    source, prefetch = MemorySource(UNIT_ROWS), Prefetch(threads=1, look_ahead=2)
+    steps = iter(reader(source, lanes, batch, world - 1, world, 17, prefetch=prefetch))
     most = 0
     for _ in range(30):
         last = next(steps)[-1].index
@@ -94,7 +97,9 @@ def test_rows_are_freed_as_used_and_stay_within_the_bound(lanes: int, batch: int
         assert all(held)
         assert min(g for samples in held for g in samples) > last
         most = max(most, sum(map(len, held)))
-    assert 0 < most * ROW_BYTES <= rank_reader.memory_bound()
+    order = SampleOrder(source.unit_rows, seed=2, lanes=lanes, block_rows=4)
+    bound = memory_bound(source, order, global_batch=batch, world_size=world, prefetch=prefetch)
+    assert 0 < most * ROW_BYTES <= bound
 
 
 def test_threads_start_with_the_first_step_and_end_with_the_iterator() -> None:

@@ -1,0 +1,183 @@
+"""The data that a configuration names: its datasets, what is left out of them, and their order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov2.configs import Config, config_from_mapping
+from dinov2.configs.schema import DatasetConfig
+from dinov2.data.mixture import describe_shares, make_order, make_source
+from dinov2.data.order import SampleOrder
+from dinov2.data.parquet_source import ParquetSource
+from dinov2.data.patient_split import describe_splits, split_by_patient
+from dinov2.data.patients import read_exclusions
+from dinov2.data.sample import Source
+from dinov2.data.slide_list import SlideListSource
+from dinov2.data.stream_memory import GIB, Prefetch, fit_lanes, memory_bound
+from dinov2.train.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """The datasets of a run.
+
+    Attributes:
+        names: as configured.
+        places: where their files are, with the commit where there is one.
+        weights: share of the samples of each, up to a common factor.
+        sources: their rows to train on.
+        held_out: of each, the rows of validation patients; None where there are none.
+        report: lines on what was left out.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[str, ...]
+    weights: tuple[float, ...]
+    sources: tuple[Source, ...]
+    held_out: tuple[Source | None, ...]
+    report: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """All rows to train on."""
+        return make_source(self.sources)
+
+    def order(self, seed: int, lanes: int, block_rows: int) -> SampleOrder:
+        """Their order."""
+        return make_order(self.sources, self.weights, seed=seed, lanes=lanes, block_rows=block_rows)
+
+
+def open_data(
+    config: Config, index_cache: Path | None = None, saved: dict[str, Any] | None = None
+) -> OpenData:
+    """Open the datasets that the configuration names and leave out what it excludes.
+
+    Args:
+        config: validated configuration.
+        index_cache: where the index of Parquet shards is kept between launches; None keeps none.
+        saved: JSON state of the checkpoint being resumed; datasets on the hub keep its commit.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: a dataset is missing, empty, of another format or out of reach.
+    """
+    train = config.train
+    datasets = _named(config)
+    commits = _commits(datasets, saved)
+    opened: list[Source] = []
+    for number, (dataset, commit) in enumerate(zip(datasets, commits, strict=True)):
+        if train.streaming_from_hf:
+            cache = index_cache and index_cache.with_name(
+                f"{index_cache.name}{f'.{number}' if number else ''}"
+            )
+            opened.append(
+                ParquetSource(dataset.path, cache, commit or dataset.revision, train.stream_attempts)
+            )
+        else:
+            opened.append(SlideListSource(dataset.path, train.slide_root or None, train.tile_size))
+    names = tuple(dataset.path for dataset in datasets)
+    data = OpenData(
+        names=names,
+        places=tuple(getattr(source, "place", name) for source, name in zip(opened, names, strict=True)),
+        weights=tuple(dataset.weight for dataset in datasets),
+        sources=tuple(opened),
+        held_out=(None,) * len(opened),
+    )
+    return _leave_out(data, train.exclusion_file, train.validation_share)
+
+
+def order_parameters(config: Config, plan: RunPlan, data: OpenData, lanes: int = 0) -> dict[str, int]:
+    """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one.
+
+    Raises:
+        ValueError: there are more lanes than rows, or what they hold exceeds ``train.stream_memory_gib``.
+    """
+    train = config.train
+    fixed = {"seed": train.seed, "block_rows": train.stream_block_rows}
+    lanes = fit_lanes(
+        lambda number: data.order(lanes=number, **fixed),
+        data.source,
+        lanes=lanes or train.stream_lanes,
+        global_batch=plan.global_batch,
+        world_size=plan.world_size,
+        limit_gib=train.stream_memory_gib,
+    )
+    return {**fixed, "lanes": lanes}
+
+
+def describe_stream(config: Config, plan: RunPlan, data: OpenData, order: dict[str, int]) -> str:
+    """The stream as lines of text, for the start of a run and for ``--dry-run``."""
+    sample_order, source = data.order(**order), data.source
+    stored = memory_bound(
+        source,
+        sample_order,
+        global_batch=plan.global_batch,
+        world_size=plan.world_size,
+        prefetch=prefetch_for(config, source),
+    )
+    batches = _batches_in_flight(config) * plan.local_batch * _sample_bytes(config)
+    return "\n".join(
+        (
+            f"Data: {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes, {order['lanes']} "
+            f"lanes over {len(source.unit_rows):,} row groups of up to {source.unit_rows.max()} rows",
+            *(f"  {line}" for line in describe_shares(sample_order, data.names)),
+            *(f"  {line}" for line in data.report),
+            f"  memory    up to {stored / GIB:.2f} GiB of stored tiles and {batches / GIB:.2f} GiB of batches on each "
+            "process",
+        )
+    )
+
+
+def prefetch_for(config: Config, source: Source) -> Prefetch:
+    """How far the reader works ahead on this source."""
+    return Prefetch.suited_to(source, config.train.stream_memory_gib * GIB)
+
+
+def _named(config: Config) -> tuple[DatasetConfig, ...]:
+    train = config.train
+    path = train.streaming_dataset_path if train.streaming_from_hf else train.sample_list_path
+    return train.datasets or (DatasetConfig(path, 1.0, train.streaming_dataset_revision),)
+
+
+def _commits(datasets: tuple[DatasetConfig, ...], saved: dict[str, Any] | None) -> list[str]:
+    """The commit at which each dataset was first opened, where that was on the hub and the entry is unchanged."""
+    if saved is None:
+        return [""] * len(datasets)
+    before = _named(config_from_mapping(saved["config"]))
+    places = saved.get("places", [])
+    if before != datasets or len(places) != len(datasets):
+        return [""] * len(datasets)
+    found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", place) for place in places]
+    return [match[1] if match else "" for match in found]
+
+
+def _leave_out(data: OpenData, exclusion_file: str, validation_share: float) -> OpenData:
+    if not exclusion_file and not validation_share:
+        return data
+    excluded = read_exclusions(exclusion_file) if exclusion_file else []
+    splits = [
+        split_by_patient(source, name, excluded, validation_share)
+        for source, name in zip(data.sources, data.names, strict=True)
+    ]
+    return dataclasses.replace(
+        data,
+        sources=tuple(split.training for split in splits),
+        held_out=tuple(split.validation for split in splits),
+        report=tuple(describe_splits(splits, data.names, excluded)),
+    )
+
+
+def _batches_in_flight(config: Config) -> int:
+    return max(1, config.train.num_workers * config.train.prefetch_factor) + 1
+
+
+def _sample_bytes(config: Config) -> int:
+    """Bytes of one sample's pixels on the way to the device."""
+    if config.train.augmentation_device == "gpu":
+        return 3 * config.train.tile_size**2
+    crops = config.crops
+    return 3 * (2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2)
