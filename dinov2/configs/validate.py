@@ -130,6 +130,14 @@ def _crop_faults(config: Config) -> Iterator[str]:
     kernel = config.augmentation.blur_kernel_size
     if kernel < 1 or kernel % 2 == 0:
         yield f"augmentation.blur_kernel_size = {kernel} is not an odd number of 1 or more."
+    smallest = min(config.crops.global_crops_size, config.crops.local_crops_size)
+    if kernel // 2 >= smallest > 0:
+        yield f"augmentation.blur_kernel_size = {kernel} is too wide for views of {smallest} px; expected below {2 * smallest}."
+    if config.augmentation.backend == "reference" and config.train.augmentation_device == "gpu":
+        yield (
+            "augmentation.backend = reference runs on the CPU only, while train.augmentation_device = gpu; set one of "
+            "the two to fast or cpu."
+        )
     if min(config.augmentation.normalize_std) <= 0:
         std = list(config.augmentation.normalize_std)
         yield f"augmentation.normalize_std = {std} holds a number that is not above 0."

@@ -2,6 +2,7 @@
 
 from dinov2.data.augmentation_options import AugmentationOptions
 from dinov2.data.augmentations import DataAugmentationDINO, MultiCropAugmentation, MultiCrops
+from dinov2.data.batched_augmentation import BatchedAugmentation, DeferredAugmentation
 from dinov2.data.collate import MultiCropCollate, collate_data_and_cast
 from dinov2.data.masking import MaskingGenerator, StratifiedMasks, block_mask
 from dinov2.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -12,7 +13,9 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "AugmentationOptions",
+    "BatchedAugmentation",
     "DataAugmentationDINO",
+    "DeferredAugmentation",
     "EncodedSample",
     "MaskingGenerator",
     "MultiCropAugmentation",

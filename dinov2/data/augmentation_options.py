@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
+
+_NEUTRAL_AMOUNTS = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,13 @@ class AugmentationOptions:
             raise ValueError(f"blur_sigma_min_max is {low, high}; 0 < min <= max is needed.")
         if self.blur_kernel_size < 1 or self.blur_kernel_size % 2 == 0:
             raise ValueError(f"blur_kernel_size is {self.blur_kernel_size}; an odd number is needed.")
+
+    @cached_property
+    def jitter_ranges(self) -> tuple[tuple[str, float, float], ...]:
+        """``(name, lowest amount, width of the range)`` of the four adjustments; the width is 0 at strength 0."""
+        ranges = []
+        for name, neutral in _NEUTRAL_AMOUNTS.items():
+            strength = getattr(self, name)
+            low = max(0.0, neutral - strength) if neutral else -strength
+            ranges.append((name, low, neutral + strength - low))
+        return tuple(ranges)

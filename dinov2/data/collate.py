@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.augmentations import MultiCrops
 from dinov2.data.masking import StratifiedMasks
 from dinov2.data.sample import Sample
+from dinov2.data.view_packing import ImageAndViews
 from dinov2.utils.seeding import fresh_rng
 
 
@@ -55,7 +58,10 @@ class MultiCropCollate:
             (L*B, 3, s, s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N
             patches, ascending, then 0 as padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that
             crop), 0 on padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str;
-            ``replaced`` int.
+            ``slide_ids`` int64 (B,), a hash of each; ``rows``, the unit and row of each; ``replaced`` int.
+
+            Where samples hold `ImageAndViews`, in place of the crops: ``images`` uint8 (B, H, W, 3), padded
+            below and to the right to the largest, and ``view_parameters`` float32 (B, V, P).
 
         Raises:
             ValueError: The samples are not whole pairs.
@@ -69,12 +75,13 @@ class MultiCropCollate:
             )
         masks = _view_major([torch.from_numpy(views) for pair in pairs for views in self._masks(pair)])
         return {
-            "global_crops": _view_major([sample.crops.global_crops for sample in samples]),
-            "local_crops": _view_major([sample.crops.local_crops for sample in samples]),
+            **_collate_views([sample.crops for sample in samples]),
             "masks": masks,
             **_padded_mask_index(masks, self.max_masked(len(samples))),
             "indices": torch.tensor(indices, dtype=torch.int64),
             "slides": [sample.slide for sample in samples],
+            "slide_ids": torch.tensor([_slide_id(sample.slide) for sample in samples]),
+            "rows": [(sample.unit, sample.row) for sample in samples],
             "replaced": sum(sample.replaced for sample in samples),
         }
 
@@ -131,6 +138,29 @@ def collate_data_and_cast(
         "upperbound": sum(int(n_tokens * edge) for edge in edges[1:]),
         "n_masked_patches": torch.tensor([n_masked]),
     }
+
+
+def _collate_views(samples: list[MultiCrops] | list[ImageAndViews]) -> dict[str, Tensor]:
+    if not isinstance(samples[0], ImageAndViews):
+        return {
+            "global_crops": _view_major([sample.global_crops for sample in samples]),
+            "local_crops": _view_major([sample.local_crops for sample in samples]),
+        }
+    shapes = {sample.image.shape for sample in samples}
+    height, width = (max(shape[axis] for shape in shapes) for axis in (0, 1))
+    make = torch.empty if len(shapes) == 1 else torch.zeros
+    images = make(len(samples), height, width, 3, dtype=torch.uint8)
+    for padded, sample in zip(images.numpy(), samples, strict=True):
+        padded[: sample.image.shape[0], : sample.image.shape[1]] = sample.image
+    return {
+        "images": images,
+        "view_parameters": torch.from_numpy(np.stack([sample.parameters for sample in samples])),
+    }
+
+
+def _slide_id(slide: str) -> int:
+    """63 bits that all processes agree on, so that slides can be counted over ranks."""
+    return int.from_bytes(blake2b(slide.encode(errors="surrogateescape"), digest_size=8).digest()) >> 1
 
 
 def _view_major(samples: list[Tensor]) -> Tensor:

@@ -11,9 +11,6 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms import functional as F
 
-horizontal_flip = F.hflip
-vertical_flip = F.vflip
-
 ADJUSTMENTS = {
     "brightness": F.adjust_brightness,
     "contrast": F.adjust_contrast,
@@ -22,10 +19,21 @@ ADJUSTMENTS = {
 }
 
 
-def resized_crop(image: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> Image.Image:
-    """Cut a box from a uint8 (H, W, 3) array and resize it to (size, size), bicubic."""
+def resized_crop(
+    image: np.ndarray,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    size: int,
+    horizontal_flip: bool = False,
+    vertical_flip: bool = False,
+) -> Image.Image:
+    """Cut a box from a uint8 (H, W, 3) array, resize it to (size, size), bicubic, and mirror it."""
     bicubic = F.InterpolationMode.BICUBIC
-    return F.resized_crop(Image.fromarray(image), top, left, height, width, [size, size], bicubic)
+    crop = F.resized_crop(Image.fromarray(image), top, left, height, width, [size, size], bicubic)
+    crop = F.hflip(crop) if horizontal_flip else crop
+    return F.vflip(crop) if vertical_flip else crop
 
 
 def perturb_stains(image: Image.Image, scale: Sequence[float], shift: Sequence[float]) -> Image.Image:
@@ -37,8 +45,8 @@ def perturb_stains(image: Image.Image, scale: Sequence[float], shift: Sequence[f
 
 
 def grayscale(image: Image.Image) -> Image.Image:
-    """Luma (ITU-R 601) in all three channels."""
-    return F.rgb_to_grayscale(image, num_output_channels=3)
+    """Luma (ITU-R 601), one channel."""
+    return F.rgb_to_grayscale(image)
 
 
 def blur(image: Image.Image, sigma: float, kernel_size: int) -> Image.Image:

@@ -28,7 +28,7 @@ def apply_view(
     blur_kernel_size: int,
     backend: str = "fast",
 ) -> np.ndarray:
-    """Render one view as a (size, size) image, in the order crop, flips, stains, jitter, grey, blur.
+    """Render one view in the order crop, flips, stains, jitter, grey, blur.
 
     Args:
         image: uint8 (H, W, 3) RGB.
@@ -38,14 +38,11 @@ def apply_view(
         backend: "fast" or "reference".
 
     Returns:
-        uint8 (size, size, 3) RGB.
+        uint8 (size, size, 3) RGB, or (size, size) where ``view.grayscale``.
     """
     operations = load_operations(backend)
-    crop = operations.resized_crop(image, view.top, view.left, view.height, view.width, size)
-    if view.horizontal_flip:
-        crop = operations.horizontal_flip(crop)
-    if view.vertical_flip:
-        crop = operations.vertical_flip(crop)
+    box = view.top, view.left, view.height, view.width
+    crop = operations.resized_crop(image, *box, size, view.horizontal_flip, view.vertical_flip)
     if view.hed:
         crop = operations.perturb_stains(crop, *view.hed)
     for name, amount in view.jitter:

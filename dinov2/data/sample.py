@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from dinov2.data.augmentations import MultiCrops
+    from dinov2.data.view_packing import ImageAndViews
 
 
 class DecodeError(ValueError):
@@ -41,7 +42,7 @@ class Sample:
 
     Attributes:
         index: Global sample index g.
-        crops: The augmented views.
+        crops: The augmented views, or what the device renders them from.
         slide: Slide the tile was cut from.
         replaced: Whether the row at g was damaged and another of its row group stands in for it.
         damage: If replaced, where the damaged row is and what is wrong with it.
@@ -50,7 +51,7 @@ class Sample:
     """
 
     index: int
-    crops: MultiCrops
+    crops: MultiCrops | ImageAndViews
     slide: str
     replaced: bool
     damage: str = ""

@@ -20,6 +20,7 @@ HED_FROM_RGB = np.linalg.inv(RGB_FROM_HED)
 
 _LOG_EPS = np.log(1e-6)
 _LOG_255 = np.log(255.0)
+_MIXING = _LOG_EPS * RGB_FROM_HED.T
 _DENSITY = (np.log(np.maximum(np.arange(256) / 255, 1e-6)) / _LOG_EPS).astype(np.float32)
 
 
@@ -34,11 +35,13 @@ def perturb_stains(image: np.ndarray, scale: Sequence[float], shift: Sequence[fl
     Returns:
         uint8 (H, W, 3) RGB, rounded to the nearest level.
     """
-    stains = cv2.transform(cv2.LUT(image, _DENSITY), HED_FROM_RGB.T)
+    density = cv2.LUT(image, _DENSITY)
+    stains = cv2.transform(density, HED_FROM_RGB.T)
     # cv2.max and cv2.min would compare the 2nd and 3rd channel of an image with 0 whatever the scalar.
     cv2.threshold(stains, 0, 0, cv2.THRESH_TOZERO, stains)
-    mixing = _LOG_EPS * RGB_FROM_HED.T
-    affine = np.column_stack([mixing * np.asarray(scale), mixing @ np.asarray(shift) + _LOG_255])
-    log_rgb = cv2.transform(stains, affine)
+    affine = np.empty((3, 4))
+    affine[:, :3] = _MIXING * scale
+    affine[:, 3] = _MIXING @ shift + _LOG_255
+    log_rgb = cv2.transform(stains, affine, density)  # into memory that lies in cache
     cv2.threshold(log_rgb, _LOG_255, 0, cv2.THRESH_TRUNC, log_rgb)
     return cv2.convertScaleAbs(cv2.exp(log_rgb, log_rgb))

@@ -92,7 +92,8 @@ def fit_lanes(
     limit = limit_gib * GIB
     prefetch = Prefetch.suited_to(source, limit)
     needed = []
-    for candidate in [lanes] if lanes else _candidates(global_batch, rows, len(make_order(rows).parts)):
+    fewest = len(make_order(rows).parts)
+    for candidate in [lanes] if lanes else _candidates(global_batch, source.unit_rows, fewest):
         bound = memory_bound(
             source, make_order(candidate), global_batch=global_batch, world_size=world_size, prefetch=prefetch
         )
@@ -113,11 +114,16 @@ def fit_lanes(
     )
 
 
-def _candidates(global_batch: int, rows: int, fewest: int) -> list[int]:
+def _candidates(global_batch: int, unit_rows: np.ndarray, fewest: int) -> list[int]:
+    """8, 4, 2, 1, 1/2 ... times the batch, of those between `fewest` and the rows.
+
+    More lanes than units would begin side by side in the same ones, and a batch would come from few.
+    """
     lanes, candidates = 8 * global_batch, []
-    while True:
+    while lanes >= fewest:
         candidates.append(lanes)
-        if lanes % 2 or lanes == 1:
+        if lanes % 2:
             break
         lanes //= 2
-    return [candidate for candidate in candidates if fewest <= candidate <= rows] or [fewest]
+    possible = [lanes for lanes in candidates if lanes <= unit_rows.sum()] or [fewest]
+    return [lanes for lanes in possible if lanes <= np.count_nonzero(unit_rows)] or possible[-1:]

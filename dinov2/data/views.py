@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dinov2.data.augmentation_options import AugmentationOptions
 
-_NEUTRAL_AMOUNTS = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 
-
-@dataclass(frozen=True)
-class ViewParameters:
+class ViewParameters(NamedTuple):
     """One view, in the order of application; None or empty means the step is left out.
 
     Attributes:
@@ -55,10 +52,10 @@ def sample_view(
         blur_prob: Probability that this view is blurred.
         options: Everything else.
     """
-    top, left, height, width = _sample_crop(rng.random((10, 4)).tolist(), *image_size, scale)
-    flip, flop, hed, jitter, grey, blur, sigma = rng.random(7).tolist()
-    scales, shifts = rng.uniform(-1, 1, (2, 3)).tolist()
-    amounts, order = rng.random(4).tolist(), rng.permutation(4).tolist()
+    draws = rng.random(57).tolist()
+    order = rng.permutation(4).tolist()
+    top, left, height, width = _sample_crop(draws[:40], *image_size, scale)
+    flip, flop, hed, jitter, grey, blur, sigma = draws[40:47]
     sigma_min, sigma_max = options.blur_sigma_min_max
     return ViewParameters(
         top=top,
@@ -67,22 +64,22 @@ def sample_view(
         width=width,
         horizontal_flip=flip < options.horizontal_flip_prob,
         vertical_flip=flop < options.vertical_flip_prob,
-        hed=_stains(scales, shifts, options) if hed < options.hed_prob else None,
-        jitter=_jitter(amounts, order, options) if jitter < options.jitter_prob else (),
+        hed=_stains(draws[47:53], options) if hed < options.hed_prob else None,
+        jitter=_jitter(draws[53:], order, options) if jitter < options.jitter_prob else (),
         grayscale=grey < options.grayscale_prob,
         blur_sigma=sigma_min + (sigma_max - sigma_min) * sigma if blur < blur_prob else None,
     )
 
 
 def _sample_crop(
-    tries: list[list[float]], image_height: int, image_width: int, scale: tuple[float, float]
+    draws: list[float], image_height: int, image_width: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Box (top, left, height, width), distributed as torchvision's RandomResizedCrop.
 
-    The area's share is U(scale), the log aspect U(ln 3/4, ln 4/3); the first of ten tries that fits is taken,
-    else the largest centred box whose aspect lies in [3/4, 4/3].
+    The area's share is U(scale), the log aspect U(ln 3/4, ln 4/3); the first of ten tries (of four draws each)
+    that fits is taken, else the largest centred box whose aspect lies in [3/4, 4/3].
     """
-    for area_draw, aspect_draw, top_draw, left_draw in tries:
+    for area_draw, aspect_draw, top_draw, left_draw in zip(*[iter(draws)] * 4, strict=True):
         area = image_height * image_width * (scale[0] + (scale[1] - scale[0]) * area_draw)
         aspect = (4 / 3) ** (2 * aspect_draw - 1)
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -95,20 +92,18 @@ def _sample_crop(
     return (image_height - height) // 2, (image_width - width) // 2, height, width
 
 
-def _stains(
-    scales: list[float], shifts: list[float], options: AugmentationOptions
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scale and shift per stain from draws in [-1, 1)."""
-    return tuple(1 + options.hed_scale * u for u in scales), tuple(options.hed_shift * u for u in shifts)
+def _stains(draws: list[float], options: AugmentationOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scale and shift per stain from six draws."""
+    scale, shift = options.hed_scale, options.hed_shift
+    signed = [-1 + 2 * draw for draw in draws]
+    return tuple([1 + scale * u for u in signed[:3]]), tuple([shift * u for u in signed[3:]])
 
 
 def _jitter(
     draws: list[float], order: list[int], options: AugmentationOptions
 ) -> tuple[tuple[str, float], ...]:
     """The four adjustments with their amounts, in order; those of strength 0 are left out."""
-    amounts = []
-    for (name, neutral), draw in zip(_NEUTRAL_AMOUNTS.items(), draws, strict=True):
-        strength = getattr(options, name)
-        low = max(0.0, neutral - strength) if neutral else -strength
-        amounts.append((name, low + (neutral + strength - low) * draw))
-    return tuple(amounts[i] for i in order if getattr(options, amounts[i][0]))
+    ranges = options.jitter_ranges
+    return tuple(
+        [(name, low + span * draws[i]) for i, (name, low, span) in [(i, ranges[i]) for i in order] if span]
+    )

@@ -34,11 +34,12 @@ class ConsoleSink:
             for name, value in record.items()
             if name.endswith("_loss")
         )
+        slides = f"  {record['slides_per_batch']} slides" if "slides_per_batch" in record else ""
         norm = max(value for name, value in record.items() if name.startswith("grad_norm"))
         logger.info(
-            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%  %d slides  %.1f GiB  ETA %s",
+            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%%s  %.1f GiB  ETA %s",
             record["step"], record["total_steps"], losses, record["lr"], norm, record["img_per_s"],
-            record["data_wait_pct"], record["slides_per_batch"], record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
+            record["data_wait_pct"], slides, record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from dinov2.configs import Config
-from dinov2.data import AugmentationOptions, MultiCropAugmentation, MultiCropCollate, normalize
+from dinov2.data import (
+    AugmentationOptions,
+    BatchedAugmentation,
+    DeferredAugmentation,
+    MultiCropAugmentation,
+    MultiCropCollate,
+    normalize,
+)
 from dinov2.data.device_batches import DeviceBatches
 from dinov2.data.loader import TrainLoader, make_train_loader
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -73,10 +80,10 @@ def build_loader(
         order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
         device: where batches go.
     """
-    source = data.source
+    source, transform = data.source, build_augmentation(config)
     return make_train_loader(
         source,
-        build_augmentation(config),
+        DeferredAugmentation(transform) if config.train.augmentation_device == "gpu" else transform,
         build_collate(config),
         global_batch=plan.global_batch,
         rank=get_global_rank(),
@@ -92,10 +99,18 @@ def build_loader(
 
 
 def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> DeviceBatches:
-    """Batches on the device, crops normalised to float32 there."""
+    """Batches on the device, where crops are normalised to float32 and, if so configured, rendered before."""
     mean, std = config.augmentation.normalize_mean, config.augmentation.normalize_std
+    render = BatchedAugmentation(
+        config.crops.global_crops_size,
+        config.crops.local_crops_size,
+        config.augmentation.blur_kernel_size,
+        compile=device.type == "cuda",
+    )
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        if config.train.augmentation_device == "gpu":
+            batch |= render({name: batch.pop(name) for name in ("images", "view_parameters")})
         return batch | {name: normalize(batch[name], mean, std) for name in ("global_crops", "local_crops")}
 
     return DeviceBatches(batches, device, prepare)

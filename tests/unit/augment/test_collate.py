@@ -1,5 +1,8 @@
 """Collation against a slow reference, its independence of the world size, and Meta's keys."""
 
+from dataclasses import replace
+from hashlib import blake2b
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from dinov2.data import (
     Sample,
     collate_data_and_cast,
 )
+from dinov2.data.view_packing import ImageAndViews
 
 SIZE, PATCH = 56, 14
 COLLATE = MultiCropCollate(9, PATCH, 0.5, (0.1, 0.6), SIZE)
@@ -51,8 +55,12 @@ def test_batch_equals_a_slow_reference():
     assert batch["indices"].tolist() == list(range(6, 14))
     assert batch["slides"] == [sample.slide for sample in samples]
     assert batch["replaced"] == 2
+    digests = [blake2b(sample.slide.encode(), digest_size=8).hexdigest() for sample in samples]
+    assert batch["slide_ids"].tolist() == [int(digest, 16) // 2 for digest in digests]
     assert batch["masks"].dtype == torch.bool and batch["mask_weight"].dtype == torch.float32
-    assert all(batch[key].dtype == torch.int64 for key in ("mask_indices", "n_masked", "indices"))
+    assert all(
+        batch[key].dtype == torch.int64 for key in ("mask_indices", "n_masked", "indices", "slide_ids")
+    )
     assert batch["n_masked"].shape == ()
 
 
@@ -63,6 +71,30 @@ def test_length_of_the_mask_index_never_changes():
         batch = COLLATE(make_samples(first, 4))
         assert len(batch["mask_indices"]) == len(batch["mask_weight"]) == 28
         assert batch["n_masked"] <= 28
+
+
+def test_drawn_samples_are_padded_to_the_largest_and_masked_like_rendered_ones():
+    rng = np.random.default_rng(0)
+    shapes = [(20, 30), (1, 1), (7, 40), (20, 30)]
+    drawn = [
+        ImageAndViews(rng.integers(1, 256, (*shape, 3), dtype=np.uint8), rng.random((7, 29), np.float32))
+        for shape in shapes
+    ]
+    rendered = make_samples(6, 4)
+    batch, expected = (
+        COLLATE([replace(s, crops=c) for s, c in zip(rendered, drawn, strict=True)]),
+        COLLATE(rendered),
+    )
+    assert batch["images"].shape == (4, 20, 40, 3) and batch["images"].dtype == torch.uint8
+    for image, (height, width), sample in zip(batch["images"].numpy(), shapes, drawn, strict=True):
+        assert np.array_equal(image[:height, :width], sample.image)
+        assert (image != 0).sum() == height * width * 3
+    assert np.array_equal(batch["view_parameters"].numpy(), np.stack([s.parameters for s in drawn]))
+    others = set(expected) - {"global_crops", "local_crops"}
+    assert set(batch) == others | {"images", "view_parameters"}
+    for key in others:
+        same = torch.equal if isinstance(batch[key], torch.Tensor) else lambda a, b: a == b
+        assert same(batch[key], expected[key])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

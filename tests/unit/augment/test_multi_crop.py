@@ -16,7 +16,9 @@ from dinov2.data import (
     MultiCropAugmentation,
     MultiCrops,
     normalize,
+    sample_view,
 )
+from dinov2.utils.seeding import sample_rng
 
 OPTIONS = AugmentationOptions()
 
@@ -50,6 +52,29 @@ def test_crops_depend_on_seed_and_index_alone(tiles):
 def test_views_do_not_depend_on_how_many_follow():
     few = MultiCropAugmentation(OPTIONS, (0.32, 1.0), (0.05, 0.32), 2, seed=7)
     assert augmentation().sample((200, 300), 5)[:4] == few.sample((200, 300), 5)
+
+
+@pytest.mark.parametrize(("seed", "index"), [(7, 5), (0, 0), (2**64 - 1, 2**64 - 1)])
+def test_each_view_comes_from_its_own_stream(seed, index):
+    views = augmentation(seed=seed).sample((200, 300), index)
+    for number, view in enumerate(views):
+        scale, blur = ((0.32, 1.0), (1.0, 0.1)[number]) if number < 2 else ((0.05, 0.32), 0.5)
+        assert view == sample_view(sample_rng(seed, index, number), (200, 300), scale, blur, OPTIONS)
+
+
+def test_drawn_numbers_are_what_they_were():
+    """Drawn from numpy's generator one by one, as runs on record were."""
+    rng = sample_rng(7, 5, 3)
+    rng.random((10, 4))
+    flip = rng.random(7)[0]
+    shift = 0.05 * rng.uniform(-1, 1, (2, 3))[1]
+    amounts, order = rng.random(4), rng.permutation(4)
+    always = replace(OPTIONS, hed_prob=1.0, jitter_prob=1.0)
+    view = augmentation(always).sample((224, 224), 5)[3]
+    assert view.horizontal_flip == (flip < 0.5)
+    assert view.hed == ((1, 1, 1), tuple(shift))
+    low, high = np.array([0.8, 0.8, 0.9, -0.05]), np.array([1.2, 1.2, 1.1, 0.05])
+    assert [amount for _, amount in view.jitter] == pytest.approx((low + (high - low) * amounts)[order])
 
 
 def test_blur_odds_belong_to_the_right_view():

@@ -122,7 +122,7 @@ def test_an_option_changes_nothing_but_its_own_step():
     changed = draw(200, options=replace(OPTIONS, hed_prob=0.0, hue=0.0, grayscale_prob=1.0))
     for before, after in zip(draw(200), changed, strict=True):
         expected_jitter = tuple(step for step in before.jitter if step[0] != "hue")
-        assert after == replace(before, hed=None, grayscale=True, jitter=expected_jitter)
+        assert after == before._replace(hed=None, grayscale=True, jitter=expected_jitter)
 
 
 @pytest.mark.parametrize(

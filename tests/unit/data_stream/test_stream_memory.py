@@ -70,6 +70,11 @@ def test_a_tiny_dataset_has_no_more_lanes_than_rows(rows: int, batch: int, expec
     assert lanes_for(SizedSource(rows, 1, 1000), batch=batch, world=1) == expected
 
 
+def test_no_more_lanes_than_row_groups_lest_neighbours_share_one() -> None:
+    assert lanes_for(SizedSource(40, 64, 64_000), batch=16, world=1) == 32
+    assert lanes_for(SizedSource(2, 1000, 1_000_000), batch=48, world=1) == 3  # 1/16 of the batch, and odd
+
+
 def test_a_network_is_read_by_more_threads_as_far_as_memory_allows() -> None:
     assert Prefetch.suited_to(SizedSource(10, 64, 64 * 30_000), 16 * GIB) == Prefetch(4, 8)
     assert Prefetch.suited_to(SizedSource(10, 64, 64 * 30_000, is_remote=True), 16 * GIB) == Prefetch(16, 32)

@@ -16,6 +16,7 @@ from tests.helpers.spawn import run_ranks
 RECORD = {
     "step": 10, "total_steps": 250_000, "total_loss": 12.5, "dino_local_crops_loss": 9.25, "lr": 1.2247e-4,
     "grad_norm_backbone": 2.5, "grad_norm_dino_head": 3.5, "img_per_s": 320.04, "data_wait_pct": 1.6,
+    "slides_per_batch": 373,
     "memory_gib": 71.2, "eta_s": 86_461.2,
 }  # fmt: skip
 
@@ -46,7 +47,7 @@ def test_console_line(caplog: pytest.LogCaptureFixture):
         ConsoleSink().write(RECORD)
     line = caplog.messages[0]
     for part in ("step 10/250000", "total 12.5000", "dino_local 9.2500", "lr 1.22e-04", "grad norm 3.50",
-                 "320.0 img/s", "data wait 2%", "71.2 GiB", "ETA 1 day, 0:01:01"):  # fmt: skip
+                 "320.0 img/s", "data wait 2%  373 slides", "71.2 GiB", "ETA 1 day, 0:01:01"):  # fmt: skip
         assert part in line
 
 
