@@ -1,14 +1,15 @@
-"""Which shards and row groups a local Parquet dataset has, known without opening a single data page.
+"""Which shards and row groups a Parquet dataset has, known without opening a single data page.
 
-The index is one Arrow table with a row per shard, kept as a Parquet file (the sidecar) so that later starts
-need no footers.
+The index is one Arrow table with a row per shard and a list item per row group, kept as a Parquet file (the
+sidecar) so that later starts need no footers. It holds where column chunks lie, so that reading needs none.
 """
 
-import glob
 import hashlib
 import json
 import logging
 import os
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,194 +19,143 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dinov2.data.parquet_footer import SLIDE_COLUMN as SLIDE_COLUMN
+from dinov2.data.parquet_footer import read_footer
+from dinov2.data.storage import Storage, StoredFile
+
 logger = logging.getLogger(__name__)
 
-SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
-_STAT = pa.schema([("name", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
+_PER_GROUP = pa.list_(pa.int64())
+_LISTING = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string())])
 _SCHEMA = pa.schema(
     [
-        *_STAT,
+        *_LISTING,
         ("error", pa.string()),  # why the footer cannot be read; null where it can
-        ("image_column", pa.string()),
+        ("footer", pa.string()),  # digest of its bytes
         ("raw_size", pa.int32()),  # tile side in pixels where images are raw, else 0
-        ("group_rows", pa.list_(pa.int64())),
-        ("group_bytes", pa.list_(pa.int64())),  # of the image column, uncompressed
-    ],
-    metadata={"format": "dinov2 shard index 1"},
+        ("image_column", pa.string()),
+        ("image_codec", pa.string()),  # null where only pyarrow can read the column; so for slides
+        ("image_optional", pa.bool_()),
+        ("slide_codec", pa.string()),
+        ("slide_optional", pa.bool_()),
+        ("slides", pa.list_(pa.string())),  # that fill row groups by themselves
+        ("group_rows", _PER_GROUP),
+        ("group_bytes", _PER_GROUP),  # of the image column, uncompressed
+        ("image_start", _PER_GROUP),  # of the column chunk in the file
+        ("image_length", _PER_GROUP),
+        ("slide_start", _PER_GROUP),
+        ("slide_length", _PER_GROUP),
+        ("group_slide", _PER_GROUP),  # number in `slides`; -1 where the column must be read
+    ]
 )
-_FOOTER_THREADS = 16
+_NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
+_FORMAT = {b"format": b"dinov2 shard index 2"}
+_PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a place: a commit, whose files never change
+_FOOTER_THREADS = 32
+_REPORT_EVERY = 10.0  # seconds
 
 
-def find_shards(pattern: str) -> tuple[str, list[str]]:
-    """List the Parquet files of a folder (with its subfolders), a glob or one file; hidden ones are left out.
-
-    Returns:
-        A folder and the sorted names of the files relative to it.
-
-    Raises:
-        FileNotFoundError: If there is no such place, or no Parquet file in it.
-    """
-    path = os.path.expanduser(pattern)
-    if os.path.isdir(path):
-        root, inside = path, "**/*.parquet"
-    elif os.path.isfile(path):
-        root, inside = os.path.dirname(path), glob.escape(os.path.basename(path))
-    elif glob.has_magic(path):
-        root = next(str(parent) for parent in Path(path).parents if not glob.has_magic(str(parent)))
-        inside = os.path.relpath(path, root)
-    else:
-        raise FileNotFoundError(
-            f"dataset '{pattern}' does not exist; give a folder of .parquet files, a glob or one file"
-        )
-    found = glob.iglob(inside, root_dir=root or ".", recursive=True)
-    names = sorted(name for name in found if os.path.isfile(os.path.join(root, name)))
-    if not names:
-        raise FileNotFoundError(f"dataset '{pattern}' holds no Parquet file; at least one is expected")
-    return root, names
-
-
-def load_index(pattern: str, sidecar: Path | None = None) -> tuple[str, pa.Table]:
-    """Index a local dataset, from the sidecar if sizes and modification times still match it.
+def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
+    """Index a dataset, from the sidecar if the listing, or the commit that the place names, is still the same.
 
     Args:
-        pattern: Folder, glob or file.
+        storage: Where the shards are.
         sidecar: Where the index is kept between runs (in the run's output folder); None keeps nothing. With
             several processes, let one write it before the others call.
 
     Returns:
-        The folder that shard names are relative to, and the index (one row per shard, `_SCHEMA`).
+        One row per shard, sorted by name (`_SCHEMA`).
 
     Raises:
         FileNotFoundError: If there is no shard.
+        OSError: If a shard cannot be read.
         ValueError: If a shard has the wrong schema, no shard can be read or all are empty.
     """
-    root, names = find_shards(pattern)
-    paths = [os.path.join(root, name) for name in names]
-    stats = [os.stat(path) for path in paths]
-    sizes, times = [stat.st_size for stat in stats], [stat.st_mtime_ns for stat in stats]
-    listing = pa.table([names, sizes, times], schema=_STAT)
-    index = _load_sidecar(sidecar, listing) if sidecar else None
-    if index is None:
-        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            footers = list(pool.map(_read_footer, paths))
-        records = [stat | footer for stat, footer in zip(listing.to_pylist(), footers, strict=True)]
-        index = pa.Table.from_pylist(records, schema=_SCHEMA)
-        _refuse_unusable(pattern, index)
-        if sidecar:
-            _write_sidecar(sidecar, index)
-    dropped = index.filter(index["error"].is_valid()).to_pylist()
+    kept = _load_sidecar(sidecar) if sidecar else None
+    place = storage.place.encode()
+    if kept is None or not _PINNED.search(storage.place) or kept.schema.metadata.get(b"place") != place:
+        files = storage.list_files()
+        listing = pa.Table.from_pylist([file._asdict() for file in files], schema=_LISTING)
+        if kept is None or not kept.select(_LISTING.names).equals(listing):
+            records = _read_footers(storage, files)
+            kept = pa.Table.from_pylist(records, _SCHEMA.with_metadata(_FORMAT | {b"place": place}))
+            _refuse_unusable(storage.place, kept)
+            if sidecar:
+                _write_sidecar(sidecar, kept)
+    dropped = kept.select(["name", "error"]).filter(kept["error"].is_valid()).to_pylist()
     if dropped:
         named = "; ".join(f"{shard['name']} ({shard['error']})" for shard in dropped)
-        logger.warning(
-            "left out %d of %d shards with unreadable footers: %s", len(dropped), len(index), named
-        )
-    return root, index
+        logger.warning("left out %d of %d shards with unreadable footers: %s", len(dropped), len(kept), named)
+    return kept
 
 
-def fingerprint(index: pa.Table) -> str:
-    """Digest of all that the sample order depends on: shard names, sizes, row groups, and which are left out.
+def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
+    """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, units.
 
-    Absolute paths and modification times are not part of it, so a dataset that was moved or copied still
+    Places, modification times and versions are not part of it, so a dataset that was moved or copied still
     resumes; a shard that was rewritten, added, removed or damaged does not.
     """
-    shards = {
-        "names": index["name"].to_pylist(),
-        "sizes": index["size"].to_pylist(),
-        "groups": pc.list_value_length(index["group_rows"]).to_pylist(),
-        "readable": index["error"].is_null().to_pylist(),
-    }
+    shards = index.select(["name", "size", "footer"]).to_pydict()  # a left out shard has no footer digest
     digest = hashlib.blake2b(json.dumps(shards).encode(), digest_size=16)
-    digest.update(flatten(index["group_rows"]).astype("<i8").tobytes())
+    digest.update(unit_rows.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 def flatten(column: pa.ChunkedArray) -> np.ndarray:
     """Join a column of integer lists, one per shard, into one int64 array with a value per row group."""
-    return np.asarray(column.combine_chunks().flatten(), np.int64)
+    return np.from_dlpack(column.combine_chunks().flatten())  # other ways out of Arrow import pandas
 
 
-def _read_footer(path: str) -> dict[str, Any]:
-    nothing = {"image_column": None, "raw_size": 0, "group_rows": [], "group_bytes": []}
-    with open(path, "rb") as file:
-        try:
-            footer = pq.read_metadata(file)
-            schema = footer.schema.to_arrow_schema()
-            names = schema.names
-            metadata = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            if getattr(error, "errno", None):  # the file system failed, which says nothing about the shard
-                raise
-            return {"error": " ".join(str(error).split())} | nothing
-    image = next((name for name in SLIDE_COLUMN if name in names), None)
-    if image is None:
-        columns = ", ".join(names) or "none"
-        raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
-    kind = schema.field(image).type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise ValueError(f"column '{image}' of shard '{path}' has type {kind}; binary is expected")
-    named = SLIDE_COLUMN[image]
-    if named in names and not _is_text(schema.field(named).type):
-        raise ValueError(
-            f"column '{named}' of shard '{path}' has type {schema.field(named).type}; string is expected"
-        )
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    leaf = footer.schema.names.index(image)
-    return {
-        "error": None,
-        "image_column": image,
-        "raw_size": _raw_size(path, metadata),
-        "group_rows": [group.num_rows for group in groups],
-        "group_bytes": [group.column(leaf).total_uncompressed_size for group in groups],
-    }
+def lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Count the items of each shard's list, int64 (shards,)."""
+    return np.from_dlpack(pc.list_value_length(column.combine_chunks())).astype(np.int64)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    return any(test(kind) for test in is_text)
+def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, Any]]:
+    records, reported = [], time.monotonic()
+    pool = ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="dinov2-index")
+    try:
+        for file, footer in zip(files, pool.map(lambda file: read_footer(storage, file), files), strict=True):
+            records.append(_NO_GROUPS | file._asdict() | footer)
+            if time.monotonic() - reported > _REPORT_EVERY:
+                reported = time.monotonic()
+                logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.place)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return records
 
 
-def _raw_size(path: str, metadata: dict[str, str]) -> int:
-    """Read the tile side of a shard of raw pixels from its schema metadata; 0 for PNG and JPEG shards."""
-    encoding = metadata.get("image_encoding", "png")
-    if encoding in ("png", "jpeg"):
-        return 0
-    if encoding != "raw":
-        raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; png, jpeg or raw is expected")
-    size, dtype = metadata.get("tile_size", ""), metadata.get("image_dtype", "uint8")
-    if not size.isdecimal() or int(size) == 0 or dtype != "uint8":
-        raise ValueError(
-            f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata; "
-            "a positive integer and uint8 are expected"
-        )
-    return int(size)
-
-
-def _refuse_unusable(pattern: str, index: pa.Table) -> None:
+def _refuse_unusable(place: str, index: pa.Table) -> None:
     errors = index["error"].drop_null().to_pylist()
     if len(errors) == len(index):
         raise ValueError(
-            f"none of the {len(index)} Parquet files of dataset '{pattern}' has a readable footer "
+            f"none of the {len(index)} Parquet files of dataset '{place}' has a readable footer "
             f"({errors[0]}); at least one is expected"
         )
-    if not any(map(any, index["group_rows"].to_pylist())):
-        raise ValueError(f"dataset '{pattern}' holds 0 rows in {len(index)} shards; at least 1 is expected")
+    if not flatten(index["group_rows"]).any():
+        raise ValueError(f"dataset '{place}' holds 0 rows in {len(index)} shards; at least 1 is expected")
 
 
-def _load_sidecar(sidecar: Path, listing: pa.Table) -> pa.Table | None:
-    if not sidecar.is_file():
-        return None
+def _load_sidecar(sidecar: Path) -> pa.Table | None:
     try:
-        index = pq.read_table(sidecar)
+        if not sidecar.is_file():
+            return None
+        with pq.ParquetFile(sidecar) as file:
+            index = file.read()
     except (pa.ArrowException, OSError):
         return None
-    if index.schema.metadata != _SCHEMA.metadata:
-        return None
-    return index if index.select(_STAT.names).cast(_STAT).equals(listing) else None
+    known = index.schema.equals(_SCHEMA) and _FORMAT.items() <= (index.schema.metadata or {}).items()
+    return index if known else None
 
 
 def _write_sidecar(sidecar: Path, index: pa.Table) -> None:
-    sidecar.parent.mkdir(parents=True, exist_ok=True)
     beside = sidecar.with_name(f"{sidecar.name}.{os.getpid()}.tmp")
-    pq.write_table(index, beside)
-    os.replace(beside, sidecar)
+    try:
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(index, beside, compression="zstd")
+            os.replace(beside, sidecar)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("the index of the dataset is not kept for the next start (%s)", error)

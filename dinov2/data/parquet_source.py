@@ -1,90 +1,201 @@
-"""A local Parquet dataset as a source of encoded rows."""
+"""A Parquet dataset, wherever it is stored, as a source of encoded rows."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dinov2.data.chunk_bytes import takes
+from dinov2.data.dataset_location import open_storage
 from dinov2.data.decode import decode_image
-from dinov2.data.parquet_index import SLIDE_COLUMN, fingerprint, flatten, load_index
-from dinov2.data.sample import EncodedSample
+from dinov2.data.parquet_footer import SLIDE_COLUMN
+from dinov2.data.parquet_giant import GiantChunk, GiantReader
+from dinov2.data.parquet_index import fingerprint, flatten, lengths, load_index
+from dinov2.data.parquet_pages import Column, read_rows
+from dinov2.data.sample import DecodeError, EncodedSample
+from dinov2.data.storage import LocalStorage, RangedFile, Storage
 
-_BATCH_ROWS = 64  # rows decoded at a time; a whole giant row group would take three times its size
+_BATCH_ROWS = (
+    64  # rows that pyarrow decodes at a time; a whole giant row group would take three times its size
+)
+_CUT_ROWS = 64  # of a unit of a giant row group, as many as repacking gives
+_GIANT_ROWS = 4 * _CUT_ROWS  # groups up to this many rows mix well enough whole ...
+_GIANT_BYTES = 1 << 25  # ... and up to this size are read at once without much memory
 
 
 class ParquetSource:
-    """Rows of local Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema.
+    """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema.
 
-    One unit is one row group; units are numbered shard by shard. Holds no open file and no lock, so it may be
-    forked, pickled and used from several threads.
+    One unit is one row group; units are numbered shard by shard. Giant row groups of local files are cut into
+    units of 64 rows. Holds no open file and no lock, so it may be forked, pickled and used from several threads.
+
+    Attributes:
+        place: The dataset as a path or URL, with the commit where there is one.
 
     Args:
-        pattern: A folder (searched with its subfolders), a glob or one Parquet file.
+        dataset: A folder (searched with its subfolders), a glob, one Parquet file, a URL or a hub dataset.
         sidecar: Where to keep the index for the next start; None reads all footers every time.
+        revision: Branch, tag or commit of a hub dataset; empty takes the newest.
+        attempts: How often a remote read is tried.
 
     Raises:
         FileNotFoundError: If there is no shard.
+        OSError: If a shard cannot be read.
         ValueError: If a shard has the wrong schema, no shard can be read or all are empty.
     """
 
-    def __init__(self, pattern: str, sidecar: Path | None = None) -> None:
-        self._root, index = load_index(pattern, sidecar)
-        self.fingerprint = fingerprint(index)
-        self._names = index["name"].to_pylist()
-        self._image_columns = index["image_column"].to_pylist()
-        self._raw_sizes = index["raw_size"].to_pylist()
-        groups = pc.list_value_length(index["group_rows"]).to_numpy()
+    def __init__(
+        self, dataset: str, sidecar: Path | None = None, revision: str = "", attempts: int = 8
+    ) -> None:
+        self._open(open_storage(dataset, revision, attempts), sidecar)
+
+    @classmethod
+    def from_storage(cls, storage: Storage, sidecar: Path | None = None) -> "ParquetSource":
+        """Open the dataset of a storage."""
+        source = cls.__new__(cls)
+        source._open(storage, sidecar)
+        return source
+
+    def _open(self, storage: Storage, sidecar: Path | None) -> None:
+        index = load_index(storage, sidecar)
+        self.place, self.is_remote = storage.place, not isinstance(storage, LocalStorage)
+        self._storage, self._giants = storage, GiantReader()
+        self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
+        self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
+        self._columns = {kind: _columns(index, kind) for kind in ("image", "slide")}
+        self._extents = {
+            kind: np.stack([flatten(index[f"{kind}_start"]), flatten(index[f"{kind}_length"])], axis=1)
+            for kind in ("image", "slide")
+        }
+        groups, slides = lengths(index["group_rows"]), lengths(index["slides"])
         self._shard = np.repeat(np.arange(len(groups)), groups)
-        self._first_unit = np.cumsum(groups) - groups
-        self.unit_rows = flatten(index["group_rows"])
-        self.unit_bytes = flatten(index["group_bytes"])
+        self._first_group = np.cumsum(groups) - groups
+        number = flatten(index["group_slide"])
+        self._slide = np.where(number < 0, -1, number + (np.cumsum(slides) - slides)[self._shard])
+        self._slides = index["slides"].combine_chunks().flatten()
+        self._cut(flatten(index["group_rows"]), flatten(index["group_bytes"]))
         self.num_rows = int(self.unit_rows.sum())
+        self.fingerprint = fingerprint(index, self.unit_rows)
+
+    def _cut(self, rows: np.ndarray, sizes: np.ndarray) -> None:
+        """Make units of the row groups."""
+        self._giant = (rows > _GIANT_ROWS) & (sizes > _GIANT_BYTES) & (not self.is_remote)
+        pieces = np.where(self._giant, -(-rows // _CUT_ROWS), 1)
+        self._group_rows, self._group = rows, np.repeat(np.arange(len(rows)), pieces)
+        self._first_row = (
+            np.arange(len(self._group)) - (np.cumsum(pieces) - pieces)[self._group]
+        ) * _CUT_ROWS
+        left = rows[self._group] - self._first_row
+        self.unit_rows = np.where(self._giant[self._group], np.minimum(left, _CUT_ROWS), left)
+        share = self.unit_rows / np.maximum(rows, 1)[self._group]
+        self.unit_bytes = np.ceil(sizes[self._group] * share).astype(np.int64)
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
 
+        Nulls, and rows that damage hides, come as empty bytes.
+
         Raises:
-            ValueError: If the row group cannot be read, though the footer could.
+            OSError: If the shard cannot be read, or is shorter than it was.
         """
-        shard = self._shard[unit]
-        image, fallback = self._image_columns[shard], self._names[shard]  # most shards are one slide
-        named = SLIDE_COLUMN[image]
-        wanted, found, first = set(rows), {}, 0
-        try:
-            with pq.ParquetFile(self._path(shard), pre_buffer=False) as file:
-                group = unit - self._first_unit[shard]
-                for batch in file.iter_batches(_BATCH_ROWS, [group], [image, named], use_threads=False):
-                    images = batch[image]
-                    slides = batch[named] if named in batch.schema.names else None
-                    for row in wanted.intersection(range(first, first + len(batch))):
-                        slide = _slide(slides[row - first].as_py(), image) if slides is not None else fallback
-                        found[row] = slide, images[row - first].as_py() or b""
-                    first += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):
-                raise
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.describe(unit)} cannot be read ({reason}); restore the shard") from error
-        return [found[row] for row in rows]
+        slide = self._known_slide(unit)
+        if slide is not None:
+            return [(slide, image) for image in self._values(unit, rows, ["image"])[0]]
+        images, names = self._values(unit, rows, ["image", "slide"])
+        return list(zip(self._slide_names(unit, names), images, strict=True))
+
+    def slides(self, unit: int) -> list[str]:
+        """Name the slide of every row of a unit, without reading images."""
+        slide, count = self._known_slide(unit), int(self.unit_rows[unit])
+        if slide is not None:
+            return [slide] * count
+        return self._slide_names(unit, self._values(unit, range(count), ["slide"])[0])
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Decode to uint8 (H, W, 3) RGB; raises DecodeError where the bytes are no image."""
-        return decode_image(sample.data, self._raw_sizes[self._shard[sample.unit]])
+        if not sample.data:
+            raise DecodeError("nothing is stored there (a null, or a damaged page of the shard)")
+        return decode_image(sample.data, self._raw_sizes[self._shard[self._group[sample.unit]]])
 
-    def describe(self, unit: int) -> str:
-        """Name a unit for a message to the user."""
-        shard = self._shard[unit]
-        return f"row group {unit - self._first_unit[shard]} of shard '{self._path(shard)}'"
+    def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its rows as it is stored, for a message to the user."""
+        group, first = self._group[unit], self._first_row[unit]
+        shard = self._shard[group]
+        path = self._storage.locate(self._names[shard])
+        named = f"row group {group - self._first_group[shard]} of shard '{path}'"
+        if row is not None:
+            return f"row {first + row} of {named}"
+        return (
+            f"rows {first} to {first + self.unit_rows[unit] - 1} of {named}" if self._giant[group] else named
+        )
 
-    def _path(self, shard: int) -> str:
-        return os.path.join(self._root, self._names[shard])
+    def _known_slide(self, unit: int) -> str | None:
+        number = self._slide[self._group[unit]]
+        return self._slides[number].as_py() if number >= 0 else None
+
+    def _slide_names(self, unit: int, values: list[bytes]) -> list[str]:
+        """The published schema names the slide itself, nanopath's a tile below it: slide/x_y_level.jpg."""
+        names = [value.decode(errors="replace") for value in values]
+        below = self._images[self._shard[self._group[unit]]] == "jpeg"
+        return [name.rpartition("/")[0] for name in names] if below else names
+
+    def _values(self, unit: int, rows: Sequence[int], kinds: list[str]) -> list[list[bytes]]:
+        """Read some rows of the image or slide columns."""
+        group = int(self._group[unit])
+        shard, num_rows = int(self._shard[group]), int(self._group_rows[group])
+        rows = [int(self._first_row[unit]) + row for row in rows]
+        columns = {kind: self._columns[kind][shard] for kind in kinds}
+        extents = {kind: self._extents[kind][group].tolist() for kind in kinds if columns[kind]}
+        found = {kind: self._read_by_arrow(unit, kind, rows) for kind in kinds if not columns[kind]}
+        if self._giant[group]:
+            path = self._storage.locate(self._names[shard])
+            for kind, (start, length) in extents.items():
+                chunk = GiantChunk(path, start, length, num_rows, columns[kind])
+                found[kind] = self._giants.read_rows(chunk, rows)
+        else:
+            for kind, take in takes(self._storage, self._names[shard], extents).items():
+                found[kind] = read_rows(take, extents[kind][1], num_rows, rows, columns[kind])
+        return [found[kind] for kind in kinds]
+
+    def _read_by_arrow(self, unit: int, kind: str, rows: list[int]) -> list[bytes]:
+        """Read rows of a column with encodings of which `parquet_pages` knows nothing."""
+        group = self._group[unit]
+        shard = self._shard[group]
+        column = self._images[shard] if kind == "image" else SLIDE_COLUMN[self._images[shard]]
+        file = _WatchedFile(self._storage, self._names[shard], self._sizes[shard])
+        found, first = dict.fromkeys(rows, b""), 0
+        try:
+            with pq.ParquetFile(file, pre_buffer=False) as opened:
+                number = int(group - self._first_group[shard])
+                for batch in opened.iter_batches(_BATCH_ROWS, [number], [column], use_threads=False):
+                    for row in found.keys() & range(first, first + len(batch)):
+                        value = batch[0][row - first].as_py() or b""
+                        found[row] = value.encode() if isinstance(value, str) else value
+                    first += len(batch)
+                    if first > max(rows):
+                        break
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            if file.failure:
+                raise file.failure from None
+        return [found[row] for row in rows]
 
 
-def _slide(name: str | None, image_column: str) -> str:
-    """The published schema names the slide itself, nanopath's a tile below it: slide/x_y_level.jpg."""
-    name = name or ""
-    return name.rpartition("/")[0] if image_column == "jpeg" else name
+class _WatchedFile(RangedFile):
+    """Tells a storage that fails from damage, both of which pyarrow reports as OSError."""
+
+    failure: OSError | None = None
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer as far as the file goes and return how far that is."""
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _columns(index: pa.Table, kind: str) -> list[Column | None]:
+    codecs, optional = index[f"{kind}_codec"].to_pylist(), index[f"{kind}_optional"].to_pylist()
+    return [codec and Column(codec, null) for codec, null in zip(codecs, optional, strict=True)]

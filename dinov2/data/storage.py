@@ -85,6 +85,18 @@ class LocalStorage:
         return os.path.join(self.place, name)
 
 
+def folder_of(path: str) -> str:
+    """The folder that names are relative to: a remote path itself, or what stands before a glob or a .parquet."""
+    parts = path.split("/")
+    ends = (i for i, part in enumerate(parts) if glob.has_magic(part) or part.endswith(".parquet"))
+    return "/".join(parts[: next(ends, len(parts))])
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder above it starts with a dot."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
 class RangedFile(io.RawIOBase):
     """A stored file as a Python file object, for libraries that want one; every read is a ranged read."""
 

@@ -1,4 +1,4 @@
-"""Listing, fingerprint, sidecar and refusals of the index of a local Parquet dataset."""
+"""Units, fingerprint, sidecar and refusals of the index of a Parquet dataset."""
 
 import errno
 import logging
@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dinov2.data import parquet_index
 from dinov2.data.parquet_index import fingerprint, load_index
 from dinov2.data.parquet_source import ParquetSource
+from dinov2.data.storage import LocalStorage, StoredFile
 from tests.helpers.shards import encode, tile, write_dataset, write_groups, write_nanopath, write_published
 
 
@@ -22,8 +24,12 @@ def folder(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "set", [9, 4, 6])
 
 
+def load(pattern: Path | str, sidecar: Path | None = None) -> pa.Table:
+    return load_index(LocalStorage(str(pattern)), sidecar)
+
+
 def names(pattern: Path | str) -> list[str]:
-    return load_index(str(pattern))[1]["name"].to_pylist()
+    return load(pattern)["name"].to_pylist()
 
 
 def test_folder_is_searched_with_subfolders_in_path_order_without_hidden_files(folder: Path) -> None:
@@ -95,12 +101,18 @@ def test_fingerprint_tells_a_changed_dataset(folder: Path, change: Callable[[Pat
     assert ParquetSource(str(folder)).fingerprint != before
 
 
-def test_fingerprint_tells_other_row_groups_in_files_of_equal_size(folder: Path) -> None:
-    _, index = load_index(str(folder))
-    groups = [[5, 3, 1], [4], [4, 2]]
-    regrouped = index.set_column(index.schema.get_field_index("group_rows"), "group_rows", [groups])
-    assert index["group_rows"].to_pylist() == [[4, 4, 1], [4], [4, 2]]
-    assert fingerprint(regrouped) != fingerprint(index)
+def test_fingerprint_tells_a_rewritten_shard_of_equal_size(folder: Path) -> None:
+    before, size = ParquetSource(str(folder)).fingerprint, (folder / "0001.parquet").stat().st_size
+    table = pq.read_table(folder / "0001.parquet")
+    slide = pa.array(["/slides/1000.svs"] * len(table))
+    write_groups(folder / "0001.parquet", table.set_column(1, table.schema.field(1), slide), 4)
+    assert (folder / "0001.parquet").stat().st_size == size
+    assert ParquetSource(str(folder)).fingerprint != before
+
+
+def test_fingerprint_tells_how_row_groups_are_cut(folder: Path) -> None:
+    index = load(folder)
+    assert fingerprint(index, np.array([4, 4, 1])) != fingerprint(index, np.array([4, 5]))
 
 
 def test_sidecar_replaces_the_footers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +121,7 @@ def test_sidecar_replaces_the_footers(folder: Path, tmp_path: Path, monkeypatch:
     fresh = ParquetSource(str(folder), sidecar)
     assert [path.name for path in sidecar.parent.iterdir()] == ["index.parquet"]
     monkeypatch.setattr(pq, "read_metadata", None)
+    monkeypatch.setattr(parquet_index, "_write_sidecar", None)
     cached = ParquetSource(str(folder), sidecar)
     assert cached.fingerprint == fresh.fingerprint
     np.testing.assert_array_equal(cached.unit_rows, fresh.unit_rows)
@@ -130,11 +143,108 @@ def test_outdated_sidecar_is_rebuilt(
     folder: Path, tmp_path: Path, change: Callable[[Path, Path], object]
 ) -> None:
     sidecar = tmp_path / "index.parquet"
-    load_index(str(folder), sidecar)
+    load(folder, sidecar)
     change(folder, sidecar)
-    _, index = load_index(str(folder), sidecar)
-    assert index.equals(load_index(str(folder))[1])
-    assert pq.read_table(sidecar)["mtime_ns"].to_pylist() == index["mtime_ns"].to_pylist()
+    index = load(folder, sidecar)
+    assert index.equals(load(folder))
+    assert index["version"].to_pylist() == [
+        str(shard.stat().st_mtime_ns) for shard in sorted(folder.iterdir())
+    ]
+    assert pq.read_table(sidecar).equals(index)
+
+
+class PinnedStorage(LocalStorage):
+    """A folder that passes for a commit on the hub; counts listings and reads."""
+
+    def __init__(self, folder: Path, commit: str = "0" * 40) -> None:
+        super().__init__(str(folder))
+        self.folder, self.place = self.place, f"hf://datasets/org/name@{commit}"
+        self.listings, self.reads = 0, []
+
+    def list_files(self) -> list[StoredFile]:
+        self.listings += 1
+        self.place, place = self.folder, self.place
+        files = super().list_files()
+        self.place = place
+        return [file._replace(version="blob") for file in files]
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        self.reads.append((name, length))
+        return (Path(self.folder) / name).read_bytes()[start : start + length]
+
+
+def test_a_pinned_commit_needs_no_listing(folder: Path, tmp_path: Path) -> None:
+    first, second = PinnedStorage(folder), PinnedStorage(folder)
+    index = load_index(first, tmp_path / "index")
+    assert load_index(second, tmp_path / "index").equals(index)
+    assert (first.listings, len(first.reads)) == (1, 3)
+    assert (second.listings, second.reads) == (0, [])
+    same_files = PinnedStorage(folder, "1" * 40)
+    assert load_index(same_files, tmp_path / "index").equals(index)
+    assert (same_files.listings, same_files.reads) == (1, [])
+
+
+def test_one_read_per_footer_and_two_for_a_long_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {shard.name: shard.stat().st_size for shard in folder.iterdir()}
+    storage = PinnedStorage(folder)
+    index = load_index(storage)
+    assert sorted(storage.reads) == sorted(sizes.items())
+    monkeypatch.setattr("dinov2.data.parquet_footer._TAIL", 100)
+    storage = PinnedStorage(folder)
+    assert load_index(storage).equals(index)
+    footers = {name: int.from_bytes((folder / name).read_bytes()[-8:-4], "little") for name in sizes}
+    assert sorted(storage.reads) == sorted(
+        [(name, length) for name, footer in footers.items() for length in (100, footer + 8 - 100)]
+    )
+
+
+def test_a_sidecar_that_cannot_be_kept_is_only_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    index = load(folder, tmp_path / "file" / "index")
+    assert index.equals(load(folder))
+    assert "not kept for the next start" in caplog.text
+    (tmp_path / "folder").mkdir()
+    assert load(folder, tmp_path / "folder").equals(index)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "set"]
+
+
+def test_a_long_indexing_is_reported(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_index, "_REPORT_EVERY", -1)
+    with caplog.at_level(logging.INFO):
+        load(folder)
+    assert f"indexed 2 of 3 shards of '{folder}'" in caplog.text
+
+
+def test_a_footer_that_points_out_of_its_file_is_damage(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = (folder / "0000.parquet").read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    (folder / "0000.parquet").write_bytes(content[-footer:])  # as if the beginning were lost
+    assert ParquetSource(str(folder)).unit_rows.tolist() == [4, 4, 2]
+    assert "0000.parquet (it places" in caplog.text
+
+
+def slides_of(path: Path, column: str, names: list[str | None], group: int, **options: object) -> list:
+    """The slides that the index knows, per row group."""
+    images = "jpeg" if column == "path" else "image_bytes"
+    table = pa.table({column: pa.array(names, pa.string()), images: [b"x"] * len(names)})
+    pq.write_table(table, path, row_group_size=group, **options)
+    index = load(path)
+    slides = index["slides"].to_pylist()[0]
+    return [slides[number] if number >= 0 else None for number in index["group_slide"].to_pylist()[0]]
+
+
+def test_slides_are_known_where_statistics_prove_them(tmp_path: Path) -> None:
+    path, names = tmp_path / "a.parquet", ["a", "a", "b", "c", "b", "b", None, "a", "a"]
+    assert slides_of(path, "slide_path", names, 2) == ["a", None, "b", None, "a"]
+    assert slides_of(path, "slide_path", names, 2, write_statistics=False) == [None] * 5
+    tiles = ["s/1.jpg", "s/2.jpg", "s/9.jpg", "t/1.jpg", "u/v/1.png", "u/v/2.PNG", "w", "w"]
+    assert slides_of(path, "path", tiles, 2) == ["s", None, "u/v", None]
 
 
 def test_shards_without_a_readable_footer_are_left_out_and_named(
@@ -157,12 +267,12 @@ def test_shards_without_a_readable_footer_are_left_out_and_named(
 
 
 def test_a_failing_file_system_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(pq, "read_metadata", fail)
+    monkeypatch.setattr(LocalStorage, "read_range", fail)
     with pytest.raises(OSError, match="Input/output"):
-        load_index(str(folder))
+        load(folder)
 
 
 def test_places_without_shards_are_refused(tmp_path: Path) -> None:
@@ -172,7 +282,7 @@ def test_places_without_shards_are_refused(tmp_path: Path) -> None:
         (tmp_path / "*.parquet", "holds no Parquet file"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
-            load_index(str(pattern))
+            load(pattern)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +297,18 @@ def test_places_without_shards_are_refused(tmp_path: Path) -> None:
         (
             lambda path: pq.write_table(pa.table({"jpeg": ["x"]}), path),
             "column 'jpeg' of shard '.*0.parquet' has type string; binary is expected",
+        ),
+        (
+            lambda path: pq.write_table(pa.table({"jpeg": pa.array([b"xyz"], pa.binary(3))}), path),
+            r"has type fixed_size_binary\[3\]; binary is expected, an image file in each row",
+        ),
+        (
+            lambda path: pq.write_table(pa.table({"image_bytes": [{"bytes": b"x", "path": "p"}]}), path),
+            "has type struct<bytes: binary, path: string>; binary is expected",
+        ),
+        (
+            lambda path: pq.write_table(pa.table({"image_bytes": [b"x"], "slide_path": [1]}), path),
+            "column 'slide_path' of shard '.*0.parquet' has type int64; string is expected",
         ),
         (
             lambda path: pq.write_table(
@@ -208,7 +330,18 @@ def test_places_without_shards_are_refused(tmp_path: Path) -> None:
             "image_encoding 'webp'; png, jpeg or raw is expected",
         ),
     ],
-    ids=["no footer", "no rows", "no image column", "text column", "no tile size", "float", "webp"],
+    ids=[
+        "no footer",
+        "no rows",
+        "no image column",
+        "text column",
+        "fixed size",
+        "struct",
+        "numbers",
+        "no tile size",
+        "float",
+        "webp",
+    ],
 )
 def test_unusable_shards_are_refused_and_nothing_is_written(
     tmp_path: Path, write: Callable[[Path], object], message: str
@@ -216,5 +349,5 @@ def test_unusable_shards_are_refused_and_nothing_is_written(
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "0.parquet")
     with pytest.raises(ValueError, match=message):
-        load_index(str(tmp_path / "set"), tmp_path / "index")
+        load(tmp_path / "set", tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -1,0 +1,231 @@
+"""A stand-in for the Hugging Face hub: dataset information, file tree, and file contents by ranges.
+
+with HubServer() as hub:
+    hub.push("org/tiles", folder)
+    hub.faults = seeded_faults(0, {"503": 0.1, "cut": 0.05})
+    subprocess.run(command, env=os.environ | hub.environment())
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+_API = re.compile(
+    r"/api/datasets/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<path>/.*)?)?"
+)
+_FILE = re.compile(r"/(?P<what>datasets|cdn)/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
+
+
+class Fault(NamedTuple):
+    """What goes wrong with one request: a status with headers, or "hang", "cut" (half a body) or "drop"."""
+
+    kind: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+RATE_LIMITED = Fault("429", (("RateLimit", '"resolvers";r=0;t=1'),))
+RETRY_AFTER = Fault("429", (("Retry-After", "1"),))
+
+
+def seeded_faults(seed: int, shares: dict[str | Fault, float]) -> Iterator[Fault | None]:
+    """An endless schedule in which each fault has its share of the requests."""
+    generator = random.Random(seed)
+    kinds = [fault if isinstance(fault, Fault) else Fault(fault) for fault in shares]
+    while True:
+        yield generator.choices([*kinds, None], [*shares.values(), 1 - sum(shares.values())])[0]
+
+
+class HubServer:
+    """Serves folders as datasets on 127.0.0.1; a context manager.
+
+    Attributes:
+        url: The endpoint.
+        faults: Consumed by one item per request; None is no fault, and so is the end.
+        requests: How many came, by kind: "info", "tree", "resolve", "cdn".
+        tokens: Token by private dataset; other datasets are public.
+        gated: Datasets whose files need a token, though their information does not.
+        tokens_seen: What came as bearer tokens.
+        page: Entries of the tree per answer.
+        ignores_ranges: Whether whole files are sent whatever is asked for.
+    """
+
+    def __init__(self, page: int = 1000) -> None:
+        self.faults: Iterable[Fault | None] = ()
+        self.requests: Counter[str] = Counter()
+        self.tokens: dict[str, str] = {}
+        self.gated: set[str] = set()
+        self.tokens_seen: set[str] = set()
+        self.page, self.ignores_ranges = page, False
+        self._commits: dict[tuple[str, str], Path] = {}  # dataset and commit: folder
+        self._branches: dict[tuple[str, str], str] = {}  # dataset and revision: commit
+        self._lock, self.closing = threading.Lock(), threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Bound", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # clients that leave
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs in order to come here, without a token."""
+        address = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        return {**address, "HF_TOKEN": "", "HF_TOKEN_PATH": os.devnull}
+
+    def push(self, repo: str, folder: Path, revision: str = "main") -> str:
+        """Make a folder the content of a revision and return the commit; older commits stay."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        listing = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+        commit = hashlib.sha1(json.dumps([repo, revision, str(folder), listing]).encode()).hexdigest()
+        self._commits[repo, commit], self._branches[repo, revision] = folder, commit
+        return commit
+
+    def find(self, repo: str, revision: str | None) -> tuple[str, Path] | None:
+        """Commit and folder of a revision, if there is one."""
+        commit = self._branches.get((repo, revision or "main"), revision)
+        folder = self._commits.get((repo, commit))
+        return (commit, folder) if folder else None
+
+    def knows(self, repo: str) -> bool:
+        """Whether there is such a dataset."""
+        return any(name == repo for name, _ in self._commits)
+
+    def begin(self, kind: str, token: str) -> Fault | None:
+        """Count a request and draw its fault."""
+        with self._lock:
+            self.requests[kind] += 1
+            self.tokens_seen |= {token} - {""}
+            self.faults = iter(self.faults)
+            return next(self.faults, None)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+    def do_GET(self) -> None:
+        """Answer as the hub does."""
+        address = urlsplit(self.path)
+        found = _API.fullmatch(address.path) or _FILE.fullmatch(address.path)
+        if not found:
+            return self._error(404, "", "Not found")
+        what = {"datasets": "resolve", "cdn": "cdn", "tree": "tree"}.get(found["what"], "info")
+        repo, path = found["repo"], unquote(found["path"] or "").strip("/")
+        token = self.headers.get("authorization", "").removeprefix("Bearer ")
+        fault = self.hub.begin(what, token)
+        if fault and self._fail(fault):
+            return None
+        refused = self._refused(repo, what, token)
+        if refused:
+            return self._error(*refused)
+        revision = unquote(found["rev"]) if found["rev"] else None
+        place = self.hub.find(repo, revision)
+        if not place:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        commit, folder = place
+        if what == "info":
+            return self._json({"id": repo, "sha": commit, "siblings": []})
+        if what == "tree":
+            return self._tree(folder, path, parse_qs(address.query), address.path)
+        if not (folder / path).is_file():
+            return self._error(404, "EntryNotFound", "Entry not found")
+        if what == "resolve" and path.endswith(".parquet"):
+            target = f"/cdn/{repo}/resolve/{commit}/{quote(path)}?Signature=secret"
+            return self._send(302, b"", {"Location": target, "X-Repo-Commit": commit})
+        return self._content((folder / path).read_bytes(), fault)
+
+    def _refused(self, repo: str, what: str, token: str) -> tuple[int, str, str] | None:
+        hub, wrong = self.hub, "Invalid username or password."
+        if what == "cdn":  # its links are signed
+            return None
+        if not hub.knows(repo) or hub.tokens.get(repo, token) != token:
+            return (404, "RepoNotFound", "Repository not found") if token else (401, "RepoNotFound", wrong)
+        if repo in hub.gated and what != "info" and token != "granted":
+            return (403 if token else 401), "GatedRepo", f"Access to dataset {repo} is restricted."
+        return None
+
+    def _fail(self, fault: Fault) -> bool:
+        """Let the request fail, unless the fault concerns the body."""
+        if fault.kind == "hang":
+            self.hub.closing.wait(60)
+        if fault.kind in ("hang", "drop"):
+            self.close_connection = True
+        elif fault.kind.isdigit():
+            self._send(int(fault.kind), b"no", dict(fault.headers))
+        return fault.kind != "cut"
+
+    def _tree(self, folder: Path, path: str, query: dict[str, list[str]], route: str) -> None:
+        if not (folder / path).is_dir():
+            return self._error(404, "EntryNotFound", f"{path} does not exist on 'main'")
+        inside = (
+            (folder / path).rglob("*") if query.get("recursive") == ["true"] else (folder / path).iterdir()
+        )
+        entries = [_entry(item, folder) for item in sorted(inside)]
+        start = int(query.get("cursor", ["0"])[0])
+        end, headers = start + self.hub.page, {}
+        if end < len(entries):
+            headers = {"Link": f'<{self.hub.url}{route}?recursive=true&cursor={end}>; rel="next"'}
+        return self._json(entries[start:end], headers)
+
+    def _content(self, content: bytes, fault: Fault | None) -> None:
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
+        status, total = 200, len(content)
+        if asked and not self.hub.ignores_ranges:
+            first, last = int(asked[1]), min(int(asked[2] or total), total - 1)
+            if first >= total:
+                return self._error(416, "", "Range not satisfiable")
+            status, content = 206, content[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{total}"
+        return self._send(status, content, headers, len(content) // 2 if fault else None)
+
+    def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _error(self, status: int, code: str, message: str) -> None:
+        self._send(
+            status,
+            json.dumps({"error": message}).encode(),
+            {"X-Error-Code": code, "X-Error-Message": message},
+        )
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body if cut is None else body[:cut])
+        self.close_connection = self.close_connection or cut is not None
+
+
+def _entry(item: Path, folder: Path) -> dict[str, Any]:
+    name = item.relative_to(folder).as_posix()
+    digest = hashlib.sha256(item.read_bytes() if item.is_file() else name.encode()).hexdigest()
+    entry: dict[str, Any] = {
+        "type": "file" if item.is_file() else "directory",
+        "oid": digest[:40],
+        "path": name,
+    }
+    size = item.stat().st_size if item.is_file() else 0
+    if name.endswith(".parquet"):
+        entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 130}
+    return {**entry, "size": size}
