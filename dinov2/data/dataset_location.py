@@ -12,6 +12,7 @@ from dinov2.data.storage import LocalStorage, Storage
 _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
+_TRIES_FOR_A_PATH = 3
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -57,9 +58,11 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
         _refuse_revision(dataset, revision)
         return storage
     try:
-        return _open_hub(dataset, named, revision, retries)
+        # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
+        found = _open_hub(dataset, named, revision, Retries(min(attempts, _TRIES_FOR_A_PATH)))
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
+    return HubStorage(named["repo"], found.commit, "", retries)
 
 
 def _open_hub(dataset: str, named: re.Match[str], revision: str, retries: Retries) -> HubStorage:

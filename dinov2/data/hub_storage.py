@@ -22,6 +22,9 @@ class HubStorage:
 
     The server is `HF_ENDPOINT` and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use.
 
+    Attributes:
+        commit: That commit.
+
     Args:
         repo: org/name.
         revision: Branch, tag or commit; the default branch if empty. It is resolved here, once; a full commit
@@ -39,12 +42,9 @@ class HubStorage:
     def __init__(self, repo: str, revision: str, path: str, retries: Retries) -> None:
         self._repo, self._path, self._retries = repo, path.strip("/"), retries
         self._folder, self._revision = folder_of(self._path), revision
-        self._timeout = (
-            retries.connect_s,
-            *[retries.read_s] * 3,
-        )  # connect, read, write, wait for a connection
-        self._commit = revision if _COMMIT.fullmatch(revision) else self._resolve(revision)
-        self.place = f"hf://datasets/{repo}@{self._commit}" + (f"/{self._path}" if self._path else "")
+        self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
+        self.commit = revision if _COMMIT.fullmatch(revision) else self._resolve(revision)
+        self.place = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
@@ -80,7 +80,7 @@ class HubStorage:
         from huggingface_hub import hf_hub_url
 
         path = f"{self._folder}/{name}" if self._folder else name
-        return hf_hub_url(self._repo, path, repo_type="dataset", revision=self._commit, endpoint=_endpoint())
+        return hf_hub_url(self._repo, path, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
 
     def _resolve(self, revision: str) -> str:
         from huggingface_hub import HfApi
@@ -94,7 +94,7 @@ class HubStorage:
         """All files below the folder. Not by `list_repo_tree`: that waits for an answer without end."""
         from huggingface_hub.hf_api import RepoFile
 
-        url = f"{_endpoint()}/api/datasets/{self._repo}/tree/{self._commit}"
+        url = f"{_endpoint()}/api/datasets/{self._repo}/tree/{self.commit}"
         page = f"{url}/{quote(self._folder)}?recursive=true" if self._folder else f"{url}?recursive=true"
         with self._in_plain_words(f"folder '{self._folder}'"):
             while page:
@@ -151,7 +151,7 @@ class HubStorage:
                 message = f"{dataset} on {_endpoint()} has no revision '{self._revision}'"
                 raise ValueError(f"{message}; a branch, a tag or a commit is expected") from error
             if code == "EntryNotFound":
-                message = f"{dataset} on {_endpoint()} has no {wanted} at commit {self._commit}"
+                message = f"{dataset} on {_endpoint()} has no {wanted} at commit {self.commit}"
                 raise FileNotFoundError(message) from error
             if code == "GatedRepo" or status == 403:
                 message = f"{dataset} on {_endpoint()} is private or gated and {token}"

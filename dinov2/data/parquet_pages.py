@@ -132,13 +132,14 @@ def page_headers(take: Take, length: int) -> Iterator[PageHeader]:
 class Dictionary:
     """Values of a dictionary page, copied when first asked for and once each."""
 
-    def __init__(self, spans: Values) -> None:
-        self._spans, self._copies = spans, {}
+    def __init__(self, values: Values) -> None:
+        self._values, self._copies = values, {}
 
-    def __getitem__(self, index: int) -> bytes:
-        if index not in self._copies:
-            self._copies[index] = self._spans.cut(index)
-        return self._copies[index]
+    def cut(self, number: int) -> bytes:
+        """Give one value; empty for -1, a null, and where damage hides it."""
+        if number not in self._copies:
+            self._copies[number] = self._values.cut(number)
+        return self._copies[number]
 
 
 def decompress(data: memoryview, size: int, codec: str) -> memoryview:
@@ -231,11 +232,12 @@ def page_rows(
         ranks = ranks_of(rows, present)
         count = max(ranks) + 1
         if header.encoding == PLAIN:
-            spans = plain_spans(data, count)
-            return [spans.cut(rank) for rank in ranks]
-        if header.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
+            values, numbers = plain_spans(data, count), ranks
+        elif header.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
             indices = index_values(data, count).tolist()
-            return [dictionary[indices[rank]] if rank >= 0 else b"" for rank in ranks]
+            values, numbers = dictionary, [indices[rank] if rank >= 0 else -1 for rank in ranks]
+        else:
+            return [b""] * len(rows)
     except DAMAGE:
-        pass
-    return [b""] * len(rows)
+        return [b""] * len(rows)
+    return [values.cut(number) for number in numbers]  # a dictionary may be read from a file, which may fail

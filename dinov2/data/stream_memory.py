@@ -55,7 +55,8 @@ def memory_bound(
         repeats, rest = divmod(-(-part.lanes * rank_batch // global_batch), len(held))
         total += held.sum() * repeats + held[:rest].sum()
         largest_row = max(largest_row, per_row.max())
-    early = largest_row * ((prefetch.look_ahead + 1) * rank_batch + order.lanes)
+    lanes = -(-order.lanes * rank_batch // global_batch)
+    early = largest_row * ((prefetch.look_ahead + 1) * rank_batch + lanes)
     reading = 2 * np.sort(source.unit_bytes)[-prefetch.threads :].sum()
     return int(total + early + reading)
 

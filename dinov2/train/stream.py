@@ -126,7 +126,7 @@ def describe_stream(config: Config, plan: RunPlan, data: OpenData, order: dict[s
             f"lanes over {len(source.unit_rows):,} row groups of up to {source.unit_rows.max()} rows",
             *(f"  {line}" for line in describe_shares(sample_order, data.names)),
             *(f"  {line}" for line in data.report),
-            f"  memory    up to {stored / GIB:.2f} GiB of stored tiles and {batches / GIB:.2f} GiB of batches on each "
+            f"  memory    up to {stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches on each "
             "process",
         )
     )

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         return USER_ERROR
-    except (ValueError, OSError, DeviceError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, DeviceError, NonFiniteError) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)
         return USER_ERROR

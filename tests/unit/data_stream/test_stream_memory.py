@@ -39,7 +39,7 @@ def test_the_published_layout_fits_eight_processes_with_a_lane_per_sample(caplog
     assert "reading 3072 lanes side by side would hold up to 9" in caplog.text
     order = SampleOrder(giant.unit_rows, seed=0, lanes=384, block_rows=64)
     bound = memory_bound(giant, order, global_batch=384, world_size=8, prefetch=Prefetch())
-    held, ahead, reading = 48 * 2417 * 105_000, 105_000 * (9 * 48 + 384), 4 * 2 * 2417 * 105_000
+    held, ahead, reading = 48 * 2417 * 105_000, 105_000 * (9 * 48 + 48), 4 * 2 * 2417 * 105_000
     assert bound == held + ahead + reading
 
 
