@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
 venv_python=$root/.venv/bin/python
 stamp=$root/.venv/path-fm-installed
-extras=${PATHFM_EXTRAS-dev,slides,s3}
+extras=${PATHFM_EXTRAS-dev,slides}
 backend=${UV_TORCH_BACKEND:-auto}
 
 say() { printf '%s\n' "$*"; }

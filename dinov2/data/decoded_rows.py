@@ -49,6 +49,6 @@ class DecodedRows(Dataset):
                 except DecodeError:
                     continue
         raise ValueError(
-            f"nothing can stand in for {damage}; no row of {source.describe(bad.unit)} and of the "
-            f"{len(following)} row groups after it is an image: restore them or train without them"
+            f"none of the {count} rows of {source.describe(bad.unit)} is an image ({damage}), nor any of the "
+            f"{len(following)} row groups after it; restore them or train without them"
         )

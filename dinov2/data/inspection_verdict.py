@@ -116,7 +116,7 @@ def _mixing(report: dict[str, Any], batch: int) -> Iterator[Finding]:
         yield Finding(
             "few_rows", f"{rows} rows are fewer than 8 global batches of {batch}: fewer lanes, long repeats"
         )
-    elif stream["lanes"] < 8 * batch:
+    elif 2 * stream["lanes"] < min(16 * batch, stream["units"]):
         yield Finding("lanes", f"{stream['lanes']} lanes are read side by side where {8 * batch} mix better")
     first = stream["distinct"][0]
     if first["stream"] < _WELL_MIXED * first["uniform"]:

@@ -177,10 +177,10 @@ def test_memory_limits_the_lanes(report: Callable[..., dict[str, Any]], tmp_path
     for number in range(40):
         write_nanopath(tmp_path / f"{number:02d}.parquet", [encode(tile(i), "png") for i in range(60)], 60)
     generous = report(tmp_path)["stream"]
-    assert generous["lanes"] == 64
-    limit = generous["memory_bytes_per_rank"] * 0.6
+    assert generous["lanes"] == 32  # of 8 x 8 and its halves the first that 40 row groups feed
+    limit = generous["memory_bytes_per_rank"] * 0.4
     limited = report(tmp_path, "--memory-gib", str(limit / 2**30))
-    assert limited["stream"]["lanes"] < 64
+    assert limited["stream"]["lanes"] < 20
     assert limited["stream"]["memory_bytes_per_rank"] <= limit
     assert "lanes" in codes(limited["verdict"]["advice"])
     refused = report(tmp_path, "--memory-gib", "1e-6", status=1)
@@ -258,7 +258,7 @@ def few_slides_at_a_time(folder: Path) -> None:
         (all_damaged, "", ["no_readable_file"], []),
         (other_schema, "", ["wrong_schema"], ["png"]),
         (only_empty, "", ["no_rows"], []),
-        (undecodable, "", ["undecodable"], ["few_rows", "mixing"]),
+        (undecodable, "", ["undecodable"], ["few_rows"]),
         (one_undecodable, "", [], ["damaged_images", "png", "mixed_images"]),
         (damaged_page, "", [], ["damaged_images", "png"]),
         (jpegs, "", [], ["png", "mixed_images"]),
@@ -336,7 +336,7 @@ def test_text_says_what_the_json_says(tmp_path: Path, capsys: pytest.CaptureFixt
         "bad.parquet: Parquet file size is 0 bytes",
         "30 of 4 rows",
         "image_bytes binary",
-        "64 lanes",
+        "16 lanes",
     ):
         assert part in text
     assert all(finding["text"] in text for finding in report["verdict"]["advice"])
