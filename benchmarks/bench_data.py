@@ -1,6 +1,6 @@
 """Cost of the data path: decoding, augmentation, the reader, seeking, mixing and memory.
 
-    python benchmarks/bench_data.py [--seconds 3] [--output results.json]
+    python benchmarks/bench_data.py [--seconds 3] [--output results.json] [--tiny]
 
 Every figure comes from one run; the augmentation is compared with the recipe as published, built from Pillow,
 torchvision and scikit-image, on the same tiles and with the same parameters. Times are CPU time of one thread, so
@@ -226,9 +226,9 @@ def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[
     }
 
 
-def measure_deferred(seconds: float, device: torch.device) -> dict[str, float]:
-    """Milliseconds per image: what a worker has left to do, and rendering a batch of 48 on the device (wall time)."""
-    tiles = tissue_tiles(48)
+def measure_deferred(seconds: float, device: torch.device, batch_size: int = 48) -> dict[str, float]:
+    """Milliseconds per image: what a worker has left to do, and rendering a batch on the device (wall time)."""
+    tiles = tissue_tiles(batch_size)
     stored = [encode(tile, "jpeg") for tile in tiles]
     deferred = DeferredAugmentation(MultiCropAugmentation(**CROPS))
     numbers = iter(range(10**9))
@@ -244,7 +244,7 @@ def measure_deferred(seconds: float, device: torch.device) -> dict[str, float]:
     for compiled in (False, True) if device.type == "cuda" else (False,):
         render = BatchedAugmentation(224, 98, CROPS["options"].blur_kernel_size, compile=compiled)
         result["device_compiled" if compiled else "device_eager"] = (
-            _wall_ms(partial(render, batch), seconds) / 48
+            _wall_ms(partial(render, batch), seconds) / batch_size
         )
     return result
 
@@ -300,7 +300,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="little data: shows that it runs, and no more")
     args = parser.parse_args(argv)
+    scale = 1000 if args.tiny else 1
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -317,13 +319,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         jpegs = [encode(tile, "jpeg") for tile in tissue_tiles(128)]
-        shards = write_shards(folder / "shards", jpegs, shards=40, rows=640)
+        shards = write_shards(folder / "shards", jpegs, shards=8 if args.tiny else 40, rows=640)
         results["transform_ms"] = measure_transforms(args.seconds)
-        results["deferred_ms"] = measure_deferred(args.seconds, device)
+        results["deferred_ms"] = measure_deferred(args.seconds, device, 2 if args.tiny else 48)
         results["reader"] = measure_reader(shards, args.seconds)
-        results["seek"] = measure_seek(folder)
-    results["mixing"] = {name: measure_mixing(rows) for name, rows in COLLECTIONS.items()}
-    results["memory_gib"] = {name: compute_memory(rows) for name, rows in COLLECTIONS.items()}
+        results["seek"] = measure_seek(folder, shards=12_000 // scale)
+    results["mixing"] = {name: measure_mixing(rows // scale) for name, rows in COLLECTIONS.items()}
+    results["memory_gib"] = {name: compute_memory(rows // scale) for name, rows in COLLECTIONS.items()}
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
     sys.stdout.write(table(results) + "\n")
