@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dinov2.configs import Config, load_config
+from dinov2.data.mixture import make_source
 from dinov2.data.order import SampleOrder
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.sample import EncodedSample, Sample, Source
@@ -30,7 +31,7 @@ from dinov2.eval.figures import draw_crops, draw_curves, draw_pca
 from dinov2.eval.rankme import mean_cosine, rankme
 from dinov2.hub import load_teacher
 from dinov2.train.builders import build_augmentation, build_collate
-from dinov2.train.stream import open_data
+from dinov2.train.stream import OpenData, open_data
 from dinov2.utils.environment import select_device
 
 logger = logging.getLogger("dinov2.report")
@@ -130,6 +131,14 @@ def augmented_batch(config: Config, source: Source) -> tuple[list[np.ndarray], d
     return tiles, build_collate(config)(samples)
 
 
+def choose_tiles(tiles: str | None, data: OpenData) -> tuple[str, Source]:
+    """What to embed, in words and as a source: the dataset named, else the validation patients' tiles, else all."""
+    if tiles:
+        return f"tiles of {tiles}", ParquetSource(tiles)
+    held_out = [source for source in data.held_out if source]
+    return ("validation tiles", make_source(held_out)) if held_out else ("training tiles", data.source)
+
+
 def look_through(model: nn.Module, source: Source, config: Config) -> tuple[np.ndarray, Figure]:
     """Embeddings of the source's tiles, (N, D), and the PCA map of a few of them at their own size."""
     norm = {"mean": config.augmentation.normalize_mean, "std": config.augmentation.normalize_std}
@@ -146,7 +155,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
 
     Args:
         output_dir: the run's folder.
-        tiles: Parquet dataset to embed; None takes the training data.
+        tiles: Parquet dataset to embed; None takes the validation patients' tiles, or the training data.
         report_dir: new or empty folder, or that of an earlier report, which is replaced.
 
     Returns:
@@ -161,11 +170,11 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
     metrics = read_metrics(output_dir / "metrics.jsonl")
     config = load_config(output_dir / "config.yaml")
     teacher = newest_teacher(output_dir)
-    train_source = open_data(config).source
+    data = open_data(config, output_dir / "stream_index")
+    embedded, source = choose_tiles(tiles, data)
     model = load_teacher(str(teacher)).to(select_device())
-    embeddings, pca = look_through(model, ParquetSource(tiles) if tiles else train_source, config)
+    embeddings, pca = look_through(model, source, config)
 
-    embedded = f"tiles of {tiles}" if tiles else "training tiles"
     tables = {
         "Losses": loss_table(metrics),
         "Throughput": speed_table(metrics),
@@ -175,7 +184,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
         "loss_curves.png": ("Curves", _png(draw_curves(metrics))),
         "crops.png": (
             "Augmented crops, masked patches grey",
-            _png(draw_crops(*augmented_batch(config, train_source), config.student.patch_size)),
+            _png(draw_crops(*augmented_batch(config, data.source), config.student.patch_size)),
         ),
         "pca.png": (f"Patch features of {embedded}", _png(pca)),
     }

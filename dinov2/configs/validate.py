@@ -132,7 +132,8 @@ def _crop_faults(config: Config) -> Iterator[str]:
         yield f"augmentation.blur_kernel_size = {kernel} is not an odd number of 1 or more."
     smallest = min(config.crops.global_crops_size, config.crops.local_crops_size)
     if kernel // 2 >= smallest > 0:
-        yield f"augmentation.blur_kernel_size = {kernel} is too wide for views of {smallest} px; expected below {2 * smallest}."
+        wide = f"augmentation.blur_kernel_size = {kernel} is too wide for views of {smallest} px"
+        yield f"{wide}; expected below {2 * smallest}."
     if config.augmentation.backend == "reference" and config.train.augmentation_device == "gpu":
         yield (
             "augmentation.backend = reference runs on the CPU only, while train.augmentation_device = gpu; set one of "

@@ -1,124 +1,166 @@
-"""What the footer of one shard says about its columns and row groups."""
+"""What the footer of one Parquet shard says, and which of its columns are images and slides."""
 
 import hashlib
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet_pages import CODECS, ENCODINGS
 from dinov2.data.storage import Storage, StoredFile
 
 SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
+_THREADS = 32
 _TAIL = 1 << 16  # bytes read from the end of a shard; a longer footer takes a second read
-_IS_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_EXTENTS = ("group_rows", "image_start", "image_length", "slide_start", "slide_length")
+
+Result = TypeVar("Result")
 
 
-def read_footer(storage: Storage, file: StoredFile) -> dict[str, Any]:
-    """Describe a shard by its footer, as the index does; only by an "error" if the footer cannot be read.
+class DamagedFooter(Exception):
+    """A file that has no readable footer, said in one line."""
+
+
+class Footer(NamedTuple):
+    """A file's metadata, their schema, and the digest of the bytes that they were read from."""
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    digest: str
+
+
+class Shard(NamedTuple):
+    """The columns of one shard.
+
+    Attributes:
+        image: Name of the image column.
+        slide: Name of the column that tells the slide; None if there is none or it is all null.
+        raw_size: Side in pixels of raw tiles, 0 for PNG and JPEG.
+        rows: Rows of each row group.
+        images: The image column in each row group.
+        names: The slide column in each row group; empty if there is none.
+        slides: The only slide of each row group; None where it holds several, or the footer does not tell.
+    """
+
+    image: str
+    slide: str | None
+    raw_size: int
+    rows: list[int]
+    images: list[pq.ColumnChunkMetaData]
+    names: list[pq.ColumnChunkMetaData]
+    slides: list[str | None]
+
+
+def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
+    """Do something with each file, in parallel, and give the results in order; the first exception ends it."""
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dinov2-footers")
+    try:
+        yield from pool.map(work, files)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_footer(storage: Storage, file: StoredFile) -> Footer:
+    """Read the footer of one file, in two requests at most.
 
     Raises:
+        DamagedFooter: If there is none that can be read.
         OSError: If the storage fails.
-        ValueError: If columns are missing or have another type.
     """
-    path = storage.locate(file.name)
     length = min(_TAIL, file.size)
     tail = storage.read_range(file.name, file.size - length, length) if length else b""
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if tail.endswith(b"PAR1") and length < needed <= file.size:
         tail = storage.read_range(file.name, file.size - needed, needed - length) + tail
     try:
-        footer = pq.read_metadata(pa.BufferReader(tail))
-        schema = footer.schema.to_arrow_schema()
-        metadata = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
-        image, named = _find_columns(path, schema)
-        layout = _layout(footer, image, named, file)
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+        schema = metadata.schema.to_arrow_schema()
+        schema.names.count("")  # decoded here, where that may fail
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        return {"error": " ".join(str(error).split())}
-    return {
-        "footer": hashlib.blake2b(tail[-needed:], digest_size=16).hexdigest(),
-        "raw_size": _raw_size(path, metadata),
-        "image_column": image,
-        **layout,
-    }
+        raise DamagedFooter(in_one_line(error)) from error
+    return Footer(metadata, schema, hashlib.blake2b(tail[-needed:], digest_size=16).hexdigest())
 
 
-def _find_columns(path: str, schema: pa.Schema) -> tuple[str, str | None]:
-    """Name the image column, and the one that names slides unless there is none or it is all null."""
+def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
+    """Find the columns of a shard and what they hold.
+
+    Raises:
+        ValueError: If columns are missing or have another type, or raw tiles have no size.
+        pa.ArrowException: If the footer is damaged.
+    """
+    path, metadata = storage.locate(file.name), footer.metadata
+    image = image_column(path, footer.schema)
+    slide = slide_column(path, footer.schema, image)
+    size = raw_size(path, metadata.metadata or {})
+    leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    names = [group.column(leaves.index(slide)) for group in groups] if slide else []
+    # A shard without the column is one slide; nulls are of one that has no name.
+    alone = "" if SLIDE_COLUMN[image] in leaves else file.name
+    return Shard(
+        image,
+        slide,
+        size,
+        [group.num_rows for group in groups],
+        [group.column(leaves.index(image)) for group in groups],
+        names,
+        [_single_slide(chunk, image) for chunk in names] if slide else [alone] * len(groups),
+    )
+
+
+def image_column(path: str, schema: pa.Schema) -> str:
+    """Name the column that holds the images; ValueError where there is none or it is not binary."""
     image = next((name for name in SLIDE_COLUMN if name in schema.names), None)
     if image is None:
         columns = ", ".join(schema.names) or "none"
         raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
-    kind = schema.field(image).type
-    if not any(test(_unwrapped(kind)) for test in _IS_BINARY):
+    _require_type(path, schema.field(image), "binary", ", an image file in each row")
+    return image
+
+
+def slide_column(path: str, schema: pa.Schema, image: str) -> str | None:
+    """Name the column that tells the slide, None where there is none; ValueError where it is not text."""
+    name = SLIDE_COLUMN[image]
+    if name not in schema.names or pa.types.is_null(schema.field(name).type):
+        return None
+    _require_type(path, schema.field(name), "string")
+    return name
+
+
+def raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
+    """Read the tile side of a shard of raw pixels from its schema metadata; 0 for PNG and JPEG shards."""
+    texts = {key: value.decode(errors="replace") for key, value in metadata.items()}
+    encoding = texts.get(b"image_encoding", "png")
+    if encoding in ("png", "jpeg"):
+        return 0
+    if encoding != "raw":
+        raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; png, jpeg or raw is expected")
+    size, dtype = texts.get(b"tile_size", ""), texts.get(b"image_dtype", "uint8")
+    if not size.isdecimal() or int(size) == 0 or dtype != "uint8":
         raise ValueError(
-            f"column '{image}' of shard '{path}' has type {kind}; binary is expected, an image file in each row"
+            f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata; "
+            "a positive integer and uint8 are expected"
         )
-    named = SLIDE_COLUMN[image]
-    if named not in schema.names:
-        return image, None
-    kind = schema.field(named).type
-    if not pa.types.is_null(kind) and not any(test(_unwrapped(kind)) for test in _IS_TEXT):
-        raise ValueError(f"column '{named}' of shard '{path}' has type {kind}; string is expected")
-    return image, None if pa.types.is_null(kind) else named
+    return int(size)
 
 
-def _unwrapped(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+def slide_of(name: str, image: str) -> str:
+    """The slide of a row: what the published schema names, or the folder of a tile in nanopath's slide/x_y_level.jpg."""
+    return name.rpartition("/")[0] if image == "jpeg" else name
 
 
-def _layout(footer: pq.FileMetaData, image: str, named: str | None, file: StoredFile) -> dict[str, Any]:
-    """Where the row groups of a shard are; ArrowInvalid if that is not within the file."""
-    paths = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    images = [group.column(paths.index(image)) for group in groups]
-    layout = {
-        "group_rows": [group.num_rows for group in groups],
-        "group_bytes": [column.total_uncompressed_size for column in images],
-        "slides": [file.name],  # most shards are one slide
-        "group_slide": [0] * len(groups),
-        "slide_start": [0] * len(groups),
-        "slide_length": [0] * len(groups),
-        **_chunks("image", footer.schema.column(paths.index(image)), images),
-    }
-    if named in paths:
-        columns = [group.column(paths.index(named)) for group in groups]
-        proven = [_single_slide(column, image) for column in columns]
-        slides = list(dict.fromkeys(name for name in proven if name is not None))
-        numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
-        layout |= {"slides": slides, "group_slide": [numbers[name] for name in proven]}
-        layout |= _chunks("slide", footer.schema.column(paths.index(named)), columns)
-    elif SLIDE_COLUMN[image] in paths:
-        layout["slides"] = [""]
-    for rows, *extents in zip(*(layout[key] for key in _EXTENTS), strict=True):
-        for start, length in (extents[:2], extents[2:]):
-            if rows and length and not 4 <= start <= start + length <= file.size:
-                raise pa.ArrowInvalid(f"it places {length} bytes at {start}, but {file.size} are there")
-    return layout
+def in_one_line(error: Exception) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
 
 
-def _chunks(
-    kind: str, leaf: pq.ColumnSchema, columns: list[pq.ColumnChunkMetaData]
-) -> dict[str, str | bool | list[int] | None]:
-    codecs = {column.compression for column in columns}
-    flat = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level == 0
-    plain = all(ENCODINGS.issuperset(column.encodings) for column in columns)
-    known = flat and leaf.max_definition_level <= 1 and plain and len(codecs) == 1 and codecs <= CODECS.keys()
-    starts = [
-        column.dictionary_page_offset
-        if column.has_dictionary_page and 0 < column.dictionary_page_offset < column.data_page_offset
-        else column.data_page_offset
-        for column in columns
-    ]
-    return {
-        f"{kind}_codec": codecs.pop() if known else None,
-        f"{kind}_optional": leaf.max_definition_level > 0,
-        f"{kind}_start": starts,
-        f"{kind}_length": [column.total_compressed_size for column in columns],
-    }
+def _require_type(path: str, field: pa.Field, wanted: str, meaning: str = "") -> None:
+    inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if str(inner) not in (wanted, f"large_{wanted}", f"{wanted}_view"):
+        raise ValueError(
+            f"column '{field.name}' of shard '{path}' has type {field.type}; {wanted} is expected{meaning}"
+        )
 
 
 def _single_slide(column: pq.ColumnChunkMetaData, image: str) -> str | None:
@@ -130,25 +172,8 @@ def _single_slide(column: pq.ColumnChunkMetaData, image: str) -> str | None:
         ends = known.min, known.max
     except UnicodeDecodeError:
         return None
-    if image == "jpeg":
-        # Some writers shorten bounds, which may cut off a tile's name and part of its slide's.
-        if not all(name.lower().endswith(_TILE_SUFFIXES) for name in ends):
-            return None
-        ends = tuple(name.rpartition("/")[0] for name in ends)
-    return ends[0] if ends[0] == ends[1] else None
-
-
-def _raw_size(path: str, metadata: dict[str, str]) -> int:
-    """Read the tile side of a shard of raw pixels from its schema metadata; 0 for PNG and JPEG shards."""
-    encoding = metadata.get("image_encoding", "png")
-    if encoding in ("png", "jpeg"):
-        return 0
-    if encoding != "raw":
-        raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; png, jpeg or raw is expected")
-    size, dtype = metadata.get("tile_size", ""), metadata.get("image_dtype", "uint8")
-    if not size.isdecimal() or int(size) == 0 or dtype != "uint8":
-        raise ValueError(
-            f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata; "
-            "a positive integer and uint8 are expected"
-        )
-    return int(size)
+    # Some writers shorten bounds, which may cut off a tile's name and part of its slide's.
+    if image == "jpeg" and not all(end.lower().endswith(_TILE_SUFFIXES) for end in ends):
+        return None
+    first, last = (slide_of(end, image) for end in ends)
+    return first if first == last else None

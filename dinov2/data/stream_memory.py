@@ -69,17 +69,19 @@ def fit_lanes(
     global_batch: int,
     world_size: int,
     limit_gib: float,
+    most: int = 8,
 ) -> int:
     """Choose V, the number of lanes.
 
     Args:
         make_order: Makes the order for a number of lanes.
         source: The dataset.
-        lanes: V as the user wants it; 0 takes the first that fits of 8, 4, 2, 1, 1/2, 1/4 ... times the batch.
+        lanes: V as the user wants it; 0 takes the first that fits of `most`, 1/2, 1/4 ... of it times the batch.
             Whole multiples keep a lane on one process; below them several processes fetch the same units.
         global_batch: Samples per step over all processes.
         world_size: Number of processes.
         limit_gib: Most that the reader of one process may hold, in GiB.
+        most: Lanes per sample of the batch to begin with.
 
     Raises:
         ValueError: `lanes` exceeds the rows, or what must be held exceeds the limit.
@@ -94,7 +96,7 @@ def fit_lanes(
     prefetch = Prefetch.suited_to(source, limit)
     needed = []
     fewest = len(make_order(rows).parts)
-    for candidate in [lanes] if lanes else _candidates(global_batch, source.unit_rows, fewest):
+    for candidate in [lanes] if lanes else _candidates(most * global_batch, source.unit_rows, fewest):
         bound = memory_bound(
             source, make_order(candidate), global_batch=global_batch, world_size=world_size, prefetch=prefetch
         )
@@ -115,12 +117,12 @@ def fit_lanes(
     )
 
 
-def _candidates(global_batch: int, unit_rows: np.ndarray, fewest: int) -> list[int]:
-    """8, 4, 2, 1, 1/2 ... times the batch, of those between `fewest` and the rows.
+def _candidates(lanes: int, unit_rows: np.ndarray, fewest: int) -> list[int]:
+    """`lanes` and its halves, of those between `fewest` and the rows.
 
     More lanes than units would begin side by side in the same ones, and a batch would come from few.
     """
-    lanes, candidates = 8 * global_batch, []
+    candidates = []
     while lanes >= fewest:
         candidates.append(lanes)
         if lanes % 2:

@@ -25,7 +25,7 @@ class Sink(Protocol):
 
 
 class ConsoleSink:
-    """One line per record: step, losses, lr, gradient norm, speed, data wait, slides in the batch, memory, time left."""
+    """One line per record: step, losses, lr, gradient norm, speed, data wait, slides per batch, memory, time left."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record's headline values."""
