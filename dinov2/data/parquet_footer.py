@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -52,6 +53,14 @@ class Shard(NamedTuple):
     slides: list[str | None]
 
 
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedFooter(in_one_line(error)) from error
+
+
 def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
     """Do something with each file, in parallel, and give the results in order; the first exception ends it."""
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dinov2-footers")
@@ -73,21 +82,19 @@ def read_footer(storage: Storage, file: StoredFile) -> Footer:
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if tail.endswith(b"PAR1") and length < needed <= file.size:
         tail = storage.read_range(file.name, file.size - needed, needed - length) + tail
-    try:
+    with _damage_told():
         metadata = pq.read_metadata(pa.BufferReader(tail))
         schema = metadata.schema.to_arrow_schema()
-        schema.names.count("")  # decoded here, where that may fail
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedFooter(in_one_line(error)) from error
     return Footer(metadata, schema, hashlib.blake2b(tail[-needed:], digest_size=16).hexdigest())
 
 
+@_damage_told()
 def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     """Find the columns of a shard and what they hold.
 
     Raises:
+        DamagedFooter: If the footer contradicts itself.
         ValueError: If columns are missing or have another type, or raw tiles have no size.
-        pa.ArrowException: If the footer is damaged.
     """
     path, metadata = storage.locate(file.name), footer.metadata
     image = image_column(path, footer.schema)

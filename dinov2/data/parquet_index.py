@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet_footer import SLIDE_COLUMN as SLIDE_COLUMN
-from dinov2.data.parquet_footer import read_footer
+from dinov2.data.parquet_footer import DamagedFooter, Footer, describe_shard, for_each_file, read_footer
+from dinov2.data.parquet_pages import CODECS, ENCODINGS
 from dinov2.data.storage import Storage, StoredFile
 
 logger = logging.getLogger(__name__)
@@ -49,9 +48,9 @@ _SCHEMA = pa.schema(
     ]
 )
 _NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
+_DELTAS = {f"{field.name}.list.element": "DELTA_BINARY_PACKED" for field in _SCHEMA if field.type == _PER_GROUP}
 _FORMAT = {b"format": b"dinov2 shard index 2"}
 _PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a place: a commit, whose files never change
-_FOOTER_THREADS = 32
 _REPORT_EVERY = 10.0  # seconds
 
 
@@ -97,7 +96,7 @@ def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
     """
     shards = index.select(["name", "size", "footer"]).to_pydict()  # a left out shard has no footer digest
     digest = hashlib.blake2b(json.dumps(shards).encode(), digest_size=16)
-    digest.update(unit_rows.astype("<i8").tobytes())
+    digest.update(np.ascontiguousarray(unit_rows, "<i8"))
     return digest.hexdigest()
 
 
@@ -113,16 +112,64 @@ def lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, Any]]:
     records, reported = [], time.monotonic()
-    pool = ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="dinov2-index")
-    try:
-        for file, footer in zip(files, pool.map(lambda file: read_footer(storage, file), files), strict=True):
-            records.append(_NO_GROUPS | file._asdict() | footer)
-            if time.monotonic() - reported > _REPORT_EVERY:
-                reported = time.monotonic()
-                logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.place)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for record in for_each_file(files, lambda file: _NO_GROUPS | file._asdict() | _record(storage, file)):
+        records.append(record)
+        if time.monotonic() - reported > _REPORT_EVERY:
+            reported = time.monotonic()
+            logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.place)
     return records
+
+
+def _record(storage: Storage, file: StoredFile) -> dict[str, Any]:
+    """Describe a shard by its footer; only by an "error" if the footer cannot be read."""
+    try:
+        footer = read_footer(storage, file)
+        shard = describe_shard(storage, file, footer)
+        chunks = _chunks("image", footer, shard.images, file) | _chunks("slide", footer, shard.names, file)
+    except DamagedFooter as error:
+        return {"error": str(error)}
+    slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
+    numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
+    return {
+        "footer": footer.digest,
+        "raw_size": shard.raw_size,
+        "image_column": shard.image,
+        "slides": slides,
+        "group_rows": shard.rows,
+        "group_bytes": [chunk.total_uncompressed_size for chunk in shard.images],
+        "group_slide": [numbers[name] for name in shard.slides],
+        **chunks,
+    }
+
+
+def _chunks(
+    kind: str, footer: Footer, chunks: list[pq.ColumnChunkMetaData], file: StoredFile
+) -> dict[str, str | bool | list[int] | None]:
+    """How a column is stored and where; DamagedFooter if that is not within the file."""
+    if not chunks:
+        nowhere = [0] * footer.metadata.num_row_groups
+        return {f"{kind}_start": nowhere, f"{kind}_length": nowhere}
+    schema, path = footer.metadata.schema, chunks[0].path_in_schema
+    leaf = next(column for column in map(schema.column, range(len(schema))) if column.path == path)
+    codecs = {chunk.compression for chunk in chunks}
+    flat = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level == 0
+    plain = all(ENCODINGS.issuperset(chunk.encodings) for chunk in chunks)
+    known = flat and leaf.max_definition_level <= 1 and plain and len(codecs) == 1 and codecs <= CODECS.keys()
+    starts = []
+    for number, chunk in enumerate(chunks):
+        start, length = chunk.data_page_offset, chunk.total_compressed_size
+        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
+            start = chunk.dictionary_page_offset
+        starts.append(start)
+        rows = footer.metadata.row_group(number).num_rows
+        if rows and length and not 4 <= start <= start + length <= file.size:
+            raise DamagedFooter(f"it places {length} bytes at {start}, but {file.size} are there")
+    return {
+        f"{kind}_codec": codecs.pop() if known else None,
+        f"{kind}_optional": leaf.max_definition_level > 0,
+        f"{kind}_start": starts,
+        f"{kind}_length": [chunk.total_compressed_size for chunk in chunks],
+    }
 
 
 def _refuse_unusable(place: str, index: pa.Table) -> None:
@@ -153,7 +200,7 @@ def _write_sidecar(sidecar: Path, index: pa.Table) -> None:
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(index, beside, compression="zstd")
+            pq.write_table(index, beside, compression="zstd", use_dictionary=False, column_encoding=_DELTAS)
             os.replace(beside, sidecar)
         finally:
             beside.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov2.data.parquet_footer import DamagedFooter, Footer, for_each_file, in_one_line, read_footer
@@ -44,15 +43,13 @@ def read_footers(
 
     def one(file: StoredFile) -> Summary | Unusable:
         try:
-            footer = read_footer(storage, file)
-            try:
-                return summarise(file, footer)
-            except ValueError as error:
-                return WrongSchema(file.name, str(error))
+            return summarise(file, read_footer(storage, file))
         except RemoteError:
             raise
-        except (DamagedFooter, pa.ArrowException, OSError) as error:
+        except (DamagedFooter, OSError) as error:
             return Unusable(file.name, in_one_line(error))
+        except ValueError as error:
+            return WrongSchema(file.name, in_one_line(error))
 
     results = for_each_file(files, one)
     return list(tqdm(results, total=len(files), desc="footers", unit="file", disable=None, leave=False))
