@@ -8,7 +8,7 @@ _WHOLE = 1 << 25  # bytes; a longer chunk is read in windows
 _WINDOW = 1 << 23
 
 
-def takes(storage: Storage, name: str, extents: dict[str, list[int]]) -> dict[str, Take]:
+def takes(storage: Storage, name: str, extents: dict[str, tuple[int, int]]) -> dict[str, Take]:
     """Fetch up to two column chunks of a file: in one read if they are small and near each other.
 
     Args:

@@ -48,7 +48,9 @@ _SCHEMA = pa.schema(
     ]
 )
 _NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
-_DELTAS = {f"{field.name}.list.element": "DELTA_BINARY_PACKED" for field in _SCHEMA if field.type == _PER_GROUP}
+_DELTAS = {
+    f"{field.name}.list.element": "DELTA_BINARY_PACKED" for field in _SCHEMA if field.type == _PER_GROUP
+}
 _FORMAT = {b"format": b"dinov2 shard index 2"}
 _PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a place: a commit, whose files never change
 _REPORT_EVERY = 10.0  # seconds
@@ -105,9 +107,10 @@ def flatten(column: pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(column.combine_chunks().flatten())  # other ways out of Arrow import pandas
 
 
-def lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Count the items of each shard's list, int64 (shards,)."""
-    return np.from_dlpack(pc.list_value_length(column.combine_chunks())).astype(np.int64)
+def first_items(column: pa.ChunkedArray) -> np.ndarray:
+    """Where each shard's list begins among the items of all, int64 (shards,)."""
+    counts = np.from_dlpack(pc.list_value_length(column.combine_chunks())).astype(np.int64)
+    return np.cumsum(counts) - counts
 
 
 def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, Any]]:

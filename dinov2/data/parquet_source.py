@@ -10,16 +10,14 @@ import pyarrow.parquet as pq
 from dinov2.data.chunk_bytes import takes
 from dinov2.data.dataset_location import open_storage
 from dinov2.data.decode import decode_image
-from dinov2.data.parquet_footer import SLIDE_COLUMN
+from dinov2.data.parquet_footer import SLIDE_COLUMN, slide_of
 from dinov2.data.parquet_giant import GiantChunk, GiantReader
-from dinov2.data.parquet_index import fingerprint, flatten, lengths, load_index
+from dinov2.data.parquet_index import fingerprint, first_items, flatten, load_index
 from dinov2.data.parquet_pages import Column, read_rows
 from dinov2.data.sample import DecodeError, EncodedSample
 from dinov2.data.storage import LocalStorage, RangedFile, Storage
 
-_BATCH_ROWS = (
-    64  # rows that pyarrow decodes at a time; a whole giant row group would take three times its size
-)
+_BATCH_ROWS = 64  # that pyarrow decodes at a time; a whole giant row group would take three times its size
 _CUT_ROWS = 64  # of a unit of a giant row group, as many as repacking gives
 _GIANT_ROWS = 4 * _CUT_ROWS  # groups up to this many rows mix well enough whole ...
 _GIANT_BYTES = 1 << 25  # ... and up to this size are read at once without much memory
@@ -65,32 +63,36 @@ class ParquetSource:
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
         self._columns = {kind: _columns(index, kind) for kind in ("image", "slide")}
-        self._extents = {
-            kind: np.stack([flatten(index[f"{kind}_start"]), flatten(index[f"{kind}_length"])], axis=1)
-            for kind in ("image", "slide")
-        }
-        groups, slides = lengths(index["group_rows"]), lengths(index["slides"])
-        self._shard = np.repeat(np.arange(len(groups)), groups)
-        self._first_group = np.cumsum(groups) - groups
-        number = flatten(index["group_slide"])
-        self._slide = np.where(number < 0, -1, number + (np.cumsum(slides) - slides)[self._shard])
-        self._slides = index["slides"].combine_chunks().flatten()
+        self._starts = {kind: flatten(index[f"{kind}_start"]) for kind in ("image", "slide")}
+        self._lengths = {kind: flatten(index[f"{kind}_length"]) for kind in ("image", "slide")}
+        self._first_group, self._first_slide = first_items(index["group_rows"]), first_items(index["slides"])
+        self._slides, self._group_slide = (
+            index["slides"].combine_chunks().flatten(),
+            flatten(index["group_slide"]),
+        )
         self._cut(flatten(index["group_rows"]), flatten(index["group_bytes"]))
         self.num_rows = int(self.unit_rows.sum())
         self.fingerprint = fingerprint(index, self.unit_rows)
 
     def _cut(self, rows: np.ndarray, sizes: np.ndarray) -> None:
         """Make units of the row groups."""
-        self._giant = (rows > _GIANT_ROWS) & (sizes > _GIANT_BYTES) & (not self.is_remote)
-        pieces = np.where(self._giant, -(-rows // _CUT_ROWS), 1)
-        self._group_rows, self._group = rows, np.repeat(np.arange(len(rows)), pieces)
-        self._first_row = (
-            np.arange(len(self._group)) - (np.cumsum(pieces) - pieces)[self._group]
-        ) * _CUT_ROWS
-        left = rows[self._group] - self._first_row
-        self.unit_rows = np.where(self._giant[self._group], np.minimum(left, _CUT_ROWS), left)
-        share = self.unit_rows / np.maximum(rows, 1)[self._group]
-        self.unit_bytes = np.ceil(sizes[self._group] * share).astype(np.int64)
+        self._group_rows, self.unit_rows, self.unit_bytes = rows, rows, sizes
+        giant = np.flatnonzero((sizes > _GIANT_BYTES) & (rows > _GIANT_ROWS) & (not self.is_remote))
+        pieces = np.ones_like(rows)
+        pieces[giant] = -(-rows[giant] // _CUT_ROWS)
+        self._first_unit = np.cumsum(pieces) - pieces
+        if len(giant):
+            self.unit_rows = np.repeat(np.where(pieces > 1, _CUT_ROWS, rows), pieces)
+            last = self._first_unit[giant] + pieces[giant] - 1
+            self.unit_rows[last] = rows[giant] - (pieces[giant] - 1) * _CUT_ROWS
+            group = np.repeat(np.arange(len(rows)), pieces)
+            self.unit_bytes = -(-sizes[group] * self.unit_rows // np.maximum(rows, 1)[group])
+
+    def _find(self, unit: int) -> tuple[int, int, int]:
+        """Find the shard and the row group of a unit, and where in it the unit begins."""
+        group = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
+        shard = int(np.searchsorted(self._first_group, group, side="right")) - 1
+        return shard, group, (unit - int(self._first_unit[group])) * _CUT_ROWS
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
@@ -117,52 +119,50 @@ class ParquetSource:
         """Decode to uint8 (H, W, 3) RGB; raises DecodeError where the bytes are no image."""
         if not sample.data:
             raise DecodeError("nothing is stored there (a null, or a damaged page of the shard)")
-        return decode_image(sample.data, self._raw_sizes[self._shard[self._group[sample.unit]]])
+        return decode_image(sample.data, self._raw_sizes[self._find(sample.unit)[0]])
 
     def describe(self, unit: int, row: int | None = None) -> str:
         """Name a unit, or one of its rows as it is stored, for a message to the user."""
-        group, first = self._group[unit], self._first_row[unit]
-        shard = self._shard[group]
+        shard, group, first = self._find(unit)
         path = self._storage.locate(self._names[shard])
         named = f"row group {group - self._first_group[shard]} of shard '{path}'"
         if row is not None:
             return f"row {first + row} of {named}"
-        return (
-            f"rows {first} to {first + self.unit_rows[unit] - 1} of {named}" if self._giant[group] else named
-        )
+        rows = int(self.unit_rows[unit])
+        return named if rows == self._group_rows[group] else f"rows {first} to {first + rows - 1} of {named}"
 
     def _known_slide(self, unit: int) -> str | None:
-        number = self._slide[self._group[unit]]
-        return self._slides[number].as_py() if number >= 0 else None
+        shard, group, _ = self._find(unit)
+        number = int(self._group_slide[group])
+        return self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
 
     def _slide_names(self, unit: int, values: list[bytes]) -> list[str]:
-        """The published schema names the slide itself, nanopath's a tile below it: slide/x_y_level.jpg."""
-        names = [value.decode(errors="replace") for value in values]
-        below = self._images[self._shard[self._group[unit]]] == "jpeg"
-        return [name.rpartition("/")[0] for name in names] if below else names
+        image = self._images[self._find(unit)[0]]
+        return [slide_of(value.decode(errors="replace"), image) for value in values]
 
     def _values(self, unit: int, rows: Sequence[int], kinds: list[str]) -> list[list[bytes]]:
         """Read some rows of the image or slide columns."""
-        group = int(self._group[unit])
-        shard, num_rows = int(self._shard[group]), int(self._group_rows[group])
-        rows = [int(self._first_row[unit]) + row for row in rows]
+        shard, group, first = self._find(unit)
+        name, num_rows = self._names[shard], int(self._group_rows[group])
+        rows = [first + row for row in rows]
         columns = {kind: self._columns[kind][shard] for kind in kinds}
-        extents = {kind: self._extents[kind][group].tolist() for kind in kinds if columns[kind]}
-        found = {kind: self._read_by_arrow(unit, kind, rows) for kind in kinds if not columns[kind]}
-        if self._giant[group]:
-            path = self._storage.locate(self._names[shard])
+        extents = {
+            kind: (int(self._starts[kind][group]), int(self._lengths[kind][group]))
+            for kind in kinds
+            if columns[kind]
+        }
+        found = {kind: self._read_by_arrow(shard, group, kind, rows) for kind in kinds if not columns[kind]}
+        if self.unit_rows[unit] < num_rows:
             for kind, (start, length) in extents.items():
-                chunk = GiantChunk(path, start, length, num_rows, columns[kind])
+                chunk = GiantChunk(self._storage.locate(name), start, length, num_rows, columns[kind])
                 found[kind] = self._giants.read_rows(chunk, rows)
         else:
-            for kind, take in takes(self._storage, self._names[shard], extents).items():
+            for kind, take in takes(self._storage, name, extents).items():
                 found[kind] = read_rows(take, extents[kind][1], num_rows, rows, columns[kind])
         return [found[kind] for kind in kinds]
 
-    def _read_by_arrow(self, unit: int, kind: str, rows: list[int]) -> list[bytes]:
+    def _read_by_arrow(self, shard: int, group: int, kind: str, rows: list[int]) -> list[bytes]:
         """Read rows of a column with encodings of which `parquet_pages` knows nothing."""
-        group = self._group[unit]
-        shard = self._shard[group]
         column = self._images[shard] if kind == "image" else SLIDE_COLUMN[self._images[shard]]
         file = _WatchedFile(self._storage, self._names[shard], self._sizes[shard])
         found, first = dict.fromkeys(rows, b""), 0
@@ -197,5 +197,6 @@ class _WatchedFile(RangedFile):
 
 
 def _columns(index: pa.Table, kind: str) -> list[Column | None]:
-    codecs, optional = index[f"{kind}_codec"].to_pylist(), index[f"{kind}_optional"].to_pylist()
-    return [codec and Column(codec, null) for codec, null in zip(codecs, optional, strict=True)]
+    stored = zip(index[f"{kind}_codec"].to_pylist(), index[f"{kind}_optional"].to_pylist(), strict=True)
+    known: dict[tuple[str, bool], Column] = {}  # one object for each of the few ways
+    return [known.setdefault(how, Column(*how)) if how[0] else None for how in stored]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from dinov2.data.sample import Source
 from dinov2.data.slide_list import SlideListSource
 from dinov2.data.stream_memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.train.plan import RunPlan
+
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def describe_stream(config: Config, plan: RunPlan, data: OpenData, order: dict[s
             *(f"  {line}" for line in data.report),
             f"  memory    up to {stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches on each "
             "process",
+            *_shared_memory_shortage(config, batches * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         )
     )
 
@@ -179,6 +184,19 @@ def _leave_out(data: OpenData, exclusion_file: str, validation_share: float) -> 
         held_out=tuple(split.validation for split in splits),
         report=tuple(describe_splits(splits, data.names, excluded)),
     )
+
+
+def _shared_memory_shortage(config: Config, needed: int) -> list[str]:
+    """Workers hand batches over in shared memory, of which containers often have very little; a worker then dies."""
+    if not config.train.num_workers or not os.path.isdir(_SHARED_MEMORY):
+        return []
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed <= free:
+        return []
+    return [
+        f"  warning   {_SHARED_MEMORY} has {free / GIB:.3g} GiB free where {needed / GIB:.3g} are needed; raise it "
+        "(docker run --shm-size) or lower train.num_workers or train.prefetch_factor"
+    ]
 
 
 def _batches_in_flight(config: Config) -> int:
