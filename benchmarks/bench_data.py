@@ -41,7 +41,7 @@ from dinov2.data import (
 )
 from dinov2.data.decode import decode_image
 from dinov2.data.order import SampleOrder
-from dinov2.data.parquet_index import load_index
+from dinov2.data.parquet_index import load_index, write_sidecar
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.reader import RankReader
 from dinov2.data.storage import LocalStorage, StoredFile
@@ -213,7 +213,7 @@ def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[
     for column in ("name", "version"):
         values = pa.array([getattr(file, column) for file in files])
         index = index.set_column(index.schema.get_field_index(column), column, values)
-    pq.write_table(index, indexed)
+    write_sidecar(indexed, index)
     start = time.process_time()
     source = ParquetSource.from_storage(ListedStorage(files), indexed)
     opened = time.process_time()

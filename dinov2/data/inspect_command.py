@@ -13,6 +13,13 @@ from dinov2.data.inspection import Training, inspect_dataset
 _DESCRIPTION = """Look at a Parquet dataset before training on it: files, row groups, images, slides, how well the
 sample order would mix them, and a verdict. Reads all footers, some images, and slide names where footers do not tell
 them."""
+_NUMBERS = (  # field of Training, least value, help
+    ("batch", 1, "global batch size"),
+    ("ranks", 1, "processes that share it"),
+    ("lanes", 0, "pieces of the shuffled data read side by side; 0: 8 x batch or what rows and memory allow"),
+    ("block_rows", 1, "rows shuffled together"),
+    ("memory_gib", 0, "most that the reader of one process may hold"),
+)
 _WIDTH = 16
 
 
@@ -28,34 +35,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "source", metavar="SRC",
         help="folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ...",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=default.batch, help="global batch size (384)")
-    parser.add_argument("--ranks", type=int, default=default.ranks, help="processes that share it (8)")
-    parser.add_argument(
-        "--lanes", type=int, default=default.lanes,
-        help="pieces of the shuffled data read side by side; 0: 8 x batch or what rows and memory allow",
-    )  # fmt: skip
-    parser.add_argument(
-        "--block-rows", type=int, default=default.block_rows, help="rows shuffled together (64)"
-    )
-    parser.add_argument(
-        "--memory-gib",
-        type=float,
-        default=default.memory_gib,
-        help="most that the reader of one process may hold (16)",
-    )
+    for name, _, text in _NUMBERS:
+        value = getattr(default, name)
+        parser.add_argument(_option(name), type=type(value), default=value, help=f"{text} (%(default)s)")
     parser.add_argument(
         "--json",
         metavar="FILE",
         help="write the report there as JSON, too; it must not exist; '-': JSON instead of text",
     )
     args = parser.parse_args(argv)
-    for name, least in (("batch", 1), ("ranks", 1), ("block_rows", 1), ("lanes", 0)):
-        if getattr(args, name) < least:
-            parser.error(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least {least}"
-            )
-    if not args.memory_gib > 0:
-        parser.error(f"--memory-gib is {args.memory_gib:g}, but it must be positive")
+    for name, least, _ in _NUMBERS:
+        if not getattr(args, name) >= least:
+            parser.error(f"{_option(name)} is {getattr(args, name)}, but it must be at least {least}")
+    if not args.memory_gib:
+        parser.error("--memory-gib is 0, but it must be positive")
     if args.batch % args.ranks:
         parser.error(
             f"--batch {args.batch} cannot be split over {args.ranks} --ranks; a multiple is expected"
@@ -69,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns 0 if the dataset is usable for training, or 1 with the reason."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # the report says what is logged below
-    training = Training(args.batch, args.ranks, args.lanes, args.block_rows, args.memory_gib)
+    training = Training(**{name: getattr(args, name) for name, _, _ in _NUMBERS})
     try:
         report = inspect_dataset(args.source, training)
     except (ImportError, OSError, ValueError) as error:
@@ -105,6 +98,10 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
     yield _line("verdict", "usable for training" if verdict["usable"] else "not usable for training")
     for finding in verdict["reasons"] + verdict["advice"]:
         yield _line("  " + finding["code"].replace("_", " "), finding["text"])
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _describe_layout(report: dict[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,11 @@ from dinov2.data.decode import decode_image
 from dinov2.data.inspection_verdict import verdict
 from dinov2.data.mixing import distinct_if_uniform, distinct_in_stream
 from dinov2.data.order import SampleOrder
+from dinov2.data.parquet_footer import Shard, describe_shard, in_one_line, slide_of
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.retrying import RemoteError
 from dinov2.data.sample import DecodeError
-from dinov2.data.shard_facts import ShardFacts, WrongShard, shard_facts, slide_of
-from dinov2.data.shard_footers import Unreadable, in_one_line, open_shard, read_footers
+from dinov2.data.shard_footers import Unusable, WrongSchema, open_shard, read_footers
 from dinov2.data.storage import LocalStorage, Storage
 from dinov2.data.stream_memory import GIB, Prefetch, fit_lanes, memory_bound
 
@@ -55,15 +56,15 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
     """
     storage = open_storage(dataset)
     files = storage.list_files()
-    found = read_footers(storage, files, shard_facts)
-    shards = [item for item in found if isinstance(item, ShardFacts)]
+    found = read_footers(storage, files, partial(describe_shard, storage))
+    shards = [item for item in found if isinstance(item, Shard)]
     report: dict[str, Any] = {
         "place": storage.place,
         "local": isinstance(storage, LocalStorage),
         "files": len(files),
         "bytes": sum(file.size for file in files),
-        "unreadable": [item._asdict() for item in found if isinstance(item, Unreadable)],
-        "wrong_schema": [item._asdict() for item in found if isinstance(item, WrongShard)],
+        "unreadable": [item._asdict() for item in found if type(item) is Unusable],
+        "wrong_schema": [item._asdict() for item in found if isinstance(item, WrongSchema)],
         "rows": sum(int(shard.rows.sum()) for shard in shards),
     }
     if report["rows"]:
@@ -75,30 +76,30 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
     return report | {"verdict": verdict(report, training.batch)}
 
 
-def _row_groups(shards: Sequence[ShardFacts]) -> dict[str, Any]:
-    rows, sizes = _joined(shards, "rows"), _joined(shards, "plain_sizes")
+def _row_groups(shards: Sequence[Shard]) -> dict[str, Any]:
+    rows, sizes = _joined(shards)
     return {"count": len(rows), "rows": _spread(rows), "image_bytes": _spread(sizes)}
 
 
-def _schemas(shards: Sequence[ShardFacts]) -> list[dict[str, Any]]:
+def _schemas(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     kinds = Counter(tuple(shard.columns.items()) for shard in shards)
     return [{"files": count, "columns": dict(columns)} for columns, count in kinds.most_common()]
 
 
-def _stored(shards: Sequence[ShardFacts]) -> dict[str, Any]:
+def _stored(shards: Sequence[Shard]) -> dict[str, Any]:
     """How the image column is stored, in numbers of row groups."""
-    images = sum(int(shard.rows.sum()) for shard in shards)
+    chunks, rows = [shard.images for shard in shards], sum(int(shard.rows.sum()) for shard in shards)
     return {
         "columns": dict(Counter(shard.image for shard in shards)),
-        "encodings": dict(Counter(name for shard in shards for name in shard.encodings)),
-        "compression": dict(Counter(name for shard in shards for name in shard.codecs)),
-        "with_dictionary": sum(sum(shard.has_dictionary) for shard in shards),
-        "with_page_index": sum(sum(shard.has_page_index) for shard in shards),
-        "bytes_per_image": round(int(_joined(shards, "sizes").sum()) / images),
+        "encodings": dict(Counter("+".join(sorted(names)) for chunk in chunks for names in chunk.encodings)),
+        "compression": dict(Counter(name for chunk in chunks for name in chunk.codecs)),
+        "with_dictionary": sum(sum(chunk.has_dictionary) for chunk in chunks),
+        "with_page_index": sum(sum(chunk.has_page_index) for chunk in chunks),
+        "bytes_per_image": round(sum(int(chunk.sizes.sum()) for chunk in chunks) / rows),
     }
 
 
-def _images(storage: Storage, shards: Sequence[ShardFacts]) -> dict[str, Any]:
+def _images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
     """Kinds and sizes of some images of row groups spread over the dataset."""
     groups = [(shard, group) for shard in shards for group in np.flatnonzero(shard.rows).tolist()]
     chosen = np.unique(np.linspace(0, len(groups) - 1, _SAMPLED_GROUPS).astype(int)).tolist()
@@ -106,7 +107,7 @@ def _images(storage: Storage, shards: Sequence[ShardFacts]) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     damage, read = [], 0
     for shard, group in (groups[i] for i in chosen):
-        read += int(shard.sizes[group])
+        read += int(shard.images.sizes[group])
         if read > _SAMPLED_BYTES and kinds and not isinstance(storage, LocalStorage):
             break
         try:
@@ -142,7 +143,7 @@ class _Slides:
     Where that would take too many reads, a row group stands for a slide of its own.
     """
 
-    def __init__(self, storage: Storage, shards: Sequence[ShardFacts]) -> None:
+    def __init__(self, storage: Storage, shards: Sequence[Shard]) -> None:
         numbers: dict[str | tuple[str, int], int] = {}
         left = _READ_GROUPS if isinstance(storage, LocalStorage) else _READ_REMOTE_GROUPS
         self._only: list[int] = []  # slide of each row group, -1 if there are several
@@ -163,7 +164,7 @@ class _Slides:
                 else:
                     self._several[len(self._only)] = codes
                     self._only.append(-1)
-        self._rows = _joined(shards, "rows")
+        self._rows, _ = _joined(shards)
         self._ends = np.cumsum(self._rows)
         self._shard = np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards])
 
@@ -203,7 +204,7 @@ class _Slides:
         }
 
 
-def _slide_names(storage: Storage, shard: ShardFacts, group: int) -> list[str] | None:
+def _slide_names(storage: Storage, shard: Shard, group: int) -> list[str] | None:
     """Slide of every row of a row group; None where it cannot be read."""
     try:
         with open_shard(storage, shard.file) as file:
@@ -212,12 +213,12 @@ def _slide_names(storage: Storage, shard: ShardFacts, group: int) -> list[str] |
         raise
     except (pa.ArrowException, OSError):
         return None
-    return [slide_of(name, shard.image) for name in names]
+    return [slide_of(name or "", shard.image) for name in names]
 
 
-def _units(storage: Storage, shards: Sequence[ShardFacts]) -> SimpleNamespace:
+def _units(storage: Storage, shards: Sequence[Shard]) -> SimpleNamespace:
     """Rows and bytes of what training fetches at a time: row groups, or parts of giant ones in local files."""
-    rows, sizes, refused = _joined(shards, "rows"), _joined(shards, "plain_sizes"), ""
+    (rows, sizes), refused = _joined(shards), ""
     is_remote = not isinstance(storage, LocalStorage)
     if not is_remote:  # remote ones are not cut, and reading their footers twice may take long
         try:
@@ -269,8 +270,10 @@ def _stream(units: SimpleNamespace, slides: _Slides, training: Training) -> dict
     }
 
 
-def _joined(shards: Sequence[ShardFacts], field: str) -> np.ndarray:
-    return np.concatenate([getattr(shard, field) for shard in shards])
+def _joined(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of all row groups, and bytes of their images before compression, int64 (G,) each."""
+    rows, sizes = zip(*((shard.rows, shard.images.plain_sizes) for shard in shards), strict=True)
+    return np.concatenate(rows), np.concatenate(sizes)
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

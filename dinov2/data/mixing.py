@@ -12,7 +12,7 @@ def distinct_in_stream(
     order: SampleOrder,
     slides_at: Callable[[np.ndarray, np.ndarray], np.ndarray],
     batch: int,
-    windows: Sequence[int] = (1, 10, 100),
+    windows: Sequence[int],
 ) -> list[float]:
     """Count distinct slides among the samples of consecutive steps, from the first step of the first epoch.
 

@@ -23,9 +23,11 @@ _LAST = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 def splitmix64(seed: np.ndarray) -> np.ndarray:
     """First output of the SplitMix64 generator for each uint64 seed (Steele, Lea and Flood, 2014)."""
     z = seed + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)  # in place: an epoch's tape hashes every row group
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def hash_words(*words: int | np.ndarray) -> np.ndarray:

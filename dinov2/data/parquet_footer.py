@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,25 +32,41 @@ class Footer(NamedTuple):
     digest: str
 
 
+class Chunks(NamedTuple):
+    """One column in G row groups: where it begins, its bytes, those before compression (int64), how it is stored."""
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    plain_sizes: np.ndarray
+    encodings: list[frozenset[str]]
+    codecs: list[str]
+    has_dictionary: list[bool]
+    has_page_index: list[bool]
+
+
 class Shard(NamedTuple):
-    """The columns of one shard.
+    """What the footer of a shard tells.
 
     Attributes:
+        file: Its name and size.
+        columns: Type of each column.
         image: Name of the image column.
         slide: Name of the column that tells the slide; None if there is none or it is all null.
         raw_size: Side in pixels of raw tiles, 0 for PNG and JPEG.
-        rows: Rows of each row group.
-        images: The image column in each row group.
-        names: The slide column in each row group; empty if there is none.
+        rows: Rows of each row group, int64 (G,).
+        images: The image column.
+        names: The slide column; None if there is none.
         slides: The only slide of each row group; None where it holds several, or the footer does not tell.
     """
 
+    file: StoredFile
+    columns: dict[str, str]
     image: str
     slide: str | None
     raw_size: int
-    rows: list[int]
-    images: list[pq.ColumnChunkMetaData]
-    names: list[pq.ColumnChunkMetaData]
+    rows: np.ndarray
+    images: Chunks
+    names: Chunks | None
     slides: list[str | None]
 
 
@@ -106,12 +123,14 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     # A shard without the column is one slide; nulls are of one that has no name.
     alone = "" if SLIDE_COLUMN[image] in leaves else file.name
     return Shard(
+        file,
+        {field.name: str(field.type) for field in footer.schema},
         image,
         slide,
         size,
-        [group.num_rows for group in groups],
-        [group.column(leaves.index(image)) for group in groups],
-        names,
+        np.array([group.num_rows for group in groups], np.int64),
+        _chunks([group.column(leaves.index(image)) for group in groups]),
+        _chunks(names) if slide else None,
         [_single_slide(chunk, image) for chunk in names] if slide else [alone] * len(groups),
     )
 
@@ -153,13 +172,28 @@ def raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
 
 
 def slide_of(name: str, image: str) -> str:
-    """The slide of a row: what the published schema names, or the folder of a tile in nanopath's slide/x_y_level.jpg."""
+    """The slide of a row: the name in the published schema, the folder of slide/x_y_level.jpg in nanopath's."""
     return name.rpartition("/")[0] if image == "jpeg" else name
 
 
 def in_one_line(error: Exception) -> str:
     """An error's text without line breaks."""
     return " ".join(str(error).split())
+
+
+def _chunks(chunks: Sequence[pq.ColumnChunkMetaData]) -> Chunks:
+    first_pages = [
+        (c.dictionary_page_offset if c.has_dictionary_page else 0, c.data_page_offset) for c in chunks
+    ]
+    return Chunks(
+        np.array([first if 0 < first < data else data for first, data in first_pages], np.int64),
+        np.array([chunk.total_compressed_size for chunk in chunks], np.int64),
+        np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64),
+        [frozenset(chunk.encodings) for chunk in chunks],
+        [chunk.compression for chunk in chunks],
+        [chunk.has_dictionary_page for chunk in chunks],
+        [chunk.has_offset_index for chunk in chunks],
+    )
 
 
 def _require_type(path: str, field: pa.Field, wanted: str, meaning: str = "") -> None:

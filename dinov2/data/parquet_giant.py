@@ -7,7 +7,7 @@ around a value are enough. Other large pages are read whole.
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +22,10 @@ from dinov2.data.parquet_header import (
 )
 from dinov2.data.parquet_pages import (
     DAMAGE,
+    NOTHING,
     PLAIN,
     Column,
-    Dictionary,
-    Spans,
-    Values,
+    Cut,
     decompress,
     dictionary_spans,
     hybrid,
@@ -88,12 +87,12 @@ class GiantReader:
         wanted = np.unique(rows)
         page_of = np.searchsorted(pages.ends, wanted, side="right")
         found = dict.fromkeys(rows, b"")
-        dictionary = None
+        dictionary: Cut | None = None
         with _LocalFile(chunk.path, chunk.start) as file:
             for number in np.unique(page_of[page_of < len(pages.ends)]).tolist():
                 header = PageHeader(*pages.headers[number].tolist())
                 if header.encoding != PLAIN and dictionary is None:
-                    dictionary = Dictionary(self._dictionary_values(file, chunk, pages.dictionary))
+                    dictionary = cache(self._dictionary(file, chunk, pages.dictionary))
                 here = wanted[page_of == number]
                 local = (here - (pages.ends[number] - header.values)).tolist()
                 values = self._page_rows(file, chunk, header, local, dictionary)
@@ -106,7 +105,7 @@ class GiantReader:
         chunk: GiantChunk,
         header: PageHeader,
         rows: list[int],
-        dictionary: Dictionary | None,
+        dictionary: Cut | None,
     ) -> list[bytes]:
         layout = self._layouts(chunk, header) if header.encoding == PLAIN else None
         if layout:
@@ -114,13 +113,13 @@ class GiantReader:
             return [page.cut(rank) for rank in ranks_of(rows, layout.present)]
         return page_rows(file.take(header.body, header.stored), header, rows, chunk.column, dictionary)
 
-    def _dictionary_values(self, file: "_LocalFile", chunk: GiantChunk, header: PageHeader | None) -> Values:
+    def _dictionary(self, file: "_LocalFile", chunk: GiantChunk, header: PageHeader | None) -> Cut:
         if header is None:
-            return Spans(memoryview(b""), [])
+            return NOTHING.cut
         layout = self._layouts(chunk, header)
         if layout:
-            return _SeekablePage(file, header, layout)
-        return dictionary_spans(file.take(header.body, header.stored), header, chunk.column)
+            return _SeekablePage(file, header, layout).cut
+        return dictionary_spans(file.take(header.body, header.stored), header, chunk.column).cut
 
 
 class _LocalFile:
@@ -155,7 +154,7 @@ class _SeekablePage:
         self._last: tuple[int, int, memoryview] | None = None
 
     def cut(self, number: int) -> bytes:
-        """Copy one value; empty for -1, a null, and where damage hides it."""
+        """Copy one value, as `Cut` does."""
         if not 0 <= number < len(self._starts) - 1:
             return b""
         begin, end = self._starts[number : number + 2].tolist()

@@ -1,7 +1,8 @@
 """Which shards and row groups a Parquet dataset has, known without opening a single data page.
 
-The index is one Arrow table with a row per shard and a list item per row group, kept as a Parquet file (the
-sidecar) so that later starts need no footers. It holds where column chunks lie, so that reading needs none.
+The index is one Arrow table with a row per shard and a list item per row group, kept as an Arrow file (the
+sidecar; a Parquet file takes several times as long to read) so that later starts need no footers. It holds where
+column chunks lie, so that reading needs none.
 """
 
 import hashlib
@@ -16,9 +17,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from dinov2.data.parquet_footer import DamagedFooter, Footer, describe_shard, for_each_file, read_footer
+from dinov2.data.parquet_footer import (
+    Chunks,
+    DamagedFooter,
+    Footer,
+    Shard,
+    describe_shard,
+    for_each_file,
+    read_footer,
+)
 from dinov2.data.parquet_pages import CODECS, ENCODINGS
 from dinov2.data.storage import Storage, StoredFile
 
@@ -48,9 +56,6 @@ _SCHEMA = pa.schema(
     ]
 )
 _NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
-_DELTAS = {
-    f"{field.name}.list.element": "DELTA_BINARY_PACKED" for field in _SCHEMA if field.type == _PER_GROUP
-}
 _FORMAT = {b"format": b"dinov2 shard index 2"}
 _PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a place: a commit, whose files never change
 _REPORT_EVERY = 10.0  # seconds
@@ -82,7 +87,7 @@ def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
             kept = pa.Table.from_pylist(records, _SCHEMA.with_metadata(_FORMAT | {b"place": place}))
             _refuse_unusable(storage.place, kept)
             if sidecar:
-                _write_sidecar(sidecar, kept)
+                write_sidecar(sidecar, kept)
     dropped = kept.select(["name", "error"]).filter(kept["error"].is_valid()).to_pylist()
     if dropped:
         named = "; ".join(f"{shard['name']} ({shard['error']})" for shard in dropped)
@@ -104,13 +109,18 @@ def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
 
 def flatten(column: pa.ChunkedArray) -> np.ndarray:
     """Join a column of integer lists, one per shard, into one int64 array with a value per row group."""
-    return np.from_dlpack(column.combine_chunks().flatten())  # other ways out of Arrow import pandas
+    return np.from_dlpack(in_one(column).flatten())  # other ways out of Arrow import pandas
 
 
 def first_items(column: pa.ChunkedArray) -> np.ndarray:
     """Where each shard's list begins among the items of all, int64 (shards,)."""
-    counts = np.from_dlpack(pc.list_value_length(column.combine_chunks())).astype(np.int64)
+    counts = np.from_dlpack(pc.list_value_length(in_one(column))).astype(np.int64)
     return np.cumsum(counts) - counts
+
+
+def in_one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, copied only where it is in several."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, Any]]:
@@ -128,50 +138,45 @@ def _record(storage: Storage, file: StoredFile) -> dict[str, Any]:
     try:
         footer = read_footer(storage, file)
         shard = describe_shard(storage, file, footer)
-        chunks = _chunks("image", footer, shard.images, file) | _chunks("slide", footer, shard.names, file)
+        stored = _stored("image", footer, shard, shard.image, shard.images)
+        if shard.names:
+            stored |= _stored("slide", footer, shard, shard.slide, shard.names)
     except DamagedFooter as error:
         return {"error": str(error)}
     slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
     numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
+    nowhere = [0] * len(shard.rows)
     return {
         "footer": footer.digest,
         "raw_size": shard.raw_size,
         "image_column": shard.image,
         "slides": slides,
         "group_rows": shard.rows,
-        "group_bytes": [chunk.total_uncompressed_size for chunk in shard.images],
+        "group_bytes": shard.images.plain_sizes,
         "group_slide": [numbers[name] for name in shard.slides],
-        **chunks,
+        "slide_start": nowhere,
+        "slide_length": nowhere,
+        **stored,
     }
 
 
-def _chunks(
-    kind: str, footer: Footer, chunks: list[pq.ColumnChunkMetaData], file: StoredFile
-) -> dict[str, str | bool | list[int] | None]:
+def _stored(kind: str, footer: Footer, shard: Shard, name: str, chunks: Chunks) -> dict[str, Any]:
     """How a column is stored and where; DamagedFooter if that is not within the file."""
-    if not chunks:
-        nowhere = [0] * footer.metadata.num_row_groups
-        return {f"{kind}_start": nowhere, f"{kind}_length": nowhere}
-    schema, path = footer.metadata.schema, chunks[0].path_in_schema
-    leaf = next(column for column in map(schema.column, range(len(schema))) if column.path == path)
-    codecs = {chunk.compression for chunk in chunks}
+    schema, codecs = footer.metadata.schema, set(chunks.codecs)
+    leaf = next(column for column in map(schema.column, range(len(schema))) if column.path == name)
     flat = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level == 0
-    plain = all(ENCODINGS.issuperset(chunk.encodings) for chunk in chunks)
+    plain = all(map(ENCODINGS.issuperset, chunks.encodings))
     known = flat and leaf.max_definition_level <= 1 and plain and len(codecs) == 1 and codecs <= CODECS.keys()
-    starts = []
-    for number, chunk in enumerate(chunks):
-        start, length = chunk.data_page_offset, chunk.total_compressed_size
-        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-            start = chunk.dictionary_page_offset
-        starts.append(start)
-        rows = footer.metadata.row_group(number).num_rows
-        if rows and length and not 4 <= start <= start + length <= file.size:
-            raise DamagedFooter(f"it places {length} bytes at {start}, but {file.size} are there")
+    outside = (chunks.starts < 4) | (chunks.sizes < 0) | (chunks.starts > shard.file.size - chunks.sizes)
+    outside = np.flatnonzero(outside & (shard.rows > 0) & (chunks.sizes != 0))
+    if len(outside):
+        size, start = chunks.sizes[outside[0]], chunks.starts[outside[0]]
+        raise DamagedFooter(f"it places {size} bytes at {start}, but {shard.file.size} are there")
     return {
         f"{kind}_codec": codecs.pop() if known else None,
         f"{kind}_optional": leaf.max_definition_level > 0,
-        f"{kind}_start": starts,
-        f"{kind}_length": [chunk.total_compressed_size for chunk in chunks],
+        f"{kind}_start": chunks.starts,
+        f"{kind}_length": chunks.sizes,
     }
 
 
@@ -190,20 +195,24 @@ def _load_sidecar(sidecar: Path) -> pa.Table | None:
     try:
         if not sidecar.is_file():
             return None
-        with pq.ParquetFile(sidecar) as file:
-            index = file.read()
+        with pa.OSFile(str(sidecar)) as file:
+            index = pa.ipc.open_file(file).read_all()
+        index.validate(full=True)
     except (pa.ArrowException, OSError):
         return None
     known = index.schema.equals(_SCHEMA) and _FORMAT.items() <= (index.schema.metadata or {}).items()
     return index if known else None
 
 
-def _write_sidecar(sidecar: Path, index: pa.Table) -> None:
+def write_sidecar(sidecar: Path, index: pa.Table) -> None:
+    """Keep an index for the next start; where that cannot be done, it is only logged."""
     beside = sidecar.with_name(f"{sidecar.name}.{os.getpid()}.tmp")
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(index, beside, compression="zstd", use_dictionary=False, column_encoding=_DELTAS)
+            with pa.ipc.new_file(str(beside), index.schema, options=options) as file:
+                file.write_table(index)
             os.replace(beside, sidecar)
         finally:
             beside.unlink(missing_ok=True)

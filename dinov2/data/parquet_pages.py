@@ -8,7 +8,8 @@ definition levels are understood.
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,19 +34,14 @@ CODECS = {  # name in a footer: name of pyarrow's codec
     "LZ4": "lz4_raw",
 }
 ENCODINGS = frozenset({"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"})
-DAMAGE = (
-    ValueError,
-    IndexError,
-    struct.error,
-    pa.ArrowException,
-    OSError,
-    MemoryError,
-)  # from pages in memory
+# What decoding a page that is in memory may raise.
+DAMAGE = (ValueError, IndexError, struct.error, pa.ArrowException, OSError, MemoryError)
 _HEADER = 1 << 16  # bytes read for a header; longer ones hold statistics
 _WIDEST = 32  # bits of a dictionary index
 _LENGTH = struct.Struct("<I")
 
 Take = Callable[[int, int], memoryview]  # position in the chunk, bytes
+Cut = Callable[[int], bytes]  # copies the value of a number; empty for -1, a null, and where damage hides it
 
 
 class Column(NamedTuple):
@@ -55,13 +51,6 @@ class Column(NamedTuple):
     optional: bool
 
 
-class Values(Protocol):
-    """The values of one PLAIN page, by number."""
-
-    def cut(self, number: int) -> bytes:
-        """Copy one value; empty for -1, a null, and where damage hides it."""
-
-
 class Spans(NamedTuple):
     """Values within the bytes of a page: where each begins and ends."""
 
@@ -69,11 +58,14 @@ class Spans(NamedTuple):
     bounds: list[tuple[int, int]]
 
     def cut(self, number: int) -> bytes:
-        """Copy one value; empty for -1, a null, and where damage hides it."""
+        """Copy one value, as `Cut` does."""
         if not 0 <= number < len(self.bounds):
             return b""
         begin, end = self.bounds[number]
         return bytes(self.data[begin:end])
+
+
+NOTHING = Spans(memoryview(b""), [])
 
 
 def read_rows(take: Take, length: int, num_rows: int, rows: Sequence[int], column: Column) -> list[bytes]:
@@ -90,12 +82,12 @@ def read_rows(take: Take, length: int, num_rows: int, rows: Sequence[int], colum
     """
     found = dict.fromkeys(rows, b"")
     order = sorted(found)
-    dictionary, first = Dictionary(Spans(memoryview(b""), [])), 0
+    dictionary, first = NOTHING.cut, 0
     try:
         for header in page_headers(take, length):
             here = order[bisect_left(order, first) : bisect_left(order, first + header.values)]
             if header.kind == DICTIONARY_PAGE:
-                dictionary = Dictionary(dictionary_spans(take(header.body, header.stored), header, column))
+                dictionary = cache(dictionary_spans(take(header.body, header.stored), header, column).cut)
             elif header.kind in (DATA_PAGE, DATA_PAGE_V2):
                 if first + header.values > num_rows:
                     return [b""] * len(rows)
@@ -127,19 +119,6 @@ def page_headers(take: Take, length: int) -> Iterator[PageHeader]:
             raise DamagedPage("a page is longer than its column chunk")
         yield header
         position = header.end
-
-
-class Dictionary:
-    """Values of a dictionary page, copied when first asked for and once each."""
-
-    def __init__(self, values: Values) -> None:
-        self._values, self._copies = values, {}
-
-    def cut(self, number: int) -> bytes:
-        """Give one value; empty for -1, a null, and where damage hides it."""
-        if number not in self._copies:
-            self._copies[number] = self._values.cut(number)
-        return self._copies[number]
 
 
 def decompress(data: memoryview, size: int, codec: str) -> memoryview:
@@ -220,11 +199,11 @@ def dictionary_spans(body: memoryview, header: PageHeader, column: Column) -> Sp
     try:
         return plain_spans(decompress(body, header.size, column.codec), header.values)
     except DAMAGE:
-        return Spans(memoryview(b""), [])
+        return NOTHING
 
 
 def page_rows(
-    body: memoryview, header: PageHeader, rows: Sequence[int], column: Column, dictionary: Dictionary
+    body: memoryview, header: PageHeader, rows: Sequence[int], column: Column, dictionary: Cut
 ) -> list[bytes]:
     """Read some rows of a data page; nulls, and rows that damage hides, come as empty bytes."""
     try:
@@ -232,12 +211,12 @@ def page_rows(
         ranks = ranks_of(rows, present)
         count = max(ranks) + 1
         if header.encoding == PLAIN:
-            values, numbers = plain_spans(data, count), ranks
+            cut, numbers = plain_spans(data, count).cut, ranks
         elif header.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
             indices = index_values(data, count).tolist()
-            values, numbers = dictionary, [indices[rank] if rank >= 0 else -1 for rank in ranks]
+            cut, numbers = dictionary, [indices[rank] if rank >= 0 else -1 for rank in ranks]
         else:
             return [b""] * len(rows)
     except DAMAGE:
         return [b""] * len(rows)
-    return [values.cut(number) for number in numbers]  # a dictionary may be read from a file, which may fail
+    return [cut(number) for number in numbers]  # a dictionary may be read from a file, which may fail

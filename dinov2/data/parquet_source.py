@@ -12,7 +12,7 @@ from dinov2.data.dataset_location import open_storage
 from dinov2.data.decode import decode_image
 from dinov2.data.parquet_footer import SLIDE_COLUMN, slide_of
 from dinov2.data.parquet_giant import GiantChunk, GiantReader
-from dinov2.data.parquet_index import fingerprint, first_items, flatten, load_index
+from dinov2.data.parquet_index import fingerprint, first_items, flatten, in_one, load_index
 from dinov2.data.parquet_pages import Column, read_rows
 from dinov2.data.sample import DecodeError, EncodedSample
 from dinov2.data.storage import LocalStorage, RangedFile, Storage
@@ -66,10 +66,8 @@ class ParquetSource:
         self._starts = {kind: flatten(index[f"{kind}_start"]) for kind in ("image", "slide")}
         self._lengths = {kind: flatten(index[f"{kind}_length"]) for kind in ("image", "slide")}
         self._first_group, self._first_slide = first_items(index["group_rows"]), first_items(index["slides"])
-        self._slides, self._group_slide = (
-            index["slides"].combine_chunks().flatten(),
-            flatten(index["group_slide"]),
-        )
+        self._slides = in_one(index["slides"]).flatten()
+        self._group_slide = flatten(index["group_slide"])
         self._cut(flatten(index["group_rows"]), flatten(index["group_bytes"]))
         self.num_rows = int(self.unit_rows.sum())
         self.fingerprint = fingerprint(index, self.unit_rows)
@@ -92,7 +90,7 @@ class ParquetSource:
         """Find the shard and the row group of a unit, and where in it the unit begins."""
         group = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
         shard = int(np.searchsorted(self._first_group, group, side="right")) - 1
-        return shard, group, (unit - int(self._first_unit[group])) * _CUT_ROWS
+        return shard, group, (int(unit) - int(self._first_unit[group])) * _CUT_ROWS
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.

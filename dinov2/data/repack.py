@@ -24,8 +24,9 @@ from multiprocessing.connection import wait as wait_for_connection
 from pathlib import Path
 
 from dinov2.data.dataset_location import open_storage
+from dinov2.data.parquet_footer import Footer, image_column
 from dinov2.data.repacked_shard import Layout, RepackJob, repack_shard
-from dinov2.data.shard_footers import Footer, Unreadable, image_column, in_one_line, read_footers
+from dinov2.data.shard_footers import Unusable, read_footers
 from dinov2.data.slide_jobs import json_lines, write_whole
 from dinov2.data.storage import LocalStorage, Storage, StoredFile
 
@@ -60,7 +61,7 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
         missing = [job for job in jobs.values() if job.file.name not in finished]
         for job, reason in _run(missing, workers):
             if reason:
-                failures.append(Unreadable(job.file.name, reason))
+                failures.append(Unusable(job.file.name, reason))
                 logger.error("cannot read '%s': %s", storage.locate(job.file.name), reason)
         records = [{"file": name, "reason": reason} for name, reason in sorted(failures)]
         if records:
@@ -78,17 +79,14 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
 
 def _plan(
     storage: Storage, files: Sequence[StoredFile], destination: Path, layout: Layout
-) -> tuple[dict[str, RepackJob], list[Unreadable]]:
-    def job(file: StoredFile, footer: Footer) -> RepackJob | Unreadable:
-        try:
-            image_column(footer.metadata.schema.to_arrow_schema())
-        except ValueError as error:
-            return Unreadable(file.name, in_one_line(error))
+) -> tuple[dict[str, RepackJob], list[Unusable]]:
+    def job(file: StoredFile, footer: Footer) -> RepackJob:
+        image = image_column(storage.locate(file.name), footer.schema)
         rows, groups = footer.metadata.num_rows, footer.metadata.num_row_groups
-        return RepackJob(storage, file, rows, groups, footer.digest, layout, destination / file.name)
+        return RepackJob(storage, file, image, rows, groups, footer.digest, layout, destination / file.name)
 
     planned = read_footers(storage, files, job)
-    failures = [item for item in planned if isinstance(item, Unreadable)]
+    failures = [item for item in planned if isinstance(item, Unusable)]
     for name, reason in failures:
         logger.error("cannot read '%s': %s", storage.locate(name), reason)
     return {item.file.name: item for item in planned if isinstance(item, RepackJob)}, failures

@@ -3,14 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dinov2.data.parquet_footer import Footer, in_one_line
 from dinov2.data.retrying import RemoteError
-from dinov2.data.shard_footers import PAGE_BUFFER, Footer, image_column, in_one_line, open_shard
+from dinov2.data.shard_footers import PAGE_BUFFER, open_shard
 from dinov2.data.slide_jobs import commit
 from dinov2.data.storage import Storage, StoredFile
 
@@ -28,10 +30,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class RepackJob:
-    """One file to rewrite: `file` of `storage`, with `rows` rows and a footer of `footer_digest`."""
+    """One file to rewrite: `file` of `storage`, with images in a column, rows, and a footer of `footer_digest`."""
 
     storage: Storage
     file: StoredFile
+    image: str
     rows: int
     groups: int
     footer_digest: str
@@ -83,27 +86,32 @@ def repack_shard(job: RepackJob) -> str:
     return ""
 
 
-def _rewrite(job: RepackJob) -> str:
-    """Write the partial file and return the digest of the images that were read."""
-    digest = _ImageDigest()
+@contextmanager
+def _source_error() -> Iterator[None]:
     try:
-        file = open_shard(job.storage, job.file)
-        schema = file.schema_arrow
-        image = image_column(schema)
+        yield
     except RemoteError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _SourceError(in_one_line(error)) from error
+
+
+def _rewrite(job: RepackJob) -> str:
+    """Write the partial file and return the digest of the images that were read."""
+    digest = _ImageDigest()
+    with _source_error():
+        file = open_shard(job.storage, job.file)
+        schema = file.schema_arrow
     metadata = {**(schema.metadata or {}), SOURCE_KEY: job.identity.encode()}
     if b"row_group_size" in metadata:
         metadata[b"row_group_size"] = str(job.layout.row_group_rows).encode()
     schema = schema.with_metadata(metadata)
-    columns = _column_options(file.metadata, image, job.layout.compression)
+    columns = _column_options(file.metadata, job.image, job.layout.compression)
     with file, pq.ParquetWriter(
         job.partial, schema, write_page_index=True, write_batch_size=_ROWS_PER_BATCH, **columns
     ) as writer:  # fmt: skip
         for table in _groups(file, job.layout.row_group_rows):
-            digest.update(table[image])
+            digest.update(table[job.image])
             writer.write_table(table)
     if digest.rows != job.rows:
         raise _SourceError(f"{digest.rows} rows could be read, but the footer promises {job.rows}")
@@ -115,12 +123,8 @@ def _groups(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
     batches = file.iter_batches(min(size, _ROWS_PER_BATCH), use_threads=False)
     waiting, num_rows = [], 0
     while True:
-        try:
+        with _source_error():
             batch = next(batches, None)
-        except RemoteError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise _SourceError(in_one_line(error)) from error
         if batch is None:
             break
         waiting.append(batch)
@@ -157,9 +161,8 @@ def _digest_of(job: RepackJob) -> str:
     """Digest of the images in the partial file, which must hold all rows."""
     digest = _ImageDigest()
     with pq.ParquetFile(job.partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as written:
-        image = image_column(written.schema_arrow)
-        for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[image], use_threads=False):
-            digest.update(batch[image])
+        for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[job.image], use_threads=False):
+            digest.update(batch[job.image])
     return digest.hexdigest()
 
 

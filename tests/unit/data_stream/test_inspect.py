@@ -21,14 +21,7 @@ from dinov2.data.order import SampleOrder
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.reader import RankReader
 from dinov2.data.storage import LocalStorage, StoredFile
-from tests.helpers.shards import (
-    TILE,
-    encode,
-    tile,
-    write_dataset,
-    write_nanopath,
-    write_published,
-)
+from tests.helpers.shards import TILE, encode, tile, write_dataset, write_nanopath, write_published
 
 SMALL = ("--batch", "8", "--ranks", "2")
 FOLDER = Path(inspection.__file__).parent

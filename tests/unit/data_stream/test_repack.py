@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2.data import repack, repacked_shard
+from dinov2.data.parquet_index import load_index
 from dinov2.data.repack import main
 from dinov2.data.repacked_shard import Layout, RepackJob, repack_shard
 from dinov2.data.storage import LocalStorage, StoredFile
@@ -74,6 +75,20 @@ def test_a_giant_row_group_becomes_small_ones(tmp_path: Path) -> None:
             False,
             True,
         )
+
+
+@pytest.mark.parametrize(("column", "image"), [("slide_path", "image_bytes"), ("path", "jpeg")])
+def test_footers_tell_the_slides_so_that_no_slide_column_is_read(
+    tmp_path: Path, column: str, image: str
+) -> None:
+    names = pa.array([f"slide {row // 128}/{row}.jpg" if column == "path" else "slide" for row in range(256)])
+    table = pa.table({column: names.dictionary_encode(), image: [b"x"] * 256})
+    pq.write_table(table, tmp_path / "a.parquet", write_statistics=False)
+    assert run(tmp_path / "a.parquet", tmp_path / "out") == 0
+    before, after = (load_index(LocalStorage(str(tmp_path / name))) for name in ("a.parquet", "out"))
+    assert before["group_slide"].to_pylist() == [[-1]]
+    assert after["slides"].to_pylist() == [["slide"] if column == "slide_path" else ["slide 0", "slide 1"]]
+    assert min(after["group_slide"].to_pylist()[0]) == 0
 
 
 @pytest.mark.parametrize("kind", ["large_binary", "zstd", "lz4", "nested"])
@@ -283,7 +298,9 @@ def test_what_does_not_read_back_gets_no_name(
 def test_rows_that_are_missing_count_as_damage(tmp_path: Path) -> None:
     path = write_published(tmp_path / "a.parquet", [b"x"] * 5)
     file = StoredFile(path.name, path.stat().st_size, "")
-    job = RepackJob(LocalStorage(str(path)), file, 9, 2, "", Layout(), tmp_path / "out" / "a.parquet")
+    job = RepackJob(
+        LocalStorage(str(path)), file, "image_bytes", 9, 2, "", Layout(), tmp_path / "out" / "a.parquet"
+    )
     assert repack_shard(job) == "5 rows could be read, but the footer promises 9"
     assert list((tmp_path / "out").iterdir()) == []
 
