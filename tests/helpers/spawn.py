@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout_s: float = 300.0) -> list[Any]:
     """Call ``fn(rank, *args)`` on every rank of a fresh gloo process group.
 
     Args:
