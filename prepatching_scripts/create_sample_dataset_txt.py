@@ -1,7 +1,8 @@
 """Draw tissue patches from slides and list them, one `path x y level` per line (x, y in level-0 pixels).
 
-Which patches a slide gives depends on the seed and on its path below the input folder, not on other slides or
-on the number of processes.
+With --mpp or --magnification a line is `path x y level mpp_x mpp_y` and the patch is cut at that mpp. Which
+patches a slide gives depends on the seed and on its path below the input folder, not on other slides or on the
+number of processes. A command that was stopped goes on where it was when it runs again.
 """
 
 import argparse
@@ -9,135 +10,190 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dinov2.data.slide_jobs import json_lines, run_jobs, write_whole
+from dinov2.data.sample_parts import Part, PartJob, make_part
+from dinov2.data.slide_jobs import json_lines, place_files, run_jobs
+from dinov2.data.slide_list import COLUMNS
+from dinov2.data.slide_mpp import PLAUSIBLE_MPP, read_mpp_table
+from dinov2.data.slide_preview import preview_mark
+from dinov2.data.slide_search import FoundSlides, find_slides
 from dinov2.data.tissue import TissueRule
-from dinov2.data.tissue_sampling import Sampling, SlideJob, draw_from_slide
+from dinov2.data.tissue_sampling import Sampling, SlideJob
 
 logger = logging.getLogger("create_sample_dataset_txt")
 
-SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide"}
+PARTS_VERSION = 1  # of what a slide gives under given options; raise it when that changes
 
 
-def find_slides(source: Path) -> list[tuple[str, str]]:
-    """Find the slides of a folder (with its subfolders), of a text file with one path per line, or one slide.
-
-    Returns:
-        Absolute path and key of each slide, sorted by key in a folder, in the given order in a list. The key
-        is the path below the folder, or the path's last part.
-
-    Raises:
-        FileNotFoundError: there is no such place, or no slide in it.
-        OSError: a folder cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    if source.is_dir():
-        walk = os.walk(source, onerror=refuse)
-        files = (Path(folder, name) for folder, _, names in walk for name in names)
-        slides = [file for file in files if file.suffix.lower() in SLIDE_SUFFIXES]
-        found = sorted((file.relative_to(source).as_posix(), os.path.abspath(file)) for file in slides)
-    elif source.suffix.lower() in SLIDE_SUFFIXES and source.is_file():
-        found = [(source.name, os.path.abspath(source))]
-    elif source.is_file():
-        lines = source.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        paths = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        found = [(Path(path).name, os.path.abspath(path)) for path in dict.fromkeys(paths)]
-    else:
-        raise FileNotFoundError(
-            f"'{source}' does not exist; a folder, a list of paths or one slide is expected."
-        )
-    if not found:
-        endings = ", ".join(sorted(SLIDE_SUFFIXES))
-        raise FileNotFoundError(f"'{source}' holds no slide; at least one {endings} is expected.")
-    return [(path, key) for key, path in found]
-
-
-def create_sample_list(source: Path, output: Path, sampling: Sampling, workers: int) -> tuple[int, int]:
-    """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`.
+def create_sample_list(
+    source: Path,
+    output: Path,
+    sampling: Sampling,
+    *,
+    workers: int = 1,
+    mpp_file: Path | None = None,
+    preview: Path | None = None,
+) -> tuple[int, int]:
+    """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`, and a PNG per slide into `preview`.
 
     Returns:
         Number of slides, and of slides that failed.
 
     Raises:
-        FileExistsError: one of the three files exists.
-        FileNotFoundError: there is no slide.
+        FileExistsError: one of the three files exists, or a file in `preview` would be replaced that is none.
+        FileNotFoundError: there is no slide, or no `mpp_file`.
+        ValueError: the `mpp_file` is malformed.
+        OSError: something cannot be written.
     """
     meta, failures = (output.with_name(output.name + ending) for ending in (".meta.json", ".failures.jsonl"))
+    options = json.dumps([PARTS_VERSION, asdict(sampling)], sort_keys=True).encode()
+    parts = output.with_name(f".{output.name}.parts-{hashlib.blake2b(options, digest_size=8).hexdigest()}")
     for path in (output, meta, failures):
-        if path.exists():
+        if path.exists() and not parts.is_dir():  # else an earlier run of this command was placing them
             raise FileExistsError(f"'{path}' exists already; give another --output or move it away.")
-    slides = find_slides(source)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    jobs = [SlideJob(path, key, sampling) for path, key in slides]
-    draws = dict(run_jobs(draw_from_slide, jobs, workers, "slide"))
-    failed = [{"slide": slides[i][0], "reason": draws[i].failure} for i in sorted(draws) if draws[i].failure]
-    write_whole(failures, json_lines(failed))
+    found = find_slides(source)
+    if found.duplicates:
+        again, first = found.duplicates[0]
+        logger.warning(
+            "%d paths lead to slides that count already; the first is '%s', the same file as '%s'.",
+            len(found.duplicates), again, first,
+        )  # fmt: skip
+    table = read_mpp_table(mpp_file) if mpp_file is not None else None
+    given = [table.get(path) if table is not None else None for path, _ in found.slides]
+    pictures = _pictures(found, preview)
+    parts.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        PartJob(SlideJob(path, key, sampling, mpp), parts, picture)
+        for (path, key), mpp, picture in zip(found.slides, given, pictures, strict=True)
+    ]
+    made = dict(run_jobs(make_part, jobs, workers, "slide"))
+    made = [made[i] for i in range(len(jobs))]
+    unseen = [part.preview_failure for part in made if part.preview_failure]
+    if unseen:
+        logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
 
-    slide = np.repeat(np.arange(len(slides)), [len(draws[i].rows) for i in range(len(slides))])
-    rows = np.concatenate([draws[i].rows for i in range(len(slides))])
-    order = np.random.Generator(np.random.Philox(key=sampling.seed)).permutation(len(rows))
     digest = hashlib.sha256()
+    contents = {
+        output: _lines(found, made, sampling, digest),
+        meta: _description(found, made, sampling, digest),
+        failures: json_lines(_failures(found, made)),
+    }
+    place_files(contents, parts)
+    shutil.rmtree(parts)
+    total, failed = sum(len(part.draw.rows) for part in made), sum(bool(part.draw.failure) for part in made)
+    logger.info("%d patches of %d slides are in %s", total, len(made) - failed, output)
+    return len(made), failed
 
-    def lines() -> Iterator[str]:
-        for i in order:
-            line = f"{slides[slide[i]][0]} {rows[i, 0]} {rows[i, 1]} {rows[i, 2]}\n"
-            digest.update(line.encode(errors="surrogateescape"))
-            yield line
 
-    write_whole(output, lines())
+def _pictures(found: FoundSlides, preview: Path | None) -> list[Path | None]:
+    """Where each slide's preview goes; slides of one name get a digest of their path behind it."""
+    if preview is None:
+        return [None] * len(found.slides)
+    times = Counter(key for _, key in found.slides)
+    pictures = []
+    for path, key in found.slides:
+        digest = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+        pictures.append(preview / (f"{key}.png" if times[key] == 1 else f"{key}.{digest}.png"))
+        preview_mark(pictures[-1])  # raises where another file is in the way
+    return pictures
+
+
+def _failures(found: FoundSlides, made: list[Part]) -> Iterator[dict[str, Any]]:
+    for (path, _), part in zip(found.slides, made, strict=True):
+        if part.draw.failure:
+            yield {"slide": path, "reason": part.draw.failure}
+        for mpp, reason in part.draw.skipped.items():
+            yield {"slide": path, "mpp": mpp, "reason": reason}
+
+
+def _lines(found: FoundSlides, made: list[Part], sampling: Sampling, digest: Any) -> Iterator[str]:
+    """The shuffled lines; `digest` takes them up."""
+    slide = np.repeat(np.arange(len(made)), [len(part.draw.rows) for part in made])
+    rows = np.concatenate([part.draw.rows for part in made])
+    ends = [""] * len(slide)
+    if sampling.mpps:
+        ends = [f" {mpp:g} {mpp:g}" for mpp in np.concatenate([part.draw.mpp for part in made]).tolist()]
+    for i in np.random.Generator(np.random.Philox(key=sampling.seed)).permutation(len(rows)):
+        line = f"{found.slides[slide[i]][0]} {rows[i, 0]} {rows[i, 1]} {rows[i, 2]}{ends[i]}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+        yield line
+
+
+def _description(found: FoundSlides, made: list[Part], sampling: Sampling, digest: Any) -> Iterator[str]:
+    """The `.meta.json`, once the lines have been written."""
+    levels = Counter(level for part in made for level in part.draw.rows[:, 2].tolist())
+    mpps = Counter(mpp for part in made for mpp in part.draw.mpp.tolist() if mpp)
+    given = zip(found.slides, made, strict=True)
     description = {
-        "columns": ["path", "x", "y", "level"],
+        "columns": COLUMNS if sampling.mpps else COLUMNS[:4],
         **asdict(sampling),
-        "num_slides": len(slides),
-        "num_slides_failed": len(failed),
-        "num_patches": len(rows),
-        "num_patches_by_level": {str(level): n for level, n in sorted(Counter(rows[:, 2].tolist()).items())},
+        "num_slides": len(made),
+        "num_slides_failed": sum(bool(part.draw.failure) for part in made),
+        "num_slides_duplicate": len(found.duplicates),
+        "num_targets_skipped": sum(len(part.draw.skipped) for part in made),
+        "num_patches": levels.total(),
+        "num_patches_by_level": {str(level): n for level, n in sorted(levels.items())},
+        "num_patches_by_mpp": {f"{mpp:g}": n for mpp, n in sorted(mpps.items())},
+        # what slides were told their mpp to be, so that training needs no table
+        "slide_mpp": {path: part.draw.given_mpp for (path, _), part in given if part.draw.given_mpp},
         "sha256": digest.hexdigest(),
     }
-    write_whole(meta, [json.dumps(description, indent=2) + "\n"])
-    logger.info("%d patches of %d slides are in %s", len(rows), len(slides) - len(failed), output)
-    return len(slides), len(failed)
+    yield json.dumps(description, indent=2) + "\n"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     rule = TissueRule()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "slides", type=Path, help="folder (with subfolders), text file of paths, or one slide"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="list to write; must not exist")
-    parser.add_argument("--levels", type=int, nargs="+", help="pyramid levels; default: all of each slide")
-    parser.add_argument("--per-level", type=int, default=500, help="patches per slide and level (500)")
-    parser.add_argument(
-        "--per-slide", type=int, help="at most so many patches per slide, shared over its levels"
-    )
-    parser.add_argument("--tile-size", type=int, default=224, help="side of a patch in px of its level (224)")
-    parser.add_argument("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
-    parser.add_argument("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
-    parser.add_argument("--min-tissue", type=float, default=rule.min_fraction, help="share to exceed (0.6)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
-    parser.add_argument(
-        "--max-failed-share", type=float, default=0.05, help="exit 1 above this share of failed slides (0.05)"
-    )
+    add = parser.add_argument
+    add("slides", type=Path, help="folder (with subfolders), text file of paths, or one slide")
+    add("--output", type=Path, required=True, help="list to write; must not exist")
+    add("--levels", type=int, nargs="+", help="pyramid levels; default: all of each slide")
+    add("--mpp", type=float, nargs="+", default=[], help="um per px of the patches, instead of levels")
+    add("--magnification", type=float, nargs="+", default=[], help="the same as --mpp 10/magnification")
+    add("--per-level", type=int, help="patches per slide and level (500)")
+    add("--per-mpp", type=int, help="patches per slide and mpp (500)")
+    add("--per-slide", type=int, help="at most so many patches per slide, shared over its levels or mpp")
+    add("--tile-size", type=int, default=224, help="side of a patch in px of its level or mpp (224)")
+    add("--mpp-file", type=Path, help="CSV 'slide,mpp' for slides that do not say theirs")
+    add("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
+    add("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
+    add("--min-tissue", type=float, default=rule.min_fraction, help="share to exceed (0.6)")
+    add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
+    add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and patches")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
+    add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")
     args = parser.parse_args(argv)
-    for name in ("per_level", "per_slide", "tile_size", "workers"):
+    for name in ("per_level", "per_mpp", "per_slide", "tile_size", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, but it must be at least 1")
     if args.seed < 0 or min(args.levels or [0]) < 0:
         parser.error(f"--seed {args.seed} and --levels {args.levels} must not be negative")
+    args.mpp += [10 / power if power > 0 else power for power in args.magnification]
+    if any(not PLAUSIBLE_MPP[0] <= mpp <= 100 for mpp in args.mpp):
+        parser.error(f"--mpp and 10 / --magnification are {args.mpp}, but must lie within 0.1 and 100")
+    if (args.mpp and (args.levels or args.per_level)) or (args.per_mpp and not args.mpp):
+        parser.error("--levels and --per-level go without --mpp or --magnification, --per-mpp with them")
     return args
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What the command line asks for; mpp are rounded as the list writes them."""
+    rule = TissueRule(tuple(args.hsv_lower), tuple(args.hsv_upper), args.min_tissue, args.reject_pen)
+    levels = tuple(sorted(set(args.levels))) if args.levels else None
+    mpps = tuple(sorted({float(f"{mpp:g}") for mpp in args.mpp}))
+    per_target = args.per_mpp or args.per_level or 500
+    return Sampling(rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,10 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        rule = TissueRule(tuple(args.hsv_lower), tuple(args.hsv_upper), args.min_tissue)
-        levels = tuple(sorted(set(args.levels))) if args.levels else None
-        sampling = Sampling(rule, args.seed, levels, args.per_level, args.per_slide, args.tile_size)
-        total, failed = create_sample_list(args.slides, args.output, sampling, args.workers)
+        total, failed = create_sample_list(
+            args.slides, args.output, sampling_of(args),
+            workers=args.workers, mpp_file=args.mpp_file, preview=args.preview,
+        )  # fmt: skip
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         logger.error("%s", error)
         return 1

@@ -48,7 +48,7 @@ move_run_aside() {
     [[ -e $folder ]] || return 0
     [[ -d $folder ]] || die "OUTPUT_DIR=$folder is a file: name a folder."
     # A start that failed before its first step leaves no more than these.
-    [[ -n $(find "$folder/" -mindepth 1 -maxdepth 1 ! -name config.yaml ! -name "stream_index*" ! -name logs ! -name .lock) ]] || return 0
+    [[ -n $(find "$folder/" -mindepth 1 -maxdepth 1 ! -name config.yaml ! -name "stream_index*" ! -name slide_cache ! -name logs ! -name .lock) ]] || return 0
     is_run_folder "$folder" || die "OUTPUT_DIR=$folder is neither empty nor an earlier run: name another folder."
     aside=$folder.$(date +%Y%m%d-%H%M%S)
     [[ ! -e $aside ]] || die "$aside exists already: wait a second and start again."

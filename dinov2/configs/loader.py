@@ -164,7 +164,11 @@ def _convert(hint: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(args[0], value)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(args):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        if args[-1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(value) != len(args):
             raise TypeError
         return tuple(_convert(item_hint, item) for item_hint, item in zip(args, value, strict=True))
     if hint is str and value is None:  # `key:` with nothing after it
@@ -185,7 +189,8 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return f"{_describe(args[0])} or null"
     if origin is tuple:
-        return f"a list of {len(args)} values, each {_describe(args[0])}"
+        count = "" if args[-1] is Ellipsis else f"{len(args)} "
+        return f"a list of {count}values, each {_describe(args[0])}"
     return {
         bool: "true or false",
         int: "a whole number of at most 64 bits",

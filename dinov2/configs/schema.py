@@ -112,12 +112,15 @@ class TrainConfig:
     OFFICIAL_EPOCH_LENGTH: int
     centering: Literal["centering", "sinkhorn_knopp"]
     streaming_from_hf: bool
+    online_patching: bool
     streaming_dataset_path: str
     streaming_dataset_revision: str
     datasets: tuple[DatasetConfig, ...]
     exclusion_file: str
     validation_share: float
     sample_list_path: str
+    sample_list_columns: Literal[0, 4, 6]
+    slide_mpp_file: str
     slide_root: str
     tile_size: int
     stream_lanes: int
@@ -133,6 +136,21 @@ class TrainConfig:
     dataset_path: str
     saveckp_freq: int
     cache_dataset: bool
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Section ``online``: patches cut from slides while training, at any place and magnification."""
+
+    slides: str
+    weight_column: str
+    mpp: tuple[float, ...]
+    mpp_weights: tuple[float, ...]
+    magnifications: tuple[float, ...]
+    min_foreground: float
+    slide_share: float
+    max_patches: int
+    cache_dir: str
 
 
 @dataclass(frozen=True)
@@ -254,6 +272,7 @@ class Config:
     dino: DinoConfig
     ibot: IbotConfig
     train: TrainConfig
+    online: OnlineConfig
     augmentation: AugmentationConfig
     student: StudentConfig
     teacher: TeacherConfig

@@ -11,6 +11,7 @@ from dinov2.configs.schema import Config
 _SHARES = (  # numbers in [0, 1]
     "ibot.mask_sample_probability",
     "train.max_damaged_share",
+    "online.min_foreground",
     "augmentation.horizontal_flip_prob",
     "augmentation.vertical_flip_prob",
     "augmentation.hed_prob",
@@ -56,6 +57,7 @@ _NON_NEGATIVE = (
     "train.seed",
     "train.num_workers",
     "train.stream_lanes",
+    "online.max_patches",
     "train.unfreeze_last_n_blocks",
     "student.num_register_tokens",
     "student.layerscale",
@@ -165,6 +167,9 @@ def _mask_faults(config: Config) -> Iterator[str]:
 
 def _data_faults(config: Config) -> Iterator[str]:
     train = config.train
+    if train.online_patching:
+        yield from _online_faults(config)
+        return
     key, kind = (
         ("streaming_dataset_path", "a folder of Parquet shards, a hub id or a URL")
         if train.streaming_from_hf
@@ -185,6 +190,25 @@ def _data_faults(config: Config) -> Iterator[str]:
             yield f"train.datasets[{number}].path is empty; give {kind}."
         if dataset.weight <= 0:
             yield f"train.datasets[{number}].weight = {dataset.weight} is out of range; expected a number above 0."
+
+
+def _online_faults(config: Config) -> Iterator[str]:
+    online = config.online
+    if not online.slides:
+        yield "online.slides is empty while train.online_patching = true; give a folder, a list or a CSV of slides."
+    if config.train.datasets:
+        yield "train.datasets and train.online_patching = true name different data; use one."
+    key = "magnifications" if online.magnifications else "mpp"
+    wanted = getattr(online, key)
+    if not wanted or min(wanted) <= 0 or len(set(wanted)) < len(wanted):
+        yield f"online.{key} = {list(wanted)} is not a list of different numbers above 0."
+    if online.mpp_weights and (len(online.mpp_weights) != len(wanted) or min(online.mpp_weights) <= 0):
+        yield (
+            f"online.mpp_weights = {list(online.mpp_weights)} does not give each of online.{key} = {list(wanted)} a "
+            "number above 0."
+        )
+    if not 0 < online.slide_share <= 1:
+        yield f"online.slide_share = {online.slide_share} is out of range; expected a number in (0, 1]."
 
 
 def _training_faults(config: Config, world_size: int) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,10 @@ class DecodedRows(Dataset):
         source = self._source
         count = int(source.unit_rows[bad.unit])
         rows = [(bad.row + step) % count for step in range(1, count)]
-        following = np.flatnonzero(np.roll(source.unit_rows, -bad.unit - 1)[:-1])[:_UNITS_TRIED]
-        for unit in [bad.unit, *((following + bad.unit + 1) % len(source.unit_rows)).tolist()]:
+        units = len(source.unit_rows)
+        after = ((bad.unit + step) % units for step in range(1, units))
+        following = list(islice((unit for unit in after if source.unit_rows[unit]), _UNITS_TRIED))
+        for unit in [bad.unit, *following]:
             rows = rows if unit == bad.unit else range(int(source.unit_rows[unit]))
             for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
                 candidate = dataclasses.replace(bad, unit=unit, row=row, slide=slide, data=data)

@@ -1,9 +1,10 @@
 """What the slide tools share: jobs over several processes, and files that are whole or absent."""
 
+import filecmp
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -69,6 +70,29 @@ def write_whole(path: Path, lines: Iterable[str]) -> None:
         commit(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def place_files(contents: Mapping[Path, Iterable[str]], workplace: Path) -> None:
+    """Write several texts whole, in order, and only then give them their names, the last one first.
+
+    A kill in between leaves some of them placed; called again with the same contents, it places the rest.
+
+    Args:
+        contents: lines of each file.
+        workplace: folder on the same file system for the unfinished files.
+
+    Raises:
+        FileExistsError: a file exists with other contents.
+    """
+    finished = {}
+    for path, lines in contents.items():
+        finished[path] = workplace / path.name
+        write_whole(finished[path], lines)
+    for path, file in finished.items():
+        if path.exists() and not filecmp.cmp(path, file, shallow=False):
+            raise FileExistsError(f"'{path}' exists already with other contents; move it away.")
+    for path, file in reversed(finished.items()):
+        file.replace(path)
 
 
 def commit(partial: Path, path: Path) -> None:

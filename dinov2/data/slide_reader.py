@@ -1,86 +1,90 @@
 """Regions of whole-slide images, read exactly or not at all."""
 
-import logging
-import os
-from functools import partial
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
+import cv2
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from dinov2.data.retrying import RemoteError
+from dinov2.data.slide_bytes import is_remote
+from dinov2.data.slide_errors import (
+    SlideError,
+    SlideOpenError,
+    SlideRangeError,
+    SlideReadError,
+    UnsupportedTiles,
+)
+from dinov2.data.slide_mpp import PLAUSIBLE_MPP, MppSource, check_user_mpp
+from dinov2.data.tile_index import Region, TileIndex, index_slide, is_pyramid
+from dinov2.data.tile_reader import TileReader
 
-MppSource = Literal["slide", "appmag", "user", "none"]
-PLAUSIBLE_MPP = (0.1, 4.0)  # outside lie resolution tags meant for screens and print (72 dpi is 353 um)
+__all__ = [
+    "PLAUSIBLE_MPP",
+    "MppSource",
+    "SlideError",
+    "SlideOpenError",
+    "SlideRangeError",
+    "SlideReadError",
+    "SlideReader",
+]
 
-
-class SlideError(RuntimeError):
-    """A slide that cannot give what was asked; names the slide, the place and the reason.
-
-    Attributes:
-        slide: path of the slide.
-        place: level and position, empty where the whole slide is meant.
-        reason: what is wrong, without slide and place.
-        detail: place and reason, for a record that names the slide itself.
-    """
-
-    def __init__(self, slide: str | Path, reason: str, place: str = "") -> None:
-        self.slide, self.place, self.reason = str(slide), place, reason
-        self.detail = f"{place}: {reason}" if place else reason
-        super().__init__(f"Slide '{slide}'{', ' + place if place else ''}: {reason}.")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.slide, self.reason, self.place)
-
-
-class SlideOpenError(SlideError):
-    """The file is missing, no slide, or its levels make no sense."""
-
-
-class SlideRangeError(SlideError, ValueError):
-    """The level does not exist, or the region is not wholly on it."""
-
-
-class SlideReadError(SlideError):
-    """The file holds no decodable pixels for (a part of) the region."""
+MPP_TOLERANCE = 1.01  # a level this much coarser than the target still serves it
+_ROUNDING_PX = 2  # px by which rounding may push a patch at the slide's border over it
 
 
 class SlideReader:
-    """One slide, opened once, that reads regions at whole pixels of a level's own grid.
+    """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
 
-    The handle is opened again after an error and in a forked or spawned process; threads may share it.
+    Tiles are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
+    forked or spawned process it opens the file again.
 
     Attributes:
-        path: the file.
+        path: the file, text where it is a URL.
         level_dimensions: (width, height) in px of each level.
         level_downsamples: level-0 px per px of each level.
         mpp: micrometres per level-0 px, None when unknown.
         mpp_source: where `mpp` comes from: "slide", 10 / its objective power ("appmag"), "user", or "none".
 
     Args:
-        path: a file that OpenSlide can read.
+        path: a slide, or an fsspec URL of one whose tiles can be read from their bytes.
         mpp: micrometres per level-0 px, used only when the slide does not say.
-        cache_bytes: decoded tiles that this slide's handle may keep.
+        cache_bytes: decoded tiles of this slide that may be kept.
+        index: of this slide, wherever it lay when it was indexed; it is then not parsed.
 
     Raises:
         SlideOpenError: the file is missing, no slide, or its levels make no sense.
+        RemoteError: the server cannot be read.
         ValueError: `mpp` is implausible.
     """
 
-    def __init__(self, path: str | Path, mpp: float | None = None, cache_bytes: int = 8 << 20) -> None:
-        if mpp is not None and not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
-            raise ValueError(
-                f"The mpp given for slide '{path}' is {mpp}, but it must lie within {PLAUSIBLE_MPP}."
-            )
-        self.path = Path(path)
-        self._cache_bytes = cache_bytes
-        self._handle, self._pid = None, -1
-        handle = self._opened()
-        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
-        self.level_downsamples: tuple[float, ...] = handle.level_downsamples
-        self._check_levels()
-        self.mpp, self.mpp_source = _resolution(handle.properties, mpp)
+    def __init__(
+        self,
+        path: str | Path,
+        mpp: float | None = None,
+        cache_bytes: int = 8 << 20,
+        index: TileIndex | None = None,
+    ) -> None:
+        check_user_mpp(path, mpp)
+        self.path = str(path) if is_remote(path) else Path(path)
+        try:
+            index = replace(index, path=str(path)) if index else index_slide(path, mpp)
+            self._pixels = TileReader(index, cache_bytes)
+            self.mpp, self.mpp_source = index.mpp, index.mpp_source
+            if mpp is not None and self.mpp_source in ("user", "none"):
+                self.mpp, self.mpp_source = mpp, "user"
+        except UnsupportedTiles:
+            if is_remote(path):
+                raise
+            from dinov2.data.openslide_reader import OpenSlideReader
+
+            self._pixels = OpenSlideReader(self.path, cache_bytes)
+            self.mpp, self.mpp_source = self._pixels.resolution(mpp)
+        self.level_dimensions: tuple[tuple[int, int], ...] = self._pixels.level_dimensions
+        self.level_downsamples: tuple[float, ...] = self._pixels.level_downsamples
+        if not is_pyramid(self.level_dimensions):
+            reason = f"its levels {self.level_dimensions} are not a pyramid of falling sizes"
+            raise SlideOpenError(path, reason)
 
     def snap(self, level: int, x: int, y: int) -> tuple[int, int]:
         """Column and row of the level's pixel nearest to a level-0 position."""
@@ -92,11 +96,50 @@ class SlideReader:
         downsample = self._downsample(level)
         return round(column * downsample), round(row * downsample)
 
+    def level_for(self, target_mpp: float) -> int:
+        """The coarsest level that is at most 1 % coarser than a resolution in um/px.
+
+        Raises:
+            SlideRangeError: even level 0 is coarser, or the slide's mpp is unknown.
+        """
+        finest = self._known_mpp()
+        fine = [i for i, d in enumerate(self.level_downsamples) if finest * d <= target_mpp * MPP_TOLERANCE]
+        if not fine:
+            reason = f"level 0 has {finest:g} um/px, which is coarser than the {target_mpp:g} um/px asked for"
+            raise SlideRangeError(self.path, reason)
+        return fine[-1]
+
+    def patch_side(self, size: int, target_mpp: float) -> float:
+        """Side in level-0 px of a patch that shows `size` px of `target_mpp` um; SlideRangeError without an mpp."""
+        return size * target_mpp / self._known_mpp()
+
+    def read_patch(self, x: int, y: int, size: int, target_mpp: float) -> np.ndarray:
+        """Read a square patch at a resolution, resized from the coarsest level that is fine enough.
+
+        Args:
+            x, y: upper left corner in level-0 px, snapped to the level's grid. A patch that only rounding takes over
+                the slide's border is moved back on it.
+            size: side of the patch in px.
+            target_mpp: its resolution in um/px.
+
+        Returns:
+            uint8 (size, size, 3) RGB.
+
+        Raises:
+            SlideRangeError: see `level_for`, or the patch leaves the slide.
+            SlideReadError: see `read_region`.
+        """
+        level = self.level_for(target_mpp)
+        side = max(1, round(self.patch_side(size, target_mpp) / self.level_downsamples[level]))
+        places = []
+        for place, length in zip(self.snap(level, x, y), self.level_dimensions[level], strict=True):
+            last = length - side
+            places.append(last if 0 <= last < place <= last + _ROUNDING_PX else place)
+        patch = self.read_region(level, *places, side, side)
+        return patch if side == size else cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA)
+
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
         """Read a region at the level's own resolution.
-
-        OpenSlide places regions in whole level-0 pixels; where the downsample is not a whole number, it
-        interpolates over an offset of at most half a level-0 pixel.
 
         Args:
             level: 0 is the finest.
@@ -108,7 +151,9 @@ class SlideReader:
 
         Raises:
             SlideRangeError: no such level, or the region leaves it.
-            SlideReadError: pixels are missing, or cannot be decoded even through a fresh handle.
+            SlideReadError: pixels are missing, or cannot be read or decoded.
+            SlideOpenError: the file has changed since it was opened.
+            RemoteError: the server cannot be read.
         """
         pixels, known = self.read_known(level, column, row, width, height)
         if not known.all():
@@ -121,45 +166,29 @@ class SlideReader:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Like `read_region`, but says which pixels the file holds: (uint8 (H, W, 3), bool (H, W))."""
         place = _place(level, column, row, width, height)
-        x, y = self.origin(level, column, row)
+        self._downsample(level)
         level_width, level_height = self.level_dimensions[level]
         inside = 0 <= column <= level_width - width and 0 <= row <= level_height - height
         if not (inside and width > 0 and height > 0):
             reason = f"the region leaves the level of {level_width}x{level_height} px"
             raise SlideRangeError(self.path, reason, place)
-        read = partial(self._rgba, x, y, level, width, height)
         try:
-            rgba = read()
-        except Exception as first:  # OpenSlide keeps failing on a handle that failed once
-            logger.debug("reading again through a fresh handle after: %s", first)
-            try:
-                rgba = read()
-            except Exception as error:
-                raise SlideReadError(self.path, f"its pixels cannot be decoded ({error})", place) from error
-        # Alpha is 0 where the file has no tile; resampling leaves 253 or 254 on single sound pixels.
-        return np.ascontiguousarray(rgba[..., :3]), rgba[..., 3] > 0
+            return self._pixels.read(Region(level, column, row, width, height))
+        except (RemoteError, SlideError):
+            raise
+        except OSError as error:
+            raise SlideReadError(self.path, f"its bytes cannot be read ({error})", place) from error
+        except ValueError as error:
+            raise SlideReadError(self.path, f"its pixels cannot be decoded ({error})", place) from error
 
     def close(self) -> None:
         """Give the file handle back; the next read opens it again."""
-        handle, self._handle = self._handle, None
-        if handle is not None and self._pid == os.getpid():
-            handle.close()
+        self._pixels.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
-
-    def _rgba(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
-        handle = self._opened()
-        try:
-            return np.asarray(handle.read_region((x, y), level, (width, height)))
-        except Exception:
-            self._handle = None
-            raise
-
-    def _opened(self) -> Any:
-        if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _open(self.path, self._cache_bytes), os.getpid()
-        return self._handle
+    def _known_mpp(self) -> float:
+        if self.mpp is None:
+            raise SlideRangeError(self.path, "its resolution is unknown; give an mpp for it")
+        return self.mpp
 
     def _downsample(self, level: int) -> float:
         if not 0 <= level < len(self.level_downsamples):
@@ -167,45 +196,6 @@ class SlideReader:
             raise SlideRangeError(self.path, reason, f"level {level}")
         return self.level_downsamples[level]
 
-    def _check_levels(self) -> None:
-        sizes = self.level_dimensions
-        falling = all(b[0] < a[0] and b[1] < a[1] for a, b in pairwise(sizes))
-        if not sizes or min(map(min, sizes)) < 1 or not falling:
-            raise SlideOpenError(self.path, f"its levels {sizes} are not a pyramid of falling sizes")
-
 
 def _place(level: int, column: int, row: int, width: int, height: int) -> str:
     return f"level {level}, column {column}, row {row}, {width}x{height} px"
-
-
-def _open(path: Path, cache_bytes: int) -> Any:
-    try:
-        import openslide
-    except ImportError as error:
-        raise ImportError("Slides need openslide-python and openslide-bin (the 'slides' extra).") from error
-    if not path.is_file():
-        raise SlideOpenError(path, "there is no such file")
-    try:
-        handle = openslide.OpenSlide(path)
-    except openslide.OpenSlideError as error:
-        reason = f"not a whole slide in a format of OpenSlide's ({path.stat().st_size} bytes; {error})"
-        raise SlideOpenError(path, reason) from error
-    handle.set_cache(openslide.OpenSlideCache(cache_bytes))
-    return handle
-
-
-def _resolution(properties: Any, user_mpp: float | None) -> tuple[float | None, MppSource]:
-    sides = _number(properties, "openslide.mpp-x"), _number(properties, "openslide.mpp-y")
-    if all(side is not None and PLAUSIBLE_MPP[0] <= side <= PLAUSIBLE_MPP[1] for side in sides):
-        return sum(sides) / 2, "slide"
-    power = _number(properties, "openslide.objective-power") or _number(properties, "aperio.AppMag")
-    if power and PLAUSIBLE_MPP[0] <= 10 / power <= PLAUSIBLE_MPP[1]:
-        return 10 / power, "appmag"
-    return (user_mpp, "user") if user_mpp is not None else (None, "none")
-
-
-def _number(properties: Any, key: str) -> float | None:
-    try:
-        return float(properties.get(key))
-    except (TypeError, ValueError):
-        return None

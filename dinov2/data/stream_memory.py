@@ -48,7 +48,7 @@ def memory_bound(
     firsts = [first for first, _ in order.parts] + [len(source.unit_rows)]
     total, largest_row = 0.0, 0.0
     for (first, part), end in zip(order.parts, firsts[1:], strict=True):
-        rows, sizes = source.unit_rows[first:end], source.unit_bytes[first:end]
+        rows, sizes = _once(source.unit_rows[first:end]), _once(source.unit_bytes[first:end])
         rows, sizes = rows[rows > 0], sizes[rows > 0]
         per_row = sizes / rows
         held = np.sort(np.minimum(sizes, per_row * -(-part.num_rows // part.lanes)))[::-1]
@@ -57,8 +57,14 @@ def memory_bound(
         largest_row = max(largest_row, per_row.max())
     lanes = -(-order.lanes * rank_batch // global_batch)
     early = largest_row * ((prefetch.look_ahead + 1) * rank_batch + lanes)
-    reading = 2 * np.sort(source.unit_bytes)[-prefetch.threads :].sum()
+    sizes = np.sort(_once(source.unit_bytes))[-prefetch.threads :]
+    reading = 2 * (sizes.sum() + (prefetch.threads - len(sizes)) * sizes[-1])
     return int(total + early + reading)
+
+
+def _once(column: np.ndarray) -> np.ndarray:
+    """A single value for a column that repeats one without holding it, as an endless source's do."""
+    return column[:1] if column.strides == (0,) else column
 
 
 def fit_lanes(

@@ -8,6 +8,11 @@ import numpy as np
 from dinov2.data.slide_reader import SlideReader
 
 MAP_CELL_PX = 32  # side of a map cell in level-0 pixels
+PEN_LOWER, PEN_UPPER = (
+    (90, 90, 0),
+    (125, 255, 255),
+)  # hues of blue ink, saturated as tissue of those hues is not
+MAX_PEN_FRACTION = 0.1
 _BLOCK_CELLS = 64  # the map is read in squares of so many cells, to bound memory on slides without a pyramid
 
 
@@ -16,6 +21,8 @@ class TissueRule:
     """A pixel is tissue when its OpenCV HSV value lies within the bounds, a patch when enough pixels are.
 
     Defaults are the ones of Virchow and OpenMidnight: blue to pink hues (0-180), not white, not black.
+    `reject_pen` also refuses patches of which more than a tenth is blue ink. Red and purple ink have the hues of
+    the stain, so no rule of colour can tell them; green and black are no tissue in the first place.
 
     Raises:
         ValueError: a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
@@ -24,6 +31,7 @@ class TissueRule:
     lower: tuple[int, int, int] = (90, 8, 103)
     upper: tuple[int, int, int] = (180, 255, 255)
     min_fraction: float = 0.6
+    reject_pen: bool = False
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.lower, self.upper, strict=True))
@@ -43,8 +51,16 @@ class TissueRule:
         return cv2.countNonZero(self.mask(image)) / (image.shape[0] * image.shape[1])
 
     def accepts(self, image: np.ndarray) -> bool:
-        """Whether the share of tissue pixels is above `min_fraction` (strictly)."""
-        return self.fraction(image) > self.min_fraction
+        """Whether the share of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
+        if self.fraction(image) <= self.min_fraction:
+            return False
+        return not self.reject_pen or pen_fraction(image) <= MAX_PEN_FRACTION
+
+
+def pen_fraction(image: np.ndarray) -> float:
+    """Share of pixels of a uint8 (H, W, 3) RGB image that have the colour of a blue pen."""
+    ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
+    return cv2.countNonZero(ink) / ink.size
 
 
 class TissueMap:

@@ -7,19 +7,26 @@ import functools
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinov2.configs import Config, config_from_mapping
-from dinov2.configs.schema import DatasetConfig
+from dinov2.configs.schema import DatasetConfig, TrainConfig
 from dinov2.data.mixture import describe_shares, make_order, make_source
+from dinov2.data.online_patches import OnlinePatchSource
+from dinov2.data.online_slides import PatchOptions, mpps_of
 from dinov2.data.order import SampleOrder
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.patient_split import describe_splits, split_by_patient
-from dinov2.data.patients import read_exclusions
+from dinov2.data.patients import comparable, in_validation, names_of, patient_of, read_exclusions
 from dinov2.data.sample import Source
+from dinov2.data.slide_errors import SlideError
 from dinov2.data.slide_list import SlideListSource
+from dinov2.data.slide_mpp import read_mpp_table
+from dinov2.data.slide_table import SlideRow, read_slide_table
 from dinov2.data.stream_memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.train.plan import RunPlan
 
@@ -53,6 +60,8 @@ class OpenData:
 
     def order(self, seed: int, lanes: int, block_rows: int) -> SampleOrder:
         """Their order."""
+        if isinstance(self.source, OnlinePatchSource):
+            return self.source.order(seed=seed, lanes=lanes, block_rows=block_rows)
         return make_order(self.sources, self.weights, seed=seed, lanes=lanes, block_rows=block_rows)
 
 
@@ -69,6 +78,17 @@ def open_data(
     Raises:
         FileNotFoundError, ValueError, OSError: a dataset is missing, empty, of another format or out of reach.
     """
+    try:
+        return (
+            _open_online(config, index_cache)
+            if config.train.online_patching
+            else _open(config, index_cache, saved)
+        )
+    except SlideError as error:
+        raise ValueError(str(error)) from error
+
+
+def _open(config: Config, index_cache: Path | None, saved: dict[str, Any] | None) -> OpenData:
     train = config.train
     datasets = _named(config)
     commits = _commits(datasets, saved)
@@ -82,7 +102,15 @@ def open_data(
                 ParquetSource(dataset.path, cache, commit or dataset.revision, train.stream_attempts)
             )
         else:
-            opened.append(SlideListSource(dataset.path, train.slide_root or None, train.tile_size))
+            opened.append(
+                SlideListSource(
+                    dataset.path,
+                    train.slide_root or None,
+                    train.tile_size,
+                    columns=train.sample_list_columns or None,
+                    mpp_file=train.slide_mpp_file or None,
+                )
+            )
     names = tuple(dataset.path for dataset in datasets)
     data = OpenData(
         names=names,
@@ -101,6 +129,8 @@ def order_parameters(config: Config, plan: RunPlan, data: OpenData, lanes: int =
         ValueError: there are more lanes than rows, or what they hold exceeds ``train.stream_memory_gib``.
     """
     train = config.train
+    if train.online_patching and not config.online.max_patches:
+        return {"seed": train.seed, "block_rows": train.stream_block_rows, "lanes": 1}
     fixed = {"seed": train.seed, "block_rows": train.stream_block_rows}
     lanes = fit_lanes(
         lambda number: data.order(lanes=number, **fixed),
@@ -127,15 +157,27 @@ def describe_stream(config: Config, plan: RunPlan, data: OpenData, order: dict[s
     batches = _batches_in_flight(config) * plan.local_batch * _sample_bytes(config)
     return "\n".join(
         (
-            f"Data: {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes, {order['lanes']} "
-            f"lanes over {len(source.unit_rows):,} row groups of up to {source.unit_rows.max()} rows",
-            *(f"  {line}" for line in describe_shares(sample_order, data.names)),
+            *_describe_rows(plan, source, sample_order, data.names),
             *(f"  {line}" for line in data.report),
             f"  memory    up to {stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches on each "
             "process",
             *_shared_memory_shortage(config, batches * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
         )
     )
+
+
+def _describe_rows(
+    plan: RunPlan, source: Source, order: SampleOrder, names: tuple[str, ...]
+) -> Iterator[str]:
+    if isinstance(source, OnlinePatchSource):
+        drawn = f"{source.num_rows:,} patches" if source.is_capped else "patches without end"
+        yield f"Data: {drawn} from {len(source.slide_list)} slides; {len(source.dropped)} slides are left out"
+        return
+    yield (
+        f"Data: {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes, {order.lanes} lanes over "
+        f"{len(source.unit_rows):,} row groups of up to {source.unit_rows.max()} rows"
+    )
+    yield from (f"  {line}" for line in describe_shares(order, names))
 
 
 def prefetch_for(config: Config, source: Source) -> Prefetch:
@@ -156,6 +198,54 @@ def _is_anonymous(places: tuple[str, ...]) -> bool:
     from huggingface_hub import get_token
 
     return get_token() is None
+
+
+def _open_online(config: Config, index_cache: Path | None) -> OpenData:
+    """Make the slides ready, which takes a while at the first start and nothing later."""
+    online, train = config.online, config.train
+    if online.cache_dir:
+        cache = Path(online.cache_dir)
+    else:
+        cache = index_cache.with_name("slide_cache") if index_cache else Path(tempfile.mkdtemp("path-fm"))
+    mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
+    options = PatchOptions(
+        mpps, online.mpp_weights or (1.0,) * len(mpps), train.tile_size, online.min_foreground
+    )
+    table = read_mpp_table(train.slide_mpp_file) if train.slide_mpp_file else None
+    rows = read_slide_table(online.slides, online.weight_column, mpp_table=table)
+    kept, report = _without_excluded(rows, train)
+    source = OnlinePatchSource(
+        kept,
+        cache,
+        options=options,
+        seed=train.seed,
+        slide_share=online.slide_share,
+        max_patches=online.max_patches,
+        workers=os.cpu_count() or 1,
+    )
+    return OpenData((online.slides,), (online.slides,), (1.0,), (source,), (None,), report)
+
+
+def _without_excluded(rows: list[SlideRow], train: TrainConfig) -> tuple[list[SlideRow], tuple[str, ...]]:
+    """Slides left to train on, and a line on the others."""
+    excluded = (
+        {comparable(name) for name in read_exclusions(train.exclusion_file)}
+        if train.exclusion_file
+        else set()
+    )
+    kept = [row for row in rows if excluded.isdisjoint(names_of(row.path))]
+    training = [row for row in kept if not in_validation(patient_of(row.path), train.validation_share)]
+    if not training:
+        raise ValueError(
+            f"Of {len(rows)} slides {len(rows) - len(kept)} are excluded and {len(kept)} kept for validation; at "
+            "least 1 must be left to train on."
+        )
+    if len(training) == len(rows):
+        return rows, ()
+    return training, (
+        f"training on {len(training)} of {len(rows)} slides; {len(rows) - len(kept)} excluded, "
+        f"{len(kept) - len(training)} kept for validation",
+    )
 
 
 def _commits(datasets: tuple[DatasetConfig, ...], saved: dict[str, Any] | None) -> list[str]:

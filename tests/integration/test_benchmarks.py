@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import bench_data
+from benchmarks import bench_data, bench_slides
 
 
 def test_bench_data(tmp_path: Path, capsys) -> None:
@@ -16,3 +16,11 @@ def test_bench_data(tmp_path: Path, capsys) -> None:
     assert results["seek"]["rows"] == 12 * 9500
     assert results["mixing"]["29_m_rows"]["slides_in_1_steps"] <= 384
     assert capsys.readouterr().out.count("\n") == 13  # a table of eleven figures
+
+
+def test_bench_slides(tmp_path: Path, capsys) -> None:
+    output = tmp_path / "results.json"
+    assert bench_slides.main(["--tiny", "--seconds", "0.05", "--output", str(output)]) == 0
+    (slide,) = json.loads(output.read_text())["slides"].values()
+    assert all(rate > 0 for rates in slide.values() for rate in rates.values())
+    assert capsys.readouterr().out.count("\n") == 4

@@ -1,7 +1,7 @@
 """Slides for the tests: the demo's, small ones made here, damaged ones, and real ones where there are any."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -86,4 +86,34 @@ def damage_tile(slide: Path, copy: Path, tile: int, *, empty: bool) -> Path:
         with copy.open("r+b") as file:
             file.seek(offset)
             file.write(b"\x89" * counts[tile])
+    return copy
+
+
+def write_encoded(path: Path, tiles: Iterable[bytes], compression: int, description: str = "") -> Path:
+    """Write a level of 500x300 px from encoded 256x256 tiles (four); TIFF compression 7, 33003 or 33005."""
+    size = "500x300"
+    description = (
+        description or f"Aperio Image Library v12.0.15 \r\n{size} [0,0 {size}] (256x256)|AppMag = 20"
+    )
+    tifffile.imwrite(path, iter(tiles), shape=(300, 500, 3), dtype=np.uint8, tile=(256, 256), metadata=None,
+                     compression=compression, photometric="rgb", description=description, software=None)  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def openslide_only(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A slide of two levels that only OpenSlide reads (LZW tiles), 0.5 um/px, and the pixels of its first level."""
+    path, image = tmp_path / "lzw.tif", np.random.default_rng(0).integers(0, 256, (600, 500, 3), np.uint8)
+    plain = {"tile": (256, 256), "compression": "lzw", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(image, resolution=(20000, 20000), resolutionunit="CENTIMETER", **plain)
+        tiff.write(image[::2, ::2].copy(), subfiletype=1, **plain)
+    return path, image
+
+
+def overwrite(slide: Path, copy: Path, start: int, data: bytes) -> Path:
+    """Copy a slide and put other bytes into it."""
+    whole = bytearray(slide.read_bytes())
+    whole[start : start + len(data)] = data
+    copy.write_bytes(whole)
     return copy

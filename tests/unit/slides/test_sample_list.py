@@ -2,18 +2,26 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
+from PIL import Image
 from skimage.color import rgb2hsv
 
+from dinov2.data import sample_parts
+from dinov2.data.slide_jobs import place_files
 from dinov2.data.slide_list import read_sample_list
+from dinov2.data.slide_reader import SlideReader
 from dinov2.data.tissue import TissueRule
-from dinov2.data.tissue_sampling import Sampling
+from dinov2.data.tissue_sampling import Sampling, SlideDraw, SlideJob
 from prepatching_scripts.create_sample_dataset_txt import main
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
@@ -70,7 +78,8 @@ def test_meta_tells_how_the_list_was_made(train_slide: Path, tmp_path: Path) -> 
     meta = meta_of(output)
     assert meta["columns"] == ["path", "x", "y", "level"]
     assert meta["seed"] == 7 and meta["tile_size"] == 224
-    assert meta["rule"] == {"lower": [100, 10, 90], "upper": [180, 255, 255], "min_fraction": 0.5}
+    assert meta["rule"] == {"lower": [100, 10, 90], "upper": [180, 255, 255], "min_fraction": 0.5,
+                            "reject_pen": False}  # fmt: skip
     assert meta["num_patches_by_level"] == {"1": 5, "2": 4} and meta["num_patches"] == 9
     assert (meta["num_slides"], meta["num_slides_failed"]) == (1, 0)
     assert meta["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
@@ -144,15 +153,192 @@ def test_text_list_of_slides(demo_slides: tuple[Path, Path], tmp_path: Path) -> 
     assert failures_of(output) == {str(tmp_path / "missing.svs"): "there is no such file"}
 
 
-def test_quotas() -> None:
-    def quotas(levels: tuple[int, ...] | None, per_slide: int | None, num_levels: int) -> dict[int, int]:
-        return Sampling(TissueRule(), 0, levels, 100, per_slide, 224).quotas(num_levels)
+def test_quotas(train_slide: Path) -> None:
+    """The slide has levels 0 to 2 at 0.25, 0.5 and 1 um."""
+    reader = SlideReader(train_slide)
 
-    assert quotas(None, None, 3) == {0: 100, 1: 100, 2: 100}
-    assert quotas((0, 2), None, 2) == {0: 100}
-    assert quotas((1, 2), 101, 4) == {1: 51, 2: 50}
-    assert quotas(None, 1000, 3) == {0: 100, 1: 100, 2: 100}
-    assert quotas((4,), 10, 3) == {}
+    def quotas(levels: tuple[int, ...] | None, per_slide: int | None) -> dict[int, int]:
+        sampling = Sampling(TissueRule(), 0, levels, 100, per_slide, 224)
+        targets, skipped = sampling.targets(reader)
+        assert not skipped and {(target.side, target.mpp) for target in targets} <= {(224, 0)}
+        return dict(zip([target.level for target in targets], sampling.quotas(len(targets)), strict=True))
+
+    assert quotas(None, None) == {0: 100, 1: 100, 2: 100}
+    assert quotas((0, 5), None) == {0: 100}
+    assert quotas((1, 2, 7), 101) == {1: 51, 2: 50}
+    assert quotas(None, 1000) == {0: 100, 1: 100, 2: 100}
+    assert quotas((4,), 10) == {}
+    targets, skipped = Sampling(TissueRule(), 0, None, 9, 4, 100, (0.2, 0.25, 0.3, 0.5, 4.0)).targets(reader)
+    assert [tuple(target) for target in targets] == [
+        (0, 100, 0.25),
+        (0, 120, np.float32(0.3)),
+        (1, 100, 0.5),
+        (2, 400, 4.0),
+    ]
+    assert list(skipped) == [0.2] and "level 0 has 0.25 um/px" in skipped[0.2]
+
+
+def test_six_columns_by_mpp(demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
+    """Every patch is tissue as OpenSlide's level and Pillow's box filter make it, an independent path."""
+    output = tmp_path / "list.txt"
+    options = ("--mpp", "0.5", "0.35", "0.2", "--magnification", "20", "--per-mpp", "7")
+    assert main([str(demo_slides[0].parent), "--output", str(output), "--workers", "1", *options]) == 0
+    lines = [line.rsplit(" ", 5) for line in output.read_text().splitlines()]
+    assert Counter((name, level, side) for name, _, _, level, side, _ in lines) == {
+        (str(slide), *kind): 7 for slide in demo_slides for kind in (("0", "0.35"), ("1", "0.5"))
+    }
+    for name, x, y, level, side, other in lines:
+        assert side == other
+        size = round(224 * float(side) / (0.25 * 2 ** int(level)))
+        with openslide.OpenSlide(name) as slide:
+            patch = slide.read_region((int(x), int(y)), int(level), (size, size)).convert("RGB")
+        hsv = rgb2hsv(np.asarray(patch.resize((224, 224), Image.Resampling.BOX))) * (180, 255, 255)
+        assert ((hsv >= (89, 7, 102)).all(-1) & (hsv[..., 0] < 179.5)).mean() > 0.59
+    meta = meta_of(output)
+    assert meta["columns"] == ["path", "x", "y", "level", "mpp_x", "mpp_y"]
+    assert meta["num_patches_by_mpp"] == {"0.35": 14, "0.5": 14} and meta["num_targets_skipped"] == 2
+    assert meta["num_patches_by_level"] == {"0": 14, "1": 14} and meta["slide_mpp"] == {}
+    records = [json.loads(line) for line in Path(f"{output}.failures.jsonl").read_text().splitlines()]
+    assert [(record["slide"], record["mpp"]) for record in records] == [
+        (str(s), 0.2) for s in sorted(demo_slides)
+    ]
+    samples = read_sample_list(output)
+    assert sorted(samples.mpp.tolist()) == [np.float32(0.35)] * 14 + [0.5] * 14
+
+
+def test_slides_without_mpp_take_the_tables(make_slide: MakeSlide, tmp_path: Path, caplog) -> None:
+    for name in ("slides/a.svs", "slides/b.svs"):
+        make_slide(name)
+    table, output = tmp_path / "mpp.csv", tmp_path / "list.txt"
+    table.write_text("slide,mpp\na,0.5\n")
+    options = ("--workers", "1", "--mpp", "1", "--per-mpp", "3", "--mpp-file", str(table))
+    assert main([str(tmp_path / "slides"), "--output", str(output), *options]) == 1
+    known, unknown = (str(tmp_path / "slides" / name) for name in ("a.svs", "b.svs"))
+    assert failures_of(output) == {unknown: "its resolution is unknown; give an mpp for it"}
+    assert meta_of(output)["slide_mpp"] == {known: 0.5}
+    samples = read_sample_list(output)
+    assert samples.slides == [known] and samples.mpp.tolist() == [1.0] * 3
+    assert max(samples.x.max(), samples.y.max()) <= 512 - 448, "a patch takes 448 px of the level"
+    assert "1 of 2 slides failed" in caplog.text
+
+
+def test_duplicates_count_once(train_slide: Path, tmp_path: Path, caplog, monkeypatch) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "a.svs").symlink_to(train_slide)
+    (folder / "b.svs").symlink_to(train_slide)
+    names = tmp_path / "names"
+    names.write_text(f"{train_slide}\na folder/b.svs\n{folder}/../a folder/a.svs\n{train_slide}\n")
+    monkeypatch.chdir(tmp_path)
+    for source, number in ((folder, 1), (names, 3)):
+        output = tmp_path / f"{number}.txt"
+        caplog.clear()
+        assert create(source, output, "--levels", "2") == 0
+        assert len(lines_of(output)) == 12 and meta_of(output)["num_slides"] == 1
+        assert meta_of(output)["num_slides_duplicate"] == number
+        assert f"{number} paths lead to slides that count already; the first is" in caplog.text
+    assert read_sample_list(tmp_path / "1.txt").slides == [str(folder / "a.svs")]
+
+
+def test_unreadable_folder(train_slide: Path, tmp_path: Path, caplog, monkeypatch) -> None:
+    (tmp_path / "slides" / "locked").mkdir(parents=True)
+    listed = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert create(tmp_path / "slides", tmp_path / "list.txt") == 1
+    assert f"The folder '{tmp_path}/slides/locked' cannot be listed (Permission denied)" in caplog.text
+
+
+def _run_until_rename(source: Path, output: Path, log: Path, renames: int) -> None:
+    """Draw a list, note every slide that is drawn from, and die without notice at some rename."""
+    replace, draw, left = Path.replace, sample_parts.draw_from_slide, [renames]
+
+    def noted(job: SlideJob) -> SlideDraw:
+        with log.open("a") as file:
+            file.write(job.key + "\n")
+        return draw(job)
+
+    def dying(path: Path, target: Path) -> Path:
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return replace(path, target)
+
+    sample_parts.draw_from_slide, Path.replace = noted, dying
+    raise SystemExit(create(source, output, "--levels", "0", "2"))
+
+
+def test_killed_at_any_rename_the_list_comes_out_the_same(
+    train_slide: Path, make_slide: MakeSlide, tmp_path: Path
+) -> None:
+    """Two parts are kept, three files written and three placed: eight renames, and a kill before each."""
+    make_slide("slides/flat.svs", image=np.full((512, 512, 3), 255, np.uint8))
+    (tmp_path / "slides" / "train.svs").symlink_to(train_slide)
+    whole, output, log = (tmp_path / name for name in ("whole.txt", "list.txt", "log"))
+    assert create(tmp_path / "slides", whole, "--levels", "0", "2", "--max-failed-share", "0.5") == 0
+    other = tmp_path / ".list.txt.parts-0123456789abcdef"
+    other.mkdir()
+    exits = []
+    for renames in range(9):
+        child = multiprocessing.get_context("fork").Process(
+            target=_run_until_rename, args=(tmp_path / "slides", output, log, renames)
+        )
+        child.start()
+        child.join()
+        exits.append(child.exitcode)
+        if child.exitcode >= 0:
+            break
+        complete = [path.exists() for path in (output, Path(f"{output}.meta.json"))]
+        assert complete in ([False, False], [False, True]), "the list is the last to get its name"
+    assert exits == [-signal.SIGKILL] * (len(exits) - 1) + [1] and len(exits) > 4  # 1: a slide failed
+    assert output.read_bytes() == whole.read_bytes()
+    assert meta_of(output) == meta_of(whole) and len(failures_of(output)) == 1
+    assert sorted(Counter(log.read_text().split()).items()) == [("flat.svs", 2), ("train.svs", 2)]
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [other]
+    assert create(tmp_path / "slides", output, "--levels", "0", "2") == 1, "a finished list is never replaced"
+
+
+def test_parts_of_other_options_or_slides_are_not_used(
+    train_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copy(train_slide, tmp_path / "s.svs"))
+    drawn, draw = [], sample_parts.draw_from_slide
+    monkeypatch.setattr(sample_parts, "draw_from_slide", lambda job: drawn.append(job) or draw(job))
+
+    def made(**changes: object) -> int:
+        folder = tmp_path / "parts"
+        folder.mkdir(exist_ok=True)
+        job = SlideJob(str(copy), "s.svs", Sampling(TissueRule(), 0, (2,), 3, None, 224), None)
+        sample_parts.make_part(sample_parts.PartJob(replace(job, **changes), folder, None))
+        return len(drawn)
+
+    assert made() == made() == 1
+    assert made(mpp=0.5) == 2 and made(key="t.svs") == 3
+    os.utime(copy, (1, 1))
+    assert made() == 4
+    for part in (tmp_path / "parts").iterdir():
+        part.write_bytes(part.read_bytes()[:50])
+    assert made() == made() == 5
+    assert not list((tmp_path / "parts").glob("*.part"))
+
+
+def test_list_cannot_be_placed_over_a_file_of_the_user(train_slide: Path, tmp_path: Path, caplog) -> None:
+    """The file appears while the slides are being drawn."""
+    meta = tmp_path / "list.txt.meta.json"
+    contents = {tmp_path / "list.txt": ["a\n"], meta: ["b\n"]}
+    (tmp_path / "work").mkdir()
+    meta.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"meta.json' exists already with other contents"):
+        place_files(contents, tmp_path / "work")
+    assert meta.read_text() == "mine" and not (tmp_path / "list.txt").exists()
+    meta.write_text("b\n")
+    place_files(contents, tmp_path / "work")
+    assert (tmp_path / "list.txt").read_text() == "a\n"
 
 
 @pytest.mark.parametrize("existing", ["list.txt", "list.txt.meta.json", "list.txt.failures.jsonl"])
@@ -175,7 +361,18 @@ def test_missing_and_empty_folders(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize(
-    "option", ["--per-level=0", "--tile-size=-1", "--workers=0", "--seed=-1", "--levels=-1"]
+    "option",
+    [
+        "--per-level=0",
+        "--tile-size=-1",
+        "--workers=0",
+        "--seed=-1",
+        "--levels=-1",
+        "--mpp=1",
+        "--per-mpp=3",
+        "--magnification=0",
+        "--mpp=nan",
+    ],
 )
 def test_impossible_options(train_slide: Path, tmp_path: Path, option: str) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -1,17 +1,19 @@
 """Training straight from a sample list: the list itself, its units, and the patches it yields."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from dinov2.data.loader import make_train_loader
 from dinov2.data.order import SampleOrder
 from dinov2.data.sample import DecodeError, EncodedSample, Sample
 from dinov2.data.slide_list import SlideListSource, locate_slide, read_sample_list
-from tests.unit.slides.conftest import damage_tile
+from tests.unit.slides.conftest import MakeSlide, damage_tile
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -49,6 +51,67 @@ def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(ValueError, match=r"Line 3 of sample list .* three whole numbers x y level") as caught:
         read_sample_list(path)
     assert line in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_six_columns(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "list", "/a 1 2/s.svs 10 20 0 0.5 0.5", "b.svs 5 6 1  1 1.01 ", "/a 1 2/s.svs 0 0 0 2 2"
+    )
+    samples = read_sample_list(path, columns=6)
+    assert samples.slides == ["/a 1 2/s.svs", "b.svs"] and samples.slide.tolist() == [0, 1, 0]
+    assert samples.x.tolist() == [10, 5, 0] and samples.level.tolist() == [0, 1, 0]
+    np.testing.assert_allclose(samples.mpp, [0.5, 1.005, 2], rtol=1e-6)
+    assert samples.mpp.dtype == np.float32
+    describe(path, ["path", "x", "y", "level", "mpp_x", "mpp_y"])
+    assert read_sample_list(path).digest() == read_sample_list(path, columns=4).digest() == samples.digest()
+    write(path, *path.read_text().replace("2 2\n", "1 1\n").splitlines())
+    assert read_sample_list(path).digest() != samples.digest()
+
+
+def describe(path: Path, columns: object) -> None:
+    Path(f"{path}.meta.json").write_text(json.dumps({"columns": columns}))
+
+
+def test_four_columns_whose_paths_look_like_six(tmp_path: Path) -> None:
+    path = write(tmp_path / "list", "/x/slide 3 4 0 1 1", "/x/slide 3 4 0 1 2")
+    describe(path, ["path", "x", "y", "level"])
+    samples = read_sample_list(path, columns=6)
+    assert samples.slides == ["/x/slide 3 4"] and samples.mpp is None
+    assert samples.level.tolist() == [1, 2] and samples.y.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("line", ["a.svs 1 2 0 0.5 0.51", "a.svs 1 2 0 0 0", "a.svs 1 2 0 nan nan", "a 1 2 0 0.5",
+                                  "a.svs 1 2 0 inf inf", "a.svs 1 2.5 0 1 1", "a.svs 1 2 0 x 1"])  # fmt: skip
+def test_malformed_six_columns_are_named(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "list", *["a.svs 1 2 0 1 1"] * 17_000, line)
+    with pytest.raises(ValueError, match=r"Line 17001 of sample list .* mpp_x and|mpp_x mpp_y above 0"):
+        read_sample_list(path, columns=6)
+
+
+def test_columns_that_no_list_has(tmp_path: Path) -> None:
+    path = write(tmp_path / "list", "a.svs 1 2 0")
+    with pytest.raises(ValueError, match="have 5 columns, but it must have 4 or 6"):
+        read_sample_list(path, columns=5)
+    describe(path, ["path", "x"])
+    with pytest.raises(ValueError, match=r"meta.json' names the columns \['path', 'x'\], but they must be"):
+        read_sample_list(path)
+    Path(f"{path}.meta.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"meta.json' does not describe a sample list"):
+        read_sample_list(path)
+
+
+def test_long_lists_are_read_across_chunks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, [40, 2**31, 2**31, 9], (40_000, 4))
+    lines = (f"/s \udcff{slide}.svs {x} {y} {level}" for slide, x, y, level in rows.tolist())
+    path = tmp_path / "list"
+    path.write_text("# head\n" + "\n".join(lines), errors="surrogateescape")
+    samples = read_sample_list(path)
+    assert [samples.slides[i] for i in samples.slide] == [f"/s \udcff{slide}.svs" for slide in rows[:, 0]]
+    np.testing.assert_array_equal(np.stack([samples.x, samples.y, samples.level], 1), rows[:, 1:])
+    assert {column.dtype for column in (samples.slide, samples.x, samples.y, samples.level)} == {
+        np.dtype("int32")
+    }
 
 
 def test_missing_and_empty_lists(tmp_path: Path) -> None:
@@ -95,6 +158,46 @@ def test_patches_are_the_stored_pixels_at_the_snapped_place(
         np.testing.assert_array_equal(source.decode(sample_at(source, 0, row)), expected)
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy.decode(sample_at(copy, 0, 2)), expected)
+
+
+def test_six_column_patches_are_cut_at_their_mpp(
+    train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
+) -> None:
+    """Levels 0, 1, 2 have 0.25, 0.5, 1 um: 2 um takes 192 px of level 2 and averages four into one."""
+    lines = [f"{train_slide} 600 700 0 0.5 0.5", f"{train_slide} 400 400 0 2 2"]
+    listed = write(tmp_path / "list", *lines)
+    source = SlideListSource(listed, tile_size=96, columns=6)
+    assert source.read(0, [1]) == [(str(train_slide), b"400 400 0 2.0")]
+    same = stored_levels[1][350:446, 300:396]
+    np.testing.assert_array_equal(source.decode(sample_at(source, 0, 0)), same)
+    half = stored_levels[2][100:292, 100:292].reshape(96, 2, 96, 2, 3).mean((1, 3))
+    patch = pickle.loads(pickle.dumps(source)).decode(sample_at(source, 0, 1))
+    np.testing.assert_allclose(patch, half, atol=0.51)
+    prints = {source.fingerprint, SlideListSource(listed, tile_size=64, columns=6).fingerprint}
+    assert (
+        len(prints | {SlideListSource(write(listed, *lines[:1]), columns=6, tile_size=96).fingerprint}) == 3
+    )
+
+
+def test_six_columns_need_every_slides_mpp(train_slide: Path, make_slide: MakeSlide, tmp_path: Path) -> None:
+    mute = make_slide("m 1.svs")
+    listed = write(tmp_path / "list", f"{train_slide} 600 700 0 1 1", f"{mute} 10 12 0 1 1")
+    with pytest.raises(ValueError, match=rf"1 slides of sample list .* the first is '{mute}'"):
+        SlideListSource(listed, columns=6)
+    table = write(tmp_path / "mpp.csv", "slide,mpp", "m 1,0.5")
+    source = SlideListSource(listed, columns=6, mpp_file=table, tile_size=64)
+    with tifffile.TiffFile(mute) as tiff:
+        stored = tiff.pages[0].asarray()
+    half = stored[12:140, 10:138].reshape(64, 2, 64, 2, 3).mean((1, 3))
+    np.testing.assert_allclose(source.decode(sample_at(source, 0, 1)), half, atol=0.51)
+    other = SlideListSource(listed, columns=6, mpp_file=write(table, "slide,mpp", "m 1,1.0"), tile_size=64)
+    assert other.fingerprint != source.fingerprint
+    np.testing.assert_array_equal(other.decode(sample_at(other, 0, 1)), stored[12:76, 10:74])
+    made = {"columns": ["path", "x", "y", "level", "mpp_x", "mpp_y"], "slide_mpp": {str(mute): 0.5}}
+    Path(f"{listed}.meta.json").write_text(json.dumps(made))
+    assert SlideListSource(listed, tile_size=64).fingerprint == source.fingerprint
+    four = write(tmp_path / "four", f"{mute} 10 12 0")
+    assert SlideListSource(four).num_rows == 1, "lists of four columns need no mpp"
 
 
 def test_unreadable_patches_are_decode_errors_that_name_the_place(train_slide: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import openslide
 import pytest
 import tifffile
 
+from dinov2.data.slide_bytes import SlideBytes
 from dinov2.data.slide_reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
@@ -53,24 +55,18 @@ def test_jpeg2000_slide_equals_openslide(jpeg2000_slide: Path) -> None:
     np.testing.assert_array_equal(
         reader.read_region(0, 1201, 901, 224, 224), region_by_openslide(jpeg2000_slide, 1201, 901, 0, 224)
     )
-    column, row = reader.snap(1, 1201, 901)
-    x, y = reader.origin(1, column, row)
-    np.testing.assert_array_equal(
-        reader.read_region(1, column, row, 224, 224), region_by_openslide(jpeg2000_slide, x, y, 1, 224)
-    )
 
 
 @pytest.mark.data
-def test_snapping_comes_closer_to_the_stored_pixels(jpeg2000_slide: Path) -> None:
-    """Between pixels OpenSlide interpolates; here (downsample 2.0005) snapping leaves a small offset."""
+def test_pixels_above_level_0_are_the_stored_ones(jpeg2000_slide: Path) -> None:
+    """OpenSlide interpolates there, since the downsample is 2.0005."""
     with tifffile.TiffFile(jpeg2000_slide) as tiff:
         stored = [page.asarray() for page in tiff.pages if page.is_tiled][1]
     reader = SlideReader(jpeg2000_slide)
     column, row = reader.snap(1, 1201, 1001)
-    truth = stored[row : row + 224, column : column + 224].astype(int)
-    snapped = np.abs(reader.read_region(1, column, row, 224, 224) - truth).mean()
-    between = np.abs(region_by_openslide(jpeg2000_slide, 1201, 1001, 1, 224) - truth).mean()
-    assert snapped < 0.5 * between
+    np.testing.assert_array_equal(
+        reader.read_region(1, column, row, 224, 224), stored[row : row + 224, column : column + 224]
+    )
 
 
 @pytest.mark.parametrize("downsample", [1.0, 2.0, 2.0005055500659967, 4.0, 15.9973])
@@ -196,19 +192,164 @@ def test_reader_works_in_a_forked_child_and_after_pickling(train_slide: Path) ->
     np.testing.assert_array_equal(copy.read_region(1, 300, 300, 224, 224), expected)
 
 
-def test_handle_is_opened_once_and_again_after_close(
-    train_slide: Path, monkeypatch: pytest.MonkeyPatch
+def test_openslide_serves_what_is_not_read_from_bytes(openslide_only: tuple[Path, np.ndarray]) -> None:
+    path, image = openslide_only
+    reader = SlideReader(path)
+    assert reader.level_dimensions == ((500, 600), (250, 300)) and reader.level_downsamples == (1.0, 2.0)
+    assert (reader.mpp, reader.mpp_source) == (pytest.approx(0.5), "slide")
+    pixels, known = reader.read_known(0, 100, 200, 300, 310)
+    np.testing.assert_array_equal(pixels, image[200:510, 100:400])
+    assert known.all() and known.shape == (310, 300) and pixels.flags.c_contiguous
+    np.testing.assert_array_equal(reader.read_region(1, 3, 5, 64, 64), image[10:138:2, 6:134:2])
+    copy = pickle.loads(pickle.dumps(reader))
+    np.testing.assert_array_equal(copy.read_region(0, 0, 0, 500, 600), image)
+
+
+def test_openslide_handle_is_opened_once_and_again_after_close(
+    openslide_only: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
     original = openslide.OpenSlide
     monkeypatch.setattr(openslide, "OpenSlide", lambda path: opened.append(path) or original(path))
-    reader = SlideReader(train_slide)
+    reader = SlideReader(openslide_only[0])
     for _ in range(3):
         reader.read_region(0, 0, 0, 32, 32)
     assert len(opened) == 1
     reader.close()
     reader.read_region(0, 0, 0, 32, 32)
     assert len(opened) == 2
+
+
+def test_garbage_that_openslide_meets_is_an_error(
+    openslide_only: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    path, image = openslide_only
+    reader = SlideReader(damage_tile(path, tmp_path / "garbage.tif", 0, empty=False))
+    with pytest.raises(SlideReadError, match=r"garbage.tif', level 0, .*cannot be decoded"):
+        reader.read_region(0, 0, 0, 224, 224)
+    np.testing.assert_array_equal(reader.read_region(0, 256, 0, 224, 224), image[:224, 256:480])
+
+
+def test_file_is_not_parsed_or_opened_for_every_read(
+    train_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, opened = SlideReader(train_slide), []
+    original = open
+    monkeypatch.setattr("builtins.open", lambda *args, **kw: opened.append(args[0]) or original(*args, **kw))
+    for column in range(0, 900, 300):
+        reader.read_region(0, column, 0, 32, 32)
+    assert opened == [str(train_slide)]
+    reader.close()
+    reader.read_region(0, 0, 0, 32, 32)
+    assert opened == [str(train_slide)] * 2
+
+
+def test_tiles_are_kept_up_to_the_limit(train_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = SlideBytes.read
+    monkeypatch.setattr(SlideBytes, "read", lambda self, r: asked.append(len(r)) or original(self, r))
+    reader = SlideReader(train_slide, cache_bytes=2 * 3 * 256**2)
+    for column in (0, 256, 0, 512, 0, 256):  # 256 was used before 0 when 512 came
+        reader.read_region(0, column, 0, 256, 256)
+    assert asked == [1, 1, 0, 1, 0, 1]
+    asked.clear()
+    without = SlideReader(train_slide, cache_bytes=0)
+    for _ in range(2):
+        without.read_region(0, 100, 100, 224, 224)
+    assert asked == [4, 4]
+
+
+def test_passing_trouble_with_the_file_is_met_by_a_fresh_handle(
+    train_slide: Path, stored_levels: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    troubles = iter([OSError(116, "Stale file handle")])
+    original = SlideBytes.read
+
+    def read(self: SlideBytes, ranges: list) -> list[bytes]:
+        for trouble in troubles:
+            raise trouble
+        return original(self, ranges)
+
+    monkeypatch.setattr(SlideBytes, "read", read)
+    reader = SlideReader(train_slide)
+    np.testing.assert_array_equal(reader.read_region(0, 0, 0, 64, 64), stored_levels[0][:64, :64])
+    troubles = iter([OSError(116, "Stale file handle")] * 2)
+    with pytest.raises(SlideReadError, match=r"level 0, .*bytes cannot be read .*Stale file handle"):
+        reader.read_region(0, 300, 300, 64, 64)
+
+
+def test_file_that_is_not_the_indexed_one_is_refused(train_slide: Path, tmp_path: Path) -> None:
+    path = tmp_path / "slide.svs"
+    path.write_bytes(train_slide.read_bytes())
+    reader = SlideReader(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(SlideOpenError, match=r"it has \d+ bytes, but \d+ when it was indexed"):
+        reader.read_region(0, 0, 0, 32, 32)
+
+
+def test_threads_share_a_reader_that_one_of_them_closes(
+    train_slide: Path, stored_levels: list[np.ndarray]
+) -> None:
+    reader = SlideReader(train_slide, cache_bytes=6 * 3 * 256**2)
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for turn in range(40):
+            column, row = (int(rng.integers(0, side - 224)) for side in (2304, 1776))
+            region = reader.read_region(0, column, row, 224, 224)
+            np.testing.assert_array_equal(region, stored_levels[0][row : row + 224, column : column + 224])
+            if seed == 0 and turn % 4 == 0:
+                reader.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+
+
+def test_level_for_takes_the_coarsest_that_is_fine_enough(train_slide: Path) -> None:
+    reader = SlideReader(train_slide)  # 0.25, 0.5 and 1 um/px
+    targets = (0.2476, 0.25, 0.49, 0.4951, 0.5, 0.75, 1.0, 8.0)
+    assert [reader.level_for(target) for target in targets] == [0, 0, 0, 1, 1, 1, 2, 2]
+    with pytest.raises(
+        SlideRangeError, match=r"level 0 has 0.25 um/px, which is coarser than the 0.247 um/px"
+    ):
+        reader.level_for(0.247)
+    assert reader.patch_side(224, 0.5) == 448.0
+
+
+def test_patch_needs_a_resolution(make_slide: MakeSlide) -> None:
+    path = make_slide("unknown.svs")
+    for ask in (SlideReader(path).level_for, lambda mpp: SlideReader(path).patch_side(64, mpp)):
+        with pytest.raises(SlideRangeError, match="its resolution is unknown; give an mpp for it"):
+            ask(0.5)
+    assert SlideReader(path, mpp=0.5).read_patch(0, 0, 64, 0.5).shape == (64, 64, 3)
+
+
+def test_patch_is_the_mean_of_the_pixels_it_covers(
+    train_slide: Path, stored_levels: list[np.ndarray]
+) -> None:
+    patch = SlideReader(train_slide).read_patch(
+        402, 801, 100, 2.0
+    )  # 200 px of 1 um/px, from column 100.5, row 200.25
+    stored = stored_levels[2][200:400, 100:300].astype(float)
+    expected = stored.reshape(100, 2, 100, 2, 3).mean((1, 3))
+    assert patch.dtype == np.uint8 and np.abs(patch - expected).max() <= 0.5
+    same = SlideReader(train_slide).read_patch(402, 801, 100, 0.25)
+    np.testing.assert_array_equal(same, stored_levels[0][801:901, 402:502])
+    odd = SlideReader(train_slide).read_patch(0, 0, 96, 0.4)  # 154 px of 0.25 um/px
+    assert odd.shape == (96, 96, 3)
+
+
+def test_patch_is_moved_back_by_rounding_only(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
+    reader = SlideReader(train_slide)
+    last = reader.read_patch(2304 - 223 * 4 - 2, 0, 223, 1.0)  # column 352.5 becomes 352; 353 is the last
+    assert last.shape == (223, 223, 3)
+    np.testing.assert_array_equal(
+        reader.read_patch(2304 - 223 * 4 + 2, 0, 223, 1.0), stored_levels[2][:223, -223:]
+    )
+    for x in (2304 - 223 * 4 + 12, -4):
+        with pytest.raises(SlideRangeError, match="the region leaves the level of 576x444 px"):
+            reader.read_patch(x, 0, 223, 1.0)
 
 
 def test_errors_survive_the_way_between_processes() -> None:

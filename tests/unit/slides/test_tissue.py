@@ -7,7 +7,7 @@ import pytest
 from skimage.color import rgb2hsv
 
 from dinov2.data.slide_reader import SlideReader
-from dinov2.data.tissue import TissueMap, TissueRule
+from dinov2.data.tissue import TissueMap, TissueRule, pen_fraction
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
 
@@ -55,6 +55,22 @@ def test_fraction_must_be_exceeded() -> None:
     assert TissueRule().accepts(image)
     assert TissueRule(min_fraction=0.4).accepts(image)
     assert not TissueRule(upper=(150, 255, 255)).accepts(image)
+
+
+@pytest.mark.parametrize(
+    ("ink", "refused"),
+    [((40, 70, 190), True), ((90, 60, 150), False), ((200, 30, 60), False), ((150, 40, 170), False)],
+    ids=["blue pen", "haematoxylin", "red pen", "purple pen"],
+)
+def test_pen_is_refused_on_request(ink: tuple[int, int, int], refused: bool) -> None:
+    """A tenth of the pixels may be blue; red and purple pass, as documented."""
+    image = np.full((10, 10, 3), (225, 150, 190), np.uint8)
+    image[0] = ink
+    assert TissueRule(reject_pen=True).accepts(image)
+    image[1, 0] = ink
+    assert TissueRule(reject_pen=True).accepts(image) is not refused
+    assert TissueRule().accepts(image)
+    assert pen_fraction(image) == (0.11 if refused else 0)
 
 
 @pytest.mark.parametrize(

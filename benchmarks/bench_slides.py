@@ -1,0 +1,204 @@
+"""Cost of slides: reading patches and drawing sample lists, against OpenSlide as the published scripts use it.
+
+    python benchmarks/bench_slides.py [--seconds 3] [--output results.json] [--tiny] [SLIDE ...]
+
+Beside the slides given it makes a large one, 65536 x 49152 px of JPEG tiles, by repeating tiles of the demo's
+tissue. Times are CPU time of one thread; rates are per second of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.machine import cpu_ms, describe_machine
+from dinov2.data.slide_reader import SlideReader
+from dinov2.data.tissue import TissueRule
+from dinov2.data.tissue_sampling import Sampling, SlideJob, draw_from_slide
+from prepatching_scripts.make_demo_slide import render_haematoxylin_eosin
+
+PATCH, TILE = 224, 256
+LARGE = (65536, 49152)
+READS = 64  # random patches per measured call
+
+
+def write_large_slide(path: Path, width: int, height: int) -> Path:
+    """Write an Aperio-style pyramid of repeated tissue tiles, levels 1, 4 and 16."""
+    from skimage.data import immunohistochemistry
+    from tifffile import TiffWriter
+
+    tissue = render_haematoxylin_eosin(immunohistochemistry())[: 2 * TILE, : 2 * TILE]
+    corners = itertools.product(range(0, 2 * TILE, TILE), repeat=2)
+    turned = [np.rot90(tissue[y : y + TILE, x : x + TILE], turn) for y, x in corners for turn in range(4)]
+    tiles = []
+    for tile in turned:
+        buffer = io.BytesIO()
+        Image.fromarray(tile).save(buffer, "jpeg", quality=70, subsampling="4:2:0")
+        tiles.append(buffer.getvalue())
+    rng = np.random.default_rng(0)
+
+    def encoded(columns: int, rows: int) -> Iterator[bytes]:
+        yield from (tiles[i] for i in rng.integers(0, len(tiles), columns * rows))
+
+    options = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "subfiletype": 0}
+    options |= {"metadata": None, "software": None, "dtype": np.uint8}
+    source = f"Aperio Image Library v12.0.15 \r\n{width}x{height} [0,0 {width}x{height}] ({TILE}x{TILE})"
+    with TiffWriter(path, bigtiff=True) as tiff:
+        for downsample in (1, 4, 16):
+            w, h = width // downsample, height // downsample
+            size = "" if downsample == 1 else f" -> {w}x{h}"
+            tiff.write(
+                encoded(-(-w // TILE), -(-h // TILE)),
+                shape=(h, w, 3),
+                tile=(TILE, TILE),
+                description=f"{source}{size} JPEG/RGB Q=70|AppMag = 40|MPP = 0.2525",
+                **options,
+            )
+            if downsample == 1:  # readers take the second page for the thumbnail
+                tiff.write(
+                    cv2.resize(tissue, (512, 384)),
+                    rowsperstrip=16,
+                    description=source,
+                    metadata=None,
+                    software=None,
+                    compression="jpeg",
+                    photometric="rgb",
+                )
+    return path
+
+
+def measure_reads(path: Path, seconds: float) -> dict[str, float]:
+    """Patches of 224 px per CPU second at random places of level 0."""
+    import openslide
+
+    reader, handle = SlideReader(path), openslide.OpenSlide(path)
+    width, height = reader.level_dimensions[0]
+    rng = np.random.default_rng(0)
+    size = (PATCH, PATCH)
+
+    def open_per_read(x: int, y: int) -> object:
+        with openslide.OpenSlide(path) as slide:
+            return slide.read_region((x, y), 0, size).convert("RGB")
+
+    ways: dict[str, Callable[[int, int], object]] = {
+        "openslide_open_per_read": open_per_read,
+        "openslide_cached": lambda x, y: handle.read_region((x, y), 0, size).convert("RGB"),
+        "ours": lambda x, y: reader.read_region(0, x, y, *size),
+    }
+
+    def rate(way: Callable[[int, int], object]) -> float:
+        def reads() -> None:
+            xs, ys = rng.integers(0, width - PATCH, READS), rng.integers(0, height - PATCH, READS)
+            for x, y in zip(xs.tolist(), ys.tolist(), strict=True):
+                way(x, y)
+
+        return 1000 * READS / cpu_ms(reads, seconds)
+
+    return {name: rate(way) for name, way in ways.items()}
+
+
+def measure_list(path: Path, lines: int, seconds: float) -> dict[str, float]:
+    """Verified lines of a sample list per CPU second, level by level, as many on each."""
+    rule = TissueRule()
+    sampling = Sampling(rule, seed=0, levels=None, per_target=lines, per_slide=None, tile_size=PATCH)
+    levels = len(SlideReader(path).level_dimensions)
+
+    def ours() -> None:
+        draw_from_slide(SlideJob(str(path), path.name, sampling))
+
+    def published() -> None:
+        for level in range(levels):
+            _published_pass(path, level, lines, rule)
+
+    count = len(draw_from_slide(SlideJob(str(path), path.name, sampling)).rows)
+    return {
+        "published": 1000 * lines * levels / cpu_ms(published, seconds),
+        "ours": 1000 * count / cpu_ms(ours, seconds),
+    }
+
+
+def _published_pass(path: Path, level: int, lines: int, rule: TissueRule) -> None:
+    """What the published script does for a slide and level: open, draw anywhere, read and judge until it has enough."""
+    import openslide
+
+    rng, found = np.random.default_rng(0), 0
+    with openslide.OpenSlide(path) as slide:
+        width, height = slide.dimensions
+        for _ in range(1000 * lines):
+            place = int(rng.integers(0, width - PATCH)), int(rng.integers(0, height - PATCH))
+            image = np.array(slide.read_region(place, level, (PATCH, PATCH)).convert("RGB"))
+            found += rule.accepts(image)
+            if found == lines:
+                return
+
+
+def table(results: dict[str, Any]) -> str:
+    """Rates and ratios as Markdown."""
+    lines = [
+        "| slide | what | published way | OpenSlide, cached | ours | ours over published |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, slide in results["slides"].items():
+        reads, listed = slide["reads_per_s"], slide["list_lines_per_s"]
+        first, cached, ours = reads["openslide_open_per_read"], reads["openslide_cached"], reads["ours"]
+        lines.append(
+            f"| {name} | 224 px patches | {first:.0f}/s | {cached:.0f}/s | {ours:.0f}/s | {ours / first:.1f} |"
+        )
+        ratio = listed["ours"] / listed["published"]
+        lines.append(
+            f"| {name} | list lines | {listed['published']:.0f}/s | | {listed['ours']:.0f}/s | {ratio:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("slides", type=Path, nargs="*", help="slides to measure besides the one that is made")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="a small slide: shows that it runs, and no more")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    packages = (
+        "openslide-python",
+        "tifffile",
+        "imagecodecs",
+        "simplejpeg",
+        "opencv-python-headless",
+        "numpy",
+    )
+    results: dict[str, Any] = {"machine": describe_machine(packages), "slides": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        size = (8192, 6144) if args.tiny else LARGE
+        large = write_large_slide(Path(scratch) / f"repeated-{size[0]}x{size[1]}.svs", *size)
+        for slide in [large, *args.slides]:
+            results["slides"][slide.name] = {
+                "reads_per_s": measure_reads(slide, args.seconds),
+                "list_lines_per_s": measure_list(slide, 10 if args.tiny else 150, args.seconds),
+            }
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    sys.stdout.write(table(results) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Manifests of the Genomic Data Commons: which files, how large, and with which md5."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = ("id", "filename", "md5", "size", "state")
+_NEEDED = COLUMNS[:4]
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
+# Room in a file system's 255 bytes for what is appended while a file is fetched or put aside.
+_LONGEST_NAME = 240
+
+
+@dataclass(frozen=True)
+class GdcFile:
+    """One file of the GDC, checked: it may be used as a path and in a URL.
+
+    Attributes:
+        id: Its UUID.
+        name: Its file name.
+        md5: Of its content, 32 lower-case hexadecimal digits.
+        size: In bytes.
+        state: As the GDC has it ("released"), or empty.
+
+    Raises:
+        ValueError: If a value is not of this form, or the name leads out of its folder.
+    """
+
+    id: str
+    name: str
+    md5: str
+    size: int
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        """Check everything that was read."""
+        if not _UUID.fullmatch(self.id):
+            raise ValueError(f"id {self.id!r} is not a UUID")
+        too_long = len(self.name.encode(errors="replace")) > _LONGEST_NAME
+        if self.name != self.name.strip() or self.name in ("", ".", "..") or _FORBIDDEN.search(self.name):
+            raise ValueError(f"filename {self.name!r} is no plain file name, one without a folder")
+        if too_long or self.name.endswith(".part"):
+            raise ValueError(
+                f"filename {self.name!r} cannot be used; at most {_LONGEST_NAME} bytes and another ending "
+                "than .part are expected"
+            )
+        if not _MD5.fullmatch(self.md5):
+            raise ValueError(f"md5 {self.md5!r} is not 32 hexadecimal digits")
+        if self.size < 0:
+            raise ValueError(f"size {self.size} is negative")
+
+
+def read_manifest(path: str | Path) -> list[GdcFile]:
+    """Read a manifest: tab-separated, its first line names the columns (any order, others are ignored).
+
+    Lines that repeat a file are taken once.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not a manifest, or a line is wrong, by number; or it lists nothing.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"manifest '{path}' is not text in UTF-8 (byte {error.start})") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    header = [name.strip() for name in lines[0].split("\t")]
+    if missing := [name for name in _NEEDED if name not in header]:
+        raise ValueError(
+            f"manifest '{path}', line 1 is {lines[0][:60]!r} and lacks {', '.join(missing)}; "
+            f"the GDC's tab-separated columns {', '.join(COLUMNS)} are expected"
+        )
+    files: dict[str, tuple[GdcFile, int]] = {}
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        try:
+            file = _parse(line.split("\t"), header)
+        except ValueError as error:
+            raise ValueError(f"manifest '{path}', line {number}: {error}") from error
+        known, first = files.setdefault(file.id, (file, number))
+        if known != file:
+            raise ValueError(f"manifest '{path}', line {number}: id {file.id} differs from line {first}")
+    if not files:
+        raise ValueError(f"manifest '{path}' lists no file; at least one line below the header is expected")
+    return [file for file, _ in files.values()]
+
+
+def manifest_lines(files: Iterable[GdcFile]) -> Iterator[str]:
+    """The lines of a manifest."""
+    yield "\t".join(COLUMNS) + "\n"
+    for file in files:
+        yield f"{file.id}\t{file.name}\t{file.md5}\t{file.size}\t{file.state}\n"
+
+
+def _parse(cells: list[str], header: list[str]) -> GdcFile:
+    if len(cells) != len(header):
+        raise ValueError(f"{len(cells)} columns in place of {len(header)}")
+    row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    if not (row["size"].isascii() and row["size"].isdigit()):
+        raise ValueError(f"size {row['size']!r} is not a whole number of bytes")
+    return GdcFile(row["id"], row["filename"], row["md5"].lower(), int(row["size"]), row.get("state", ""))

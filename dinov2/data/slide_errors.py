@@ -1,0 +1,49 @@
+"""Errors of whole-slide images; each names the slide, the place and the reason."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+class SlideError(RuntimeError):
+    """A slide that cannot give what was asked; names the slide, the place and the reason.
+
+    Attributes:
+        slide: path of the slide, or its URL without credentials.
+        place: level and position, empty where the whole slide is meant.
+        reason: what is wrong, without slide and place.
+        detail: place and reason, for a record that names the slide itself.
+    """
+
+    def __init__(self, slide: str | Path, reason: str, place: str = "") -> None:
+        self.slide, self.place, self.reason = public_name(slide), place, reason
+        self.detail = f"{place}: {reason}" if place else reason
+        super().__init__(f"Slide '{self.slide}'{', ' + place if place else ''}: {reason}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.slide, self.reason, self.place)
+
+
+class SlideOpenError(SlideError):
+    """The file is missing, no slide, or its levels make no sense."""
+
+
+class UnsupportedTiles(SlideOpenError):
+    """The file's tiles cannot be read from their bytes; OpenSlide may still read it."""
+
+
+class SlideRangeError(SlideError, ValueError):
+    """The level does not exist, or the region is not wholly on it."""
+
+
+class SlideReadError(SlideError):
+    """The file holds no decodable pixels for (a part of) the region."""
+
+
+def public_name(path: str | Path) -> str:
+    """A path as it is; a URL without user, password and query, since they may hold secrets."""
+    name = str(path)
+    if "://" not in name:
+        return name
+    name = re.sub(r"(?<=://)[^/@]*@", "", name)
+    return name.partition("?")[0] if name.startswith("http") else name

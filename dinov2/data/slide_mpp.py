@@ -1,0 +1,109 @@
+"""Resolution of slides in micrometres per level-0 pixel (mpp), and tables of it for slides that do not say."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+MppSource = Literal["slide", "appmag", "user", "none"]
+PLAUSIBLE_MPP = (0.1, 4.0)  # outside lie resolution tags meant for screens and print (72 dpi is 353 um)
+
+
+def is_plausible(mpp: float | None) -> bool:
+    """Whether a scanner can have had this resolution; neither None nor NaN is."""
+    return mpp is not None and PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
+
+
+def check_user_mpp(slide: str | Path, mpp: float | None) -> None:
+    """Raise ValueError for a given mpp that no scanner has."""
+    if mpp is not None and not is_plausible(mpp):
+        raise ValueError(
+            f"The mpp given for slide '{slide}' is {mpp}, but it must lie within {PLAUSIBLE_MPP}."
+        )
+
+
+def resolve_mpp(
+    sides: Sequence[float | None], power: float | None, user_mpp: float | None
+) -> tuple[float | None, MppSource]:
+    """Choose a slide's mpp: its own (mean of both sides), else 10 / objective power, else the user's.
+
+    Args:
+        sides: mpp along x and y as the slide says them, None where it does not.
+        power: objective power as the slide says it.
+        user_mpp: used only where the slide says nothing plausible.
+    """
+    if all(map(is_plausible, sides)):
+        return sum(sides) / len(sides), "slide"
+    if power and is_plausible(10 / power):
+        return 10 / power, "appmag"
+    return (user_mpp, "user") if user_mpp is not None else (None, "none")
+
+
+def number(text: object) -> float | None:
+    """A number from a slide's properties, None where there is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class MppTable:
+    """The mpp that a user gives for slides.
+
+    Attributes:
+        written: mpp by slide as the table names it.
+        shortened: mpp by file name and stem of the paths in the table, without those that are ambiguous.
+    """
+
+    written: dict[str, float]
+    shortened: dict[str, float]
+
+    def get(self, slide_path: str | Path) -> float | None:
+        """mpp of a slide, looked up by path, file name, stem and barcode (stem up to its first dot)."""
+        path = PurePosixPath(slide_path)
+        names = (str(slide_path), path.name, path.stem, path.stem.partition(".")[0])
+        tables = ((table, name) for table in (self.written, self.shortened) for name in names)
+        return next((table[name] for table, name in tables if name in table), None)
+
+
+def read_mpp_table(path: str | Path) -> MppTable:
+    """Read a CSV file with the columns `slide` (path, file name, stem or barcode) and `mpp`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a column is missing, a value is no plausible mpp, or a slide has two.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no mpp table '{path}'; a CSV file with columns slide,mpp is expected."
+        )
+    written: dict[str, float] = {}
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        rows = csv.DictReader(file, skipinitialspace=True)
+        columns = [column.strip() for column in rows.fieldnames or []]
+        if not {"slide", "mpp"} <= set(columns):
+            raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")
+        rows.fieldnames = columns
+        for row in rows:
+            slide, mpp = (row["slide"] or "").strip(), number(row["mpp"])
+            if not slide or not is_plausible(mpp):
+                raise ValueError(
+                    f"Line {rows.line_num} of mpp table '{path}' gives slide {slide!r} the mpp {row['mpp']!r}; "
+                    f"a name and a number within {PLAUSIBLE_MPP} are expected."
+                )
+            if written.setdefault(slide, mpp) != mpp:
+                raise ValueError(
+                    f"The mpp table '{path}' gives slide {slide!r} both {written[slide]} and {mpp}."
+                )
+    return MppTable(written, _shortened(written))
+
+
+def _shortened(written: dict[str, float]) -> dict[str, float]:
+    values: dict[str, set[float]] = {}
+    for slide, mpp in written.items():
+        for name in (PurePosixPath(slide).name, PurePosixPath(slide).stem):
+            values.setdefault(name, set()).add(mpp)
+    return {name: found.pop() for name, found in values.items() if len(found) == 1}

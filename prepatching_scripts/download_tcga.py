@@ -1,0 +1,274 @@
+"""Download slides from the Genomic Data Commons (GDC) into a folder, verified by size and md5.
+
+The same command again goes on where the last one ended, however that was.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from dinov2.data.bandwidth import Bandwidth
+from dinov2.data.gdc import Gdc, slide_filter
+from dinov2.data.gdc_download import Downloads, Stopped, part_of
+from dinov2.data.gdc_manifest import GdcFile, manifest_lines, read_manifest
+from dinov2.data.retrying import Retries
+from dinov2.data.slide_jobs import json_lines, write_whole
+
+logger = logging.getLogger("download_tcga")
+
+FOUND, FAILURES = "gdc_manifest.txt", "failures.jsonl"
+STRATEGIES = {"diagnostic": "Diagnostic Slide", "tissue": "Tissue Slide"}
+AGAIN = "run the same command again to go on"
+Job = tuple[GdcFile, Path]
+
+
+def find_or_reuse(gdc: Gdc, filters: dict[str, Any], folder: Path) -> Path:
+    """Give the manifest of a filter, asking the server only if `folder` does not hold it.
+
+    Raises:
+        FileExistsError: the folder holds the manifest of something else.
+        ValueError: the filter describes no file.
+    """
+    manifest = folder / FOUND
+    meta = folder / f"{FOUND}.meta.json"
+    wanted = {"endpoint": gdc.endpoint, "filters": filters}
+    if manifest.exists():
+        known = json.loads(meta.read_text()) if meta.exists() else {}
+        if {key: known.get(key) for key in wanted} != wanted:
+            raise FileExistsError(
+                f"'{manifest}' was not made by this filter; use it by --manifest, or give another --output."
+            )
+        return manifest
+    files = gdc.find(filters)
+    if not files:
+        raise ValueError(f"{gdc.endpoint} has no file for {json.dumps(filters)}; check --project.")
+    figures = {"num_files": len(files), "num_bytes": sum(file.size for file in files)}
+    write_whole(meta, [json.dumps({**wanted, **figures}, indent=2) + "\n"])
+    write_whole(manifest, manifest_lines(files))
+    return manifest
+
+
+def lay_out(files: Sequence[GdcFile], folder: Path, flat: bool) -> list[Job]:
+    """Give each file its place: <id>/<name>, or <name> if flat.
+
+    Raises:
+        ValueError: two files would have one place.
+    """
+    if not flat:
+        return [(file, folder / file.id / file.name) for file in files]
+    taken = {name.casefold(): "this tool" for name in (FOUND, f"{FOUND}.meta.json", FAILURES)}
+    for file in files:
+        if other := taken.get(file.name.casefold()):
+            raise ValueError(f"'{file.name}' is the name of {file.id} and of {other}; leave out --flat.")
+        taken[file.name.casefold()] = file.id
+    return [(file, folder / file.name) for file in files]
+
+
+def count_missing(jobs: Sequence[Job]) -> int:
+    """Bytes that are not on the disk yet."""
+
+    def missing(file: GdcFile, path: Path) -> int:
+        if path.exists() and path.stat().st_size == file.size:
+            return 0
+        part = part_of(path)
+        return max(0, file.size - (part.stat().st_size if part.exists() else 0))
+
+    return sum(missing(file, path) for file, path in jobs)
+
+
+def check_space(jobs: Sequence[Job], folder: Path, ignore: bool) -> None:
+    """Compare what is missing with the space that is left.
+
+    Raises:
+        OSError: it does not fit, and this is not to be ignored.
+    """
+    missing, free = count_missing(jobs), shutil.disk_usage(folder).free
+    total = sum(file.size for file, _ in jobs)
+    logger.info("%d files of %s, of which %s are missing", len(jobs), _gb(total), _gb(missing))
+    if missing > free:
+        message = f"'{folder}' has {_gb(free)} free, but {_gb(missing)} are missing"
+        if not ignore:
+            raise OSError(f"{message}; make room, or start all the same by --ignore-space.")
+        logger.warning("%s; it will end when the disk is full.", message)
+
+
+def fetch_all(
+    downloads: Downloads, jobs: Sequence[Job], workers: int
+) -> Iterator[tuple[Job, bool | OSError]]:
+    """Fetch files by several threads; yields each with what `fetch` returned or raised, as they finish."""
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Job, bool | Exception]] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work() -> None:
+        while not downloads.stop.is_set():
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((job, downloads.fetch(*job)))
+            except Stopped:
+                return
+            except Exception as error:
+                done.put((job, error))
+
+    # Daemons: a thread that waits for a silent server does not hold up the end.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in jobs:
+            job, outcome = done.get()
+            if isinstance(outcome, Exception) and not isinstance(outcome, OSError):
+                raise outcome
+            yield job, outcome
+    finally:
+        downloads.stop.set()
+        for thread in threads:
+            thread.join(timeout=2.0)
+
+
+def download(
+    gdc: Gdc, jobs: Sequence[Job], folder: Path, stop: threading.Event, args: argparse.Namespace
+) -> int:
+    """Fetch everything and write failures.jsonl; returns how many files failed.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    lock, failed, finished, fetched = threading.Lock(), [], 0, 0
+    total = sum(file.size for file, _ in jobs)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar, logging_redirect_tqdm():
+
+        def progress(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes)
+
+        limit = args.limit_mbps * 1e6 / 8 if args.limit_mbps else None
+        bandwidth = Bandwidth(limit, sleep=stop.wait)
+        options = {"verify": args.verify, "redownload": args.redownload}
+        outcomes = fetch_all(Downloads(gdc, bandwidth, stop, progress, **options), jobs, args.workers)
+        try:
+            with closing(outcomes):
+                for (file, path), outcome in outcomes:
+                    if isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise OSError(
+                            f"'{folder}' is full, {finished} of {len(jobs)} files are whole; make room and {AGAIN}."
+                        ) from outcome
+                    if isinstance(outcome, OSError):
+                        failed.append({"id": file.id, "file": str(path), "reason": str(outcome)})
+                        logger.error("%s: %s", file.name, outcome)
+                        continue
+                    finished, fetched = finished + 1, fetched + outcome
+                    if outcome and bar.disable:
+                        logger.info("%s (%d of %d)", file.name, finished, len(jobs))
+        finally:
+            _write_failures(folder / FAILURES, failed)
+            logger.info("%d of %d files are in %s, %d of them new", finished, len(jobs), folder, fetched)
+    return len(failed)
+
+
+def read_token(path: Path | None) -> str:
+    """Read an access token from a file; empty if there is none to read.
+
+    Raises:
+        ValueError: it cannot be a token.
+    """
+    token = path.read_text(encoding="utf-8", errors="replace").strip() if path else ""
+    if path and not (token and token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(f"'{path}' holds no token; one line of letters and digits is expected.")
+    return token
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--manifest", type=Path, help="manifest from the GDC portal or its API")
+    what.add_argument(
+        "--filter",
+        action="store_true",
+        help=f"TCGA's open-access SVS slides; the list is kept as {FOUND} in the output folder",
+    )
+    parser.add_argument("--project", nargs="+", default=[], help="with --filter: TCGA-BRCA ... (all)")
+    parser.add_argument(
+        "--slides", nargs="+", choices=STRATEGIES, default=["diagnostic"], help="with --filter (diagnostic)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder; files land in <id>/<filename>")
+    parser.add_argument("--flat", action="store_true", help="files land in the folder itself")
+    parser.add_argument("--workers", type=int, default=4, help="files at a time (4)")
+    parser.add_argument(
+        "--limit-mbps", type=float, help="megabits per second, all together; default: no limit"
+    )
+    parser.add_argument("--verify", action="store_true", help="read files that are there and check their md5")
+    parser.add_argument(
+        "--redownload", action="store_true", help="put wrong files aside as <file>.bad-N and fetch them anew"
+    )
+    parser.add_argument("--token-file", type=Path, help="access token for files of controlled access")
+    parser.add_argument("--endpoint", default="https://api.gdc.cancer.gov", help="(%(default)s)")
+    parser.add_argument("--attempts", type=int, default=8, help="tries in a row without progress (8)")
+    parser.add_argument("--ignore-space", action="store_true", help="start though the disk is too small")
+    args = parser.parse_args(argv)
+    for name in ("workers", "attempts"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    if args.limit_mbps is not None and not args.limit_mbps > 0:
+        parser.error(f"--limit-mbps is {args.limit_mbps}, but it must be above 0")
+    if args.project and args.manifest:
+        parser.error("--project goes with --filter; a manifest says itself which files")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns 0, 1 with a one-sentence reason, or 130 if interrupted."""
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    folder, stop = args.output, threading.Event()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        retries = Retries(args.attempts, sleep=stop.wait)
+        with Gdc(args.endpoint, retries, read_token(args.token_file)) as gdc:
+            filters = slide_filter([STRATEGIES[kind] for kind in args.slides], args.project)
+            manifest = args.manifest or find_or_reuse(gdc, filters, folder)
+            jobs = lay_out(read_manifest(manifest), folder, args.flat)
+            check_space(jobs, folder, args.ignore_space)
+            failed = download(gdc, jobs, folder, stop, args)
+    except (ImportError, OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("Interrupted; %s.", AGAIN)
+        return 130
+    if failed:
+        logger.error("%d of %d files failed, see %s.", failed, len(jobs), folder / FAILURES)
+        return 1
+    return 0
+
+
+def _write_failures(path: Path, failed: list[dict[str, str]]) -> None:
+    try:
+        write_whole(path, json_lines(failed))
+    except OSError as error:  # a full disk, say, which is told of elsewhere
+        logger.error("'%s' could not be written: %s", path, error)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3f} GB"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""A server of the GDC's kind, and what talks to it."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.data.bandwidth import Bandwidth
+from dinov2.data.gdc import Gdc
+from dinov2.data.gdc_download import Downloads
+from dinov2.data.gdc_manifest import GdcFile
+from dinov2.data.retrying import Retries
+from prepatching_scripts.download_tcga import main
+from tests.helpers.gdc_server import GdcServer, Stored
+
+HEADER = "id\tfilename\tmd5\tsize\tstate\n"
+CONTENT = np.random.default_rng(0).bytes(200_001)
+HALF = 100_000
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[GdcServer]:
+    """An empty server."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with GdcServer() as gdc:
+        yield gdc
+
+
+@pytest.fixture
+def slide(server: GdcServer) -> Stored:
+    """A file of 200 kB on it."""
+    return server.add("TCGA-AA-0001-01Z-00-DX1.svs", CONTENT)
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Retries:
+    """Three tries, almost without waits."""
+    (tmp_path / "pauses").mkdir()
+    return Retries(
+        3,
+        0.001,
+        0.001,
+        longest_pause_s=0.01,
+        connect_s=5.0,
+        read_s=0.3,
+        pause_folder=str(tmp_path / "pauses"),
+    )
+
+
+@pytest.fixture
+def fetch(server: GdcServer, quick: Retries, tmp_path: Path) -> Callable[..., bool]:
+    """Fetch one file to `<tmp_path>/a.svs`; its `progress` is the sum of all progress."""
+
+    def run(stored: Stored, token: str = "", bandwidth: Bandwidth | None = None, **options: bool) -> bool:
+        gained: list[int] = []
+        with Gdc(server.url, quick, token) as gdc:
+            downloads = Downloads(
+                gdc, bandwidth or Bandwidth(None), threading.Event(), gained.append, **options
+            )
+            try:
+                return downloads.fetch(GdcFile(*stored), tmp_path / "a.svs")
+            finally:
+                run.progress = sum(gained)
+
+    return run
+
+
+@pytest.fixture
+def cli(server: GdcServer, tmp_path: Path) -> Callable[..., int]:
+    """The command line with folder and endpoint given, and one try."""
+
+    def run(*argv: str) -> int:
+        return main(["--output", str(tmp_path / "out"), "--endpoint", server.url, "--attempts", "1", *argv])
+
+    return run
+
+
+def write_manifest(path: Path, stored: list[Stored]) -> Path:
+    """Write a manifest."""
+    path.write_text(HEADER + "".join(file.line() for file in stored))
+    return path
+
+
+def failures(tmp_path: Path) -> list[dict[str, str]]:
+    """What failures.jsonl holds."""
+    return [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+
+
+def add_collection(server: GdcServer) -> dict[str, Stored]:
+    """Diagnostic slides of two projects besides what the filter must leave out."""
+    names = [f"TCGA-{project}-{i}.svs" for project in ("LUAD", "BRCA") for i in range(4)]
+    wanted = {name: server.add(name, name.encode() * 100, f"TCGA-{name[5:9]}") for name in names}
+    server.add("other.svs", b"1", "CPTAC-3")
+    server.add("frozen.svs", b"2", experimental_strategy="Tissue Slide")
+    server.add("closed.svs", b"3", access="controlled")
+    server.add("reads.bam", b"4", data_format="BAM")
+    return wanted
+
+
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def sleep(self, seconds: float) -> None:
+        """Move on."""
+        self.now += seconds
+
+
+def size_of(path: Path) -> int:
+    """Size of a file, -1 if there is none."""
+    return path.stat().st_size if path.exists() else -1
