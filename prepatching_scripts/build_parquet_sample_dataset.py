@@ -1,15 +1,31 @@
-"""Cut the patches of a sample list into Parquet shards of the published schema, by default one per slide.
+"""Cut the patches of a sample list into Parquet shards of the published schema, one per slide or shuffled.
 
 A shard gets its name only when it is whole, so a build that was stopped goes on where it was when the same
-command runs again. A patch that cannot be read leaves no row; it is listed in `failures.jsonl`.
+command runs again. A patch that cannot be read leaves no row; it is listed in `failures.jsonl`, and so is every
+further patch of a slide that was given up. `_build.json` says what the folder holds.
+
+`--shuffle` gives every shard rows of all slides, in an order that depends on the list, the seed and
+`--rows-per-shard` only. Patches are first cut slide by slide into a hidden folder beside the shards, which takes
+as much disk as the dataset and goes when the shards are done.
+
+Several machines share the work by `--num-parts` and `--part`, each with a stretch of the shards of one folder on
+a shared file system; with `--shuffle`, each cuts the patches of its own shards from all slides and waits for no
+other. What a part left undone is done by starting it again, or by the same command without the two options:
+
+    #SBATCH --array=0-31
+    srun python prepatching_scripts/build_parquet_sample_dataset.py list.txt --output shards --shuffle \\
+        --num-parts 32 --part $SLURM_ARRAY_TASK_ID
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,182 +33,339 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet_shard import ROWS_PER_GROUP, Encoding, ShardJob, ShardOptions, build_shard
+from dinov2.data.build_folder import check_description, leftovers, locked, write_json
+from dinov2.data.parquet_shard import ROWS_PER_GROUP, ShardJob, build_shard
+from dinov2.data.patch_cutting import Cutting, Encoding, Patches
+from dinov2.data.shard_shuffle import Order, clear_work, shuffled_shards
 from dinov2.data.slide_jobs import json_lines, run_jobs, write_whole
-from dinov2.data.slide_list import SampleList, locate_slide, read_sample_list
+from dinov2.data.slide_list import locate_slide, read_list_description, read_sample_list
+from dinov2.data.slide_mpp import read_mpp_table
 from dinov2.data.tissue import TissueRule
+from dinov2.utils.provenance import package_versions
 
 logger = logging.getLogger("build_parquet_sample_dataset")
 
+DESCRIPTION = "_build.json"
+SHUFFLED_ROWS_PER_SHARD = 20_000
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FAILURE = {"slide_path", "x", "y", "level", "reason"}
 
-def plan_shards(samples: SampleList, output: Path, rows_per_shard: int | None) -> dict[Path, SampleList]:
-    """Share the list out over shards: its patches grouped by slide, in list order within a slide.
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What decides over the rows of a build and their order, besides the list.
+
+    Attributes:
+        encoding: of the images.
+        tile_size: side of a patch in px.
+        mpp: um per level-0 px of slides that neither say it nor are in `mpp_file`.
+        mpp_file: CSV of slides and their mpp.
+        columns: of a list that does not say; None means 4.
+        rows_per_shard: None means one shard per slide, or 20,000 rows if shuffled.
+        shuffle_seed: None keeps the rows grouped by slide, in list order within a slide.
+        max_slide_failures: so many undecodable patches make a process give a slide up for the shard (or, before
+            shuffling, for the run) that it works on.
+    """
+
+    encoding: Encoding = field(default_factory=Encoding)
+    tile_size: int = 224
+    mpp: float | None = None
+    mpp_file: Path | None = None
+    columns: int | None = None
+    rows_per_shard: int | None = None
+    shuffle_seed: int | None = None
+    max_slide_failures: int = 100
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a start of the builder does: part `part` of `num_parts`, with so many processes of so much memory."""
+
+    part: int = 0
+    num_parts: int = 1
+    workers: int = 1
+    memory_gib: float = 1.0
+
+    def shards(self, num_shards: int) -> range:
+        """The shards of this part."""
+        return range(self.part * num_shards // self.num_parts, (self.part + 1) * num_shards // self.num_parts)
+
+    def named(self, stem: str, ending: str) -> str:
+        """Name of a file that every part writes for itself."""
+        return f"{stem}{'' if self.num_parts == 1 else f'-part-{self.part}-of-{self.num_parts}'}{ending}"
+
+
+class Build:
+    """A list, the options, and the shards that they make.
 
     Args:
-        samples: the list.
-        output: folder of the shards.
-        rows_per_shard: rows of a shard, which may then span slides; None makes one shard per slide.
-    """
-    order = np.argsort(samples.slide, kind="stable")
-    if rows_per_shard is None:
-        cuts = np.flatnonzero(np.diff(samples.slide[order])) + 1
-    else:
-        cuts = np.arange(rows_per_shard, len(order), rows_per_shard)
-    plan = {}
-    for task, part in enumerate(np.split(order, cuts)):
-        used, slide = np.unique(samples.slide[part], return_inverse=True)
-        columns = (column[part] for column in (samples.x, samples.y, samples.level))
-        plan[output / f"{task:08d}.parquet"] = SampleList(
-            [samples.slides[i] for i in used], slide.astype(np.int32), *columns
-        )
-    return plan
-
-
-def finished_shards(
-    plan: dict[Path, SampleList], output: Path, build_id: str
-) -> dict[Path, list[dict[str, Any]]]:
-    """Shards of this build that are there already, with the failures that they keep.
+        list_path: the sample list.
+        options: see there.
+        slide_root: folder that holds the listed slides, if they have moved.
 
     Raises:
-        FileExistsError: the folder holds a shard of another build.
+        FileNotFoundError: there is no such list or mpp table.
+        ValueError: one of them is malformed, or the list was drawn for another tile size.
     """
+
+    def __init__(self, list_path: Path, options: BuildOptions, slide_root: Path | None = None) -> None:
+        samples = read_sample_list(list_path, options.columns)
+        drawn = read_list_description(list_path)
+        if drawn.get("tile_size", options.tile_size) != options.tile_size:
+            raise ValueError(
+                f"The list '{list_path}' was drawn for tiles of {drawn['tile_size']} px, not {options.tile_size} px."
+            )
+        table = read_mpp_table(options.mpp_file) if options.mpp_file else None
+        given = [table.get(name) if table else None for name in samples.slides]
+        mpps = [options.mpp if mpp is None else mpp for mpp in given]
+        rule = _tissue_rule(list_path, drawn)
+        self.options, self.samples = options, samples
+        self.patches = Patches(samples, [locate_slide(name, slide_root) for name in samples.slides], mpps)
+        self.cutting = Cutting(options.encoding, rule, options.tile_size, options.max_slide_failures)
+        self.metadata = {
+            "schema_version": "1",
+            "tile_size": str(options.tile_size),
+            **options.encoding.metadata(),
+            "row_group_size": str(ROWS_PER_GROUP),
+            "sample_list": samples.digest(),
+            "seed": str(drawn.get("seed", "")),
+            "tissue_rule": json.dumps(asdict(rule)),
+        }
+        self.identity = {
+            **self.metadata,
+            "mpp": hashlib.blake2b(json.dumps(mpps).encode(), digest_size=16).hexdigest()
+            if any(mpps)
+            else None,
+            "rows_per_shard": self.rows_per_shard,
+            "shuffle_seed": options.shuffle_seed,
+            "max_slide_failures": options.max_slide_failures,
+        }
+        build_id = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16)
+        self.metadata["build_id"] = build_id.hexdigest()
+        self.description = {
+            "build": self.identity,
+            "build_id": build_id.hexdigest(),
+            "list": os.path.abspath(list_path),
+            "list_sha256": _sha256(list_path),
+            "num_patches": len(samples),
+            "num_slides": len(samples.slides),
+            "num_shards": len(self.rows),
+            "versions": package_versions(("path-fm", "numpy", "pyarrow", "opencv-python-headless", "pillow")),
+        }
+
+    @property
+    def rows_per_shard(self) -> int | None:
+        """None: one shard per slide."""
+        shuffled = self.options.shuffle_seed is not None
+        return self.options.rows_per_shard or (SHUFFLED_ROWS_PER_SHARD if shuffled else None)
+
+    @cached_property
+    def order(self) -> Order | None:
+        """The shuffled order, if there is one."""
+        seed = self.options.shuffle_seed
+        return None if seed is None else Order.draw(len(self.samples), self.rows_per_shard, seed)
+
+    @cached_property
+    def rows(self) -> list[np.ndarray]:
+        """Rows of the list that each shard holds, in its order."""
+        order = np.argsort(self.samples.slide, kind="stable") if self.order is None else self.order.rows
+        if self.rows_per_shard is None:
+            return np.split(order, np.flatnonzero(np.diff(self.samples.slide[order])) + 1)
+        return np.split(order, range(self.rows_per_shard, len(order), self.rows_per_shard))
+
+
+def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[int, int]:
+    """Write the shards of a share that are missing, and `failures.jsonl` if a patch cannot be read.
+
+    Returns:
+        Number of patches in the share, and of those that could not be read.
+
+    Raises:
+        FileExistsError: the folder holds another build, or another process writes the same shards.
+        OSError: a file cannot be written.
+    """
+    mine = share.shards(len(build.rows))
+    report = output / share.named("failures", ".jsonl")
+    _refuse_foreign_report(report)
+    if not check_description(output / DESCRIPTION, build.identity):
+        _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / DESCRIPTION, build.description)
+    with locked(output / DESCRIPTION, mine.start, mine.stop):
+        names = {_name(number) for number in mine} | ({DESCRIPTION} if share.num_parts == 1 else set())
+        for name, partial in leftovers(output):
+            if name in names:
+                partial.unlink(missing_ok=True)
+        failures = _finished_shards(build, output, mine)
+        work = output / f".shuffle-{mine.start:08d}-{mine.stop:08d}"
+        for number, failed in _missing_shards(
+            build, output, [n for n in mine if n not in failures], work, share
+        ):
+            failures[number] = failed
+        for done in output.glob(".shuffle-*") if share.num_parts == 1 else [work]:
+            clear_work(done)
+    records = [record for number in mine for record in failures[number]]
+    if records:
+        write_whole(report, json_lines(records))
+    else:  # no other file then lies among the shards, which some readers of folders would trip over
+        report.unlink(missing_ok=True)
+    total = sum(len(build.rows[number]) for number in mine)
+    logger.info("%d of %d patches are in %s", total - len(records), total, output)
+    return total, len(records)
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.parquet"
+
+
+def _missing_shards(
+    build: Build, output: Path, missing: list[int], work: Path, share: Share
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    shards = {number: output / _name(number) for number in missing}
+    if build.order is not None:
+        memory_rows = max(1, int(share.memory_gib * 2**30 / (3 * build.options.tile_size**2)))
+        yield from shuffled_shards(
+            shards,
+            build.patches,
+            build.order,
+            build.cutting,
+            build.metadata,
+            work,
+            memory_rows,
+            share.workers,
+        )
+        return
+    jobs = [
+        ShardJob(shard, build.metadata, build.patches.take(build.rows[number]), build.cutting)
+        for number, shard in shards.items()
+    ]
+    for place, failed in run_jobs(build_shard, jobs, share.workers, "shard"):
+        yield missing[place], failed
+
+
+def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[dict[str, Any]]]:
+    """Which of some shards are there already, with the failures that they keep.
+
+    Raises:
+        FileExistsError: the folder holds a Parquet file of another build.
+    """
+    numbers = {_name(number): number for number in range(len(build.rows))}
     finished = {}
     for shard in sorted(output.glob("*.parquet")):
+        number, metadata = numbers.get(shard.name), {}
+        if number is not None and number not in mine:
+            continue
         try:
             metadata = pq.read_metadata(shard).metadata or {}
-        except pa.ArrowException:
-            metadata = {}
-        if shard not in plan or metadata.get(b"build_id", b"").decode() != build_id:
+        except pa.ArrowException as error:
+            if number is not None:
+                raise FileExistsError(
+                    f"'{shard}' is damaged ({error}); move it away to have it made again."
+                ) from error
+        if number is None or metadata.get(b"build_id", b"").decode() != build.metadata["build_id"]:
             raise FileExistsError(
-                f"'{shard}' was not made from this list with these options; "
-                "give another --output or move it away."
+                f"'{shard}' was not made from this list with these options; give another --output or move it away."
             )
-        finished[shard] = json.loads(metadata[b"failures"])
+        finished[number] = json.loads(metadata[b"failures"])
     return finished
 
 
-def build_dataset(
-    list_path: Path,
-    output: Path,
-    *,
-    encoding: Encoding,
-    tile_size: int = 224,
-    mpp: float | None = None,
-    slide_root: Path | None = None,
-    rows_per_shard: int | None = None,
-    workers: int = 1,
-) -> tuple[int, int]:
-    """Write the shards that are missing, then `failures.jsonl`.
-
-    Returns:
-        Number of patches in the list, and of those that could not be read.
-
-    Raises:
-        FileNotFoundError: there is no such list.
-        FileExistsError: the folder holds shards of another build.
-        ValueError: the list is malformed or was drawn for another tile size.
-    """
-    samples, drawn = read_sample_list(list_path), _list_metadata(list_path)
-    if drawn.get("tile_size", tile_size) != tile_size:
-        raise ValueError(
-            f"The list '{list_path}' was drawn for tiles of {drawn['tile_size']} px, not {tile_size} px."
-        )
-    rule = drawn.get("rule", TissueRule())
-    metadata = {
-        "schema_version": "1",
-        "tile_size": str(tile_size),
-        **encoding.metadata(),
-        "row_group_size": str(ROWS_PER_GROUP),
-        "sample_list": samples.digest(),
-        "seed": str(drawn.get("seed", "")),
-        "tissue_rule": json.dumps(asdict(rule)),
-        "reader": "openslide",
-    }
-    identity = json.dumps([metadata, mpp, rows_per_shard], sort_keys=True)
-    build_id = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    plan = plan_shards(samples, output, rows_per_shard)
-    failures = finished_shards(plan, output, build_id)
-    output.mkdir(parents=True, exist_ok=True)
-
-    options = ShardOptions(encoding, rule, tile_size, mpp, metadata | {"build_id": build_id})
-    located = {name: locate_slide(name, slide_root) for name in samples.slides}
-    jobs = [
-        ShardJob(shard, part, [located[name] for name in part.slides], options)
-        for shard, part in plan.items()
-        if shard not in failures
-    ]
-    for place, failed in run_jobs(build_shard, jobs, workers, "shard"):
-        failures[jobs[place].shard] = failed
-    records = [record for shard in plan for record in failures[shard]]
-    write_whole(output / "failures.jsonl", json_lines(records))
-    logger.info("%d of %d patches are in %s", len(samples) - len(records), len(samples), output)
-    return len(samples), len(records)
-
-
-def _list_metadata(list_path: Path) -> dict[str, Any]:
-    """What create_sample_dataset_txt.py wrote beside the list; nothing for a list from elsewhere."""
-    path = list_path.with_name(f"{list_path.name}.meta.json")
-    if not path.is_file():
-        return {}
+def _refuse_foreign_report(path: Path) -> None:
     try:
-        drawn = json.loads(path.read_text())
+        ours = all(set(json.loads(line)) == _FAILURE for line in path.read_text().splitlines())
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"'{path}' was not made by this command; give another --output or move it away."
+        )
+
+
+def _tissue_rule(list_path: Path, drawn: dict[str, Any]) -> TissueRule:
+    if not drawn:
+        return TissueRule()
+    try:
         rule = drawn["rule"]
-        drawn["rule"] = TissueRule(tuple(rule["lower"]), tuple(rule["upper"]), rule["min_fraction"])
+        return TissueRule(tuple(rule["lower"]), tuple(rule["upper"]), rule["min_fraction"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' does not describe a sample list ({error!r}); move it away.") from error
-    return drawn
+        raise ValueError(
+            f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sample_list", type=Path, help="text file of 'path x y level' lines")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the shards")
-    parser.add_argument(
-        "--slide-root", type=Path, help="folder that holds the listed slides, if they have moved"
+    add = parser.add_argument
+    add(
+        "sample_list", type=Path, help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them"
     )
-    parser.add_argument("--encoding", choices=("png", "jpeg", "raw"), default="png")
-    parser.add_argument("--jpeg-quality", type=int, default=95, metavar="1..100")
-    parser.add_argument("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
-    parser.add_argument("--tile-size", type=int, default=224, help="side of a patch in px of its level (224)")
-    parser.add_argument("--mpp", type=float, help="um per level-0 px of slides that do not say")
-    parser.add_argument("--rows-per-shard", type=int, help="rows of a shard; default: one shard per slide")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; default: one per core"
-    )
-    parser.add_argument(
-        "--max-failed-share", type=float, default=0.01, help="exit 1 if more patches fail (0.01)"
-    )
+    add("--output", type=Path, required=True, help="folder of the shards")
+    add("--slide-root", type=Path, help="folder that holds the listed slides, if they have moved")
+    add("--columns", type=int, choices=(4, 6), help="of a list without a .meta.json (4)")
+    add("--encoding", choices=("png", "jpeg", "raw"), default="png")
+    add("--jpeg-quality", type=int, default=95, metavar="1..100")
+    add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
+    add("--tile-size", type=int, default=224, help="side of a patch in px (224)")
+    add("--mpp", type=float, help="um per level-0 px of slides that do not say")
+    add("--mpp-file", type=Path, help="CSV with columns slide,mpp for such slides; goes before --mpp")
+    add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
+    add("--shuffle", action="store_true", help="mix the slides; takes the dataset's disk space twice")
+    add("--seed", type=int, default=0, help="of --shuffle (0)")
+    add("--memory-gib", type=float, default=1.0, help="images that a process of --shuffle may hold, raw (1)")
+    add("--num-parts", type=int, default=1, help="machines that share the work (1)")
+    add("--part", type=int, default=0, help="which of them this is, from 0")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    add("--max-slide-failures", type=int, default=100, help="undecodable patches that give a slide up (100)")
+    add("--max-failed-share", type=float, default=0.01, help="exit 1 if more patches fail (0.01)")
     args = parser.parse_args(argv)
-    for name in ("tile_size", "rows_per_shard", "workers", "jpeg_quality"):
+    for name in ("tile_size", "rows_per_shard", "workers", "jpeg_quality", "num_parts", "max_slide_failures"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, but it must be at least 1")
     if args.jpeg_quality > 100:
         parser.error(f"--jpeg-quality is {args.jpeg_quality}, but it must be at most 100")
+    if not 0 <= args.part < args.num_parts:
+        parser.error(
+            f"--part is {args.part}, but it must lie within 0 to {args.num_parts - 1} (--num-parts less 1)"
+        )
+    if args.seed < 0 or args.memory_gib <= 0:
+        parser.error(
+            f"--seed {args.seed} must not be negative, --memory-gib {args.memory_gib} must be positive"
+        )
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 0, or 1 with a one-sentence reason."""
+    """Command line; returns 0, 1 with a one-sentence reason, or 130 after Ctrl-C."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = BuildOptions(
+        Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling), args.tile_size, args.mpp, args.mpp_file,
+        args.columns, args.rows_per_shard, args.seed if args.shuffle else None, args.max_slide_failures,
+    )  # fmt: skip
+    share = Share(args.part, args.num_parts, args.workers, args.memory_gib)
     try:
-        total, failed = build_dataset(
-            args.sample_list,
-            args.output,
-            encoding=Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling),
-            tile_size=args.tile_size,
-            mpp=args.mpp,
-            slide_root=args.slide_root,
-            rows_per_shard=args.rows_per_shard,
-            workers=args.workers,
-        )
+        total, failed = build_dataset(Build(args.sample_list, options, args.slide_root), args.output, share)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        logger.error("%s", error)
+        if getattr(error, "errno", None) in _FULL:
+            logger.error("No room left in '%s'; make some, then run the same command again.", args.output)
+        else:
+            logger.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        logger.error("Stopped; the same command goes on from here.")
+        return 130
     if failed > args.max_failed_share * total:
-        logger.error("%d of %d patches failed, see %s.", failed, total, args.output / "failures.jsonl")
+        report = args.output / share.named("failures", ".jsonl")
+        logger.error("%d of %d patches failed, see %s.", failed, total, report)
         return 1
     return 0
 

@@ -1,11 +1,13 @@
 """Parquet shards: the published schema, exact pixels, failures, and builds that were killed."""
 
+import hashlib
 import io
 import json
-import multiprocessing
-import os
-import signal
-import time
+import logging
+import random
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -14,13 +16,14 @@ import openslide
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image, JpegImagePlugin
 
-from dinov2.data.parquet_shard import Encoding
 from dinov2.data.parquet_source import ParquetSource
 from dinov2.data.sample import EncodedSample
-from prepatching_scripts.build_parquet_sample_dataset import build_dataset, main
+from prepatching_scripts.build_parquet_sample_dataset import main
 from prepatching_scripts.create_sample_dataset_txt import main as create_list
+from tests.unit.slides.builder_process import in_fork, killer, run_builder
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
 PUBLISHED = {
@@ -107,7 +110,14 @@ def test_schema_layout_and_metadata(
         (r["slide_path"], str(r["x"]), str(r["y"]), str(r["level"])) for r in rows_of(tmp_path / "out")
     ]
     assert len(written) == 300 and set(written) == listed
-    assert (tmp_path / "out" / "failures.jsonl").read_text() == ""
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000000.parquet", "00000001.parquet", "_build.json"
+    ]  # fmt: skip
+    assert pq.read_table(tmp_path / "out").num_rows == 300, "nothing else lies in a reader's way"
+    described = json.loads((tmp_path / "out" / "_build.json").read_text())
+    assert described["list_sha256"] == hashlib.sha256(sample_list.read_bytes()).hexdigest()
+    assert (described["num_patches"], described["num_shards"]) == (300, 2)
+    assert described["versions"]["pyarrow"] == pa.__version__
 
 
 def test_png_rows_hold_the_slides_pixels(sample_list: Path, tmp_path: Path) -> None:
@@ -152,7 +162,7 @@ def test_jpeg_and_raw(sample_list: Path, tmp_path: Path) -> None:
 def test_training_source_reads_the_shards(sample_list: Path, tmp_path: Path) -> None:
     for encoding in ("png", "raw"):
         folder = tmp_path / encoding
-        build_dataset(sample_list, folder, encoding=Encoding(encoding), rows_per_shard=200)
+        assert build(sample_list, folder, "--encoding", encoding, "--rows-per-shard", "200") == 0
         source = ParquetSource(str(folder))
         assert source.unit_rows.tolist() == [64, 64, 64, 8, 64, 36]
         row = pq.ParquetFile(folder / "00000001.parquet").read_row_group(1).to_pylist()[35]
@@ -209,45 +219,188 @@ def test_moved_slides_and_other_tile_sizes(train_slide: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["image_bytes"]))), exact)
 
 
-def _build_small_shards(sample_list: Path, output: Path) -> None:
-    build_dataset(sample_list, output, encoding=Encoding("png"), rows_per_shard=16)
+SMALL = ("--rows-per-shard", "16")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(short_list: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a build that nobody kills writes: eight shards and the record of failures."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    _build_small_shards(short_list, folder)
+    """What a build that nobody kills writes: eight shards and their description."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+    assert build(short_list, folder, *SMALL) == 0
+    assert len(contents(folder)) == 9
     return contents(folder)
 
 
-@pytest.mark.parametrize("shards_before_the_kill", [0, 3, 6])
-def test_killed_build_goes_on_and_ends_the_same(
-    short_list: Path, uninterrupted: dict[str, bytes], tmp_path: Path, shards_before_the_kill: int
+def test_builds_killed_at_random_moments_end_the_same(
+    short_list: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, draw = tmp_path / "out", random.Random(0)
+    arguments = [str(short_list), "--output", str(out), *SMALL, "--workers", "2"]
+    with killer() as kill:
+        for _ in range(6):
+            kill(arguments, after=draw.uniform(0, 0.4))
+            for shard in out.glob("*.parquet"):
+                assert shard.read_bytes() == uninterrupted[shard.name]
+        assert run_builder(arguments) == 0
+    assert contents(out) == uninterrupted
+
+
+def test_every_moment_of_one_shard_survives_a_kill(
+    short_list: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A kill just before, and just after, each change that the builder makes to the folder."""
+    out = tmp_path / "out"
+    arguments = [str(short_list), "--output", str(out), *SMALL, "--workers", "1"]
+    with killer() as kill:
+        for change in range(12):
+            kill(arguments, at_change=change)
+            for shard in out.glob("*.parquet"):
+                assert shard.read_bytes() == uninterrupted[shard.name]
+    assert run_builder(arguments) == 0
+    assert contents(out) == uninterrupted
+
+
+@pytest.mark.parametrize("parts", [2, 3, 11])
+def test_parts_of_a_build_make_what_one_run_makes(
+    short_list: Path, uninterrupted: dict[str, bytes], tmp_path: Path, parts: int
 ) -> None:
     out = tmp_path / "out"
-    child = multiprocessing.get_context("fork").Process(target=_build_small_shards, args=(short_list, out))
-    child.start()
-    while len(list(out.glob("*.parquet"))) < shards_before_the_kill or not list(out.glob(".*.part")):
-        assert child.is_alive()
-        time.sleep(0.001)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    left = list(out.glob("*.parquet"))
-    assert shards_before_the_kill <= len(left) < 8
-    written = {shard: shard.stat().st_mtime_ns for shard in left}
-    _build_small_shards(short_list, out)
+    made = []
+    for part in range(parts):
+        before = set(out.glob("*.parquet"))
+        assert build(short_list, out, *SMALL, "--num-parts", str(parts), "--part", str(part)) == 0
+        made.append(len(set(out.glob("*.parquet")) - before))
+    assert sum(made) == 8 and max(made) <= -(-8 // parts), "disjoint, even shares"
     assert contents(out) == uninterrupted
-    assert {shard: shard.stat().st_mtime_ns for shard in left} == written, (
-        "finished shards are not made again"
+
+
+def test_a_run_without_parts_completes_what_a_part_left(
+    short_list: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for part in (0, 2):
+        assert build(short_list, out, *SMALL, "--num-parts", "4", "--part", str(part)) == 0
+    assert sorted(out.glob("*.parquet")) == [out / f"{number:08d}.parquet" for number in (0, 1, 4, 5)]
+    assert build(short_list, out, *SMALL) == 0
+    assert contents(out) == uninterrupted
+
+
+def test_a_second_builder_of_the_same_shards_is_refused(
+    short_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert build(short_list, out, *SMALL, "--num-parts", "4", "--part", "0") == 0
+    code = f"""
+import fcntl, sys
+file = open({str(out / "_build.json")!r}, "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, 2)  # a builder of part 1
+print(flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        for options in (("--num-parts", "4", "--part", "1"), ()):
+            assert build(short_list, out, *SMALL, *options) == 1
+            assert "Another builder is writing some of these shards" in caplog.messages[-1]
+        assert build(short_list, out, *SMALL, "--num-parts", "4", "--part", "2") == 0
+        other.stdin.close()
+    assert build(short_list, out, *SMALL) == 0
+
+
+@pytest.mark.parametrize("shuffle", [(), ("--shuffle",)])
+def test_a_full_disk_is_said_so_and_leaves_nothing_half_written(
+    short_list: Path, tmp_path: Path, shuffle: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [str(short_list), "--output", str(out), "--workers", "1", "--encoding", "raw", *shuffle]
+
+    def with_small_files() -> int:
+        logging.getLogger("build_parquet_sample_dataset").addHandler(logging.FileHandler(tmp_path / "log"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        return main(arguments)
+
+    assert in_fork(with_small_files) == 1
+    said = (tmp_path / "log").read_text()
+    assert said == f"No room left in '{out}'; make some, then run the same command again.\n"
+    assert not list(out.glob("*.parquet")) and not list(out.rglob("*.run")) and not list(out.rglob(".*.part"))
+    assert main(arguments) == 0 and len(rows_of(out)) == 128
+
+
+def test_a_damaged_shard_is_named(short_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert build(short_list, out, *SMALL) == 0
+    whole = contents(out)
+    damaged = out / "00000003.parquet"
+    damaged.write_bytes(whole[damaged.name][:-100])
+    assert build(short_list, out, *SMALL) == 1
+    assert f"'{damaged}' is damaged" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
+    damaged.unlink()
+    assert build(short_list, out, *SMALL) == 0 and contents(out) == whole
+    (out / "_build.json").write_text("{}")
+    assert (
+        build(short_list, out, *SMALL) == 1
+        and "_build.json' does not describe a build" in caplog.messages[-1]
+    )
+    (out / "_build.json").unlink()
+    (out / "failures.jsonl").write_text("mine\n")
+    assert (
+        build(short_list, out, *SMALL) == 1 and "failures.jsonl' was not made by this" in caplog.messages[-1]
     )
 
 
-def test_workers_do_not_change_the_shards(
-    short_list: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+def test_a_slide_that_keeps_failing_is_given_up(train_slide: Path, tmp_path: Path) -> None:
+    broken = damage_tile(train_slide, tmp_path / "broken.svs", 22, empty=False)
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{broken} {x} 600 0\n" for x in range(1100, 1110)) + f"{broken} 9999999 0 0\n")
+    assert build(listed, tmp_path / "out", "--max-slide-failures", "3", "--max-failed-share", "1") == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    reasons = [record["reason"] for record in records]
+    assert len(records) == 11 and [record["x"] for record in records[:-1]] == list(range(1100, 1110))
+    assert reasons[3:10] == ["given up after 3 unreadable patches"] * 7 and "leaves the level" in reasons[10]
+    assert "given up" not in "".join(reasons[:3])
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_six_columns_give_patches_of_the_listed_resolution(train_slide: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list 6.txt"
+    places = [(400, 600, 0, 0.25), (640, 640, 1, 0.5), (600, 500, 0, 0.4), (400, 400, 1, 0.75)]
+    listed.write_text("".join(f"{train_slide} {x} {y} {level} {mpp} {mpp}\n" for x, y, level, mpp in places))
+    assert build(listed, tmp_path / "out", "--columns", "6", "--encoding", "raw") == 0
+    rows = rows_of(tmp_path / "out")
+    assert [(r["x"], r["y"], r["level"]) for r in rows] == [place[:3] for place in places]
+    assert [r["mpp"] for r in rows] == pytest.approx([0.25, 0.5, 0.4, 0.75])
+    assert [r["read_size"] for r in rows] == [224, 224, 358, 336]
+    assert [r["level_downsample"] for r in rows] == [1, 2, 1, 2]
+    for row in rows:
+        side = row["read_size"]
+        with openslide.OpenSlide(train_slide) as slide:
+            region = np.asarray(
+                slide.read_region((row["x"], row["y"]), row["level"], (side, side)).convert("RGB")
+            )
+        edges, pixel = np.linspace(0, side, 225), np.arange(side)
+        overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+        shares = overlap.clip(0) * 224 / side
+        exact = np.einsum("ri,cj,ijk->rck", shares, shares, region.astype(float), optimize=True)
+        pixels = np.frombuffer(row["image_bytes"], np.uint8).reshape(224, 224, 3)
+        assert np.abs(pixels - exact).max() <= 0.51
+
+
+def test_resolutions_from_a_table(
+    make_slide: MakeSlide, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert build(short_list, tmp_path / "out", "--rows-per-shard", "16", "--workers", "2") == 0
-    assert contents(tmp_path / "out") == uninterrupted
+    listed, table = tmp_path / "list.txt", tmp_path / "mpp.csv"
+    listed.write_text("".join(f"{make_slide(name)} 0 0 0\n" for name in ("a.svs", "b.svs")))
+    table.write_text("slide,mpp\na,0.3\n")
+    options = ("--mpp-file", str(table), "--mpp", "0.6")
+    assert build(listed, tmp_path / "out", *options) == 0
+    found = [(row["mpp"], row["mpp_source"]) for row in rows_of(tmp_path / "out")]
+    assert found == [(pytest.approx(0.3), "user"), (pytest.approx(0.6), "user")]
+    table.write_text("slide,mpp\na,0.4\n")
+    assert build(listed, tmp_path / "out", *options) == 1 and "holds a build with mpp" in caplog.messages[-1]
+    assert build(listed, tmp_path / "new", "--mpp-file", str(tmp_path / "none.csv")) == 1
+    assert "There is no mpp table" in caplog.messages[-1]
 
 
 def test_shards_of_another_build_are_neither_mixed_nor_overwritten(
@@ -265,12 +418,18 @@ def test_shards_of_another_build_are_neither_mixed_nor_overwritten(
     ):
         assert build(short, tmp_path / "out", *options) == 1
     assert build(sample_list, tmp_path / "out") == 1
-    assert caplog.text.count("00000000.parquet' was not made from this list with these options") == 5
+    for text in (
+        "image_encoding 'png', not 'raw'",
+        "tile_size '224', not '100'",
+        "rows_per_shard None, not 7",
+    ):
+        assert f"'{tmp_path / 'out'}' holds a build with {text}; give another --output" in caplog.text
+    assert "holds a build with sample_list '" in caplog.messages[-1]
     assert contents(tmp_path / "out") == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "mine.parquet").write_bytes(b"not even Parquet")
     assert build(short, tmp_path / "foreign") == 1
-    assert (tmp_path / "foreign" / "mine.parquet").read_bytes() == b"not even Parquet"
+    assert contents(tmp_path / "foreign") == {"mine.parquet": b"not even Parquet"}
 
 
 def test_bad_lists_are_refused_in_one_sentence(
@@ -287,7 +446,13 @@ def test_bad_lists_are_refused_in_one_sentence(
     listed.write_text("a.svs 1 2 0\n")
     assert build(listed, tmp_path / "out") == 1 and "does not describe a sample list" in caplog.messages[-1]
     assert not (tmp_path / "out").exists()
-    for option in ("--rows-per-shard=0", "--jpeg-quality=101", "--encoding=webp"):
+    for option in (
+        "--part=1",
+        "--num-parts=0",
+        "--rows-per-shard=0",
+        "--jpeg-quality=101",
+        "--encoding=webp",
+    ):
         with pytest.raises(SystemExit):
             build(listed, tmp_path / "out", option)
 
@@ -302,8 +467,14 @@ def test_real_slides(jpeg_slide: Path, jpeg2000_slide: Path, tmp_path: Path) -> 
     assert build(listed, tmp_path / "out") == 0
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 30
+    with tifffile.TiffFile(jpeg2000_slide) as tiff:
+        coarse = [page.asarray() for page in tiff.pages if page.is_tiled][1]
     for row in rows:
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["image_bytes"]))), cut(row))
+        exact = cut(row)
+        if row["level"] == 1:  # where OpenSlide interpolates, since the downsample is 2.0005
+            column, line = (round(row[axis] / row["level_downsample"]) for axis in "xy")
+            exact = coarse[line : line + 224, column : column + 224]
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["image_bytes"]))), exact)
         says = row["slide_id"] == jpeg_slide.stem
         assert (row["mpp"], row["mpp_source"]) == (
             (pytest.approx(0.499), "slide") if says else (None, "none")
