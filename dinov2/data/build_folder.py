@@ -3,15 +3,10 @@
 import fcntl
 import json
 import logging
-import multiprocessing
-import os
 import re
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +94,3 @@ def locked(path: Path, first: int, stop: int) -> Iterator[None]:
         except OSError:
             logger.warning("'%s' cannot be locked; let no second builder write the same shards", path)
         yield
-
-
-def end_with_parent() -> None:
-    """In a process of a pool: end when the main process is killed, instead of waiting for work for ever."""
-    _end_with_parent(os.getpid())
-
-
-@cache
-def _end_with_parent(pid: int) -> None:  # a forked process inherits the cache, but not the thread
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name=f"end-with-parent-{pid}").start()

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.build_folder import end_with_parent, unfinished
+from dinov2.data.build_folder import unfinished
 from dinov2.data.patch_cutting import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Patches, cut_patches
 from dinov2.data.slide_jobs import commit
 
@@ -51,7 +51,6 @@ def build_shard(job: ShardJob) -> list[dict[str, Any]]:
     Raises:
         OSError: the shard cannot be written.
     """
-    end_with_parent()
     with ShardWriter.create(job.shard, job.metadata) as writer:
         for rows in cut_patches(job.patches, job.cutting, ROWS_AT_ONCE):
             for row in rows:

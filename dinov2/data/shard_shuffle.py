@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dinov2.data.build_folder import end_with_parent, leftovers, unfinished, write_json
+from dinov2.data.build_folder import leftovers, unfinished, write_json
 from dinov2.data.parquet_shard import ROWS_PER_GROUP, SCHEMA, ShardWriter
 from dinov2.data.patch_cutting import REASON, Cutting, Patches, cut_patches
 from dinov2.data.slide_jobs import commit, run_jobs
@@ -131,7 +131,6 @@ def write_run(job: RunJob) -> None:
     Raises:
         OSError: the run cannot be written.
     """
-    end_with_parent()
     [rows] = cut_patches(job.patches, job.cutting, len(job.patches))
     by_place = np.argsort(job.places)
     cuts = np.append(np.searchsorted(job.places[by_place], job.buckets), len(by_place))
@@ -157,7 +156,6 @@ def mix_shard(job: MixJob) -> list[dict[str, Any]]:
         OSError: the shard cannot be written.
         ValueError: a run is damaged.
     """
-    end_with_parent()
     num_rows = 0
     with ShardWriter.create(job.shard, job.metadata) as writer:
         for bucket in job.buckets:

@@ -4,9 +4,11 @@ import filecmp
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +50,7 @@ def _in_processes(
         yield from ((place, function(job)) for place, job in enumerate(jobs))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         places = {pool.submit(function, job): place for place, job in enumerate(jobs)}
         try:
             for future in as_completed(places):
@@ -59,6 +61,13 @@ def _in_processes(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Keep a process to one core, and let it end when the main one is killed instead of waiting for work for ever."""
+    cv2.setNumThreads(1)
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from dinov2.data.tile_index import TileIndex, TileLevel
 
+_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
+
 
 def zarr_references(index: TileIndex) -> dict[str, Any]:
     """References of a Zarr (format 2) group with an array for each level, named "0", "1", ...
@@ -59,7 +61,7 @@ def _array(index: TileIndex, level: TileLevel) -> dict[str, Any]:
 def _codec(index: TileIndex, level: TileLevel) -> dict[str, Any]:
     if level.compression == "jpeg":
         tables = base64.b64encode(level.jpeg_tables).decode() if level.jpeg_tables else None
-        colours = {"colorspace_data": 2, "colorspace_jpeg": {"rgb": 2, "ycbcr": 6}[level.photometric]}
+        colours = {"colorspace_data": _COLOURS["rgb"], "colorspace_jpeg": _COLOURS[level.photometric]}
         return {"id": "imagecodecs_jpeg", "tables": tables, **colours}
     if level.photometric != "rgb":
         raise ValueError(

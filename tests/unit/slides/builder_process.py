@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from prepatching_scripts.build_parquet_sample_dataset import main
 
 _fork = multiprocessing.get_context("fork")
@@ -74,3 +76,18 @@ def _main(arguments: list[str], at_change: int | None = None) -> int:
         for name in ("replace", "unlink", "mkdir", "rmdir"):
             setattr(Path, name, deadly(getattr(Path, name)))
     return main(arguments)
+
+
+def build(sample_list: Path, output: Path, *options: str) -> int:
+    """Exit status of the builder in this process."""
+    return main([str(sample_list), "--output", str(output), "--workers", "1", *options])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """Rows of all shards of a folder."""
+    return [row for shard in sorted(folder.glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from prepatching_scripts.create_sample_dataset_txt import main as create_list
 from prepatching_scripts.make_demo_slide import make_demo_slides
 
 MakeSlide = Callable[..., Path]
@@ -117,3 +118,20 @@ def overwrite(slide: Path, copy: Path, start: int, data: bytes) -> Path:
     whole[start : start + len(data)] = data
     copy.write_bytes(whole)
     return copy
+
+
+@pytest.fixture(scope="session")
+def sample_list(demo_slides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """75 patches on each of two levels of each demo slide."""
+    path = tmp_path_factory.mktemp("list") / "list.txt"
+    options = ["--levels", "0", "1", "--per-level", "75", "--seed", "3", "--workers", "1"]
+    assert create_list([str(demo_slides[0].parent), "--output", str(path), *options]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def short_list(sample_list: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 128 of these patches."""
+    path = tmp_path_factory.mktemp("short") / "list.txt"
+    path.write_text("".join(sample_list.read_text().splitlines(keepends=True)[:128]))
+    return path

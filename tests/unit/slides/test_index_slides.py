@@ -5,8 +5,10 @@ import pickle
 from pathlib import Path
 
 import fsspec
+import imagecodecs.numcodecs
 import numpy as np
 import pytest
+import zarr
 
 from dinov2.data.slide_reader import SlideReader
 from dinov2.data.tile_collection import load_tile_indexes
@@ -163,8 +165,7 @@ def test_zarr_references_lead_to_the_tiles(
 def test_zarr_arrays_hold_the_stored_pixels(
     folder: Path, tmp_path: Path, stored_levels: list[np.ndarray]
 ) -> None:
-    zarr = pytest.importorskip("zarr")
-    pytest.importorskip("imagecodecs.numcodecs").register_codecs(verbose=False)
+    imagecodecs.numcodecs.register_codecs(verbose=False)
     run(folder, tmp_path / "index", "--zarr")
     options = {"fo": str(tmp_path / "index/zarr/train.svs.json"), "remote_protocol": "file"}
     store = zarr.storage.FsspecStore.from_url("reference://", storage_options=options, read_only=True)
