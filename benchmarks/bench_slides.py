@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     results: dict[str, Any] = {"machine": describe_machine(packages), "slides": {}}
     with tempfile.TemporaryDirectory() as scratch:
-        size = (8192, 6144) if args.tiny else LARGE
+        size = (16384, 12288) if args.tiny else LARGE
         large = write_large_slide(Path(scratch) / f"repeated-{size[0]}x{size[1]}.svs", *size)
         for slide in [large, *args.slides]:
             results["slides"][slide.name] = {
