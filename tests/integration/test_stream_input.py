@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2.train.train import main
+from prepatching_scripts.make_demo_slide import make_demo_slides
 from tests.helpers.hub_server import HubServer
 from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
 from tests.integration.test_bad_input import errors, train
@@ -114,9 +115,34 @@ def test_what_is_wrong_with_a_hub_dataset(
         assert not (tmp_path / f"out{number}/metrics.jsonl").exists()
 
 
+def test_patches_cut_while_training_go_on_where_a_run_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    make_demo_slides(tmp_path / "slides")
+    (tmp_path / "excluded.txt").write_text("demo_holdout\n")
+    options = ("train.online_patching=true", f"online.slides={tmp_path / 'slides'}", "train.tile_size=64",
+               "online.magnifications=[40,20,10]", f"online.cache_dir={tmp_path / 'cache'}",
+               f"train.exclusion_file={tmp_path / 'excluded.txt'}")  # fmt: skip
+    assert main(["--output-dir", str(tmp_path / "whole"), *TINY, *options]) == 0
+    logged = capsys.readouterr().err
+    assert "Data: patches without end from 1 slides" in logged
+    assert "training on 1 of 2 slides; 1 excluded, 0 kept for validation" in logged
+    for stop in ("optim.early_stop=1", "optim.early_stop=2"):
+        assert main(["--output-dir", str(tmp_path / "parts"), *TINY, *options, stop]) == 0
+    losses = [
+        [record["total_loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["train.online_patching=true"], "online.slides is empty"),
+        (["train.online_patching=true", "online.slides=/nowhere"], "There are no slides at '/nowhere'"),
+        (["train.online_patching=true", "online.slides=x", "online.mpp=[0.5,0.5]"], "not a list of different numbers"),
+        (["train.online_patching=true", "online.slides=x", "online.mpp_weights=[1]"], "does not give each of"),
+        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "slide_share = 0.0 is out of"),
         (["train.stream_lanes=91"], "train.stream_lanes = 91 exceeds the 90 rows of the dataset"),
         (["train.stream_memory_gib=1.0e-6"], "and train.stream_memory_gib = 1e-06; raise it"),
         (["train.exclusion_file=/nowhere.txt"], "/nowhere.txt"),
