@@ -13,8 +13,8 @@ from typing import Any
 from dinov2.data.retrying import RemoteError, Retries, answer, reason
 from dinov2.data.storage import StoredFile, folder_of, is_hidden
 
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
-_VERSIONS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
+VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
 _CONNECTIONS = 64  # of one process to one store; botocore's own 10 would make reader threads wait
 _LISTING_THREADS = 16
 _FLAT = (
@@ -74,7 +74,7 @@ class ObjectStorage:
         return _public(f"{self._folder}/{name}")
 
     def _filesystem(self) -> tuple[Any, str]:
-        return _connect(
+        return connect(
             os.getpid(), threading.get_ident(), self._folder, self._retries.connect_s, self._retries.read_s
         )
 
@@ -102,7 +102,7 @@ class ObjectStorage:
                 info = self._retries.call(url, partial(fs.info, f"{folder}/{name}"))
         if info.get("size") is None:
             raise RemoteError(f"the server does not tell the size of '{url}'; use another, or a local copy")
-        version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
+        version = next((str(info[key]) for key in VERSION_KEYS if info.get(key) is not None), "")
         return StoredFile(name, info["size"], version)
 
     def _get_range(self, name: str, start: int, length: int) -> bytes:
@@ -136,7 +136,7 @@ class ObjectStorage:
 
 
 @cache
-def _connect(process: int, thread: int, url: str, connect_s: float, read_s: float) -> tuple[Any, str]:
+def connect(process: int, thread: int, url: str, connect_s: float, read_s: float) -> tuple[Any, str]:
     """The file system for a URL, and the URL's path in it.
 
     Kept per process, since connections do not survive a fork. What a forked process inherits stays referenced

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from dinov2.data.object_storage import _VERSIONS
+from dinov2.data.object_storage import VERSION_KEYS
 from dinov2.data.online_positions import Geometry, Positions
 from dinov2.data.retrying import RemoteError, Retries
 from dinov2.data.slide_bytes import filesystem, is_remote
@@ -257,4 +257,6 @@ def _stat(path: str) -> tuple[int, str]:
     retries, url = Retries(), public_name(path)
     fs, inside = filesystem(path, retries)
     info = retries.call(url, lambda: fs.info(inside))
-    return int(info["size"]), next((str(info[name]) for name in _VERSIONS if info.get(name) is not None), "")
+    return int(info["size"]), next(
+        (str(info[name]) for name in VERSION_KEYS if info.get(name) is not None), ""
+    )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinov2.data.object_storage import _connect
+from dinov2.data.object_storage import connect
 from dinov2.data.retrying import RemoteError, Retries, is_transient, reason
 from dinov2.data.slide_errors import public_name
 
@@ -97,7 +97,7 @@ class SlideBytes:
 
 def filesystem(url: str, retries: Retries) -> tuple[Any, str]:
     """The fsspec file system of this process for a URL, and the URL's path in it."""
-    return _connect(os.getpid(), threading.get_ident(), url, retries.connect_s, retries.read_s)
+    return connect(os.getpid(), threading.get_ident(), url, retries.connect_s, retries.read_s)
 
 
 def merge(ranges: Iterable[Range], gap: int) -> list[Range]:

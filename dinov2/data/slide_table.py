@@ -12,20 +12,8 @@ import numpy as np
 from dinov2.data.order import hash_words
 from dinov2.data.slide_bytes import is_remote
 from dinov2.data.slide_mpp import PLAUSIBLE_MPP, MppTable
+from dinov2.data.slide_search import SLIDE_SUFFIXES
 
-SLIDE_SUFFIXES = (
-    ".svs",
-    ".tif",
-    ".tiff",
-    ".ndpi",
-    ".mrxs",
-    ".scn",
-    ".svslide",
-    ".bif",
-    ".vms",
-    ".vmu",
-    ".dcm",
-)
 _PATH_COLUMNS = ("path", "slide")
 
 
