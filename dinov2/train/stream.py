@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2.configs import Config, config_from_mapping
+from dinov2.configs import Config
 from dinov2.configs.schema import DatasetConfig, TrainConfig
 from dinov2.data.mixture import describe_shares, make_order, make_source
 from dinov2.data.online_patches import OnlinePatchSource
@@ -31,6 +32,7 @@ from dinov2.data.stream_memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.train.plan import RunPlan
 
 _SHARED_MEMORY = "/dev/shm"
+_NAMING = ("streaming_dataset_path", "streaming_dataset_revision", "datasets")  # keys of `train`
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def open_data(
 def _open(config: Config, index_cache: Path | None, saved: dict[str, Any] | None) -> OpenData:
     train = config.train
     datasets = _named(config)
-    commits = _commits(datasets, saved)
+    commits = _commits(config, saved)
     opened: list[Source] = []
     for number, (dataset, commit) in enumerate(zip(datasets, commits, strict=True)):
         if train.streaming_from_hf:
@@ -248,14 +250,16 @@ def _without_excluded(rows: list[SlideRow], train: TrainConfig) -> tuple[list[Sl
     )
 
 
-def _commits(datasets: tuple[DatasetConfig, ...], saved: dict[str, Any] | None) -> list[str]:
-    """The commit at which each dataset was first opened, where that was on the hub and the entry is unchanged."""
+def _commits(config: Config, saved: dict[str, Any] | None) -> list[str]:
+    """The commit at which each dataset was first opened, where that was on the hub and the entries are unchanged."""
+    unknown = [""] * len(_named(config))
     if saved is None:
-        return [""] * len(datasets)
-    before = _named(config_from_mapping(saved["config"]))
+        return unknown
+    before = saved["config"]["train"]
+    now = json.loads(json.dumps(dataclasses.asdict(config.train)))
     places = saved.get("places", [])
-    if before != datasets or len(places) != len(datasets):
-        return [""] * len(datasets)
+    if any(before.get(key) != now[key] for key in _NAMING) or len(places) != len(unknown):
+        return unknown
     found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", place) for place in places]
     return [match[1] if match else "" for match in found]
 

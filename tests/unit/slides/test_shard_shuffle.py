@@ -52,6 +52,12 @@ def whole(sample_list: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def in_tiny_runs(sample_list: Path, out: Path) -> list[str]:
+    """Arguments of a shuffled build that spills many runs."""
+    paths = [str(sample_list), "--output", str(out)]
+    return [*paths, "--workers", "1", *SHUFFLE, "--memory-gib", str(TINY)]
+
+
 def test_rows_are_those_of_a_permuted_list(sample_list: Path, whole: Path) -> None:
     order = np.random.Generator(np.random.Philox(key=5)).permutation(200)
     lines = sample_list.read_text().splitlines()
@@ -179,16 +185,7 @@ def test_every_change_to_the_folder_survives_a_kill(
 
 def test_runs_of_another_build_are_not_used(sample_list: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = [
-        str(sample_list),
-        "--output",
-        str(out),
-        "--workers",
-        "1",
-        *SHUFFLE,
-        "--memory-gib",
-        str(TINY),
-    ]
+    arguments = in_tiny_runs(sample_list, out)
     with killer() as kill:
         kill([*arguments, "--seed", "9"], at_change=40)
     assert len(list(out.glob(".shuffle-*/*.run"))) > 3 and not list(out.glob("*.parquet"))
@@ -199,16 +196,7 @@ def test_runs_of_another_build_are_not_used(sample_list: Path, whole: Path, tmp_
 
 def test_a_damaged_run_is_named(sample_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
-    arguments = [
-        str(sample_list),
-        "--output",
-        str(out),
-        "--workers",
-        "1",
-        *SHUFFLE,
-        "--memory-gib",
-        str(TINY),
-    ]
+    arguments = in_tiny_runs(sample_list, out)
     with killer() as kill:
         kill(arguments, at_change=40)
     run = sorted(out.glob(".shuffle-*/*.run"))[1]
