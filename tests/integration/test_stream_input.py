@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,6 @@ SHORT = ("optim.early_stop=0.5", "train.skip_checkpointer=true")  # two steps of
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second, smaller dataset."""
     return write_tissue_shards(tmp_path_factory.mktemp("frozen") / "shards", shards=2, rows=16)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
-        yield server
 
 
 def samples(output_dir: Path) -> list[tuple[int, int]]:

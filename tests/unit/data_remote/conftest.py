@@ -1,23 +1,11 @@
 """A hub that this process and its children talk to, and retries that do not wait long."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dinov2.data.retrying import Retries
-from tests.helpers.hub_server import HubServer
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty hub, named by the environment, with nobody logged in."""
-    with HubServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
-        yield server
 
 
 @pytest.fixture
