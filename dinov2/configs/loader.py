@@ -158,11 +158,15 @@ def _convert(hint: Any, value: Any) -> Any:
     """Return ``value`` as the hinted type, without lossy coercion; raise TypeError or ValueError otherwise."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value not in args:
+        if not any(value == arg and type(value) is type(arg) for arg in args):  # 1 is not true
             raise ValueError
         return value
     if origin in (Union, types.UnionType):
-        return None if value is None else _convert(args[0], value)
+        return _convert(args[1] if isinstance(value, str) or value is None else args[0], value)
+    if hint is types.NoneType:
+        if value is not None:
+            raise TypeError
+        return None
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise TypeError
@@ -185,9 +189,10 @@ def _convert(hint: Any, value: Any) -> Any:
 def _describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        names = [str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in args]
+        return f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     if origin in (Union, types.UnionType):
-        return f"{_describe(args[0])} or null"
+        return f"{_describe(args[0])} or {_describe(args[1])}"
     if origin is tuple:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
         return f"a list of {count}values, each {_describe(args[0])}"
@@ -196,6 +201,7 @@ def _describe(hint: Any) -> str:
         int: "a whole number of at most 64 bits",
         float: "a finite number",
         str: "a text",
+        types.NoneType: "null",
     }[hint]
 
 

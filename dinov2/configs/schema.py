@@ -12,7 +12,8 @@ from typing import Literal
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Architecture = Literal["vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
-ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD"]
+ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
+Switch = Literal["auto", True, False]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class DatasetConfig:
 class TrainConfig:
     """Section ``train``: data source, batch, checkpoints."""
 
-    batch_size_per_gpu: int
+    batch_size_per_gpu: int | Literal["auto"]
     output_dir: str
     seed: int
     num_workers: int
@@ -197,7 +198,7 @@ class StudentConfig:
     num_register_tokens: int
     interpolate_antialias: bool
     interpolate_offset: float
-    attention_backend: Literal["sdpa", "xformers"]
+    attention_backend: Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,24 @@ class OptimConfig:
     adamw_beta1: float
     adamw_beta2: float
     lr: float
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """Section ``performance``: how the step is computed; only FP8 changes results beyond rounding."""
+
+    compile: Switch
+    compile_backend: Literal["inductor", "aot_eager", "eager"]
+    packed_crops: bool
+    inverse_gather: bool
+    factored_targets: bool
+    prune_last_block: bool
+    fused_update: Switch
+    weight_copies: bool
+    fp8: Literal["none", "teacher", "all"]
+    fp8_scaling: Literal["tensor", "row"]
+    recompute: Literal["none", "selective", "full"]
+    prefetch_blocks: int
 
 
 @dataclass(frozen=True)
@@ -277,6 +296,7 @@ class Config:
     student: StudentConfig
     teacher: TeacherConfig
     optim: OptimConfig
+    performance: PerformanceConfig
     crops: CropsConfig
     evaluation: EvaluationConfig
     logging: LoggingConfig

@@ -24,7 +24,6 @@ _SHARES = (  # numbers in [0, 1]
     "teacher.final_momentum_teacher",
 )
 _POSITIVE = (
-    "train.batch_size_per_gpu",
     "train.OFFICIAL_EPOCH_LENGTH",
     "train.prefetch_factor",
     "train.stream_block_rows",
@@ -59,6 +58,7 @@ _NON_NEGATIVE = (
     "train.stream_lanes",
     "online.max_patches",
     "train.unfreeze_last_n_blocks",
+    "performance.prefetch_blocks",
     "student.num_register_tokens",
     "student.layerscale",
     "crops.local_crops_number",
@@ -213,6 +213,10 @@ def _online_faults(config: Config) -> Iterator[str]:
 
 def _training_faults(config: Config, world_size: int) -> Iterator[str]:
     batch = config.train.batch_size_per_gpu
+    if batch == "auto":
+        batch = 2  # the least that it can become
+    if batch <= 0:
+        yield f"train.batch_size_per_gpu = {batch} is out of range; expected an even number above 0, or auto."
     if batch % 2:
         yield f"train.batch_size_per_gpu = {batch} is odd; masks are stratified over pairs of images, so it is even."
     optim = config.optim
