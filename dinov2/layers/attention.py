@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dinov2.layers.attention_backends import attention_backend
+from dinov2.layers.linear import Linear
 from dinov2.layers.packing import Segments, pack, unpack
 
 # Tensor dimensions below: B images, N tokens, H heads, D width, T packed rows.
@@ -21,7 +22,7 @@ class Attention(nn.Module):
         num_heads: H, a divisor of D.
         qkv_bias: bias in the joint query, key and value projection.
         proj_bias: bias in the output projection.
-        backend: "sdpa" (PyTorch's) or "xformers" (CUDA only).
+        backend: one of `dinov2.layers.attention_backends`.
 
     Raises:
         ValueError: the heads do not divide the width, or the backend is unknown or cannot be used here.
@@ -41,15 +42,19 @@ class Attention(nn.Module):
                 f"num_heads = {num_heads} does not divide the width {dim}; choose a divisor of it."
             )
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim, bias=proj_bias)
         self._attend = attention_backend(backend)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """Map packed rows (T, D) of any dtype to (T, D) in the dtype that the projections compute in."""
+        return self.proj(self.mix(x, segments))
+
+    def mix(self, x: Tensor, segments: Segments) -> Tensor:
+        """What the output projection is applied to, (T, D): the only part in which rows see each other."""
         qkv = self.qkv(x.to(self.qkv.weight.dtype))
-        attended = []
+        mixed = []
         for part in unpack(qkv, segments):
             q, k, v = part.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-            attended.append(self._attend(q, k, v).flatten(2))
-        return self.proj(pack(attended))
+            mixed.append(self._attend(q, k, v).flatten(2))
+        return pack(mixed)

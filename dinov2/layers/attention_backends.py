@@ -5,32 +5,80 @@ Each maps queries, keys and values (B, N, H, D / H) to attended values of the sa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_ON_CPU = ("sdpa", "flash", "math")
 
 
 def attention_backend(name: str) -> Attend:
     """Return the attention function called ``name``, after making sure that it can be used here.
 
+    Args:
+        name: ``sdpa`` lets PyTorch choose among its kernels for each shape and dtype; ``flash``, ``cudnn``,
+            ``efficient`` and ``math`` are those kernels, of which the CPU has ``flash`` and ``math``; ``xformers``
+            is the package's.
+
     Raises:
-        ValueError: the name is unknown, or the backend lacks its device or its package.
+        ValueError: the name is unknown, or the backend lacks its device or its package. The function returned
+            raises it where the backend has no kernel for what it is given.
     """
+    if name not in ("sdpa", *_KERNELS, "xformers"):
+        raise ValueError(
+            f"attention_backend = {name!r} is unknown; choose 'sdpa', 'flash', 'cudnn', 'efficient', 'math' or "
+            "'xformers'."
+        )
+    if name not in _ON_CPU and not torch.cuda.is_available():
+        raise ValueError(
+            f"attention_backend = {name!r} needs a CUDA device and there is none; choose 'sdpa'."
+        )
     if name == "sdpa":
         return _sdpa
     if name == "xformers":
         _require_xformers()
         return _xformers
-    raise ValueError(f"attention_backend = {name!r} is unknown; choose 'sdpa' or 'xformers'.")
+    return functools.partial(_one_kernel, name)
+
+
+def require_kernel(name: str, *, head_width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Attend once to a few zeros: inside a compiled block what `attention_backend` raises comes out unreadable.
+
+    Raises:
+        ValueError: as `attention_backend`, or there is no kernel for this width, dtype and device.
+    """
+    q = torch.zeros(1, 8, 1, head_width, dtype=dtype, device=device, requires_grad=True)
+    attention_backend(name)(q, q, q)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _one_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    try:
+        with sdpa_kernel(_KERNELS[name]):
+            return _sdpa(q, k, v)
+    except RuntimeError as error:
+        if not str(error).startswith(("No available kernel", "No viable backend")):
+            raise
+        raise ValueError(
+            f"attention_backend = {name!r} has no kernel here for {q.dtype} on {q.device} with heads {q.shape[-1]} "
+            "wide; choose 'sdpa'."
+        ) from error
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -46,10 +94,6 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _require_xformers() -> None:
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "attention_backend = 'xformers' needs a CUDA device and there is none; choose 'sdpa'."
-        )
     try:
         from xformers.ops import memory_efficient_attention  # noqa: F401
     except Exception as error:  # a build for another torch fails in its loader, with whatever that raises

@@ -11,7 +11,8 @@ from dinov2.layers.ffn import Mlp
 from dinov2.layers.layer_norm import LayerNorm
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.packing import Segments
-from dinov2.layers.stochastic_depth import add_branch
+from dinov2.layers.row_gather import take_rows
+from dinov2.layers.stochastic_depth import add_branch, kept_rows
 
 
 class Block(nn.Module):
@@ -30,6 +31,7 @@ class Block(nn.Module):
         act_layer: activation of the feed-forward layer.
         ffn_layer: class of the feed-forward layer.
         attention_backend: see `Attention`.
+        inverse_gather: see `add_branch`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Block(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         ffn_layer: Callable[..., nn.Module] = Mlp,
         attention_backend: str = "sdpa",
+        inverse_gather: bool = True,
     ):
         super().__init__()
         self.norm1 = LayerNorm(dim)
@@ -54,19 +57,56 @@ class Block(nn.Module):
         self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path_rate = drop_path
+        self.inverse_gather = inverse_gather
 
-    def forward(self, x: Tensor, segments: Segments, orders: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        segments: Segments,
+        orders: Sequence[Tensor] | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Transform a residual stream.
 
         Args:
             x: packed rows (T, D), float32 or float64.
             segments: images and tokens of each crop size in ``x``.
-            orders: per segment int64 (2, B), a random order of its images for each branch (`draw_orders`); None
-                computes every image.
+            orders: per segment int64 (2, 2, B), each branch's share of `draw_orders`; None computes every image.
+            wanted: int64 (S,), the rows to return; None returns all. What is not needed for them is not computed.
         """
         first, second = ([order[branch] for order in orders] if orders else None for branch in (0, 1))
-        x = add_branch(x, self._attention, segments, first, self.drop_path_rate)
-        return add_branch(x, self._feed_forward, segments, second, self.drop_path_rate)
+        if wanted is not None:
+            return self._wanted_rows(x, segments, first, second, wanted)
+        drop = (self.drop_path_rate, self.inverse_gather)
+        x = add_branch(x, self._attention, segments, first, *drop)
+        return add_branch(x, self._feed_forward, segments, second, *drop)
+
+    def _wanted_rows(
+        self,
+        x: Tensor,
+        segments: Segments,
+        first: Sequence[Tensor] | None,
+        second: Sequence[Tensor] | None,
+        wanted: Tensor,
+    ) -> Tensor:
+        """Rows ``wanted`` of `forward`: every row is a key, but projection and feed-forward see the wanted alone.
+
+        How many of them lie in kept images depends on the draw, so all are computed and the others weighted by 0.
+        """
+        rows = x.index_select(0, wanted)
+        if first is None or self.drop_path_rate == 0:
+            mixed = self.attn.mix(self.norm1(x), segments).index_select(0, wanted)
+            attention_scale = feed_forward_scale = 1.0
+        else:
+            kept, also_kept = (
+                kept_rows(segments, orders, self.drop_path_rate, x.dtype) for orders in (first, second)
+            )
+            mixed = self.attn.mix(self.norm1(take_rows(x, kept.rows, kept.places)), kept.segments)
+            place, attention_scale = kept.of(wanted)
+            mixed = mixed.index_select(0, place)
+            _, feed_forward_scale = also_kept.of(wanted)
+        rows = rows + attention_scale * self.ls1(self.attn.proj(mixed)).to(rows.dtype)
+        return rows + feed_forward_scale * self._feed_forward(rows, ())
 
     def _attention(self, rows: Tensor, segments: Segments) -> Tensor:
         return self.ls1(self.attn(self.norm1(rows), segments)).to(rows.dtype)

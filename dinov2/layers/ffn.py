@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.layers.linear import Linear
+
 
 class Mlp(nn.Module):
     """fc2(act(fc1(x))).
@@ -26,9 +28,9 @@ class Mlp(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
+        self.fc1 = Linear(in_features, hidden_features, bias=bias)
         self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_features, in_features, bias=bias)
+        self.fc2 = Linear(hidden_features, in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each row."""
@@ -53,8 +55,8 @@ class SwiGLUFFN(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
-        self.w3 = nn.Linear(hidden_features, in_features, bias=bias)
+        self.w12 = Linear(in_features, 2 * hidden_features, bias=bias)
+        self.w3 = Linear(hidden_features, in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each row."""

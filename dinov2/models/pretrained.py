@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.models.positions import resample_positions
+from dinov2.models.timm_layout import from_timm, is_timm_layout
 from dinov2.models.transformers_layout import from_transformers, is_transformers_layout
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
+_WRAPPERS = ("model", "state_dict", "teacher")
+# In the order in which they nest; the last two are those of transformers' models with heads.
+_PREFIXES = ("module.", "teacher.", "backbone.", "dinov2.", "dinov2_with_registers.")
 _SHOWN = 6  # keys named in an error
 
 
@@ -49,9 +53,12 @@ def read_checkpoint(path_or_url: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         ValueError: the file holds something else, or is damaged; or the address cannot be read.
     """
     is_url = re.match(r"(https?|file)://", path_or_url)
+    if not is_url and Path(path_or_url).is_dir():
+        raise IsADirectoryError(f"{path_or_url!r} is a folder; name the .pth or .safetensors file in it.")
     if not is_url and not Path(path_or_url).is_file():
         raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
     try:
@@ -70,27 +77,46 @@ def read_checkpoint(path_or_url: str) -> Any:
         ) from error
 
 
-def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
-    """Find the backbone in a checkpoint: our exports, OpenMidnight's and Midnight's, Meta's, with or without wrappers.
+def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without wrappers (``teacher``, ``model``, ``state_dict``) and prefixes
+    (``module.``, ``teacher.``, ``backbone.``, transformers' names of a backbone); keys without the prefix go.
 
-    Wrappers ``teacher``, ``model`` and ``state_dict``, prefixes ``module.``, ``teacher.`` and ``backbone.``,
-    chunked block names and transformers' names are undone. Where nothing of the kind is found the result is empty
-    or fits no model.
+    Where nothing of the kind is found the result is empty, or all there is.
     """
     state = checkpoint
-    for wrapper in ("model", "state_dict", "teacher"):
+    for wrapper in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
         return {}
     state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    for prefix in ("module.", "teacher.", "backbone."):
+    for prefix in _PREFIXES:
         if any(key.startswith(prefix) for key in state):
             state = {
                 key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
             }
+    return state
+
+
+def layout(state: Mapping[str, Tensor]) -> str:
+    """Whose names an `unwrapped` state dict has: "transformers", "timm" or, all others, "meta"."""
     if is_transformers_layout(state):
+        return "transformers"
+    return "timm" if is_timm_layout(state) else "meta"
+
+
+def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
+    """Find the backbone in a checkpoint and give it Meta's names.
+
+    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, with
+    or without wrappers (see `unwrapped`) and chunked block names. Where nothing of the kind is found the result is
+    empty or fits no model.
+    """
+    state = unwrapped(checkpoint)
+    if layout(state) == "transformers":
         return from_transformers(state)
+    if layout(state) == "timm":
+        return from_timm(state)
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
 
 

@@ -45,7 +45,8 @@ class DinoVisionTransformer(nn.Module):
         num_register_tokens: R.
         interpolate_antialias: antialias when resampling the position grid.
         interpolate_offset: in [0, 1), added to the target grid's sides when resampling; see `resample_positions`.
-        attention_backend: "sdpa" or "xformers".
+        attention_backend: see `dinov2.layers.attention_backends`.
+        inverse_gather: see `dinov2.layers.stochastic_depth.add_branch`.
 
     Raises:
         ValueError: an unknown feed-forward layer or attention backend, or an offset out of range.
@@ -75,6 +76,7 @@ class DinoVisionTransformer(nn.Module):
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
         attention_backend: str = "sdpa",
+        inverse_gather: bool = True,
     ) -> None:
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
@@ -114,6 +116,7 @@ class DinoVisionTransformer(nn.Module):
                 act_layer=act_layer,
                 ffn_layer=FFN_LAYERS[ffn_layer],
                 attention_backend=attention_backend,
+                inverse_gather=inverse_gather,
             )
             for rate in rates
         )
@@ -143,20 +146,25 @@ class DinoVisionTransformer(nn.Module):
         outputs = self.forward_features(*args, **kwargs)
         return outputs if is_training else self.head(outputs["x_norm_clstoken"])
 
-    def forward_features(self, x: Tensor | Sequence[Tensor], masks: Any = None) -> Any:
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None
+    ) -> Any:
         """All tokens of one batch, or of several batches of different crop sizes in one pass over the blocks.
 
         Args:
             x: (B, C, H, W), or a list of such.
             masks: bool (B, N), True where the mask token replaces the patch, or None; a list of these for a list.
+            patch_index: int64 (M,) into the B * N patches of the (first) batch. The last block is then computed
+                for class tokens and these patches alone, and nothing else is returned.
 
         Returns:
             Per batch a dict: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
-            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given.
+            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given. With ``patch_index`` a dict holds
+            ``x_norm_clstoken``, and the first ``x_norm_indexedtokens`` (M, D).
         """
         if isinstance(x, Tensor):
-            return self._forward_crops([x], [masks])[0]
-        return self._forward_crops(x, masks if masks is not None else [None] * len(x))
+            return self._forward_crops([x], [masks], patch_index)[0]
+        return self._forward_crops(x, masks if masks is not None else [None] * len(x), patch_index)
 
     def forward_features_list(
         self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
@@ -164,11 +172,23 @@ class DinoVisionTransformer(nn.Module):
         """Meta's name for `forward_features` of a list."""
         return self._forward_crops(x_list, masks_list)
 
-    def _forward_crops(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[dict[str, Any]]:
+    def _forward_crops(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        patch_index: Tensor | None = None,
+    ) -> list[dict[str, Any]]:
         x, segments = self._pack(crops, masks)
+        wanted = None if patch_index is None else self._wanted_rows(segments, patch_index)
         orders = self._draw_orders(segments, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, segments, [order[2 * i : 2 * i + 2] for order in orders] if orders else None)
+            mine = [order[2 * i : 2 * i + 2] for order in orders] if orders else None
+            x = block(x, segments, mine, wanted if i == self.n_blocks - 1 else None)
+        if wanted is not None:
+            *class_tokens, patches = self.norm(x).split([*(batch for batch, _ in segments), len(patch_index)])
+            outputs = [{"x_norm_clstoken": tokens} for tokens in class_tokens]
+            outputs[0]["x_norm_indexedtokens"] = patches
+            return outputs
         first_patch = 1 + self.num_register_tokens
         outputs = []
         for prenorm, normed, mask in zip(
@@ -184,6 +204,16 @@ class DinoVisionTransformer(nn.Module):
                 }
             )
         return outputs
+
+    def _wanted_rows(self, segments: Segments, patch_index: Tensor) -> Tensor:
+        """Packed rows of every image's class token, segment by segment, then of the first segment's patches."""
+        rows, start = [], 0
+        for batch, tokens in segments:
+            rows.append(start + tokens * torch.arange(batch, device=patch_index.device))
+            start += batch * tokens
+        tokens, first_patch = segments[0][1], 1 + self.num_register_tokens
+        image = patch_index.div(tokens - first_patch, rounding_mode="floor")
+        return torch.cat([*rows, patch_index + first_patch * (image + 1)])
 
     def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
         tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]

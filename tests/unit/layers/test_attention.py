@@ -5,8 +5,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dinov2.layers import Attention
+from dinov2.layers.attention_backends import attention_backend, require_kernel
 from tests.helpers.backbones import randomise
 
 SEGMENTS = ((3, 5), (2, 4))
@@ -52,8 +54,9 @@ def image_by_image(attention, x):
     return torch.cat(outputs)
 
 
-def test_attends_within_each_image_only():
-    attention = randomise(Attention(24, num_heads=3, qkv_bias=True)).double()
+@pytest.mark.parametrize("backend", ["sdpa", "flash", "math"])
+def test_attends_within_each_image_only(backend):
+    attention = randomise(Attention(24, num_heads=3, qkv_bias=True, backend=backend)).double()
     x = torch.randn(23, 24, dtype=torch.float64, requires_grad=True)
     out, expected = attention(x, SEGMENTS), image_by_image(attention, x)
     torch.testing.assert_close(out, expected)
@@ -62,17 +65,80 @@ def test_attends_within_each_image_only():
     torch.testing.assert_close(grads, torch.autograd.grad((expected * direction).sum(), inputs))
 
 
+def softmax_attention(q, k, v):
+    """softmax(Q K^T / sqrt(d)) V in float64 for (B, N, H, d)."""
+    q, k, v = (t.double() for t in (q, k, v))
+    weights = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhij,bjhd->bihd", weights.softmax(dim=-1), v)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+@pytest.mark.parametrize("how", [lambda f: f, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("name", "flash"), [("flash", True), ("math", False)])
+def test_the_kernel_asked_for_runs(name, flash, how):
+    q, k, v = torch.randn(3, 2, 5, 3, 8)
+    attend = how(attention_backend(name))
+    with torch.autograd.profiler.profile() as profile:
+        out = attend(q, k, v)
+    torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=0, atol=1e-6)
+    kernels = {event.name for event in profile.function_events}
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in kernels) == flash
+    assert ("aten::bmm" in kernels) != flash
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [lambda f: f, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["sdpa", "flash", "cudnn", "efficient", "math"])
+def test_kernels_of_the_gpu(name, how):
+    q, k, v = torch.randn(3, 2, 54, 3, 64, device="cuda", dtype=torch.bfloat16)
+    require_kernel(name, head_width=64, dtype=q.dtype, device=q.device)
+    out = how(attention_backend(name))(q, k, v)
+    torch.testing.assert_close(out.double(), softmax_attention(q, k, v), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_no_float32_kernel_on_the_gpu(name):
+    with pytest.raises(ValueError, match=r"no kernel here for torch\.float32 on cuda"):
+        require_kernel(name, head_width=64, dtype=torch.float32, device=torch.device("cuda"))
+
+
 def test_unknown_backend():
     with pytest.raises(
-        ValueError, match=r"attention_backend = 'flash' is unknown; choose 'sdpa' or 'xformers'\.$"
+        ValueError, match=r"attention_backend = 'fast' is unknown; choose 'sdpa', .* or 'xformers'\.$"
     ):
-        Attention(8, num_heads=2, backend="flash")
+        Attention(8, num_heads=2, backend="fast")
 
 
-def test_xformers_without_cuda(monkeypatch):
+@pytest.mark.parametrize("name", ["cudnn", "efficient", "xformers"])
+def test_without_cuda(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"^[^.]*'xformers' needs a CUDA device.*choose 'sdpa'\.$"):
-        Attention(8, num_heads=2, backend="xformers")
+    with pytest.raises(ValueError, match=rf"^[^.]*'{name}' needs a CUDA device.*choose 'sdpa'\.$"):
+        Attention(8, num_heads=2, backend=name)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_no_kernel_for_the_device(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        ValueError,
+        match=rf"^attention_backend = '{name}' has no kernel here for torch\.float32 on cpu with heads 4 wide; "
+        r"choose 'sdpa'\.$",
+    ):
+        require_kernel(name, head_width=4, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_other_errors_stay_themselves(monkeypatch):
+    def exhausted(q, k, v):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        Attention(8, num_heads=2, backend="flash")(torch.randn(23, 8), SEGMENTS)
 
 
 def test_xformers_not_importable(xformers, monkeypatch):

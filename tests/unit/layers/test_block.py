@@ -45,13 +45,18 @@ def slow_block(block, x, kept):
     return slow_branch(slow_branch(x, attention, kept[0]), feed_forward, kept[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"ffn_layer": SwiGLUFFNFused}])
+def kept_images(orders, count):
+    """Per branch and segment the numbers of the images it keeps."""
+    return [[order[branch, 0, :count].tolist() for order in orders] for branch in (0, 1)]
+
+
+@pytest.mark.parametrize("options", [{}, {"ffn_layer": SwiGLUFFNFused}, {"inverse_gather": False}])
 def test_stochastic_depth_computes_the_kept_images_alone(options):
     block = random_block(drop_path=0.4, **options)
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     orders = draw_orders(SEGMENTS, 2, x.device)
     # floor(6 * 0.6) = 3 and floor(5 * 0.6) = 3 images are kept.
-    kept = [[order[branch, :3].tolist() for order in orders] for branch in (0, 1)]
+    kept = kept_images(orders, 3)
     out, expected = block(x, SEGMENTS, orders), slow_block(block, x, kept)
     torch.testing.assert_close(out, expected)
 
@@ -91,7 +96,7 @@ def test_kept_counts_at_p_04(batch, count):
 def test_updates_are_unbiased_over_draws():
     draws, batch = 4000, 5
     orders = draw_orders(((batch, 1),), draws, "cpu")[0]
-    assert (orders.sort(dim=1).values == torch.arange(batch)).all()
+    assert (orders[:, 0].sort(dim=1).values == torch.arange(batch)).all()
     total = torch.zeros(batch, 1, dtype=torch.float64)
     for order in orders:
         total += add_branch(
@@ -104,7 +109,7 @@ def test_updates_are_unbiased_over_draws():
 
 def test_branches_and_segments_draw_independently():
     first, second = draw_orders(((50, 1), (50, 1)), 2, "cpu")
-    assert len({tuple(order.tolist()) for order in (*first, *second)}) == 4
+    assert len({tuple(order[0].tolist()) for order in (*first, *second)}) == 4
 
 
 def test_segments_equal_separate_calls():
@@ -112,6 +117,23 @@ def test_segments_equal_separate_calls():
     x = torch.randn(T, D, dtype=torch.float64)
     parts = [block(rows, (segment,)) for rows, segment in zip(x.split([30, 15]), SEGMENTS, strict=True)]
     torch.testing.assert_close(block(x, SEGMENTS), torch.cat(parts))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_wanted_rows_are_those_of_the_whole_block(rate):
+    """Class tokens of all images, some patches, one of them twice with weight 0, as padding is."""
+    block = random_block(drop_path=rate, ffn_layer=SwiGLUFFNFused)
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    orders = draw_orders(SEGMENTS, 2, x.device)
+    wanted = torch.tensor([*range(0, 30, 5), *range(30, 45, 3), 2, 3, 17, 18, 29, 2])
+    weight = torch.randn(len(wanted), D, dtype=torch.float64)
+    weight[-1] = 0
+    out, expected = block(x, SEGMENTS, orders, wanted), block(x, SEGMENTS, orders)[wanted]
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
+    inputs = [x, *block.parameters()]
+    grads = torch.autograd.grad((out * weight).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [None, 0.0])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,6 +75,29 @@ def test_backbone_compiles_without_a_graph_break():
     torch.manual_seed(1)
     out = compiled(crops, masks=masks, is_training=True)
     torch.testing.assert_close(out, expected)
+
+
+def graphs_of(block, x, orders, wanted):
+    """Operations of a block's compiled forward and backward graphs."""
+    seen = []
+
+    def record(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(block, backend=aot_autograd(fw_compiler=record), fullgraph=True, dynamic=False)
+    compiled(x, SEGMENTS, orders, wanted).square().sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("inverse_gather", [True, False])
+def test_no_row_is_scattered(inverse_gather):
+    block = randomise(Block(8, num_heads=2, init_values=1.0, drop_path=0.4, inverse_gather=inverse_gather))
+    x = torch.randn(38, 8, requires_grad=True)
+    operations = graphs_of(block, x, draw_orders(SEGMENTS, 2, x.device), None)
+    assert any("index_select" in name or "aten.index.Tensor" in name for name in operations)
+    scattered = any(part in name for name in operations for part in ("index_put", "index_add", "scatter"))
+    assert scattered != inverse_gather
 
 
 def test_equal_blocks_share_one_compiled_graph():

@@ -1,0 +1,129 @@
+"""The linear map of the transformer blocks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.layers.fp8 import COMPUTE_DTYPE, WIDTH_MULTIPLE, fp8_input_gradient, fp8_product
+
+_SCALINGS = ("tensor", "row")
+
+
+class Fp8(NamedTuple):
+    """How a layer multiplies in FP8: a scale per row or one per tensor, and the input gradient too or not."""
+
+    per_row: bool
+    backward: bool
+
+
+class Linear(nn.Linear):
+    """x W^T + b for x (..., I), computed in one of three ways.
+
+    By default as `nn.Linear` does, under whatever autocast is active. After `keep_weight_copies`, from a 16-bit copy
+    of the weight: the result has the copy's dtype and is bit for bit that of autocast to this dtype, without
+    the cast of the weight. After `use_fp8`, in FP8 with a bfloat16 result. The last two take any floating x, ignore
+    autocast, and give parameters gradients in the parameters' own dtype.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.fp8: Fp8 | None = None
+        self.register_buffer("weight_copy", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map each row."""
+        if self.fp8 is None and self.weight_copy is None:
+            return super().forward(x)
+        dtype = self.weight_copy.dtype if self.fp8 is None else COMPUTE_DTYPE
+        rows = x.to(dtype).reshape(-1, self.in_features)
+        out = _Product.apply(rows, self.weight, self.weight_copy, self.bias, self.fp8)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+def keep_weight_copies(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
+    """Let every `Linear` below a module multiply with a copy of its weight in ``dtype``.
+
+    The copies are buffers outside the state dict. Whoever changes a weight must copy it again.
+    Call on the final device, on whole (not sharded) weights.
+
+    Returns:
+        Each weight with its copy.
+    """
+    pairs = []
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.weight_copy = layer.weight.detach().to(dtype, copy=True)
+            pairs.append((layer.weight, layer.weight_copy))
+    return pairs
+
+
+def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool) -> None:
+    """Let every `Linear` below a module multiply in FP8 (e4m3); see `fp8_problem` for where this works.
+
+    The weight's gradient stays a bfloat16 product: its sum runs over the rows, whose number need not divide by 16.
+
+    Args:
+        module: holds the layers.
+        scaling: "tensor" for one scale per operand, "row" for one per row of x and per output channel.
+        backward: the input gradient in FP8 as well, otherwise in bfloat16.
+
+    Raises:
+        ValueError: unknown scaling, or a layer's widths do not divide by 16; no layer has been changed.
+    """
+    if scaling not in _SCALINGS:
+        raise ValueError(f"FP8 scaling {scaling!r} is unknown; use {' or '.join(map(repr, _SCALINGS))}.")
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear)}
+    for name, layer in layers.items():
+        if layer.in_features % WIDTH_MULTIPLE or layer.out_features % WIDTH_MULTIPLE:
+            raise ValueError(
+                f"{name or 'The layer'} maps {layer.in_features} to {layer.out_features} features; "
+                f"FP8 needs multiples of {WIDTH_MULTIPLE}."
+            )
+    fp8 = Fp8(scaling == "row", backward)
+    for layer in layers.values():
+        layer.fp8 = fp8
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b with W the weight or its copy; only x (M, I) and W are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, fp8: Fp8 | None
+    ) -> Tensor:
+        operand = weight if copy is None else copy
+        ctx.save_for_backward(x, operand)
+        ctx.fp8, ctx.weight_dtype = fp8, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(x.dtype)
+            if fp8 is None:
+                return F.linear(x, operand, bias)
+            return fp8_product(x, operand, fp8.per_row, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, operand = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                if ctx.fp8 is not None and ctx.fp8.backward:
+                    grad_x = fp8_input_gradient(grad, operand, ctx.fp8.per_row)
+                else:
+                    grad_x = grad @ operand.to(grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _weight_gradient(grad, x, ctx.weight_dtype)
+            if ctx.needs_input_grad[3]:
+                grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_weight, None, grad_bias, None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """g^T x, from its float32 accumulator where the device can write that out."""
+    if grad.is_cuda and dtype == torch.float32:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return torch.mm(grad.t(), x).to(dtype)

@@ -1,0 +1,60 @@
+"""Taking rows out of a matrix and adding rows to it, both ways without atomics.
+
+A selection is known by ``rows`` (K,), the row of the large matrix that each row of the small one is, and by
+``places`` (T,), the place of each large row among the small ones, K where it is not selected. With both, either
+map is the other's derivative and each is a gather: nothing is scattered, so results do not depend on the order in
+which threads arrive, and a compiler can fuse each with its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take_rows(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """x[rows]: (T, D) to (K, D).
+
+    Args:
+        x: any float dtype.
+        rows: int64 (K,), different from each other.
+        places: int64 (T,), the inverse of ``rows``; K where a row is not taken.
+    """
+    return _TakeRows.apply(x, rows, places)
+
+
+def add_rows(x: Tensor, update: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """(T, D) with ``update`` (K, D) added at ``rows``; see `take_rows`."""
+    return _AddRows.apply(x, update, rows, places)
+
+
+def spread_rows(small: Tensor, places: Tensor) -> Tensor:
+    """(K, D) to (T, D): row ``places[t]`` of ``small`` at t, zeros where that is K."""
+    count = len(small)
+    return torch.where((places < count)[:, None], small[places.clamp_max(count - 1)], 0)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return spread_rows(grad, places), None, None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x + spread_rows(update, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return grad, grad.index_select(0, rows), None, None
