@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dinov2.loss.centering import TeacherCentering
+from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels
 from dinov2.loss.sinkhorn import sinkhorn_knopp
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
 
@@ -13,7 +14,11 @@ from dinov2.loss.soft_cross_entropy import soft_cross_entropy
 
 
 def dino_global_loss(
-    student_global: Tensor, teacher_probs: Tensor, num_local_views: int, student_temp: float = 0.1
+    student_global: Tensor,
+    teacher_probs: Tensor,
+    num_local_views: int,
+    student_temp: float = 0.1,
+    kernels: PrototypeKernels = EAGER,
 ) -> Tensor:
     """Cross-entropy of each global view against the teacher's targets for the other global views.
 
@@ -26,16 +31,23 @@ def dino_global_loss(
         teacher_probs: (V, B, K) teacher probabilities of the same views.
         num_local_views: L, for the number of pairs only.
         student_temp: tau > 0.
+        kernels: implementation of the passes over the logits.
 
     Returns:
         0-d float32. The mean over ranks is the loss of the joined batch.
     """
     num_views = len(teacher_probs)
     others = sum(teacher_probs.roll(shift, 0) for shift in range(1, num_views))
-    return _mean_over_pairs(student_global, others, num_views, num_local_views, student_temp)
+    entropy = soft_cross_entropy(student_global, others, student_temp, kernels)
+    return _mean_over_pairs(entropy, num_views, num_local_views)
 
 
-def dino_local_loss(student_local: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
+def dino_local_loss(
+    student_local: Tensor,
+    teacher_probs: Tensor,
+    student_temp: float = 0.1,
+    kernels: PrototypeKernels = EAGER,
+) -> Tensor:
     """Cross-entropy of each local view against the teacher's targets for all global views.
 
         L_local = 1 / (V L + V (V - 1)) sum_l sum_v mean_b CE(t_vb, s_lb)
@@ -44,17 +56,17 @@ def dino_local_loss(student_local: Tensor, teacher_probs: Tensor, student_temp: 
         student_local: (L, B, K) student logits, any float dtype.
         teacher_probs: (V, B, K) teacher probabilities of the global views.
         student_temp: tau > 0.
+        kernels: implementation of the passes over the logits.
 
     Returns:
         0-d float32, see `dino_global_loss`.
     """
-    num_views = len(teacher_probs)
-    return _mean_over_pairs(student_local, teacher_probs.sum(0), num_views, len(student_local), student_temp)
+    entropy = soft_cross_entropy(student_local, teacher_probs.sum(0), student_temp, kernels)
+    return _mean_over_pairs(entropy, len(teacher_probs), len(student_local))
 
 
-def _mean_over_pairs(student: Tensor, target: Tensor, num_views: int, num_local: int, temp: float) -> Tensor:
-    num_pairs = num_views * num_local + num_views * (num_views - 1)
-    return soft_cross_entropy(student, target, temp).mean(1).sum() / num_pairs
+def _mean_over_pairs(entropy: Tensor, num_views: int, num_local: int) -> Tensor:
+    return entropy.mean(1).sum() / (num_views * num_local + num_views * (num_views - 1))
 
 
 class DINOLoss(TeacherCentering):

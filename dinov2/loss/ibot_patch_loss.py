@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from dinov2.loss.assignments import Assignments
 from dinov2.loss.centering import TeacherCentering
+from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels
 from dinov2.loss.sinkhorn import sinkhorn_knopp
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
 
@@ -12,10 +14,11 @@ from dinov2.loss.soft_cross_entropy import soft_cross_entropy
 
 def ibot_loss(
     student_logits: Tensor,
-    teacher_probs: Tensor,
+    teacher: Tensor | Assignments,
     row_weight: Tensor,
     num_crops: int,
     student_temp: float = 0.1,
+    kernels: PrototypeKernels = EAGER,
 ) -> Tensor:
     """Cross-entropy of masked patches, averaged over each crop's masked patches, then over all crops.
 
@@ -27,15 +30,17 @@ def ibot_loss(
 
     Args:
         student_logits: (M, K), any float dtype.
-        teacher_probs: (M, K).
+        teacher: (M, K) probabilities, written out or as factors.
         row_weight: (M,) 1/|M_c| of the row's crop, 0 for padding.
         num_crops: C on this rank, the same on all ranks.
         student_temp: tau > 0.
+        kernels: implementation of the passes over the logits.
 
     Returns:
         0-d float32. The mean over ranks is the loss of the joined batch.
     """
-    return (soft_cross_entropy(student_logits, teacher_probs, student_temp) * row_weight).sum() / num_crops
+    entropy = soft_cross_entropy(student_logits, teacher, student_temp, kernels)
+    return (entropy * row_weight).sum() / num_crops
 
 
 class iBOTPatchLoss(TeacherCentering):

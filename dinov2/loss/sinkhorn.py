@@ -1,23 +1,41 @@
 """Sinkhorn-Knopp: teacher targets that use every prototype equally."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum
+from dinov2.loss.assignments import Assignments
 from dinov2.loss.precision import at_least_float32
+from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, inverse
 
 # Keeps 1/sum, and sums of up to 1e8 such terms, inside float32's range.
 _SMALLEST_SUM = 1e-30
 
 
-@torch.no_grad()
 def sinkhorn_knopp(
     logits: Tensor,
     teacher_temp: float | Tensor,
     n_iterations: int = 3,
     row_weight: Tensor | None = None,
 ) -> Tensor:
+    """`sinkhorn_assignments`, written out.
+
+    Returns:
+        (N, K) float32 (float64 for float64 logits); rows that count sum to 1, padded rows are 0.
+    """
+    return sinkhorn_assignments(logits, teacher_temp, n_iterations, row_weight).probs()
+
+
+def sinkhorn_assignments(
+    logits: Tensor,
+    teacher_temp: float | Tensor,
+    n_iterations: int = 3,
+    row_weight: Tensor | None = None,
+    kernels: PrototypeKernels = EAGER,
+) -> Assignments:
     """Turn teacher logits into assignments whose prototypes carry equal mass over the batch of all ranks.
 
     SwAV (arXiv:2006.09882, section 3.1, equation 5), with l the logits, T the temperature, w the row weights:
@@ -27,8 +45,9 @@ def sinkhorn_knopp(
         v_n = w_n / sum_k E_nk u_k
 
     Usually written as a matrix that is divided by its total and then, in turn, by K times its prototype sums
-    and by N times its row sums. Total, K and N cancel, so only the two scaling vectors are iterated, E is
-    computed once, and the number of rows need not be known.
+    and by N times its row sums. Total, K and N cancel, so only the two scaling vectors are iterated, and the
+    number of rows need not be known. E is not kept: each half of an iteration derives it from the logits anew,
+    because reading 16 bits and taking exp costs less than reading 32.
 
     exp cannot overflow: E is taken relative to each row's largest logit, and v begins as exp of that one's
     distance from the largest logit of all ranks, which leaves P as it was. A prototype whose every logit lies
@@ -37,28 +56,55 @@ def sinkhorn_knopp(
 
     Args:
         logits: (N, K) teacher outputs, any float dtype; finite, padded rows included. N may differ
-            between ranks and be 0.
-        teacher_temp: T > 0; a 0-d tensor spares recompilation under ``torch.compile``.
+            between ranks and be 0. The result keeps them: leave them as they are.
+        teacher_temp: T > 0; a 0-d tensor spares recompilation of a caller under ``torch.compile``.
         n_iterations: at least 1. One all-reduce of K values each, after one of a scalar; all ranks must call.
         row_weight: (N,) 1 for rows that count, 0 for padding; None when all count.
-
-    Returns:
-        (N, K) float32 (float64 for float64 logits); rows that count sum to 1, padded rows are 0.
+        kernels: implementation of the passes over the logits.
 
     Raises:
         ValueError: ``n_iterations`` is less than 1.
     """
+    return sinkhorn_assignments_of([logits], teacher_temp, n_iterations, [row_weight], kernels)[0]
+
+
+@torch.no_grad()
+def sinkhorn_assignments_of(
+    batches: Sequence[Tensor],
+    teacher_temp: float | Tensor,
+    n_iterations: int = 3,
+    row_weights: Sequence[Tensor | None] | None = None,
+    kernels: PrototypeKernels = EAGER,
+) -> list[Assignments]:
+    """`sinkhorn_assignments` of each of several matrices, in as many all-reduces as one takes.
+
+    Args:
+        batches: (N_i, K_i) logits, of one dtype.
+        row_weights: (N_i,) or None for each; None when all rows of all count.
+    """
     if n_iterations < 1:
         raise ValueError(f"n_iterations is {n_iterations}; Sinkhorn-Knopp needs at least 1")
-    row_max = at_least_float32(logits.amax(1))
-    weight = torch.ones_like(row_max) if row_weight is None else row_weight.to(row_max.dtype)
-    counts = weight > 0
-    # Padded, because a rank without rows has no maximum.
-    shared_max = all_reduce_max(F.pad(row_max.where(counts, -torch.inf), (0, 1), value=-torch.inf).amax())
-    v = ((row_max - shared_max) / teacher_temp).exp().where(counts, 0.0)
-    kernel = (logits - row_max[:, None]).div_(teacher_temp).exp_()
-    with torch.autocast(logits.device.type, enabled=False):
-        for _ in range(n_iterations):
-            u = all_reduce_sum(kernel.mT @ v).clamp_min_(_SMALLEST_SUM).reciprocal_()
-            v = weight / (kernel @ u)
-    return kernel.mul_(u).mul_(v[:, None])
+    row_max = [at_least_float32(logits.amax(1)) for logits in batches]
+    weights = [
+        torch.ones_like(top) if weight is None else weight.to(top.dtype)
+        for top, weight in zip(row_max, row_weights or [None] * len(batches), strict=True)
+    ]
+    scale = inverse(teacher_temp, row_max[0])
+    largest = all_reduce_max(torch.stack([_largest(*rows) for rows in zip(row_max, weights, strict=True)]))
+    v = [
+        ((top - shared) * scale).exp().where(weight > 0, 0.0)
+        for top, weight, shared in zip(row_max, weights, largest.unbind(), strict=True)
+    ]
+    matrices = list(zip(batches, row_max, strict=True))
+    for _ in range(n_iterations):
+        sums = [kernels.column_sums(*m, v_, scale) for m, v_ in zip(matrices, v, strict=True)]
+        scaling = all_reduce_sum(torch.cat(sums)).clamp_min_(_SMALLEST_SUM).reciprocal_()
+        u = scaling.split([logits.shape[1] for logits in batches])
+        sums = [kernels.row_sums(*m, u_, scale) for m, u_ in zip(matrices, u, strict=True)]
+        v = [weight / total for weight, total in zip(weights, sums, strict=True)]
+    return [Assignments(*m, u_, v_, scale) for m, u_, v_ in zip(matrices, u, v, strict=True)]
+
+
+def _largest(row_max: Tensor, weight: Tensor) -> Tensor:
+    """The largest of the rows that count, 0-d; padded, because a rank without rows has no maximum."""
+    return F.pad(row_max.where(weight > 0, -torch.inf), (0, 1), value=-torch.inf).amax()

@@ -5,10 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2.loss.assignments import Assignments
 from dinov2.loss.precision import at_least_float32
+from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, inverse
 
 
-def soft_cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
+def soft_cross_entropy(
+    student_logits: Tensor,
+    teacher: Tensor | Assignments,
+    student_temp: float | Tensor,
+    kernels: PrototypeKernels = EAGER,
+) -> Tensor:
     """Cross-entropy of each row of student logits s against its teacher probabilities t.
 
         CE(t, s) = -sum_k t_k log softmax(s / tau)_k = logsumexp(s / tau) sum_k t_k - (s . t) / tau
@@ -19,30 +26,37 @@ def soft_cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_te
     gradient is (softmax(s / tau) sum_k t_k - t) / tau.
 
     Args:
-        student_logits: (..., K), any float dtype; the gradient comes back in it.
-        teacher_probs: (..., K), broadcastable to ``student_logits``; a constant, no gradient flows to it.
+        student_logits: (..., N, K), any float dtype; the gradient comes back in it, and is the only new tensor of
+            this size.
+        teacher: (..., N, K), broadcastable to ``student_logits``, or factors of a matrix of just its shape; a
+            constant, no gradient flows to it.
         student_temp: tau > 0.
+        kernels: implementation of the passes over the logits.
 
     Returns:
-        (...,) float32 (float64 for float64 logits), one value per row of ``student_logits``.
+        (..., N) float32 (float64 for float64 logits), one value per row of ``student_logits``.
     """
-    return _SoftCrossEntropy.apply(student_logits, teacher_probs, student_temp)
+    target = teacher.factors if isinstance(teacher, Assignments) else (teacher.expand_as(student_logits),)
+    return _SoftCrossEntropy.apply(kernels, student_temp, student_logits, *target)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
-        row_max = at_least_float32(student_logits.amax(-1, keepdim=True))
-        scaled = (student_logits - row_max).div_(student_temp)
-        log_sum = scaled.exp().sum(-1, keepdim=True).log_()
-        mass = teacher_probs.sum(-1, keepdim=True, dtype=scaled.dtype)
-        ctx.save_for_backward(student_logits, teacher_probs, row_max, log_sum, mass)
-        ctx.student_temp = student_temp
-        return (log_sum * mass).squeeze(-1) - scaled.mul_(teacher_probs).sum(-1)
+    def forward(
+        ctx: Any, kernels: PrototypeKernels, temp: float | Tensor, student: Tensor, *target: Tensor
+    ) -> Tensor:
+        row_max = at_least_float32(student.amax(-1))
+        scale = inverse(temp, row_max)
+        # Detached, because a compiled kernel is specialised on whether its arguments need gradients.
+        entropy, log_sum, mass = kernels.cross_entropy(student.detach(), row_max, scale, *target)
+        ctx.save_for_backward(student, row_max, log_sum, mass, scale, *target)
+        ctx.kernels = kernels
+        return entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        student_logits, teacher_probs, row_max, log_sum, mass = ctx.saved_tensors
-        probs = (student_logits - row_max).div_(ctx.student_temp).sub_(log_sum).exp_()
-        error = probs.mul_(mass).sub_(teacher_probs)
-        return error.mul_(grad[..., None] / ctx.student_temp).to(student_logits.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, row_max, log_sum, mass, scale, *target = ctx.saved_tensors
+        # Contiguous, because a sum hands its gradient down expanded: one layout, one compiled kernel.
+        numbers = row_max, log_sum, mass, grad.contiguous()
+        error = ctx.kernels.cross_entropy_grad(student, *numbers, scale, *target)
+        return None, None, error, *[None] * len(target)

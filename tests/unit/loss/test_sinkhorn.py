@@ -50,6 +50,23 @@ def test_padding_counts_for_nothing():
     assert torch.equal(result[~real], torch.zeros(3, 12, dtype=torch.float64))
 
 
+def test_one_row_is_its_own_share():
+    # Whatever the logits: the only row gives every prototype 1/K.
+    result = sinkhorn_knopp(cosines(1, 8), TEMP)
+    torch.testing.assert_close(result, torch.full((1, 8), 1 / 8, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_gains_of_trained_prototypes():
+    # The last layer's gains are trained: the largest logit is neither 1 nor the same in all rows.
+    logits = cosines(24, 40) * torch.linspace(0.3, 2.5, 40, dtype=torch.float64)
+    expected = reference.sinkhorn_in_logs(logits, TEMP, 3)
+    torch.testing.assert_close(sinkhorn_knopp(logits, TEMP), expected, rtol=1e-11, atol=1e-14)
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = reference.sinkhorn_in_logs(logits.to(dtype), TEMP, 3)
+        in_float32 = sinkhorn_knopp(logits.to(dtype), TEMP).double()
+        torch.testing.assert_close(in_float32, expected, rtol=2e-4, atol=1e-7)
+
+
 def test_nothing_but_padding_gives_zeros():
     assert not sinkhorn_knopp(cosines(4, 6), TEMP, row_weight=torch.zeros(4)).any()
     assert sinkhorn_knopp(cosines(0, 6), TEMP).shape == (0, 6)

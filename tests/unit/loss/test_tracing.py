@@ -16,6 +16,8 @@ from dinov2.loss import (
     dino_local_loss,
     ibot_loss,
     iBOTPatchLoss,
+    sinkhorn_assignments_of,
+    soft_cross_entropy,
 )
 
 K, B, N = 7, 4, 5
@@ -47,12 +49,20 @@ def ibot_step(student, masks):
     )
 
 
+def factored_step(student, masks):
+    rows = student.flatten(0, 1)
+    real = (torch.arange(len(rows)) < masks.sum()).float()
+    teachers = student[0].detach(), rows.detach()
+    cls, patches = sinkhorn_assignments_of(teachers, torch.tensor(0.04), row_weights=[None, real])
+    return soft_cross_entropy(student, cls.probs(), 0.1).sum() + ibot_loss(rows, patches, real, len(masks))
+
+
 def spreading_step(student, masks):
     x = student.flatten(0, 1)
     return KDELoss()(x) + KDELoss(reference_sign=True)(x) + KoLeoLoss()(x)
 
 
-STEPS = [dino_step, ibot_step, spreading_step]
+STEPS = [dino_step, ibot_step, factored_step, spreading_step]
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
