@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dinov2.distributed import get_global_size, is_enabled
@@ -26,43 +29,106 @@ def shard(
     strategy: str,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
+    ranks_per_node: int | None = None,
+    prefetch: int = 0,
 ) -> None:
-    """Shard ``module`` over all ranks in place; all ranks must call. The parameters stay fp32 between steps.
+    """Shard ``module`` in place; all ranks must call. The parameters stay fp32 between steps.
+
+    What has no trainable parameter when this is called is never kept for a backward, whatever the strategy: it is
+    gathered anew each step anyway.
 
     Args:
         module: root to shard.
-        units: submodules gathered one at a time (the transformer blocks).
+        units: submodules gathered one at a time (the transformer blocks), in the order in which they run.
         device: where the shards live.
-        strategy: ``SHARD_GRAD_OP`` keeps gathered parameters until the backward, ``FULL_SHARD`` gathers them
-            again, ``NO_SHARD`` replicates.
+        strategy: ``SHARD_GRAD_OP`` keeps gathered parameters until the backward, ``FULL_SHARD`` gathers those of
+            the units again, ``NO_SHARD`` replicates. ``HYBRID_SHARD`` shards among the ranks of a node as
+            ``SHARD_GRAD_OP`` and replicates over nodes: only gradients travel between nodes.
         param_dtype: dtype in which parameters are gathered and multiplied. The module's inputs keep theirs: the
             residual stream stays fp32 and autocast rounds at each product.
         reduce_dtype: dtype of the gradient average over ranks.
+        ranks_per_node: for ``HYBRID_SHARD``; by default torchrun's.
+        prefetch: units gathered ahead of the one that runs, in forward and backward, each holding its gathered
+            parameters meanwhile; 0 leaves the order to FSDP, whose host thread gathers one ahead.
+
+    Raises:
+        ValueError: the number of ranks is no multiple of ``ranks_per_node``.
     """
     # It warns that views of a module's output must not be changed in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    world = get_global_size()
-    if strategy == "NO_SHARD":
-        mesh = init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    mesh = _mesh(dist.group.WORLD, device.type, _mesh_shape(strategy, ranks_per_node))
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    keep = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": strategy == "FULL_SHARD"}
+    units = list(units)
     for unit in units:
-        fully_shard(unit, **keep)
-    fully_shard(module, **keep)
+        again = strategy == "FULL_SHARD" or not _is_trainable(unit)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    # The backward begins where the forward ended: the root would be gathered again at once.
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not _is_trainable(module))
+    if prefetch:
+        _prefetch(module, units, prefetch)
+
+
+def local_world_size() -> int:
+    """Return the number of this machine's processes (torchrun's ``LOCAL_WORLD_SIZE``), all without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", get_global_size()))
+
+
+def _mesh_shape(strategy: str, ranks_per_node: int | None) -> tuple[int, ...]:
+    """``(shard,)`` or ``(replicate, shard)``."""
+    world = get_global_size()
+    if strategy == "NO_SHARD":
+        return world, 1
+    if strategy != "HYBRID_SHARD":
+        return (world,)
+    ranks = ranks_per_node or local_world_size()
+    if world % ranks:
+        raise ValueError(
+            f"sharding_strategy = 'HYBRID_SHARD' has {world} ranks for nodes of {ranks}; start equally many on every "
+            "node, or choose 'SHARD_GRAD_OP'."
+        )
+    return (world // ranks, ranks) if ranks < world else (world,)
+
+
+@functools.lru_cache(maxsize=4)  # a mesh brings communicators of its own, which all modules can share
+def _mesh(world: dist.ProcessGroup, device_type: str, shape: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _prefetch(root: FSDPModule, units: Sequence[FSDPModule], ahead: int) -> None:
+    """Tell the root and every unit what to gather while it runs; frozen units see no backward."""
+    root.set_modules_to_forward_prefetch(units[:ahead])
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + ahead])
+    backward = [unit for unit in reversed(units) if _is_trainable(unit)]
+    root.set_modules_to_backward_prefetch(backward[:ahead])
+    for i, unit in enumerate(backward):
+        unit.set_modules_to_backward_prefetch(backward[i + 1 : i + 1 + ahead])
 
 
 def reshard(module: nn.Module) -> None:
     """Put the shards back in place of gathered parameters, so that they can be updated and gathered anew.
 
-    Needed by a network without a backward, which otherwise keeps what its last forward gathered.
+    A trainable network keeps what it gathered until a backward; one that only runs forward needs this.
     """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
+            _forget_forwards(unit)
+
+
+def _forget_forwards(unit: FSDPModule) -> None:
+    """Empty FSDP's record of forwards, which otherwise grows by 2 KB a step: a backward that never comes clears it."""
+    state = unit._get_fsdp_state()  # no public way in torch 2.11 to 2.15
+    getattr(state._comm_ctx, "post_forward_order", []).clear()  # made at the first forward
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    for group in filter(None, groups):
+        group._post_forward_indices.clear()
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
