@@ -1,13 +1,11 @@
-"""AdamW over DINOv2's parameter groups, and gradient clipping per module."""
+"""AdamW over DINOv2's parameter groups."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dinov2.train.schedules import ScheduleValues
 
@@ -71,39 +69,23 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> 
         group["weight_decay"] = values.wd * group["wd_multiplier"]
 
 
-def clip_by_module(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
-    """Scale each module's gradients so that their joint L2 norm does not exceed ``max_norm``; 0 clips nothing.
-
-    Returns:
-        Norm before clipping per module, 0-d tensors on the device. All ranks must call: sharded gradients are
-        reduced.
-    """
-    return {name: _clip(module.parameters(), max_norm) for name, module in student.items()}
-
-
-def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def adam_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq`` by parameter name, zeros where no step was made yet.
 
     The tensors are the optimiser's own: filling them restores it.
     """
     names = {parameter: name for name, parameter in student.named_parameters()}
-    states = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = (
-                    torch.zeros_like(parameter),
-                    torch.zeros_like(parameter),
-                )
-            states[names[parameter]] = dict(state)
-    return states
+    return {
+        names[parameter]: dict(state_of(optimizer, parameter))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, begun as AdamW begins it."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state

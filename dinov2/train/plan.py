@@ -1,13 +1,17 @@
-"""What a configuration amounts to on a number of GPUs: steps, learning rate, tokens, FLOPs."""
+"""What a configuration amounts to on a number of GPUs: steps, learning rate, FLOPs, memory, time and cost."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from dinov2.configs.schema import Config
+from dinov2.train.flops import step_flops
+from dinov2.train.hardware import ASSUMED_GPU, ASSUMED_PEAK_SHARE, DOLLARS_PER_GPU_HOUR, Gpu, find_gpu
+from dinov2.train.memory import predict_memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def make_plan(config: Config, world_size: int, global_batch: int | None = None) 
     Args:
         config: validated configuration.
         world_size: processes of this launch.
-        global_batch: of the run being resumed; None at a first launch.
+        global_batch: of the run being resumed, or of the batch that ``auto`` found; None takes the configured one.
 
     Raises:
         ValueError: the batch does not divide into whole pairs of images per process.
@@ -74,62 +78,63 @@ def make_plan(config: Config, world_size: int, global_batch: int | None = None) 
     )
 
 
-def flops_per_step(config: Config, student: nn.ModuleDict, images: int) -> float:
-    """Arithmetic of one training step on ``images`` images, for model FLOPs utilisation.
+def describe_plan(
+    config: Config,
+    plan: RunPlan,
+    student: nn.ModuleDict,
+    device_name: str | None = "",
+    gpus_per_node: int = 8,
+    compiled: bool = True,
+) -> str:
+    """The plan as lines of text, for the start of a run and for ``--dry-run``.
 
-    A product of (n, a) by (a, b) counts 2nab, a training pass three forward passes, attention 4 n^2 D forward.
-    Only the samples that stochastic depth keeps are counted, and every padded masked row.
+    Memory, time and cost are predictions for one kind of GPU, which the text names.
 
     Args:
-        config: the run's configuration.
-        student: ``backbone``, ``dino_head`` and, where separate, ``ibot_head``; may be on the meta device.
-        images: images of the step on one process.
+        config: validated configuration.
+        plan: of the run.
+        student: may be on the meta device.
+        device_name: the driver's name of the GPU; one that is unknown here gives way to `ASSUMED_GPU`, and None,
+            for a run on a CPU, leaves the predictions out.
+        gpus_per_node: of the launch.
+        compiled: blocks run through torch.compile.
     """
-    patch, crops = config.student.patch_size, config.crops
-    n_global, n_local = ((size // patch) ** 2 for size in (crops.global_crops_size, crops.local_crops_size))
-    extra = 1 + config.student.num_register_tokens
-    b_global, b_local = 2 * images, crops.local_crops_number * images
-    backbone, dino_head = student["backbone"], student["dino_head"]
-    ibot_head = student["ibot_head" if "ibot_head" in student else "dino_head"]
-    width = backbone.embed_dim
-
-    student = teacher = 0.0
-    for block in backbone.blocks:
-        products = 2 * _linear_weights(block)
-        keep = 1 - block.drop_path_rate
-        for batch, tokens in ((b_global, n_global + extra), (b_local, n_local + extra)):
-            kept = max(int(batch * keep), 1) if keep < 1 else batch
-            student += 3 * kept * (products * tokens + 4 * tokens**2 * width)
-        teacher += b_global * (products * (n_global + extra) + 4 * (n_global + extra) ** 2 * width)
-
-    low, high = config.ibot.mask_ratio_min_max
-    masked_crops = round(4 * config.ibot.mask_sample_probability)
-    edges = [low + (high - low) * (j + 1) / masked_crops for j in range(masked_crops)]
-    masked_rows = images // 2 * sum(int(n_global * edge) for edge in edges)
-    heads = 2 * _linear_weights(dino_head) * (3 * (b_global + b_local) + b_global)
-    heads += 2 * _linear_weights(ibot_head) * 4 * masked_rows
-    pixels = 2 * 3 * patch**2 * width
-    embed = pixels * (2 * (b_global * n_global + b_local * n_local) + b_global * n_global)
-    return student + teacher + heads + embed
-
-
-def describe_plan(config: Config, plan: RunPlan, student: nn.ModuleDict) -> str:
-    """The plan as lines of text, for the start of a run and for ``--dry-run``."""
     parameters = sum(p.numel() for p in student.parameters())
-    flops = flops_per_step(config, student, plan.local_batch)
+    flops = step_flops(config, student, plan.local_batch)
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
-    return "\n".join(
-        (
-            f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
-            f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
-            f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, "
-            f"{plan.total_images:,} images",
-            f"  peak lr   {plan.peak_lr:.4e}",
-            f"  compute   {flops / 1e12:.3g} TFLOP per step and process",
-        )
+    lines = [
+        f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
+        f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
+        f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, "
+        f"{plan.total_images:,} images",
+        f"  peak lr   {plan.peak_lr:.4e}",
+        f"  compute   {flops.model / 1e12:.3g} TFLOP per step and process "
+        f"({flops.hardware / 1e12:.3g} executed, {flops.dense / 1e12:.3g} without stochastic depth)",
+    ]
+    if device_name is not None:
+        known, gpu = find_gpu(device_name), find_gpu(device_name) or find_gpu(ASSUMED_GPU)
+        memory = predict_memory(config, student, plan.local_batch, plan.world_size, gpus_per_node, compiled)
+        lines += [
+            f"Predicted, not measured, for {gpu.name if known else f'an assumed {gpu.name}'}:",
+            f"  memory    {memory.total / 2**30:.1f} of {gpu.memory / 2**30:.0f} GiB per GPU, "
+            f"{'compiled' if compiled else 'eager'}",
+            f"            {memory.describe()}",
+            *_cost_lines(config, plan, flops.model, gpu),
+        ]
+    return "\n".join(lines)
+
+
+def _cost_lines(config: Config, plan: RunPlan, flops: int, gpu: Gpu) -> Iterator[str]:
+    in_fp32 = config.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32"
+    peak, name = (gpu.fp32, "fp32") if in_fp32 else (gpu.bf16, "16-bit")
+    seconds = flops / (ASSUMED_PEAK_SHARE * peak)
+    hours = seconds * plan.total_steps / 3600
+    gpu_hours = hours * plan.world_size
+    yield (
+        f"  time      {1e3 * seconds:.3g} ms per step, {plan.global_batch / seconds:.3g} images per second, if "
+        f"{ASSUMED_PEAK_SHARE:.0%} of the {name} peak is reached and data and links keep up"
     )
-
-
-def _linear_weights(module: nn.Module) -> int:
-    """Entries of all weight matrices that rows of tokens are multiplied by."""
-    return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and "weight_g" not in name)
+    yield (
+        f"  cost      {hours:,.1f} h, {gpu_hours:,.1f} GPU-hours, {DOLLARS_PER_GPU_HOUR * gpu_hours:,.0f} dollars at "
+        f"{DOLLARS_PER_GPU_HOUR:.2f} per GPU-hour"
+    )

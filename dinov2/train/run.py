@@ -15,12 +15,17 @@ from dinov2.configs import Config, save_config, validate
 from dinov2.data.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
-from dinov2.fsdp import Checkpointer, full_state_dict
+from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
+from dinov2.layers.fp8 import fp8_problem
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from dinov2.train.acceleration import build_training_step
 from dinov2.train.builders import build_arch, build_loader, device_batches, starting_weights
+from dinov2.train.capabilities import Machine, resolve_performance
+from dinov2.train.hardware import ASSUMED_GPU, find_gpu
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
+from dinov2.train.memory import check_fits, free_memory, resolve_batch
 from dinov2.train.optim import adam_state, build_optimizer
-from dinov2.train.plan import describe_plan, make_plan
+from dinov2.train.plan import RunPlan, describe_plan, make_plan
 from dinov2.train.sample_log import SampleLog
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -47,12 +52,14 @@ class Run:
 
     def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
         self.config, self.output_dir, self.device = config, output_dir, device
-        on_main_process(partial(validate, config, get_global_size()))
+        world = get_global_size()
+        on_main_process(partial(validate, config, world))
+        self.performance = on_main_process(
+            partial(resolve_performance, config, Machine.of(device, fp8_problem(device)))
+        )
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
         saved = on_main_process(self._newest_state)
-        self.plan = on_main_process(
-            partial(make_plan, config, get_global_size(), saved and saved["global_batch"])
-        )
+        self.plan = self._make_plan(saved)
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
         self.loader = None if eval_only else self._open_stream(saved)
         self.arch = build_arch(config, device, from_checkpoint=saved is not None)
@@ -85,20 +92,22 @@ class Run:
             )  # fmt: skip
             return
         on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
-        logger.info("%s", describe_plan(self.config, self.plan, self.arch.student))
         config = self.config
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        hardware = (name, local_world_size(), self.performance.compile)
+        logger.info("%s", describe_plan(config, self.plan, self.arch.student, *hardware))
+        for note in self.performance.notes:
+            logger.info("%s", note)
         trainer = Trainer(
-            arch=self.arch,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
+            training_step=build_training_step(
+                self.arch, self.optimizer, self.scaler, self.performance, self.plan.global_batch
+            ),
             schedules=Schedules(
                 config.optim, config.teacher, peak_lr=self.plan.peak_lr, epoch_steps=self.plan.epoch_steps
             ),
             plan=self.plan,
             state=self.state,
             batches=device_batches(self._batches(), config, self.device),
-            seed=config.train.seed,
-            clip_grad=config.optim.clip_grad,
             log_period=config.logging.period_iterations,
             sinks=self._sinks(),
             hooks=self._hooks(),
@@ -127,6 +136,23 @@ class Run:
             logger.info("Exported the teacher to %s.", path)
 
         on_main_process(write)
+
+    def _make_plan(self, saved: dict[str, Any] | None) -> RunPlan:
+        """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
+        world, memory = get_global_size(), free_memory(self.device)
+        machine = (local_world_size(), self.performance.compile)
+
+        def plan() -> RunPlan:
+            batch = saved and saved["global_batch"]
+            if not batch:
+                batch = resolve_batch(self.config, world, memory, *machine) * world
+            plan = make_plan(self.config, world, batch)
+            warning = memory and check_fits(self.config, plan.local_batch, world, memory, *machine)
+            if warning:
+                logger.warning("%s", warning)
+            return plan
+
+        return on_main_process(plan)
 
     def _newest_state(self) -> dict[str, Any] | None:
         """JSON state of the newest complete checkpoint, checked against the configuration."""
@@ -187,14 +213,21 @@ class Run:
 def dry_run(config: Config, world_size: int) -> str:
     """Check configuration and data, and describe the plan without allocating weights."""
     validate(config, world_size)
-    plan = make_plan(config, world_size)
+    name, compiled = "", config.performance.compile is not False
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        compiled = resolve_performance(config, Machine.of(device, fp8_problem(device))).compile
+        name = torch.cuda.get_device_name(device)
+    machine = (local_world_size(), compiled)
+    gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
+    plan = make_plan(config, world_size, resolve_batch(config, world_size, gpu.memory, *machine) * world_size)
     data = open_data(config)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     starting_weights(config)
     with torch.device("meta"):
         arch = SSLMetaArch(config)
         arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
-    return f"{describe_plan(config, plan, arch.student)}\n{stream}"
+    return f"{describe_plan(config, plan, arch.student, name, *machine)}\n{stream}"
 
 
 def _architecture(config: Config) -> dict[str, Any]:

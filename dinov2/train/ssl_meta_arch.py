@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dinov2.configs import Config, config_from_mapping
 from dinov2.distributed import get_global_size, is_main_process
-from dinov2.fsdp import load_full_state_dict, reshard, shard
+from dinov2.fsdp import load_full_state_dict, shard
 from dinov2.layers import DINOHead
 from dinov2.loss import (
+    EAGER,
+    Assignments,
     DINOLoss,
     KDELoss,
     KoLeoLoss,
@@ -21,10 +22,11 @@ from dinov2.loss import (
     dino_local_loss,
     ibot_loss,
     iBOTPatchLoss,
-    sinkhorn_knopp,
+    sinkhorn_assignments_of,
 )
 from dinov2.models import build_model_from_cfg
 from dinov2.train.optim import parameter_groups
+from dinov2.train.weight_update import ema_update
 from dinov2.utils.dtypes import DTYPES
 
 # Tensor dimensions below: V = 2 global views, L local views, B images, D width, K prototypes, M masked rows.
@@ -57,6 +59,7 @@ class SSLMetaArch(nn.Module):
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
         self.ibot_patch_loss = iBOTPatchLoss(ibot_prototypes)
         self.koleo_loss = KoLeoLoss(gather=cfg.dino.koleo_gather)
+        self.kernels = EAGER
         self.kde_loss = KDELoss(cfg.dino.kde_kappa, cfg.dino.kde_reference_sign, cfg.dino.kde_gather)
 
     def _network(self, backbone: nn.Module) -> nn.ModuleDict:
@@ -126,6 +129,7 @@ class SSLMetaArch(nn.Module):
                         strategy=settings.sharding_strategy,
                         param_dtype=DTYPES[settings.mixed_precision.param_dtype],
                         reduce_dtype=DTYPES[settings.mixed_precision.reduce_dtype],
+                        prefetch=self.cfg.performance.prefetch_blocks,
                     )
                     module.to_empty(device=device)
                     load_full_state_dict(module, whole)
@@ -162,12 +166,17 @@ class SSLMetaArch(nn.Module):
         if cfg.dino.loss_weight > 0:
             num_local = len(cls_logits) - _VIEWS
             if num_local:
-                losses["dino_local_crops_loss"] = dino_local_loss(cls_logits[_VIEWS:], cls_targets)
-            losses["dino_global_crops_loss"] = dino_global_loss(cls_logits[:_VIEWS], cls_targets, num_local)
+                losses["dino_local_crops_loss"] = dino_local_loss(
+                    cls_logits[_VIEWS:], cls_targets, kernels=self.kernels
+                )
+            losses["dino_global_crops_loss"] = dino_global_loss(
+                cls_logits[:_VIEWS], cls_targets, num_local, kernels=self.kernels
+            )
             weights |= dict.fromkeys(losses, cfg.dino.loss_weight)
         if cfg.ibot.loss_weight > 0:
             crops = len(batch["global_crops"])
-            losses["ibot_loss"] = ibot_loss(patch_logits, patch_targets, batch["mask_weight"], crops)
+            weight = batch["mask_weight"]
+            losses["ibot_loss"] = ibot_loss(patch_logits, patch_targets, weight, crops, kernels=self.kernels)
             weights["ibot_loss"] = cfg.ibot.loss_weight
         for name, weight, regulariser in (
             ("kde_loss", cfg.dino.kde_loss_weight, self.kde_loss),
@@ -179,16 +188,19 @@ class SSLMetaArch(nn.Module):
         return {"total_loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     @torch.no_grad()
-    def _teacher_targets(self, batch: Mapping[str, Any], teacher_temp: float) -> tuple[Tensor, Tensor]:
+    def _teacher_targets(
+        self, batch: Mapping[str, Any], teacher_temp: float
+    ) -> tuple[Tensor, Tensor | Assignments]:
         """Probabilities of the global views' CLS tokens (V, B, K) and of the masked patches (M, K)."""
-        with self._autocast(self.cfg.compute_precision.teacher.backbone):
-            out = self.teacher.backbone(batch["global_crops"], is_training=True)
-        patches = out["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch["mask_indices"])
-        cls_logits, patch_logits = self._apply_heads(self.teacher, out["x_norm_clstoken"], patches)
+        (cls_tokens,), patches = self._read_tokens(self.teacher, [batch["global_crops"]], [None], batch)
+        cls_logits, patch_logits = self._apply_heads(self.teacher, cls_tokens, patches)
         row_weight = (batch["mask_weight"] > 0).float()
         if self.cfg.train.centering == "sinkhorn_knopp":
-            cls_targets = sinkhorn_knopp(cls_logits, teacher_temp)
-            patch_targets = sinkhorn_knopp(patch_logits, teacher_temp, row_weight=row_weight)
+            both, weights = [cls_logits, patch_logits], [None, row_weight]
+            of_cls, patch_targets = sinkhorn_assignments_of(both, teacher_temp, 3, weights, self.kernels)
+            cls_targets = of_cls.probs()
+            if not self.cfg.performance.factored_targets:
+                patch_targets = patch_targets.probs()
         else:
             cls_targets = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
             patch_targets = self.ibot_patch_loss.softmax_center_teacher(patch_logits, teacher_temp)
@@ -201,27 +213,46 @@ class SSLMetaArch(nn.Module):
         crops, masks = [batch["global_crops"]], [batch["masks"]]
         if len(batch["local_crops"]):
             crops, masks = [*crops, batch["local_crops"]], [*masks, None]
-        with self._autocast(self.cfg.compute_precision.student.backbone):
-            outputs = self.student.backbone(crops, masks=masks, is_training=True)
-        patches = outputs[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch["mask_indices"])
-        cls_tokens = torch.cat([out["x_norm_clstoken"] for out in outputs])
-        cls_logits, patch_logits = self._apply_heads(self.student, cls_tokens, patches)
+        cls_tokens, patches = self._read_tokens(self.student, crops, masks, batch)
+        cls_logits, patch_logits = self._apply_heads(self.student, torch.cat(cls_tokens), patches)
         images = len(batch["global_crops"]) // _VIEWS
         return (
-            outputs[0]["x_norm_clstoken"].unflatten(0, (_VIEWS, images)),
+            cls_tokens[0].unflatten(0, (_VIEWS, images)),
             cls_logits.unflatten(0, (-1, images)),
             patch_logits,
         )
+
+    def _read_tokens(
+        self,
+        network: nn.ModuleDict,
+        crops: list[Tensor],
+        masks: list[Tensor | None],
+        batch: Mapping[str, Any],
+    ) -> tuple[list[Tensor], Tensor]:
+        """All that the losses read: class tokens (C, D) of each crop size, masked patches (M, D) of the first."""
+        performance, index = self.cfg.performance, batch["mask_indices"]
+        packed = [(crops, masks)]
+        passes = (
+            packed if performance.packed_crops else [([c], [m]) for c, m in zip(crops, masks, strict=True)]
+        )
+        outputs: list[dict[str, Tensor]] = []
+        with self._autocast(self._precision(network).backbone):
+            for some, their in passes:
+                wanted = index[:0] if outputs else index
+                if not performance.prune_last_block:
+                    wanted = None
+                outputs += network.backbone(some, masks=their, is_training=True, patch_index=wanted)
+        if performance.prune_last_block:
+            patches = outputs[0]["x_norm_indexedtokens"]
+        else:
+            patches = outputs[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, index)
+        return [out["x_norm_clstoken"] for out in outputs], patches
 
     def _apply_heads(
         self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
-        precision = (
-            self.cfg.compute_precision.student
-            if network is self.student
-            else self.cfg.compute_precision.teacher
-        )
+        precision = self._precision(network)
         if "ibot_head" in network:
             with self._autocast(precision.dino_head):
                 cls_logits = network.dino_head(cls_tokens)
@@ -231,11 +262,13 @@ class SSLMetaArch(nn.Module):
             logits = network.dino_head(torch.cat([cls_tokens, patches]))
         return logits.split([len(cls_tokens), len(patches)])
 
+    def _precision(self, network: nn.ModuleDict) -> Any:
+        return getattr(self.cfg.compute_precision, "student" if network is self.student else "teacher")
+
     def _autocast(self, settings: Any) -> torch.autocast:
         dtype = DTYPES[settings.mixed_precision.param_dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    @torch.no_grad()
     def update_teacher(self, m: float, healthy: Tensor | float = 1.0) -> None:
         """Move the teacher towards the student: ``t <- m t + (1 - m) s``; no communication.
 
@@ -243,10 +276,7 @@ class SSLMetaArch(nn.Module):
             m: momentum in [0, 1].
             healthy: 1, or a 0-d tensor that is 0 to leave the teacher as it is.
         """
-        reshard(self.teacher)
-        teacher, student = _local_shards(self.teacher), _local_shards(self.student)
-        weight = torch.as_tensor((1 - m) * healthy, device=teacher[0].device)
-        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
+        ema_update(self.student, self.teacher, (1 - m) * healthy)
 
     def forward_backward(self, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """DINOv2's public step on a batch from ``collate_data_and_cast``: losses, with gradients accumulated."""
@@ -257,10 +287,6 @@ class SSLMetaArch(nn.Module):
     def _networks(self) -> tuple[tuple[nn.ModuleDict, Any], ...]:
         precision = self.cfg.compute_precision
         return (self.student, precision.student), (self.teacher, precision.teacher)
-
-
-def _local_shards(network: nn.Module) -> list[Tensor]:
-    return [p.to_local() if isinstance(p, DTensor) else p.data for p in network.parameters()]
 
 
 def _from_meta_batch(images: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

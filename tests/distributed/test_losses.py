@@ -13,6 +13,7 @@ from dinov2.loss import (
     dino_local_loss,
     ibot_loss,
     iBOTPatchLoss,
+    sinkhorn_assignments_of,
     sinkhorn_knopp,
 )
 from tests.helpers.loss_reference import value_and_grad
@@ -20,7 +21,13 @@ from tests.helpers.spawn import run_ranks
 
 IMAGES, WIDTH, PROTOTYPES, TEMP = 3, 5, 11, 0.3
 PADDED_ROWS, MASKED_ROWS = 8, (7, 2)
-TARGETS = {"dino targets": 1, "ibot targets": 0, "targets of uneven batches": 0}
+TARGETS = {
+    "dino targets": 1,
+    "ibot targets": 0,
+    "targets of uneven batches": 0,
+    "targets at once": 0,
+    "targets of uneven batches at once": 0,
+}
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -56,12 +63,18 @@ def evaluate(x: dict[str, Tensor]) -> dict[str, Tensor]:
     counts = x["mask_weight"] > 0
     cls_targets = sinkhorn_knopp(x["teacher_cls"].flatten(0, 1), TEMP).view_as(x["teacher_cls"])
     patch_targets = sinkhorn_knopp(x["teacher_patches"], TEMP, row_weight=counts)
+    patches_at_once, uneven_at_once = sinkhorn_assignments_of(
+        [x["teacher_patches"], x["uneven"]], TEMP, row_weights=[counts, None]
+    )
     num_images = x["global_cls"].shape[1]
 
     losses = {
         "dino global": lambda w: dino_global_loss(x["global_cls"] @ w, cls_targets, 4),
         "dino local": lambda w: dino_local_loss(x["local_cls"] @ w, cls_targets),
         "ibot": lambda w: ibot_loss(x["patches"] @ w, patch_targets, x["mask_weight"], 2 * num_images),
+        "ibot factored": lambda w: ibot_loss(
+            x["patches"] @ w, patches_at_once, x["mask_weight"], 2 * num_images
+        ),
         "kde": lambda w: KDELoss(gather=True)(x["global_cls"][0] @ w),
         "kde as published": lambda w: KDELoss(reference_sign=True, gather=True)(x["global_cls"][0] @ w),
         "koleo": lambda w: KoLeoLoss(gather=True)(x["global_cls"][0] @ w),
@@ -82,6 +95,8 @@ def evaluate(x: dict[str, Tensor]) -> dict[str, Tensor]:
         "dino targets": cls_targets,
         "ibot targets": patch_targets,
         "targets of uneven batches": sinkhorn_knopp(x["uneven"], TEMP),
+        "targets at once": patches_at_once.probs(),
+        "targets of uneven batches at once": uneven_at_once.probs(),
     }
 
 
@@ -105,7 +120,9 @@ def test_targets(two_ranks, one_process, name, dim):
     torch.testing.assert_close(joined, one_process[name], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("loss", ["dino global", "dino local", "ibot", "kde", "kde as published", "koleo"])
+@pytest.mark.parametrize(
+    "loss", ["dino global", "dino local", "ibot", "ibot factored", "kde", "kde as published", "koleo"]
+)
 def test_losses_and_gradients(two_ranks, one_process, loss):
     for rank in two_ranks:
         torch.testing.assert_close(rank[loss], one_process[loss], rtol=1e-6, atol=0)

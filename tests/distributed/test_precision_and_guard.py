@@ -35,7 +35,7 @@ def start_weights() -> dict[str, Tensor]:
 def bf16_step() -> dict[str, dict[str, Tensor]]:
     """Losses of the joined batch and the whole gradients."""
     config = tiny_config(*JOINED, *in_precision("bf16"))
-    arch = make_trainer(config).arch
+    arch = make_trainer(config).training_step.arch
     losses = arch.compute_losses(random_batches(config, 0, 1)[0], 0.05)
     losses["total_loss"].backward()
     gradients = {name: whole(p.grad) for name, p in arch.student.named_parameters()}
@@ -63,7 +63,7 @@ class OverflowOnOneShard(torch.amp.GradScaler):
 
 def change_loss(trainer: Trainer, at: int, change: Callable[[Tensor], Tensor]) -> None:
     """Change the total loss of step ``at`` on rank 1 alone."""
-    compute = trainer.arch.compute_losses
+    compute = trainer.training_step.arch.compute_losses
 
     def changed(batch: dict, teacher_temp: float) -> dict[str, Tensor]:
         losses = compute(batch, teacher_temp)
@@ -71,7 +71,7 @@ def change_loss(trainer: Trainer, at: int, change: Callable[[Tensor], Tensor]) -
             losses["total_loss"] = change(losses["total_loss"])
         return losses
 
-    trainer.arch.compute_losses = changed
+    trainer.training_step.arch.compute_losses = changed
 
 
 OVERFLOWS = ("one shard", "whole backward")

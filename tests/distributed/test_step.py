@@ -9,8 +9,9 @@ from torch import Tensor
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
 from dinov2.train.builders import build_arch
-from dinov2.train.optim import adam_state, apply_schedule, build_optimizer, clip_by_module
+from dinov2.train.optim import adam_state, apply_schedule, build_optimizer
 from dinov2.train.schedules import ScheduleValues
+from dinov2.train.weight_update import WeightUpdate
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 from tests.helpers.spawn import run_ranks
@@ -26,6 +27,7 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     config = load_config(None, [*TINY, *EXACT, *overrides])
     arch = build_arch(config, torch.device("cpu"), from_checkpoint=False)
     optimizer = build_optimizer(arch.get_params_groups(), (0.9, 0.999))
+    update = WeightUpdate(optimizer, arch.student, arch.teacher, 0.5)
     batch = random_batch(config, IMAGES, rank, get_global_size())
     seen: dict[str, Tensor] = {}
     for step in range(2):
@@ -41,9 +43,8 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
                 for name, p in arch.student.named_parameters()
                 if p.grad is not None
             }
-        norms = clip_by_module(arch.student, 0.5)
-        optimizer.step()
-        arch.update_teacher(0.9)
+        norms = update.grad_norms()
+        update.apply(0.9, torch.ones(()))
         for name, loss in losses.items():
             seen[f"{step}/{name}"] = all_reduce_sum(loss.detach().clone()) / get_global_size()
         seen |= {f"{step}/norm/{name}": norm.clone() for name, norm in norms.items()}

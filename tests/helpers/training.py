@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from dinov2.configs import Config, load_config
 from dinov2.distributed import get_global_rank, get_global_size
+from dinov2.train.acceleration import build_training_step
 from dinov2.train.builders import build_arch
+from dinov2.train.capabilities import Machine, resolve_performance
 from dinov2.train.optim import adam_state, build_optimizer
 from dinov2.train.plan import make_plan
 from dinov2.train.schedules import Schedules
@@ -56,24 +58,26 @@ def make_trainer(
     arch = build_arch(config, CPU, from_checkpoint=False)
     if batches is None:
         batches = random_batches(config, state.step, plan.total_steps - state.step)
+    optimizer = build_optimizer(
+        arch.get_params_groups(), (config.optim.adamw_beta1, config.optim.adamw_beta2)
+    )
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    performance = resolve_performance(config, Machine.of(CPU))
     return Trainer(
-        arch=arch,
-        optimizer=build_optimizer(
-            arch.get_params_groups(), (config.optim.adamw_beta1, config.optim.adamw_beta2)
-        ),
-        scaler=scaler or torch.amp.GradScaler("cpu", enabled=False),
+        training_step=build_training_step(arch, optimizer, scaler, performance, plan.global_batch),
         schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),
         plan=plan,
         state=state,
         batches=batches,
-        **{"seed": 0, "clip_grad": config.optim.clip_grad, "log_period": 1, **options},
+        **{"log_period": 1, **options},
     )
 
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all weights, centres and Adam moments by name, whole. All ranks must call."""
-    found = dict(trainer.arch.state_dict())
-    for name, moments in adam_state(trainer.arch.student, trainer.optimizer).items():
+    arch, optimizer = trainer.training_step.arch, trainer.training_step.weight_update.optimizer
+    found = dict(arch.state_dict())
+    for name, moments in adam_state(arch.student, optimizer).items():
         found |= {f"adam.{name}.{key}": value for key, value in moments.items()}
     return {name: whole(tensor) for name, tensor in found.items()}
 

@@ -64,13 +64,13 @@ def test_schedule_values_reach_optimiser_teacher_and_losses_at_their_step():
     optim, teacher = CONFIG.optim, CONFIG.teacher
     trainer = make_trainer(CONFIG, sinks=[sink := Records()])
     temperatures: list[float] = []
-    compute = trainer.arch.compute_losses
+    compute = trainer.training_step.arch.compute_losses
 
     def compute_losses(batch: dict, teacher_temp: float) -> dict:
         temperatures.append(teacher_temp)
         return compute(batch, teacher_temp)
 
-    trainer.arch.compute_losses = compute_losses
+    trainer.training_step.arch.compute_losses = compute_losses
     peak = optim.base_lr * math.sqrt(8 / 1024)
     for step, batch in enumerate(random_batches(CONFIG, 0, STEPS)):
         before = whole_state(trainer)
@@ -80,7 +80,7 @@ def test_schedule_values_reach_optimiser_teacher_and_losses_at_their_step():
         lr = peak * step / (EPOCH - 1) if step < EPOCH else cosine(peak, optim.min_lr, step - EPOCH, EPOCH)
         wd = cosine(optim.weight_decay, optim.weight_decay_end, step, STEPS)
         mom = cosine(teacher.momentum_teacher, teacher.final_momentum_teacher, step, STEPS)
-        for group in trainer.optimizer.param_groups:
+        for group in trainer.training_step.weight_update.optimizer.param_groups:
             frozen = group["is_last_layer"] and step < EPOCH
             assert group["lr"] == pytest.approx(0.0 if frozen else lr * group["lr_multiplier"], abs=1e-12)
             assert group["weight_decay"] == pytest.approx(wd * group["wd_multiplier"])
@@ -102,9 +102,9 @@ def test_schedule_values_reach_optimiser_teacher_and_losses_at_their_step():
 
 def test_gradients_are_clipped_per_module_before_the_update():
     """The norms that are logged are those before clipping; what the optimiser sees is within the bound."""
-    trainer = make_trainer(tiny_config("optim.clip_grad=0.01"), clip_grad=0.01, sinks=[sink := Records()])
+    trainer = make_trainer(tiny_config("optim.clip_grad=0.01"), sinks=[sink := Records()])
     trainer.train_step(random_batches(CONFIG, 0, 1)[0])
-    for name, module in trainer.arch.student.items():
+    for name, module in trainer.training_step.arch.student.items():
         seen = torch.cat([p.grad.double().flatten() for p in module.parameters()]).norm()
         assert sink.records[0][f"grad_norm_{name}"] > 0.011
         assert seen.item() == pytest.approx(0.01, rel=1e-3)
@@ -159,13 +159,13 @@ def test_a_periodic_action_never_records_a_bad_step():
     """The guard is asked before the action, not a few steps later."""
     steps: list[int] = []
     trainer = make_trainer(LIGHT, hooks=[PeriodicHook(1, lambda state: steps.append(state.step))])
-    compute = trainer.arch.compute_losses
+    compute = trainer.training_step.arch.compute_losses
 
     def compute_losses(batch: dict, teacher_temp: float) -> dict:
         losses = compute(batch, teacher_temp)
         return losses | {"total_loss": losses["total_loss"] / (0.0 if trainer.state.step == 2 else 1.0)}
 
-    trainer.arch.compute_losses = compute_losses
+    trainer.training_step.arch.compute_losses = compute_losses
     with pytest.raises(NonFiniteError, match="Step 2 is not finite on rank 0"):
         trainer.fit()
     assert steps == [1, 2]
@@ -208,9 +208,9 @@ def first_losses(seed: int, step: int, disturb: int) -> list[float]:
     """Losses of two steps with strong stochastic depth, the same batch and weights whatever the step."""
     config = tiny_config("student.drop_path_rate=0.5", "teacher.teacher_temp=0.04", "optim.base_lr=0")
     batch = random_batches(config, 0, 1)[0]
-    trainer = make_trainer(
-        config, batches=[batch] * 2, state=TrainState(step, 8 * step), seed=seed, sinks=[sink := Records()]
-    )
+    state = TrainState(step, 8 * step)
+    trainer = make_trainer(config, batches=[batch] * 2, state=state, sinks=[sink := Records()])
+    trainer.training_step.seed = seed  # of the step alone: the weights stay
     torch.manual_seed(disturb)  # left over from whatever ran before
     for _ in range(2):
         trainer.train_step(batch)
