@@ -9,8 +9,9 @@ import torch
 from dinov2.configs import load_config
 from dinov2.data import MultiCrops, Sample, normalize
 from dinov2.train.builders import build_arch, build_collate
-from dinov2.train.optim import apply_schedule, build_optimizer, clip_by_module
+from dinov2.train.optim import apply_schedule, build_optimizer
 from dinov2.train.schedules import ScheduleValues
+from dinov2.train.weight_update import WeightUpdate
 from tests.helpers.runs import TINY
 
 IMAGES, STEPS, TEACHER_TEMP = 8, 40, 0.04
@@ -21,6 +22,7 @@ def test_losses_fall_below_those_of_a_student_that_tells_nothing_apart():
     config = load_config(None, [*TINY, *overrides])
     arch = build_arch(config, torch.device("cpu"), from_checkpoint=False)
     optimizer = build_optimizer(arch.get_params_groups(), (0.9, 0.999))
+    update = WeightUpdate(optimizer, arch.student, arch.teacher, 3.0)
     collate = build_collate(config)
     colours = torch.randint(0, 256, (IMAGES, 1, 3, 1, 1))
 
@@ -36,9 +38,7 @@ def test_losses_fall_below_those_of_a_student_that_tells_nothing_apart():
         optimizer.zero_grad()
         losses = arch.compute_losses(batch, TEACHER_TEMP)
         losses["total_loss"].backward()
-        clip_by_module(arch.student, 3.0)
-        optimizer.step()
-        arch.update_teacher(0.99)
+        update.apply(0.99, torch.ones(()))
 
     # A student that says the same of every image cannot do better than ln K, K being the prototypes that
     # Sinkhorn-Knopp makes the teacher use evenly.
