@@ -247,6 +247,15 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
             f"compute_precision.grad_scaler = false while student.{in_fp16[0]} computes in fp16, where gradients "
             "underflow without a scaler; set it to true or use bf16."
         )
+    for network in {"none": (), "teacher": ("teacher",), "all": ("student", "teacher")}[
+        config.performance.fp8
+    ]:
+        dtype = getattr(config.compute_precision, network).backbone.mixed_precision.param_dtype
+        if dtype != "bf16":
+            yield (
+                f"performance.fp8 = {config.performance.fp8} goes with bf16, while compute_precision.{network}.backbone."
+                f"mixed_precision.param_dtype = {dtype}; set bf16 there, or performance.fp8 = none."
+            )
     for module in ("backbone", "dino_head", "ibot_head"):
         ours, theirs = (
             getattr(network, module).sharding_strategy

@@ -80,8 +80,8 @@ def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool
     for name, layer in layers.items():
         if layer.in_features % WIDTH_MULTIPLE or layer.out_features % WIDTH_MULTIPLE:
             raise ValueError(
-                f"{name or 'The layer'} maps {layer.in_features} to {layer.out_features} features; "
-                f"FP8 needs multiples of {WIDTH_MULTIPLE}."
+                f"{name or 'The layer'} maps {layer.in_features} to {layer.out_features} features, while FP8 needs "
+                f"multiples of {WIDTH_MULTIPLE}; set another student.ffn_layer, or performance.fp8 = none."
             )
     fp8 = Fp8(scaling == "row", backward)
     for layer in layers.values():

@@ -119,7 +119,7 @@ def describe_plan(
             f"  memory    {memory.total / 2**30:.1f} of {gpu.memory / 2**30:.0f} GiB per GPU, "
             f"{'compiled' if compiled else 'eager'}",
             f"            {memory.describe()}",
-            *_cost_lines(config, plan, flops.model, gpu),
+            *_cost_lines(config, plan, max(flops.model, flops.hardware), gpu),  # recomputing takes time
         ]
     return "\n".join(lines)
 

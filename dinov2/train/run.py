@@ -21,6 +21,7 @@ from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.acceleration import build_training_step
 from dinov2.train.builders import build_arch, build_loader, device_batches, starting_weights
 from dinov2.train.capabilities import Machine, resolve_performance
+from dinov2.train.flops import flops_per_step
 from dinov2.train.hardware import ASSUMED_GPU, find_gpu
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.memory import check_fits, free_memory, resolve_batch
@@ -109,6 +110,7 @@ class Run:
             state=self.state,
             batches=device_batches(self._batches(), config, self.device),
             log_period=config.logging.period_iterations,
+            flops=flops_per_step(config, self.arch.student, self.plan.local_batch),
             sinks=self._sinks(),
             hooks=self._hooks(),
         )

@@ -32,6 +32,7 @@ class Trainer:
         state: where to start.
         batches: batch dicts on the device, beginning at ``state.samples``.
         log_period: steps per metric record.
+        flops: model arithmetic of a step on one process, for the metric ``tflops``.
         sinks: receivers of metric records (rank 0 only; empty elsewhere).
         hooks: called around the steps, in order.
     """
@@ -45,6 +46,7 @@ class Trainer:
         state: TrainState,
         batches: Iterable[dict[str, Any]],
         log_period: int,
+        flops: int = 0,
         sinks: Sequence[Sink] = (),
         hooks: Sequence[Hook] = (),
     ):
@@ -55,6 +57,7 @@ class Trainer:
         self.state = state
         self._batches = batches
         self._log_period = log_period
+        self._flops = flops
         self._sinks = sinks
         self._hooks = hooks
         self._metrics = MetricAccumulator()
@@ -103,7 +106,7 @@ class Trainer:
             **self._metrics.reduce(),
             **vars(values),
         }
-        record |= self._period.speed(step, self.plan)
+        record |= self._period.speed(step, self.plan, self._flops)
         record["slides_per_batch"] = all_gather_rows(slide_ids).unique().numel()
         record["memory_gib"] = peak_memory_gib(self.training_step.arch.device)
         for sink in self._sinks:
@@ -119,10 +122,11 @@ class _Period:
     waited: float = 0.0
     start: float = field(default_factory=time.perf_counter)
 
-    def speed(self, step: int, plan: RunPlan) -> dict[str, float]:
+    def speed(self, step: int, plan: RunPlan, flops: int) -> dict[str, float]:
         elapsed, steps = time.perf_counter() - self.start, step - self.first_step
         return {
             "img_per_s": steps * plan.global_batch / elapsed,
+            "tflops": steps * flops / elapsed / 1e12,
             "data_wait_pct": 100 * self.waited / elapsed,
             "eta_s": (plan.total_steps - step) * elapsed / steps,
         }

@@ -8,46 +8,46 @@ from torch import Tensor
 
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
+from dinov2.train.acceleration import build_training_step
 from dinov2.train.builders import build_arch
-from dinov2.train.optim import adam_state, apply_schedule, build_optimizer
+from dinov2.train.capabilities import Machine, resolve_performance
+from dinov2.train.optim import adam_state, build_optimizer
 from dinov2.train.schedules import ScheduleValues
-from dinov2.train.weight_update import WeightUpdate
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 from tests.helpers.spawn import run_ranks
-from tests.helpers.training import whole
+from tests.helpers.training import CPU, whole
 
 IMAGES = 8
-EXACT = ("student.drop_path_rate=0", "dino.kde_gather=true", "dino.koleo_gather=true",
+EXACT = ("student.drop_path_rate=0", "optim.clip_grad=0.5", "dino.kde_gather=true", "dino.koleo_gather=true",
          "train.streaming_dataset_path=unused")  # fmt: skip
 
 
 def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     """Losses, gradients, weights, moments and teacher of two optimiser steps, as whole tensors."""
     config = load_config(None, [*TINY, *EXACT, *overrides])
-    arch = build_arch(config, torch.device("cpu"), from_checkpoint=False)
+    arch = build_arch(config, CPU, from_checkpoint=False)
     optimizer = build_optimizer(arch.get_params_groups(), (0.9, 0.999))
-    update = WeightUpdate(optimizer, arch.student, arch.teacher, 0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    performance = resolve_performance(config, Machine.of(CPU))
+    step = build_training_step(arch, optimizer, scaler, performance, IMAGES)
     batch = random_batch(config, IMAGES, rank, get_global_size())
+    values = ScheduleValues(lr=1e-3, last_layer_lr=1e-3, wd=0.04, mom=0.9, teacher_temp=0.05)
     seen: dict[str, Tensor] = {}
-    for step in range(2):
-        apply_schedule(
-            optimizer, ScheduleValues(lr=1e-3, last_layer_lr=1e-3, wd=0.04, mom=0.9, teacher_temp=0.05)
-        )
-        optimizer.zero_grad()
-        losses = arch.compute_losses(batch, teacher_temp=0.05)
-        losses["total_loss"].backward()
-        if step == 0:
+    for number in range(2):
+        step.begin(number, values)
+        losses = arch.compute_losses(batch, values.teacher_temp)
+        step.backward(losses)
+        if number == 0:
             seen |= {
                 f"grad/{name}": whole(p.grad)
                 for name, p in arch.student.named_parameters()
                 if p.grad is not None
             }
-        norms = update.grad_norms()
-        update.apply(0.9, torch.ones(()))
+        norms = step.update(number, losses, values)
         for name, loss in losses.items():
-            seen[f"{step}/{name}"] = all_reduce_sum(loss.detach().clone()) / get_global_size()
-        seen |= {f"{step}/norm/{name}": norm.clone() for name, norm in norms.items()}
+            seen[f"{number}/{name}"] = all_reduce_sum(loss.detach().clone()) / get_global_size()
+        seen |= {f"{number}/norm/{name}": norm.clone() for name, norm in norms.items()}
     seen |= {f"student/{name}": whole(p) for name, p in arch.student.named_parameters()}
     seen |= {f"teacher/{name}": whole(p) for name, p in arch.teacher.named_parameters()}
     for name, state in adam_state(arch.student, optimizer).items():
@@ -63,8 +63,10 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
         ("compute_precision.student.backbone.sharding_strategy=FULL_SHARD",
          "compute_precision.student.dino_head.sharding_strategy=NO_SHARD",
          "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD"),
+        ("performance.compile=true", "performance.compile_backend=aot_eager", "performance.recompute=selective",
+         "performance.prefetch_blocks=2"),
     ],
-    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding"],
+    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled"],
 )  # fmt: skip
 def test_two_processes_equal_one(overrides: tuple[str, ...]):
     one = two_steps(0, overrides)

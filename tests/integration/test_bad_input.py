@@ -17,6 +17,9 @@ from PIL import Image
 
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, read_metrics
+from tests.helpers.training import in_precision
+
+BF16 = in_precision("bf16")
 
 CHECKPOINT = "checkpoints/step_0000003"
 
@@ -31,6 +34,42 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
     text = capsys.readouterr().err
     assert "Traceback" not in text
     return [line for line in text.splitlines() if line[9:11] == "E "]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size_per_gpu=auto"], "train.batch_size_per_gpu = auto needs a GPU"),
+        (["train.batch_size_per_gpu=automatic"], "expected a whole number of at most 64 bits or auto"),
+        (
+            ["performance.compile=maybe"],
+            "performance.compile = 'maybe' is not valid; expected one of auto, true, false",
+        ),
+        (
+            ["performance.compile=1"],
+            "performance.compile = 1 is not valid; expected one of auto, true, false",
+        ),
+        (["performance.fused_update=true"], "performance.fused_update = true needs a GPU and there is none"),
+        (
+            ["performance.fp8=teacher"],
+            "compute_precision.teacher.backbone.mixed_precision.param_dtype = fp32",
+        ),
+        (
+            [*BF16, "performance.fp8=all", "student.ffn_layer=swiglufused"],
+            "0.mlp.w3 maps 344 to 128 features, while FP8 needs multiples of 16",
+        ),
+        (["student.attention_backend=cudnn"], "student.attention_backend = cudnn needs a CUDA device"),
+        (["student.attention_backend=fast"], "expected one of sdpa, flash, cudnn, efficient, math, xformers"),
+        (["performance.prefetch_blocks=-1"], "performance.prefetch_blocks = -1 is out of range"),
+        (["performance.recompute=true"], "performance.recompute = True is not valid; expected one of none"),
+    ],
+)
+def test_performance(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str
+):
+    assert train(shards, tmp_path / "out", *overrides) == 2
+    (error,) = errors(capsys)
+    assert message in error
 
 
 def image(width: int, height: int, mode: str = "RGB", kind: str = "PNG") -> bytes:

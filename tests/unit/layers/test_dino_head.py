@@ -98,3 +98,22 @@ def test_initial_weights_reach_every_parameter():
             parameter.fill_(torch.nan)
     head.init_weights()
     assert [name for name, value in head.state_dict().items() if not value.isfinite().all()] == []
+
+
+def test_logits_without_gradients_keep_more_bits():
+    """bfloat16 logits of a teacher would shift its targets at T = 0.04; float16 ones hardly do."""
+    head = DINOHead(64, 4096, hidden_dim=64, bottleneck_dim=32)
+    x = torch.randn(16, 64)
+    z = torch.nn.functional.normalize(head.mlp(x), dim=-1)
+    last = head.last_layer
+    exact = z.double() @ torch.nn.functional.normalize(last.weight_v.double(), dim=1).T
+    with torch.autocast("cpu", torch.bfloat16):
+        student = last(z)
+        with torch.no_grad():
+            teacher = last(z)
+    assert (student.dtype, teacher.dtype) == (torch.bfloat16, torch.float16)
+    wrong = {
+        logits.dtype: ((logits.double() / 0.04).softmax(1) - (exact / 0.04).softmax(1)).abs().sum(1).mean()
+        for logits in (student.detach(), teacher)
+    }
+    assert wrong[torch.float16] < 0.25 * wrong[torch.bfloat16] < 0.05
