@@ -52,7 +52,8 @@ Table = list[tuple[str, ...]]
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """Columns of ``metrics.jsonl`` by name, ordered by step; NaN where a record lacks a value.
 
-    A resumed run writes some steps again: the last record of a step counts. Lines cut short by a kill do not.
+    A resumed run writes some steps again: the last record of a step counts. Lines cut short by a kill do not, nor
+    do records of probes, which are no training steps.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -60,7 +61,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist; give the output folder of a training run.")
-    by_step = {record["step"]: record for record in _json_lines(path)}
+    by_step = {record["step"]: record for record in _json_lines(path) if "/" not in "".join(record)}
     if not by_step:
         raise ValueError(f"{str(path)!r} holds no record yet; wait until the run has logged a step.")
     records = [by_step[step] for step in sorted(by_step)]

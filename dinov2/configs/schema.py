@@ -14,6 +14,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Architecture = Literal["vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
 Switch = Literal["auto", True, False]
+Probe = Literal["knn", "linear", "linear_eva", "linear_kaiko", "few_shot", "rankme", "odcorr"]
 
 
 @dataclass(frozen=True)
@@ -263,13 +264,25 @@ class CropsConfig:
 
 
 @dataclass(frozen=True)
+class LabelledConfig:
+    """One entry of ``evaluation.labelled``: a folder of tiles, and a CSV of labels where folders do not say them."""
+
+    path: str = ""
+    name: str = ""
+    labels: str = ""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """Section ``evaluation``: period of the teacher export; dataset roots of the benchmarks."""
+    """Section ``evaluation``: period of export and probes; labelled tiles to probe on."""
 
     eval_period_iterations: int
     bach_root: str
     breakhis_root: str
     pcam_root: str
+    labelled: tuple[LabelledConfig, ...]
+    probes: tuple[Probe, ...]
+    probe_tiles: int
 
 
 @dataclass(frozen=True)
@@ -311,9 +324,6 @@ INERT_KEYS = {
     "train.dataset_path": "train.streaming_dataset_path or train.sample_list_path names the data",
     "optim.lr": "the learning rate is optim.base_lr under optim.scaling_rule",
     "student.block_chunks": "blocks are never chunked; weights saved in chunks still load",
-    "evaluation.bach_root": "benchmarks run on the exported teacher (eval_configs/)",
-    "evaluation.breakhis_root": "benchmarks run on the exported teacher (eval_configs/)",
-    "evaluation.pcam_root": "benchmarks run on the exported teacher (eval_configs/)",
 }
 INERT_KEYS |= {
     f"compute_precision.{network}.{module}.mixed_precision.buffer_dtype": "the networks have no buffers"

@@ -50,6 +50,7 @@ _POSITIVE = (
     "optim.base_lr",
     "optim.layerwise_decay",
     "evaluation.eval_period_iterations",
+    "evaluation.probe_tiles",
     "logging.period_iterations",
 )
 _NON_NEGATIVE = (
@@ -94,7 +95,7 @@ def validate(config: Config, world_size: int) -> None:
         ConfigError: listing every fault with the key, its value and what would be accepted.
     """
     faults = [*_range_faults(config), *_crop_faults(config), *_mask_faults(config)]
-    faults += [*_data_faults(config), *_training_faults(config, world_size)]
+    faults += [*_data_faults(config), *_training_faults(config, world_size), *_precision_faults(config)]
     if faults:
         raise ConfigError(faults)
 
@@ -231,6 +232,9 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
             f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH = "
             f"{config.train.OFFICIAL_EPOCH_LENGTH} make {steps:g} steps; at least one is expected."
         )
+    for number, labelled in enumerate(config.evaluation.labelled):
+        if not labelled.path:
+            yield f"evaluation.labelled[{number}].path is empty; give a folder of labelled tiles."
     weights = {
         "MODEL.WEIGHTS": config.MODEL.WEIGHTS,
         "student.pretrained_weights": config.student.pretrained_weights,
@@ -239,6 +243,14 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
     named = [f"{key} = {value}" for key, value in weights.items() if value]
     if len(named) > 1:
         yield f"{' and '.join(named)} name different starting weights; use one."
+    rows = batch * (world_size if config.dino.kde_gather else 1)
+    if config.dino.kde_loss_weight > 0 and rows < 2:
+        yield f"dino.kde_loss_weight = {config.dino.kde_loss_weight} needs at least 2 images; the batch has {rows}."
+    if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0:
+        yield "dino.loss_weight = 0 and ibot.loss_weight = 0 leave nothing to learn; set one above 0."
+
+
+def _precision_faults(config: Config) -> Iterator[str]:
     student = config.compute_precision.student
     in_fp16 = [m for m in ("backbone", "dino_head", "ibot_head")
                if getattr(student, m).mixed_precision.param_dtype == "fp16"]  # fmt: skip
@@ -253,8 +265,8 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
         dtype = getattr(config.compute_precision, network).backbone.mixed_precision.param_dtype
         if dtype != "bf16":
             yield (
-                f"performance.fp8 = {config.performance.fp8} goes with bf16, while compute_precision.{network}.backbone."
-                f"mixed_precision.param_dtype = {dtype}; set bf16 there, or performance.fp8 = none."
+                f"performance.fp8 = {config.performance.fp8} goes with bf16, while compute_precision.{network}."
+                f"backbone.mixed_precision.param_dtype = {dtype}; set bf16 there, or performance.fp8 = none."
             )
     for module in ("backbone", "dino_head", "ibot_head"):
         ours, theirs = (
@@ -267,8 +279,3 @@ def _training_faults(config: Config, world_size: int) -> Iterator[str]:
                 "weights differently, but the teacher follows the student shard by shard; set NO_SHARD for both or "
                 "for neither."
             )
-    rows = batch * (world_size if config.dino.kde_gather else 1)
-    if config.dino.kde_loss_weight > 0 and rows < 2:
-        yield f"dino.kde_loss_weight = {config.dino.kde_loss_weight} needs at least 2 images; the batch has {rows}."
-    if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0:
-        yield "dino.loss_weight = 0 and ibot.loss_weight = 0 leave nothing to learn; set one above 0."

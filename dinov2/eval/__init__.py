@@ -1,6 +1,7 @@
-"""Evaluation of exported teachers: features of tiles, and what the features are worth."""
+"""Evaluation of teachers: features of tiles, and what the features are worth."""
 
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
+from dinov2.eval.odcorr import odcorr
 from dinov2.eval.rankme import mean_cosine, rankme
 
-__all__ = ["embed_images", "mean_cosine", "patch_feature_map", "rankme", "read_tiles"]
+__all__ = ["embed_images", "mean_cosine", "odcorr", "patch_feature_map", "rankme", "read_tiles"]

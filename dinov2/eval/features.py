@@ -93,12 +93,13 @@ def patch_feature_map(
 def _forward(
     model: nn.Module, images: Sequence[np.ndarray], size: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Tensor]:
-    squares = torch.from_numpy(np.stack([_centred_square(image, size) for image in images]))
+    squares = torch.from_numpy(np.stack([centred_square(image, size) for image in images]))
     pixels = squares.permute(0, 3, 1, 2).to(next(model.parameters()).device)
     return model.forward_features(normalize(pixels, mean, std))
 
 
-def _centred_square(image: np.ndarray, size: int) -> np.ndarray:
+def centred_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Largest centred square of a uint8 (H, W, 3) image, resized to (size, size), bicubic with antialiasing."""
     height, width = image.shape[:2]
     side = min(height, width)
     return resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, size)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 logger = logging.getLogger("dinov2")
 
+_PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
+
 
 class Sink(Protocol):
     """Receives one record per logging period, on rank 0 only."""
@@ -28,7 +30,11 @@ class ConsoleSink:
     """One line per record: step, losses, lr, gradient norm, speed, data wait, slides per batch, memory, time left."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log the record's headline values."""
+        """Log the record's headline values, of a training step or of probes."""
+        if "total_loss" not in record:
+            shown = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith(_PROBED)]
+            logger.info("step %d  %s", record["step"], "  ".join(shown))
+            return
         losses = "  ".join(
             f"{name.removesuffix('_loss').removesuffix('_crops')} {value:.4f}"
             for name, value in record.items()

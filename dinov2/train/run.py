@@ -27,6 +27,7 @@ from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.memory import check_fits, free_memory, resolve_batch
 from dinov2.train.optim import adam_state, build_optimizer
 from dinov2.train.plan import RunPlan, describe_plan, make_plan
+from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.sample_log import SampleLog
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -99,6 +100,7 @@ class Run:
         logger.info("%s", describe_plan(config, self.plan, self.arch.student, *hardware))
         for note in self.performance.notes:
             logger.info("%s", note)
+        sinks = self._sinks()
         trainer = Trainer(
             training_step=build_training_step(
                 self.arch, self.optimizer, self.scaler, self.performance, self.plan.global_batch
@@ -111,8 +113,8 @@ class Run:
             batches=device_batches(self._batches(), config, self.device),
             log_period=config.logging.period_iterations,
             flops=flops_per_step(config, self.arch.student, self.plan.local_batch),
-            sinks=self._sinks(),
-            hooks=self._hooks(),
+            sinks=sinks,
+            hooks=self._hooks(sinks),
         )
         trainer.fit()
 
@@ -169,6 +171,7 @@ class Run:
         index_cache = self.output_dir / "stream_index"
         data = on_main_process(partial(open_data, self.config, index_cache, saved))
         self._places = data.places
+        self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         lanes = saved["stream"]["lanes"] if saved else 0
         order = on_main_process(partial(order_parameters, self.config, self.plan, data, lanes))
         loader = build_loader(self.config, self.plan, data, self.state.samples, order, self.device)
@@ -195,9 +198,13 @@ class Run:
             "ibot_patch_loss": self.arch.ibot_patch_loss.state_dict(),
         }
 
-    def _hooks(self) -> list[Hook]:
+    def _hooks(self, sinks: list[Sink]) -> list[Hook]:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
-        hooks: list[Hook] = [PeriodicHook(self.config.evaluation.eval_period_iterations, self.export_teacher)]
+        period = self.config.evaluation.eval_period_iterations
+        hooks: list[Hook] = [PeriodicHook(period, self.export_teacher)]
+        if self._tasks_to_probe:
+            csv, backbone = self.output_dir / "eval" / "probes.csv", self.arch.teacher.backbone
+            hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, sinks))
         if not self.config.train.skip_checkpointer:
             hooks.append(PeriodicHook(self.config.train.checkpoint_period_iterations, self.save_checkpoint))
         return [*hooks, GarbageHook()]
@@ -225,6 +232,7 @@ def dry_run(config: Config, world_size: int) -> str:
     plan = make_plan(config, world_size, resolve_batch(config, world_size, gpu.memory, *machine) * world_size)
     data = open_data(config)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
+    open_tasks(config, data)
     starting_weights(config)
     with torch.device("meta"):
         arch = SSLMetaArch(config)

@@ -1,0 +1,113 @@
+"""Probes of the teacher during training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dinov2.configs import Config
+from dinov2.eval.benchmarks import BENCHMARKS
+from dinov2.eval.feature_extraction import Embedding
+from dinov2.eval.label_files import open_labelled_tiles
+from dinov2.eval.labelled_tiles import LabelledTiles
+from dinov2.eval.probe_results import append_csv, as_metrics
+from dinov2.eval.probe_suite import run_probes
+from dinov2.eval.probing import Probing
+from dinov2.eval.tile_images import ParquetTiles, TileImages
+from dinov2.logging.sinks import Sink
+from dinov2.train.hooks import PeriodicHook
+from dinov2.train.state import TrainState
+from dinov2.train.stream import OpenData
+from dinov2.utils.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from dinov2.train.trainer import Trainer
+
+logger = logging.getLogger("dinov2")
+
+HELD_OUT = "held_out"
+"""Name of the tiles of validation patients, on which RankMe and ODCorr need no labels."""
+_HELD_OUT_TILES = 2048
+_RUNS = 2
+
+
+class ProbeHook(PeriodicHook):
+    """Probes the teacher before the first step, so that the dip after it shows, and then periodically.
+
+    Results go to the sinks as ``task/probe/metric`` and to a CSV.
+
+    Args:
+        period: steps.
+        backbone: the teacher's, perhaps sharded.
+        tasks: tiles by name, from `open_tasks`.
+        config: of the run.
+        path: of the CSV.
+        sinks: of rank 0; empty elsewhere.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        backbone: nn.Module,
+        tasks: dict[str, LabelledTiles | TileImages],
+        config: Config,
+        path: Path,
+        sinks: Sequence[Sink],
+    ):
+        super().__init__(period, self.probe)
+        self._backbone, self._tasks, self._path, self._sinks = backbone, tasks, path, sinks
+        augmentation, evaluation = config.augmentation, config.evaluation
+        dtype = config.compute_precision.teacher.backbone.mixed_precision.param_dtype
+        self._embedding = Embedding(
+            size=config.crops.global_crops_size,
+            mean=augmentation.normalize_mean,
+            std=augmentation.normalize_std,
+            autocast=None if dtype == "fp32" else DTYPES[dtype],
+        )
+        self._probing = Probing(
+            probes=evaluation.probes, runs=_RUNS, limit=evaluation.probe_tiles, seed=config.train.seed
+        )
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Probe the starting weights of a new run."""
+        super().on_start(trainer)
+        if trainer.state.step == 0:
+            self.probe(trainer.state)
+
+    def probe(self, state: TrainState) -> None:
+        """Embed, probe and record; all ranks must call."""
+        results = run_probes(self._backbone, self._tasks, self._embedding, self._probing)
+        if not self._sinks:
+            return
+        append_csv(self._path, results, state.step)
+        for sink in self._sinks:
+            sink.write({"step": state.step, **as_metrics(results)})
+
+
+def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | TileImages]:
+    """The tiles that section ``evaluation`` names, and those of validation patients, by name.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder does not hold what is expected, or two tasks have one name.
+    """
+    evaluation = config.evaluation
+    tasks: dict[str, LabelledTiles | TileImages] = {}
+    roots = {"bach": evaluation.bach_root, "breakhis": evaluation.breakhis_root, "pcam": evaluation.pcam_root}
+    for name, root in roots.items():
+        if root and not Path(root).is_dir():
+            logger.warning("evaluation.%s_root = %r is no folder; this benchmark is left out.", name, root)
+        elif root:
+            tasks[name] = BENCHMARKS[name](root)
+    for entry in evaluation.labelled:
+        name = entry.name or Path(entry.path).name
+        if name in tasks or name == HELD_OUT:
+            raise ValueError(f"evaluation.labelled names two tasks {name!r}; give each a name of its own.")
+        tasks[name] = open_labelled_tiles(entry.path, entry.labels or None)
+    held_out = [source for source in data.held_out if source]
+    if held_out and {"rankme", "odcorr"} & set(evaluation.probes):
+        tasks[HELD_OUT] = ParquetTiles(held_out, _HELD_OUT_TILES)
+    return tasks

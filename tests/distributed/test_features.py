@@ -1,0 +1,84 @@
+"""Features and probe results of three ranks, whole or sharded backbones, are bit for bit those of one process."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributed.fsdp import fully_shard
+
+from dinov2.eval.feature_extraction import Embedding, extract_features
+from dinov2.eval.label_files import open_labelled_tiles
+from dinov2.eval.probe_suite import evaluate
+from dinov2.eval.probing import Probing
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from tests.helpers.backbones import SMALL, randomise
+from tests.helpers.spawn import run_ranks
+
+EMBEDDING = Embedding(size=56, batch_size=4)
+PROBING = Probing(ks=(3,), shots=(2,), draws=3, runs=2, steps=20, folds=2, resamples=20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """29 noise tiles of two classes: eight batches of four, the last one short."""
+    root = tmp_path_factory.mktemp("tiles")
+    rng = np.random.default_rng(0)
+    for number in range(29):
+        path = root / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (56, 70, 3), np.uint8)).save(path)
+    return root
+
+
+def backbone():
+    torch.manual_seed(0)
+    return randomise(DinoVisionTransformer(**SMALL)).eval()
+
+
+def features_and_results(rank, root, shard):
+    model, tiles = backbone(), open_labelled_tiles(root)
+    if shard:
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    features, kept = extract_features(model, tiles.images, EMBEDDING, torch.device("cpu"))
+    return features, kept, evaluate(model, {"task": tiles}, EMBEDDING, PROBING, torch.device("cpu"))
+
+
+def error_of(action, *args):
+    try:
+        action(*args)
+    except ValueError as error:
+        return str(error)
+
+
+def results_and_errors(rank, root, damaged):
+    """The results of a whole and a sharded backbone; what a damaged tile and a task that is too small lead to."""
+    images, tiles = open_labelled_tiles(damaged).images, open_labelled_tiles(root)
+    return [
+        features_and_results(rank, root, False),
+        features_and_results(rank, root, True),
+        error_of(extract_features, backbone(), images, EMBEDDING),
+        error_of(evaluate, backbone(), {"task": tiles}, EMBEDDING, Probing(folds=40)),
+    ]
+
+
+def assert_same(result, expected):
+    np.testing.assert_array_equal(result[0], expected[0])
+    np.testing.assert_array_equal(result[1], expected[1])
+    assert result[2] == expected[2]
+
+
+def test_ranks_equal_one_process_and_hear_of_errors(folder, tmp_path):
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    (damaged / "b" / "07.png").write_bytes(b"no image")
+    expected = features_and_results(0, folder, False)
+    assert len(expected[0]) == len(np.unique(expected[0], axis=0)) == 29
+    for plain, sharded, unreadable, too_small in run_ranks(results_and_errors, folder, damaged, world_size=3):
+        assert_same(plain, expected)
+        assert_same(sharded, expected)
+        assert "07.png' cannot be read" in unreadable
+        assert too_small == "29 groups cannot be divided into 40 folds; 2 to 29 are possible."
