@@ -1,4 +1,6 @@
-"""Entry points for ``torch.hub``: ``torch.hub.load(REPO, "pathfm_teacher", checkpoint_path=...)``."""
+"""Entry points for ``torch.hub``: ``torch.hub.load(REPO, "pathfm_teacher", source="local", path=...)``."""
+
+from __future__ import annotations
 
 from torch import nn
 
@@ -7,11 +9,18 @@ from dinov2.hub import load_teacher as _load_teacher
 dependencies = ["torch"]
 
 
-def pathfm_teacher(checkpoint_path: str, feature_map: bool = False) -> nn.Module:
-    """A teacher in evaluation mode; see ``dinov2.hub.load_teacher``.
+def pathfm_teacher(
+    path: str | None = None,
+    feature_map: bool = False,
+    output: str = "cls",
+    checkpoint_path: str | None = None,
+) -> nn.Module:
+    """A teacher in evaluation mode; arguments and errors are those of ``dinov2.hub.load_teacher``.
 
     Args:
-        checkpoint_path: exported teacher, or another file that ``load_teacher`` opens.
+        path: exported teacher, or another file that ``load_teacher`` opens.
         feature_map: the module returns a list with one un-normalised map of patch features.
+        output: "cls" for class tokens, "cls_mean" for class and mean patch tokens.
+        checkpoint_path: another name of ``path``.
     """
-    return _load_teacher(checkpoint_path, feature_map)
+    return _load_teacher(path, feature_map, output, checkpoint_path)

@@ -1,15 +1,23 @@
-"""Write a teacher to a file that other tools open, with a JSON beside it that says what it is."""
+"""Write a teacher to a file that other tools open, with a JSON beside it that says what it is.
+
+``python -m dinov2.export`` turns such a file, or any that `dinov2.hub.load_teacher` opens, into other libraries'.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dinov2.hub.export_command import main
+
+__all__ = ["main", "save_teacher"]
 
 
 def save_teacher(
@@ -46,3 +54,7 @@ def save_teacher(
         raise OSError(
             f"Teacher {str(path)!r} cannot be written ({error}); make room or mend the folder."
         ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,5 @@
 """Trained teachers as plain modules."""
 
-from dinov2.hub.teacher import FeatureMap, load_teacher
+from dinov2.hub.teacher import ClassAndMean, FeatureMap, load_teacher
 
-__all__ = ["FeatureMap", "load_teacher"]
+__all__ = ["ClassAndMean", "FeatureMap", "load_teacher"]

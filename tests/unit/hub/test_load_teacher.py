@@ -1,21 +1,24 @@
 """Teachers open from every layout, with the architecture stated or inferred."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dinov2.configs import load_config
 from dinov2.export import save_teacher
 from dinov2.hub import load_teacher
-from dinov2.hub.teacher import HEADS
+from dinov2.hub.architecture import HEADS
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import ARCHITECTURES, vit_demo, vit_small
 from dinov2.train.run import _architecture
-from tests.helpers.backbones import chunked, randomise
+from tests.helpers.backbones import chunked, randomise, transformers_weights
 from tests.helpers.runs import TINY
 
 ROOT = Path(__file__).parents[3]
@@ -138,7 +141,7 @@ def test_architecture_that_cannot_be_inferred(tmp_path):
     state = vit_demo(patch_size=14, img_size=28).state_dict()
     torch.save({**state, "cls_token": torch.zeros(1, 1, 130)}, tmp_path / "teacher.pth")
     with pytest.raises(
-        ValueError, match=r"cannot be inferred from its width 130 .*put a JSON with its architecture"
+        ValueError, match=r"cannot be inferred from its width 130.*put a JSON with its architecture"
     ):
         load_teacher(tmp_path / "teacher.pth")
 
@@ -153,12 +156,178 @@ def test_files_that_hold_no_teacher(tmp_path):
         load_teacher(tmp_path / "none.pth")
 
 
-def test_torch_hub(tmp_path):
+@pytest.mark.parametrize("feature_map", [False, True])
+def test_both_names_of_the_path(feature_map, tmp_path):
+    path, _ = export(tmp_path)
+    images = torch.randn(1, 3, 56, 56)
+    for model in (
+        load_teacher(path, feature_map),
+        load_teacher(checkpoint_path=path, feature_map=feature_map),
+    ):
+        out = model(images)
+        assert (out[0] if feature_map else out).shape == ((1, 128, 4, 4) if feature_map else (1, 128))
+
+
+@torch.no_grad()
+def test_class_and_mean(tmp_path):
+    path, teacher = export(tmp_path)
+    images = torch.randn(2, 3, 56, 84)
+    tokens = teacher.norm(teacher.forward_features(images)["x_prenorm"])
+    expected = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], dim=1)
+    torch.testing.assert_close(load_teacher(path, output="cls_mean")(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "path is None and checkpoint_path None; one of them is expected"),
+        ({"path": "a", "checkpoint_path": "b"}, "path is 'a' and checkpoint_path 'b'; one of them"),
+        ({"path": "a", "output": "mean"}, "output is 'mean'; one of cls, cls_mean is expected"),
+        ({"path": "a", "output": "cls_mean", "feature_map": True}, "A feature map has no class token"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_teacher(**arguments)
+
+
+def narrow(folder: Path) -> tuple[Path, nn.Module]:
+    """A backbone of transformers' names whose heads are not those of its width, with its ``config.json``."""
+    teacher = randomise(vit_demo(patch_size=14, img_size=28, init_values=1.0, interpolate_offset=0.0)).eval()
+    for block in teacher.blocks:
+        block.attn.num_heads = 8
+    save_file(transformers_weights(teacher.state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 8, "layer_norm_eps": 1e-6}))
+    return folder / "model.safetensors", teacher
+
+
+@torch.no_grad()
+def test_heads_of_the_config_beside(tmp_path):
+    path, teacher = narrow(tmp_path)
+    images = torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(load_teacher(path)(images), teacher(images))
+    (tmp_path / "config.json").unlink()
+    assert not torch.allclose(load_teacher(path)(images), teacher(images))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", r"config.json' does not describe a model .*; mend or remove it"),
+        ("[]", r"config.json' does not describe a model .*; mend or remove it"),
+        ('{"layer_norm_eps": 1e-5}', r"has \{'layer_norm_eps': 1e-05\}, but a DINOv2 ViT has"),
+        ('{"num_attention_heads": "many"}', "has 'many' attention heads; a positive number is expected"),
+        ('{"num_attention_heads": 3}', "cannot be inferred from its width 128, 3 heads and 4 blocks"),
+    ],
+)
+def test_wrong_config_beside(config, message, tmp_path):
+    path, _ = narrow(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message) as error:
+        load_teacher(path)
+    assert "\n" not in str(error.value)
+
+
+def spoilt(state: dict, kind: str) -> dict:
+    """Checkpoints that resemble a DINOv2 backbone."""
+    if kind == "DINOv3":  # rotary positions, registers of another name
+        return {**without(state, "pos_embed", "register_tokens"), "storage_tokens": state["register_tokens"]}
+    if kind == "fork with more":
+        return {**state, "blocks.0.adapter.weight": torch.zeros(2)}
+    if kind == "tensor missing":
+        return without(state, "blocks.2.mlp.fc1.weight")
+    if kind == "block missing":
+        return without(state, *(key for key in state if key.startswith("blocks.0.")))
+    changed = {
+        "oblong grid": ("pos_embed", state["pos_embed"][:, :-1]),
+        "flat patches": ("patch_embed.proj.weight", state["patch_embed.proj.weight"].flatten(1)),
+        "narrow token": ("cls_token", state["cls_token"][0, 0]),
+        "narrow map": ("blocks.1.attn.qkv.weight", state["blocks.1.attn.qkv.weight"][:, :64]),
+        "empty": ("patch_embed.proj.weight", torch.zeros(0, 3, 0, 0)),
+    }
+    name, value = changed[kind]
+    return {**state, name: value}
+
+
+def without(state: dict, *keys: str) -> dict:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("DINOv3", "hold no backbone: pos_embed missing; a DINOv2 ViT is expected"),
+        ("fork with more", "do not fit the model: unknown: blocks.0.adapter.weight"),
+        ("tensor missing", "do not fit the model: missing: blocks.2.mlp.fc1.weight"),
+        ("block missing", "do not fit the model: .*missing: blocks.0.attn"),
+        ("oblong grid", r"of another shape: pos_embed \(1, 4, 128\) for \(1, 2, 128\)"),
+        ("flat patches", r"patch_embed.proj.weight is \(128, 588\), of other than 4 dimensions"),
+        ("narrow token", r"cls_token is \(128,\), of other than 3 dimensions"),
+        ("narrow map", r"of another shape: blocks.1.attn.qkv.weight \(384, 64\) for \(384, 128\)"),
+        ("empty", r"patch_embed.proj.weight is \(0, 3, 0, 0\), of other than"),
+    ],
+)
+def test_files_of_something_else(kind, message, tmp_path):
+    state = vit_demo(patch_size=14, img_size=28, num_register_tokens=4, init_values=1.0).state_dict()
+    torch.save({"teacher": spoilt(state, kind)}, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=message) as error:
+        load_teacher(tmp_path / "teacher.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "safetensors of text", "empty"])
+def test_damaged_files(kind, tmp_path):
+    path = tmp_path / ("teacher.safetensors" if kind == "safetensors of text" else "teacher.pth")
+    torch.save(vit_demo(patch_size=14, img_size=28).state_dict(), path)
+    path.write_bytes(
+        {"truncated": path.read_bytes()[:9000], "empty": b""}.get(kind, b"version https://git-lfs")
+    )
+    with pytest.raises(ValueError, match=r"teacher\.\w+' cannot be read \(.*\); a PyTorch .pth or") as error:
+        load_teacher(path)
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Surprise:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"teacher": Surprise()}, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=r"teacher.pth' cannot be read"):
+        load_teacher(tmp_path / "teacher.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folder(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; name the .pth or .safetensors file in it"):
+        load_teacher(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpoint_path": True}, {"feature_map": True}, {"output": "cls_mean"}]
+)
+@torch.no_grad()
+def test_torch_hub(options, tmp_path):
     path, teacher = export(tmp_path)
     images = torch.randn(1, 3, 56, 56)
-    model = torch.hub.load(str(ROOT), "pathfm_teacher", source="local", checkpoint_path=str(path))
-    torch.testing.assert_close(model(images), teacher(images), rtol=0, atol=0)
-    maps = torch.hub.load(
-        str(ROOT), "pathfm_teacher", source="local", checkpoint_path=str(path), feature_map=True
+    where = {"checkpoint_path" if options.pop("checkpoint_path", False) else "path": str(path)}
+    model = torch.hub.load(str(ROOT), "pathfm_teacher", source="local", **where, **options)
+    out = model(images)
+    if "feature_map" in options:
+        assert out[0].shape == (1, 128, 4, 4)
+    else:
+        torch.testing.assert_close(out[:, :128], teacher(images), rtol=0, atol=0)
+        assert out.shape == (1, 256 if options else 128)
+
+
+def test_torch_hub_from_elsewhere_needs_torch_alone(tmp_path):
+    path, _ = export(tmp_path)
+    program = (
+        "import sys, torch\n"
+        f"model = torch.hub.load({str(ROOT)!r}, 'pathfm_teacher', source='local', path={str(path)!r})\n"
+        "assert model(torch.zeros(1, 3, 56, 56)).shape == (1, 128)\n"
+        "print({'cv2', 'omegaconf', 'pyarrow', 'timm', 'transformers'} & set(sys.modules))"
     )
-    assert maps(images)[0].shape == (1, 128, 4, 4)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n"
