@@ -17,6 +17,7 @@ from benchmarks.step_variants import ABLATIONS, VARIANTS, Ours, Variant, build, 
 from dinov2.configs import Config
 from dinov2.train.flops import step_flops
 from dinov2.train.hardware import find_gpu
+from dinov2.train.memory import predict_memory
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 PHASE_STEPS = 5
@@ -70,6 +71,7 @@ def measure(
         "losses": losses,
         "recompiled": _graphs() - graphs,
         "memory": _peak(device),
+        "predicted_gib": None if variant.reference else _predicted(config, images, device),
         "work": _work(config, variant, images, timing["step_ms"], device),
     }
     if not all(map(math.isfinite, losses.values())):
@@ -150,6 +152,15 @@ def _release(device: torch.device) -> None:
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _predicted(config: Config, images: int, device: torch.device) -> float:
+    """What `dinov2.train.memory` expects the peak to be, in GiB."""
+    compiled = config.performance.compile is True or (
+        device.type == "cuda" and config.performance.compile == "auto"
+    )
+    student = SSLMetaArch(config, weights_device="meta").student
+    return predict_memory(config, student, images, compiled=compiled).total / 2**30
 
 
 def _peak(device: torch.device) -> dict[str, float] | None:

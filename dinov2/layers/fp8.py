@@ -14,12 +14,19 @@ _E5M2 = torch.float8_e5m2
 _MIN_CAPABILITY = (8, 9)
 
 
-def fp8_problem(device: torch.device | str) -> str | None:
-    """Why FP8 products cannot be used on a device, in one sentence; None where they can."""
+def fp8_problem(device: torch.device | str, per_row: bool = False) -> str | None:
+    """Why FP8 products cannot be used on a device, in one sentence; None where they can.
+
+    Args:
+        device: of the operands.
+        per_row: with one scale per row instead of one per tensor.
+    """
     device = torch.device(device)
     if not hasattr(torch, "_scaled_mm") or not hasattr(torch, "float8_e4m3fn"):
         return f"PyTorch {torch.__version__} has no FP8 products; 2.11 or newer has them."
     if device.type == "cpu":
+        if per_row and not _scales_rows_on_cpu():
+            return f"PyTorch {torch.__version__} has no FP8 products with scales per row on a CPU; use one per tensor."
         return None
     if device.type != "cuda" or torch.version.hip:
         return f"FP8 products are not implemented for {device}; an NVIDIA GPU or the CPU can do them."
@@ -30,6 +37,16 @@ def fp8_problem(device: torch.device | str) -> str | None:
             f"FP8 needs {'.'.join(map(str, _MIN_CAPABILITY))} or higher (Ada, Hopper or newer)."
         )
     return None
+
+
+def _scales_rows_on_cpu() -> bool:
+    """Torch 2.11 does not, 2.15 does."""
+    ones, scale = torch.ones(16, 16).to(_E4M3), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=COMPUTE_DTYPE)
+    except RuntimeError:
+        return False
+    return True
 
 
 def quantise(matrix: Tensor, per_row: bool, dtype: torch.dtype = _E4M3) -> tuple[Tensor, Tensor]:

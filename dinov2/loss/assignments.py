@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dinov2.loss.prototype_kernels import scaled_exp
@@ -33,7 +32,10 @@ class Assignments:
         """All five, as a target of the prototype kernels."""
         return self.logits, self.row_max, self.u, self.v, self.inverse_temp
 
-    @torch.no_grad()
     def probs(self) -> Tensor:
         """Write P out: (N, K), float32 (float64 for float64 logits), without a gradient."""
-        return scaled_exp(self.logits, self.row_max, self.inverse_temp).mul_(self.u).mul_(self.v[:, None])
+        return (
+            scaled_exp(self.logits.detach(), self.row_max, self.inverse_temp)
+            .mul_(self.u)
+            .mul_(self.v[:, None])
+        )

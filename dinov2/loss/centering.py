@@ -29,12 +29,10 @@ class TeacherCentering(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(center_shape))
 
-    @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float | Tensor) -> Tensor:
         """Return softmax((t - c) / T) of (..., K) logits of any float dtype, in float32."""
-        return ((teacher_output - self.center.flatten()) / teacher_temp).softmax(-1)
+        return ((teacher_output.detach() - self.center.flatten()) / teacher_temp).softmax(-1)
 
-    @torch.no_grad()
     def update_center(self, teacher_output: Tensor, row_weight: Tensor | None = None) -> None:
         """Move the centre towards the mean of this step's teacher logits; call it after the softmax.
 
@@ -45,7 +43,7 @@ class TeacherCentering(nn.Module):
             teacher_output: (..., K) logits, any float dtype; ranks may hold different numbers of rows.
             row_weight: (...) 1 for rows that count, 0 for padding; None when all count.
         """
-        rows = at_least_float32(teacher_output).flatten(0, -2)
+        rows = at_least_float32(teacher_output.detach()).flatten(0, -2)
         weight = rows.new_ones(len(rows)) if row_weight is None else row_weight.to(rows.dtype).flatten()
         total = all_reduce_sum(torch.cat([(rows * weight[:, None]).sum(0), weight.sum(0, keepdim=True)]))
         total, num_rows = total[:-1].to(self.center), total[-1].to(self.center)

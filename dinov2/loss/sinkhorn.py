@@ -26,7 +26,7 @@ def sinkhorn_knopp(
     Returns:
         (N, K) float32 (float64 for float64 logits); rows that count sum to 1, padded rows are 0.
     """
-    return sinkhorn_assignments(logits, teacher_temp, n_iterations, row_weight).probs()
+    return Assignments.probs(sinkhorn_assignments(logits, teacher_temp, n_iterations, row_weight))
 
 
 def sinkhorn_assignments(

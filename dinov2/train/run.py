@@ -56,9 +56,7 @@ class Run:
         self.config, self.output_dir, self.device = config, output_dir, device
         world = get_global_size()
         on_main_process(partial(validate, config, world))
-        self.performance = on_main_process(
-            partial(resolve_performance, config, Machine.of(device, fp8_problem(device)))
-        )
+        self.performance = on_main_process(partial(resolve_performance, config, _machine(config, device)))
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
         saved = on_main_process(self._newest_state)
         self.plan = self._make_plan(saved)
@@ -225,7 +223,7 @@ def dry_run(config: Config, world_size: int) -> str:
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        compiled = resolve_performance(config, Machine.of(device, fp8_problem(device))).compile
+        compiled = resolve_performance(config, _machine(config, device)).compile
         name = torch.cuda.get_device_name(device)
     machine = (local_world_size(), compiled)
     gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
@@ -238,6 +236,10 @@ def dry_run(config: Config, world_size: int) -> str:
         arch = SSLMetaArch(config)
         arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
     return f"{describe_plan(config, plan, arch.student, name, *machine)}\n{stream}"
+
+
+def _machine(config: Config, device: torch.device) -> Machine:
+    return Machine.of(device, fp8_problem(device, config.performance.fp8_scaling == "row"))
 
 
 def _architecture(config: Config) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_implementation_agrees_with_the_reference_and_is_measured(name):
     assert result["timing"]["images"] == (2 if name == "ref_sep" else 4)
     assert result["timing"]["img_per_s"] > 0
     assert all(math.isfinite(loss) for loss in result["losses"].values())
-    assert {"warm_up", "recompiled", "memory", "work"} <= result.keys()
+    assert {"warm_up", "recompiled", "memory", "predicted_gib", "work"} <= result.keys()
     assert result["work"]["dense_tflop"] > result["work"]["model_tflop"] > 0
     if name.startswith("ours"):
         assert list(result["phases"]["ms"]) == [
