@@ -46,9 +46,8 @@ def measure(
         gate = check(variant, preset, device)
         result["gate"] = gate.report()
         if not gate.passed:
-            save(
-                result | {"error": f"not timed, since it computes something else: {'; '.join(gate.failures)}"}
-            )
+            faults = "; ".join(gate.failures)
+            save(result | {"error": f"not timed, since it computes something else: {faults}"})
             return
         save(result)
         _release(device)
@@ -71,7 +70,7 @@ def measure(
         "losses": losses,
         "recompiled": _graphs() - graphs,
         "memory": _peak(device),
-        "predicted_gib": None if variant.reference else _predicted(config, images, device),
+        "predicted_gib": _predicted(config, variant, images, device),
         "work": _work(config, variant, images, timing["step_ms"], device),
     }
     if not all(map(math.isfinite, losses.values())):
@@ -154,8 +153,10 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _predicted(config: Config, images: int, device: torch.device) -> float:
-    """What `dinov2.train.memory` expects the peak to be, in GiB."""
+def _predicted(config: Config, variant: Variant, images: int, device: torch.device) -> float | None:
+    """What `dinov2.train.memory` expects the peak to be, in GiB; None for a reference."""
+    if variant.reference:
+        return None
     compiled = config.performance.compile is True or (
         device.type == "cuda" and config.performance.compile == "auto"
     )
