@@ -83,7 +83,7 @@ def _open(path: Path, key: str) -> Any:
         import h5py
     except ImportError as error:
         raise ImportError(
-            "PCam's files need h5py: install the extra 'eval' (pip install 'path-fm[eval]')."
+            "PCam's files need h5py: install the extra 'hdf5' (pip install 'path-fm[hdf5]')."
         ) from error
     try:
         return h5py.File(path, "r")[key]
