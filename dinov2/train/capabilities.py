@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Machine:
         capability: CUDA compute capability; None without a GPU.
         gpu: the driver's name of it.
         triton: Triton kernels run on the device (on a CPU: in Triton's interpreter).
+        triton_lacks: why they do not, after "Triton, which".
         fp8_problem: why FP8 products cannot be used, in one sentence (`dinov2.layers.fp8.fp8_problem`); None where
             they can.
     """
@@ -36,21 +38,24 @@ class Machine:
     capability: tuple[int, int] | None = None
     gpu: str = ""
     triton: bool = False
+    triton_lacks: str = "is not installed"
     fp8_problem: str | None = None
 
     @classmethod
     def of(cls, device: torch.device, fp8_problem: str | None = None) -> Machine:
         """This machine, training on ``device``."""
-        triton = importlib.util.find_spec("triton") is not None
+        found = importlib.util.find_spec("triton") is not None
         if device.type != "cuda":
-            interpreted = triton and os.environ.get("TRITON_INTERPRET") == "1"
+            interpreted = found and os.environ.get("TRITON_INTERPRET") == "1"
             return cls(torch.__version__, device.type, triton=interpreted, fp8_problem=fp8_problem)
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
         return cls(
             torch.__version__,
             device.type,
             torch.cuda.get_device_capability(device),
             torch.cuda.get_device_name(device),
-            triton,
+            found and bool(compiler),
+            "finds no C compiler (install gcc, or name one in CC)" if found else "is not installed",
             fp8_problem,
         )
 
@@ -94,7 +99,7 @@ def resolve_performance(config: Config, machine: Machine) -> ResolvedPerformance
         elif on_gpu and not machine.triton and not (key == "compile" and _compiles_without_triton(config)):
             chosen[key] = False
             notes.append(
-                f"performance.{key} = auto is off because Triton is not installed; the step will be slower."
+                f"performance.{key} = auto is off because Triton {machine.triton_lacks}; the step will be slower."
             )
     if performance.fused_update == "auto" and chosen["fused_update"] and _scales_losses(config):
         chosen["fused_update"] = False
@@ -143,12 +148,12 @@ def _triton_faults(config: Config, machine: Machine) -> Iterator[str]:
         return
     performance = config.performance
     if performance.fused_update is True:
-        lacking = "Triton, which is not installed" if machine.device == "cuda" else "a GPU and there is none"
+        lacking = f"Triton, which {machine.triton_lacks}" if machine.device == "cuda" else "a GPU and there is none"
         yield f"performance.fused_update = true needs {lacking}; auto or false updates the weights without."
     if performance.compile is True and machine.device == "cuda" and not _compiles_without_triton(config):
         yield (
-            "performance.compile = true needs Triton, which is not installed; install triton, or set auto or false "
-            "to run without."
+            f"performance.compile = true needs Triton, which {machine.triton_lacks}; set auto or false to run "
+            "without."
         )
 
 

@@ -104,3 +104,17 @@ def test_this_machine():
     machine = Machine.of(torch.device("cpu"), "none")
     assert (machine.torch, machine.device, machine.capability) == (torch.__version__, "cpu", None)
     assert machine.fp8_problem == "none"
+
+
+@pytest.mark.parametrize(("compiler", "able"), [("", False), ("/usr/bin/some-cc", True)])
+def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, compiler: str, able: bool):
+    """It compiles the launcher of every kernel, where it first runs."""
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    machine = Machine.of(torch.device("cuda"))
+    assert machine.triton == able
+    if not able:
+        assert "which finds no C compiler" in only_fault(machine, "performance.compile=true")
+        assert "finds no C compiler" in resolve_performance(config(), machine).notes[0]
