@@ -273,9 +273,8 @@ def _precision_faults(config: Config) -> Iterator[str]:
             getattr(network, module).sharding_strategy
             for network in (config.compute_precision.student, config.compute_precision.teacher)
         )
-        if ours != theirs and "NO_SHARD" in (ours, theirs):
+        if ours != theirs and {ours, theirs} != {"SHARD_GRAD_OP", "FULL_SHARD"}:
             yield (
                 f"compute_precision.student.{module}.sharding_strategy = {ours} and teacher's = {theirs} place the "
-                "weights differently, but the teacher follows the student shard by shard; set NO_SHARD for both or "
-                "for neither."
+                f"weights differently, but the teacher follows the student shard by shard; set {ours} for both."
             )
