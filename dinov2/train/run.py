@@ -54,12 +54,12 @@ class Run:
 
     def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
         self.config, self.output_dir, self.device = config, output_dir, device
-        world = get_global_size()
-        on_main_process(partial(validate, config, world))
-        self.performance = on_main_process(partial(resolve_performance, config, _machine(config, device)))
+        on_main_process(partial(validate, config, get_global_size()))
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
         saved = on_main_process(self._newest_state)
-        self.plan = self._make_plan(saved)
+        if not eval_only:
+            self.performance = on_main_process(partial(resolve_performance, config, _machine(config, device)))
+            self.plan = self._make_plan(saved)
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
         self.loader = None if eval_only else self._open_stream(saved)
         self.arch = build_arch(config, device, from_checkpoint=saved is not None)
