@@ -36,8 +36,7 @@ from dinov2.eval.embedding_inputs import KINDS, TileInput, open_input
 from dinov2.eval.embedding_run import DESCRIPTION, Counts, Output, embed_parts
 from dinov2.eval.embedding_slides import Grid
 from dinov2.eval.embedding_stream import Embedder, Fitting
-from dinov2.eval.probe import trained_with
-from dinov2.hub import load_teacher
+from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.architecture import arguments_of
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer

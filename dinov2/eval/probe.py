@@ -7,7 +7,6 @@ processes share the work.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from dinov2.eval.probe_results import Result, append_csv, as_table, write_json
 from dinov2.eval.probe_suite import run_probes
 from dinov2.eval.probing import PROBES, Probing
 from dinov2.eval.slide_pooling import AGGREGATIONS
-from dinov2.hub import load_teacher
+from dinov2.hub import load_teacher, trained_with
 from dinov2.logging import setup_logging
 from dinov2.utils.dtypes import DTYPES
 from dinov2.utils.environment import DeviceError, select_device
@@ -160,24 +159,6 @@ def open_tasks(
         else:
             tasks[name] = open_labelled_tiles(root, labels, slide_regex)
     return tasks
-
-
-def trained_with(checkpoint: str) -> dict[str, Any]:
-    """Step, input size and normalisation from the JSON beside an exported teacher; what is not there is left out."""
-    described = Path(checkpoint).with_suffix(".json")
-    if not described.is_file():
-        return {}
-    content = json.loads(described.read_text())
-    wanted = {"step": ("step",), "size": ("config", "crops", "global_crops_size")}
-    wanted |= {key: ("config", "augmentation", f"normalize_{key}") for key in ("mean", "std")}
-    found = {key: _look_up(content, path) for key, path in wanted.items()}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _look_up(content: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from dinov2.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.architecture import arguments_of, description
 from dinov2.hub.formats import DTYPES, Colours, files_for, resampled_by, with_image_size
 from dinov2.hub.teacher import load_teacher
+from dinov2.hub.training_record import trained_with
 from dinov2.hub.verification import (
     LIBRARIES,
     TOLERANCES,
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_teacher(args.checkpoint)
         if args.image_size is not None:
             with_image_size(model, args.image_size)
-        colours = _colours(args, described)
+        colours = _colours(args)
         _write(args, model, colours, described)
         alike = _resamples_alike(args.format, model)
         if args.verify is None:
@@ -101,15 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
-def _colours(args: argparse.Namespace, described: Mapping[str, Any]) -> Colours:
+def _colours(args: argparse.Namespace) -> Colours:
     """Those asked for, or of training, or ImageNet's."""
-    trained = described
-    for section in ("config", "augmentation"):
-        trained = trained.get(section) if isinstance(trained, dict) else None
-    trained = trained if isinstance(trained, dict) else {}
+    trained = trained_with(args.checkpoint)
     colours = Colours(
-        args.mean or trained.get("normalize_mean", IMAGENET_MEAN),
-        args.std or trained.get("normalize_std", IMAGENET_STD),
+        args.mean or trained.get("mean", IMAGENET_MEAN), args.std or trained.get("std", IMAGENET_STD)
     )
     try:
         fit = all(

@@ -1,0 +1,207 @@
+"""One table of what stock eva found, beside published figures: ``python -m dinov2.eval.eva_summary OUTPUT``.
+
+Reads what ``scripts/run_eva.sh`` leaves in OUTPUT, writes ``summary.md`` and ``summary.csv`` there and shows the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dinov2.logging import setup_logging
+
+TASKS = (
+    "pcam_10", "bach", "bracs", "breakhis", "crc", "gleason", "mhist", "pcam", "cam16_small", "panda_small",
+    "consep", "monusac",
+)  # fmt: skip
+PUBLISHED = {
+    # Kaplan et al. 2025 (sophont.med/blog/openmidnight): class token.
+    "OpenMidnight, cls": (.790, .916, .661, .873, .961, .817, .844, .938, .946, .652, .631, .655),
+    # The same weights in its authors' high-resolution report, at 224 px: class and mean token.
+    "OpenMidnight, cls+mean": (.821, .917, .645, .908, .967, .824, .832, .933, .835, .652, .623, .649),
+    # Karasikov et al. 2025 (arXiv 2504.05186) and the model's page: class and mean token.
+    "Midnight-92k/392, cls+mean": (.900, .904, .646, .802, .966, .807, .828, .951, .868, .651, .662, .708),
+    "Midnight-92k, cls+mean": (.882, .889, .615, .793, .967, .823, .831, .948, .872, .643, .629, .656),
+    "Midnight-12k, cls+mean": (.803, .907, .639, .840, .967, .790, .815, .931, .869, .656, .625, .664),
+}  # fmt: skip
+"""Published figures by model, in the order of `TASKS`."""
+
+METRICS = {
+    "MulticlassAccuracy": "balanced accuracy",
+    "BinaryBalancedAccuracy": "balanced accuracy",
+    "MonaiDiceScore": "Dice",
+}
+"""What a task is measured by: the first of these that eva recorded (MulticlassAccuracy is a mean over classes)."""
+
+DONE = "done"
+STATUS_FILE = "status.tsv"
+"""``task status seconds``, separated by tabs; the last line of a task counts."""
+USER_ERROR = 2
+
+logger = logging.getLogger("dinov2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a task.
+
+    Attributes:
+        task: one of `TASKS`.
+        status: "done", "no data" or "failed".
+        seconds: spent on it.
+        metric: in words; empty without results, as are the next.
+        split: whose tiles or slides were measured: "test" where the task has such, else "val".
+        mean: over runs.
+        sd: over runs (n - 1); NaN of one run.
+        runs: number of runs.
+    """
+
+    task: str
+    status: str
+    seconds: float = math.nan
+    metric: str = ""
+    split: str = ""
+    mean: float = math.nan
+    sd: float = math.nan
+    runs: int = 0
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Metric, split, mean, sd and runs of eva's ``results.json``.
+
+    Raises:
+        ValueError: it is none, or has none of `METRICS`.
+    """
+    try:
+        metrics = json.loads(path.read_text())["metrics"]
+        for split in ("test", "val"):
+            for name, words in METRICS.items():
+                found = metrics[split] and metrics[split][0].get(f"{split}/{name}")
+                if found:
+                    values = [float(value) for value in found["values"]]
+                    sd = float(found["stdev"]) if len(values) > 1 else math.nan
+                    return {
+                        "metric": words,
+                        "split": split,
+                        "mean": fmean(values),
+                        "sd": sd,
+                        "runs": len(values),
+                    }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is not a results.json of eva ({error!r}).") from error
+    raise ValueError(f"'{path}' has none of {', '.join(METRICS)}.")
+
+
+def collect(output: Path) -> list[Row]:
+    """Rows of all tasks that a folder's `STATUS_FILE` names, in the order of `TASKS`.
+
+    A task's figures are those of the newest ``<task>/results/*/results.json``.
+
+    Raises:
+        FileNotFoundError: the folder has no `STATUS_FILE`.
+        ValueError: a file in it is damaged.
+    """
+    status = output / STATUS_FILE
+    if not status.is_file():
+        raise FileNotFoundError(
+            f"'{output}' has no {STATUS_FILE}; name a folder that scripts/run_eva.sh wrote."
+        )
+    rows = {}
+    for line in status.read_text().splitlines():
+        try:
+            task, outcome, seconds = line.split("\t")
+            found = {}
+            if outcome == DONE:
+                # eva's folders begin with the time.
+                found = read_results(max((output / task / "results").glob("*/results.json")))
+            rows[task] = Row(task, outcome, float(seconds), **found)
+        except ValueError as error:
+            raise ValueError(f"'{status}': {line!r} cannot be read ({error}).") from error
+    return sorted(rows.values(), key=lambda row: TASKS.index(row.task))
+
+
+def averages(rows: Iterable[Row]) -> tuple[float, list[float]] | None:
+    """Mean over all tasks, of ours and of each published row; None where a task has no result."""
+    means = [row.mean for row in rows if row.runs]
+    return (fmean(means), [fmean(row) for row in PUBLISHED.values()]) if len(means) == len(TASKS) else None
+
+
+def as_markdown(rows: Sequence[Row], title: str) -> str:
+    """The table as a page."""
+    header = ["task", "metric", "mean", "sd", "runs", "time", *PUBLISHED]
+    lines = [f"# {title}", "", _line(header), _line(["---"] * len(header))]
+    for row in rows:
+        metric = f"{row.metric}, {row.split}" if row.runs else row.status
+        own = [row.task, metric, _figure(row.mean), _figure(row.sd), row.runs or "", _clock(row.seconds)]
+        lines.append(_line(own + [_figure(value) for value in _published(row.task)]))
+    if over_all := averages(rows):
+        own = [
+            "average",
+            "all twelve",
+            _figure(over_all[0]),
+            "",
+            "",
+            _clock(math.fsum(row.seconds for row in rows)),
+        ]
+        lines.append(_line(own + [_figure(value) for value in over_all[1]]))
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The same, one line per task, figures in full, empty where there are none."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*Row.__dataclass_fields__, *PUBLISHED])
+        for row in rows:
+            own = ["" if value != value else value for value in vars(row).values()]
+            writer.writerow([*own, *_published(row.task)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("output", type=Path, help="folder that scripts/run_eva.sh wrote")
+    output = parser.parse_args(argv).output
+    setup_logging()
+    try:
+        rows = collect(output)
+        text = as_markdown(rows, f"eva: {output.name}")
+        (output / "summary.md").write_text(text)
+        write_csv(output / "summary.csv", rows)
+    except (OSError, ValueError) as error:
+        logger.error("%s", error)
+        return USER_ERROR
+    sys.stdout.write(text)
+    return 0
+
+
+def _published(task: str) -> list[float]:
+    return [row[TASKS.index(task)] for row in PUBLISHED.values()]
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
