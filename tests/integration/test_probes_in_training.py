@@ -41,7 +41,7 @@ def test_probes_leave_the_training_as_it_is(shards: Path, labelled: Path, tmp_pa
     without, none = train(shards, tmp_path / "plain", "evaluation.probes=[]")
     settings = f"evaluation.labelled=[{{path: {labelled}}}]", "evaluation.probes=[knn, rankme, odcorr]"
     period = "evaluation.eval_period_iterations=3"
-    steps, probes = train(shards, tmp_path / "probed", *settings, period, "optim.early_stop=1")
+    train(shards, tmp_path / "probed", *settings, period, "optim.early_stop=1")
     steps_after, probes_after = train(shards, tmp_path / "probed", *settings, period)
     assert none == []
     assert [r["total_loss"] for r in steps_after if r["step"] <= 8] == [r["total_loss"] for r in without]
