@@ -148,7 +148,9 @@ def _triton_faults(config: Config, machine: Machine) -> Iterator[str]:
         return
     performance = config.performance
     if performance.fused_update is True:
-        lacking = f"Triton, which {machine.triton_lacks}" if machine.device == "cuda" else "a GPU and there is none"
+        lacking = (
+            f"Triton, which {machine.triton_lacks}" if machine.device == "cuda" else "a GPU and there is none"
+        )
         yield f"performance.fused_update = true needs {lacking}; auto or false updates the weights without."
     if performance.compile is True and machine.device == "cuda" and not _compiles_without_triton(config):
         yield (
