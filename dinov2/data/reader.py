@@ -1,6 +1,7 @@
 """One reader per rank: fetches the rank's rows ahead of use and hands them out in order."""
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from dinov2.data.order import SampleOrder
+from dinov2.data.retrying import give_up_when
 from dinov2.data.sample import EncodedSample, Source
 from dinov2.data.stream_memory import Prefetch
 
@@ -62,13 +64,17 @@ class RankReader:
     def __iter__(self) -> Iterator[list[EncodedSample]]:
         fetches: _Fetches = {}
         window: deque[list[tuple[int, _Key]]] = deque()
-        pool = ThreadPoolExecutor(self._prefetch.threads, thread_name_prefix="dinov2-reader")
+        closed = threading.Event()
+        pool = ThreadPoolExecutor(
+            self._prefetch.threads, "dinov2-reader", initializer=give_up_when, initargs=(closed,)
+        )
         try:
             for first in itertools.count(self._start + self._rank * self._rank_batch, self._batch):
                 window.append(self._plan(first, fetches, pool))
                 if len(window) > self._prefetch.look_ahead:
                     yield [_take(fetches, g, key) for g, key in window.popleft()]
         finally:
+            closed.set()  # a thread between two tries of a server may have minutes to sleep
             pool.shutdown(cancel_futures=True)
 
     def _plan(self, first: int, fetches: _Fetches, pool: ThreadPoolExecutor) -> list[tuple[int, _Key]]:

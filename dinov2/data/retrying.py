@@ -4,6 +4,7 @@ import errno
 import logging
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dinov2.data.shared_pause import SharedPause
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+_thread = threading.local()
 # Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
 _PASSING = {"ConnectionError", "TimeoutError", "gaierror", "SSLError"}  # Python, requests, botocore
 _PASSING |= {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}  # httpx
@@ -54,6 +56,23 @@ class Refusal(Exception):
         self.status, self.headers = status, headers
 
 
+class GivenUp(Exception):
+    """Nobody waits any more for what was asked for."""
+
+
+def give_up_when(nobody_waits: threading.Event) -> None:
+    """Let this thread's pauses between tries end with `GivenUp` as soon as the event is set."""
+    _thread.nobody_waits = nobody_waits
+
+
+def _pause(seconds: float) -> None:
+    nobody_waits = getattr(_thread, "nobody_waits", None)
+    if nobody_waits is None:
+        time.sleep(seconds)
+    elif nobody_waits.wait(seconds):
+        raise GivenUp
+
+
 @dataclass(frozen=True)
 class Retries:
     """How long a request is repeated. Waits double from try to try, with jitter, up to a bound.
@@ -76,7 +95,7 @@ class Retries:
     connect_s: float = 10.0
     read_s: float = 60.0
     pause_folder: str = ""
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] = _pause
 
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
         """Give what `request` returns, repeated while it fails for a reason that may pass.

@@ -10,6 +10,7 @@ import pytest
 
 from dinov2.data.order import SampleOrder
 from dinov2.data.reader import RankReader
+from dinov2.data.retrying import Retries
 from dinov2.data.stream_memory import Prefetch, memory_bound
 from tests.helpers import slow_order
 
@@ -111,6 +112,28 @@ def test_threads_start_with_the_first_step_and_end_with_the_iterator() -> None:
     del steps
     gc.collect()
     assert threading.active_count() == before
+
+
+def test_a_thread_that_waits_to_try_a_server_again_does_not_hold_up_the_end() -> None:
+    tried = threading.Event()
+
+    def overloaded() -> None:
+        tried.set()
+        raise TimeoutError
+
+    class Overloaded(MemorySource):
+        def read(self, unit: int, rows: list[int]) -> list[tuple[str, bytes]]:
+            if self.reads.total() >= 2:
+                Retries(first_wait_s=3600, longest_wait_s=3600).call("https://host/shard", overloaded)
+            return super().read(unit, rows)
+
+    steps = iter(reader(Overloaded(UNIT_ROWS), lanes=8, batch=2, prefetch=Prefetch(threads=2, look_ahead=1)))
+    next(steps)
+    assert tried.wait(60)
+    closing = threading.Thread(target=steps.close)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
 
 
 def test_an_error_in_a_thread_is_raised_by_next_and_ends_the_threads() -> None:
