@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,13 @@ def check_space(jobs: Sequence[Job], folder: Path, ignore: bool) -> None:
         logger.warning("%s; it will end when the disk is full.", message)
 
 
+def _next(done: queue.SimpleQueue[Any]) -> Any:
+    while True:
+        # Awake every second: an interrupt that another thread's wait has received reaches this one only then.
+        with suppress(queue.Empty):
+            return done.get(timeout=1.0)
+
+
 def fetch_all(
     downloads: Downloads, jobs: Sequence[Job], workers: int
 ) -> Iterator[tuple[Job, bool | OSError]]:
@@ -128,7 +135,7 @@ def fetch_all(
         thread.start()
     try:
         for _ in jobs:
-            job, outcome = done.get()
+            job, outcome = _next(done)
             if isinstance(outcome, Exception) and not isinstance(outcome, OSError):
                 raise outcome
             yield job, outcome
