@@ -17,7 +17,8 @@ from tests.unit.gdc.conftest import CONTENT, HALF, failures, size_of, write_mani
 
 
 def run_cli(argv: list[str]) -> None:
-    """The command line in a process."""
+    """The command line in a process of a terminal: what a shell starts in the background ignores interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(argv))
 
 
