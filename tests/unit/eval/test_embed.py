@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -186,7 +187,6 @@ def test_two_processes_equal_one(teacher, images, tmp_path):
 
 
 def test_hdf5(teacher, images, tmp_path):
-    h5py = pytest.importorskip("h5py")
     output = embed(
         teacher, images[0], tmp_path / "tiles", "--format", "hdf5", "--kind", "images", "--batch-size", 7
     )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -103,7 +104,6 @@ def test_slides_of_one_name_and_without_tissue(teacher, slides, tmp_path, capsys
 
 
 def test_hdf5(teacher, slides, tmp_path):
-    h5py = pytest.importorskip("h5py")
     options = ["--mpp", 0.5, "--tile-size", 56, "--stride", 112]
     slide = slides / "demo_train.svs"
     output = embed(teacher, slide, tmp_path / "out", "--format", "hdf5", *options)
