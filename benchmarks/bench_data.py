@@ -40,12 +40,12 @@ from dinov2.data import (
     Sample,
 )
 from dinov2.data.decode import decode_image
-from dinov2.data.order import SampleOrder
-from dinov2.data.parquet_index import load_index, write_sidecar
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.reader import RankReader
-from dinov2.data.storage import LocalStorage, StoredFile
-from dinov2.data.stream_memory import GIB, Prefetch, memory_bound
+from dinov2.data.parquet.index import load_index, write_sidecar
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.storage.base import LocalStorage, StoredFile
+from dinov2.data.stream.memory import GIB, Prefetch, memory_bound
+from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.reader import RankReader
 
 SIZE = 224
 COLLECTIONS = {

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import dinov2
 from dinov2.configs import Config, load_config
-from dinov2.train.flops import step_flops
-from dinov2.train.hardware import ASSUMED_GPU, ASSUMED_PEAK_SHARE, NETWORK_LINK, find_gpu
-from dinov2.train.memory import meta_student
+from dinov2.train.plan.flops import step_flops
+from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_SHARE, NETWORK_LINK, find_gpu
+from dinov2.train.plan.memory import meta_student
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512)
 PER_NODE = 8

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.step_batches import Preset
 from benchmarks.step_phases import Instants, wait
 from dinov2.configs import Config
-from dinov2.train.flops import flops_per_step
+from dinov2.train.plan.flops import flops_per_step
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 BACKENDS = {

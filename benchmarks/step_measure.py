@@ -15,9 +15,9 @@ from benchmarks.step_batches import Preset, host_batches, to_device
 from benchmarks.step_phases import Mark, count_launches, load_batch, time_phases, time_steps, wait
 from benchmarks.step_variants import ABLATIONS, VARIANTS, Ours, Variant, build, check
 from dinov2.configs import Config
-from dinov2.train.flops import step_flops
-from dinov2.train.hardware import find_gpu
-from dinov2.train.memory import predict_memory
+from dinov2.train.plan.flops import step_flops
+from dinov2.train.plan.hardware import find_gpu
+from dinov2.train.plan.memory import predict_memory
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 PHASE_STEPS = 5
@@ -154,7 +154,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _predicted(config: Config, variant: Variant, images: int, device: torch.device) -> float | None:
-    """What `dinov2.train.memory` expects the peak to be, in GiB; None for a reference."""
+    """What `dinov2.train.plan.memory` expects the peak to be, in GiB; None for a reference."""
     if variant.reference:
         return None
     compiled = config.performance.compile is True or (

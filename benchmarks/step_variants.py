@@ -16,12 +16,12 @@ from benchmarks.step_batches import Batch, Preset, host_batches, to_device
 from benchmarks.step_phases import Mark, around_forward
 from dinov2.configs import Config
 from dinov2.layers.fp8 import fp8_problem
-from dinov2.train.acceleration import build_training_step
-from dinov2.train.capabilities import Machine, resolve_performance
-from dinov2.train.optim import build_optimizer
-from dinov2.train.schedules import ScheduleValues
+from dinov2.train.performance.apply import build_training_step
+from dinov2.train.performance.capabilities import Machine, resolve_performance
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.step import TrainingStep
+from dinov2.train.update.optim import build_optimizer
+from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.step import TrainingStep
 
 VALUES = ScheduleValues(lr=1e-5, last_layer_lr=1e-5, wd=0.04, mom=0.994, teacher_temp=0.05)
 SEED = 0

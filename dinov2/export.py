@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.hub.export_command import main
+from dinov2.hub.export.command import main
 
 __all__ = ["main", "save_teacher"]
 

@@ -33,14 +33,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.build_folder import check_description, leftovers, locked, write_json
-from dinov2.data.parquet_shard import ROWS_PER_GROUP, ShardJob, build_shard
-from dinov2.data.patch_cutting import Cutting, Encoding, Patches
-from dinov2.data.shard_shuffle import Order, clear_work, shuffled_shards
-from dinov2.data.slide_jobs import json_lines, run_jobs, write_whole
-from dinov2.data.slide_list import locate_slide, read_list_description, read_sample_list
-from dinov2.data.slide_mpp import read_mpp_table
-from dinov2.data.tissue import TissueRule
+from dinov2.data.prepare.cut import Cutting, Encoding, Patches
+from dinov2.data.prepare.shard import ROWS_PER_GROUP, ShardJob, build_shard
+from dinov2.data.prepare.shuffle import Order, clear_work, shuffled_shards
+from dinov2.data.slides.resolution import read_mpp_table
+from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
+from dinov2.data.slides.tissue import TissueRule
+from dinov2.utils.files import check_description, leftovers, locked, write_json
+from dinov2.utils.jobs import json_lines, run_jobs, write_whole
 from dinov2.utils.provenance import package_versions
 
 logger = logging.getLogger("build_parquet_sample_dataset")

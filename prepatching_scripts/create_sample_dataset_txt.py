@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.sample_parts import Part, PartJob, make_part
-from dinov2.data.slide_jobs import json_lines, place_files, run_jobs
-from dinov2.data.slide_list import COLUMNS
-from dinov2.data.slide_mpp import PLAUSIBLE_MPP, read_mpp_table
-from dinov2.data.slide_preview import preview_mark
-from dinov2.data.slide_search import FoundSlides, find_slides
-from dinov2.data.tissue import TissueRule
-from dinov2.data.tissue_sampling import Sampling, SlideJob
+from dinov2.data.prepare.draw import Sampling, SlideJob
+from dinov2.data.prepare.parts import Part, PartJob, make_part
+from dinov2.data.prepare.preview import preview_mark
+from dinov2.data.slides.find import FoundSlides, find_slides
+from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
+from dinov2.data.slides.sample_list import COLUMNS
+from dinov2.data.slides.tissue import TissueRule
+from dinov2.utils.jobs import json_lines, place_files, run_jobs
 
 logger = logging.getLogger("create_sample_dataset_txt")
 

@@ -15,12 +15,12 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from dinov2.data.bandwidth import Bandwidth
-from dinov2.data.gdc import Gdc, slide_filter
-from dinov2.data.gdc_download import Downloads, Stopped, part_of
-from dinov2.data.gdc_manifest import GdcFile, manifest_lines, read_manifest
-from dinov2.data.retrying import Retries
-from dinov2.data.slide_jobs import json_lines, write_whole
+from dinov2.data.storage.retry import Retries
+from dinov2.utils.jobs import json_lines, write_whole
+from prepatching_scripts.gdc.bandwidth import Bandwidth
+from prepatching_scripts.gdc.download import Downloads, Stopped, part_of
+from prepatching_scripts.gdc.manifest import GdcFile, manifest_lines, read_manifest
+from prepatching_scripts.gdc.query import Gdc, slide_filter
 
 logger = logging.getLogger("download_tcga")
 

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from dinov2.data.slide_bytes import is_remote
-from dinov2.data.slide_errors import SlideError
-from dinov2.data.slide_jobs import commit, json_lines, run_jobs, write_whole
-from dinov2.data.slide_mpp import MppTable, read_mpp_table
-from dinov2.data.slide_search import SLIDE_SUFFIXES, find_slides
-from dinov2.data.tile_collection import (
+from dinov2.data.slides.blocks import TileIndex, index_slide
+from dinov2.data.slides.collection import (
     append_record,
     finish_records,
     load_tile_indexes,
     start_records,
     whole_records,
 )
-from dinov2.data.tile_index import TileIndex, index_slide
-from dinov2.data.virtual_zarr import zarr_references
+from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.find import SLIDE_SUFFIXES, find_slides
+from dinov2.data.slides.ranges import is_remote
+from dinov2.data.slides.resolution import MppTable, read_mpp_table
+from dinov2.data.slides.virtual_zarr import zarr_references
+from dinov2.utils.jobs import commit, json_lines, run_jobs, write_whole
 
 logger = logging.getLogger("index_slides")
 

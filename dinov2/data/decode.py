@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from dinov2.data.sample import DecodeError
+from dinov2.data.source import DecodeError
 
 _MARKS = {  # format: first bytes, last bytes
     "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinov2.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dinov2.distributed import (
     all_gather_rows,
     broadcast_object,
@@ -21,8 +21,8 @@ from dinov2.distributed import (
     get_global_size,
     is_main_process,
 )
+from dinov2.eval.datasets.images import TileImages, UnreadableImage
 from dinov2.eval.features import centred_square
-from dinov2.eval.tile_images import TileImages, UnreadableImage
 
 logger = logging.getLogger("dinov2")
 

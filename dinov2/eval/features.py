@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.sample import DecodeError, EncodedSample, Source
-from dinov2.data.transforms import resized_crop
+from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dinov2.data.augment.ops import resized_crop
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.source import DecodeError, EncodedSample, Source
 
 logger = logging.getLogger("dinov2")
 

@@ -28,7 +28,7 @@ def build(path: str, state: Mapping[str, Tensor], layout: str) -> DinoVisionTran
         path: the file; beside it may lie a JSON of the same name with ``architecture``, or the ``config.json`` that
             transformers and timm write.
         state: its tensors under Meta's names.
-        layout: whose names the file has; see `dinov2.models.pretrained.layout`.
+        layout: whose names the file has; see `dinov2.hub.pretrained.layout`.
 
     Raises:
         ValueError: the tensors are not a backbone's, or what lies beside the file describes none.

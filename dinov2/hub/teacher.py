@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.hub.architecture import build
-from dinov2.models.pretrained import backbone_state_dict, check_fit, layout, read_checkpoint, unwrapped
+from dinov2.hub.pretrained import backbone_state_dict, check_fit, layout, read_checkpoint, unwrapped
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 OUTPUTS = ("cls", "cls_mean")

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from dinov2.build.data import OpenData
 from dinov2.configs import Config
-from dinov2.eval.benchmarks import BENCHMARKS
+from dinov2.eval.datasets.benchmarks import BENCHMARKS
+from dinov2.eval.datasets.images import ParquetTiles, TileImages
+from dinov2.eval.datasets.labelled import LabelledTiles
+from dinov2.eval.datasets.labels import open_labelled_tiles
 from dinov2.eval.feature_extraction import Embedding
-from dinov2.eval.label_files import open_labelled_tiles
-from dinov2.eval.labelled_tiles import LabelledTiles
-from dinov2.eval.probe_results import append_csv, as_metrics
-from dinov2.eval.probe_suite import run_probes
-from dinov2.eval.probing import Probing
-from dinov2.eval.tile_images import ParquetTiles, TileImages
+from dinov2.eval.probe.options import Probing
+from dinov2.eval.probe.results import append_csv, as_metrics
+from dinov2.eval.probe.run import run_probes
 from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
-from dinov2.train.stream import OpenData
 from dinov2.utils.dtypes import DTYPES
 
 if TYPE_CHECKING:

@@ -11,29 +11,29 @@ from typing import Any
 
 import torch
 
+from dinov2.build.data import describe_stream, open_data, order_parameters
+from dinov2.build.parts import build_arch, build_loader, device_batches, starting_weights
 from dinov2.configs import Config, save_config, validate
-from dinov2.data.loader import TrainLoader, validate_stream_state
+from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.layers.fp8 import fp8_problem
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
-from dinov2.train.acceleration import build_training_step
-from dinov2.train.builders import build_arch, build_loader, device_batches, starting_weights
-from dinov2.train.capabilities import Machine, resolve_performance
-from dinov2.train.flops import flops_per_step
-from dinov2.train.hardware import ASSUMED_GPU, find_gpu
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
-from dinov2.train.memory import check_fits, free_memory, resolve_batch
-from dinov2.train.optim import adam_state, build_optimizer
-from dinov2.train.plan import RunPlan, describe_plan, make_plan
+from dinov2.train.performance.apply import build_training_step
+from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.plan.flops import flops_per_step
+from dinov2.train.plan.hardware import ASSUMED_GPU, find_gpu
+from dinov2.train.plan.memory import check_fits, free_memory, resolve_batch
+from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.sample_log import SampleLog
-from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_resumable, describe_state
-from dinov2.train.stream import describe_stream, open_data, order_parameters
 from dinov2.train.trainer import Trainer
+from dinov2.train.update.optim import adam_state, build_optimizer
+from dinov2.train.update.schedules import Schedules
 
 logger = logging.getLogger("dinov2")
 

@@ -25,8 +25,8 @@ from dinov2.loss import (
     sinkhorn_assignments_of,
 )
 from dinov2.models import build_model_from_cfg
-from dinov2.train.optim import parameter_groups
-from dinov2.train.weight_update import ema_update
+from dinov2.train.update.optim import parameter_groups
+from dinov2.train.update.weight_update import ema_update
 from dinov2.utils.dtypes import DTYPES
 
 # Tensor dimensions below: V = 2 global views, L local views, B images, D width, K prototypes, M masked rows.

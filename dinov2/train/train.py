@@ -18,9 +18,9 @@ import torch
 from dinov2.configs import load_config
 from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process
 from dinov2.logging import setup_logging
-from dinov2.train.guard import NonFiniteError
 from dinov2.train.output_folder import hold_output_dir, require_checkpoint
 from dinov2.train.run import Run, dry_run
+from dinov2.train.update.guard import NonFiniteError
 from dinov2.utils.environment import DeviceError, select_device
 
 USER_ERROR = 2

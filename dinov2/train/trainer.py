@@ -16,10 +16,10 @@ from dinov2.distributed import all_gather_rows
 from dinov2.logging.metrics import MetricAccumulator
 from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import Hook
-from dinov2.train.plan import RunPlan
-from dinov2.train.schedules import Schedules, ScheduleValues
+from dinov2.train.plan.plan import RunPlan
 from dinov2.train.state import TrainState
-from dinov2.train.step import TrainingStep
+from dinov2.train.update.schedules import Schedules, ScheduleValues
+from dinov2.train.update.step import TrainingStep
 
 
 class Trainer:

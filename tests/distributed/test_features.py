@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
+from dinov2.eval.datasets.labels import open_labelled_tiles
 from dinov2.eval.feature_extraction import Embedding, extract_features
-from dinov2.eval.label_files import open_labelled_tiles
-from dinov2.eval.probe_suite import evaluate
-from dinov2.eval.probing import Probing
+from dinov2.eval.probe.options import Probing
+from dinov2.eval.probe.run import evaluate
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise
 from tests.helpers.spawn import run_ranks

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dinov2.distributed import all_reduce_sum, get_global_rank, get_global_size
-from dinov2.train.guard import NonFiniteError
 from dinov2.train.trainer import Trainer
+from dinov2.train.update.guard import NonFiniteError
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training import (
     differing,

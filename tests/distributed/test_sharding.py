@@ -14,7 +14,7 @@ from dinov2.distributed import all_reduce_sum, get_global_rank, get_global_size
 from dinov2.fsdp import Checkpointer, full_state_dict, shard
 from dinov2.layers import Block
 from dinov2.layers.recompute import compiled_and_recomputed
-from dinov2.train.weight_update import module_norms
+from dinov2.train.update.weight_update import module_norms
 from tests.helpers.spawn import run_ranks
 
 RANKS, PER_NODE = 4, 2

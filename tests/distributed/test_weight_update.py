@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.fsdp import shard
-from dinov2.train.fused_update import FusedWeightUpdate
-from dinov2.train.weight_update import WeightUpdate
+from dinov2.train.update.fused_update import FusedWeightUpdate
+from dinov2.train.update.weight_update import WeightUpdate
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training import whole
 from tests.helpers.weight_updates import assert_near

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from dinov2.build.parts import build_collate
 from dinov2.configs import Config
 from dinov2.data import MultiCrops, Sample, normalize
-from dinov2.train.builders import build_collate
 
 
 def random_batch(

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from dinov2.eval.embed import main
+from dinov2.eval.embed.__main__ import main
 from dinov2.export import save_teacher
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from dinov2.data.sample import DecodeError, EncodedSample
+from dinov2.data.source import DecodeError, EncodedSample
 
 
 class MemorySource:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dinov2.build.parts import build_arch
 from dinov2.configs import Config, load_config
 from dinov2.distributed import get_global_rank, get_global_size
-from dinov2.train.acceleration import build_training_step
-from dinov2.train.builders import build_arch
-from dinov2.train.capabilities import Machine, resolve_performance
-from dinov2.train.optim import adam_state, build_optimizer
-from dinov2.train.plan import make_plan
-from dinov2.train.schedules import Schedules
+from dinov2.train.performance.apply import build_training_step
+from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.plan.plan import make_plan
 from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
+from dinov2.train.update.optim import adam_state, build_optimizer
+from dinov2.train.update.schedules import Schedules
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 

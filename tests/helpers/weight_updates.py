@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.train.weight_update import WeightUpdate
+from dinov2.train.update.weight_update import WeightUpdate
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 # One block of the kernel and more, no multiple of four, one element, none; the last is the last layer.

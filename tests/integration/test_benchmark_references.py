@@ -16,12 +16,12 @@ from torch import Tensor
 from benchmarks import reference_packed, reference_separate
 from benchmarks.gate import THRESHOLDS, GateResult, correctness
 from benchmarks.reference_parts import EagerStep, StepSpec
+from dinov2.build.parts import build_arch
 from dinov2.configs import Config
-from dinov2.train.builders import build_arch
-from dinov2.train.optim import apply_schedule, build_optimizer
-from dinov2.train.schedules import ScheduleValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.weight_update import WeightUpdate
+from dinov2.train.update.optim import apply_schedule, build_optimizer
+from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.weight_update import WeightUpdate
 from tests.helpers.batches import random_batch
 from tests.helpers.training import CPU, tiny_config
 

@@ -6,12 +6,12 @@ import math
 
 import torch
 
+from dinov2.build.parts import build_arch, build_collate
 from dinov2.configs import load_config
 from dinov2.data import MultiCrops, Sample, normalize
-from dinov2.train.builders import build_arch, build_collate
-from dinov2.train.optim import apply_schedule, build_optimizer
-from dinov2.train.schedules import ScheduleValues
-from dinov2.train.weight_update import WeightUpdate
+from dinov2.train.update.optim import apply_schedule, build_optimizer
+from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.weight_update import WeightUpdate
 from tests.helpers.runs import TINY
 
 IMAGES, STEPS, TEACHER_TEMP = 8, 40, 0.04

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from dinov2.data.normalization import normalize
+from dinov2.data.augment.normalize import normalize
 from dinov2.export import main
 from dinov2.hub import load_teacher
 from dinov2.hub.architecture import arguments_of
-from dinov2.hub.formats import Colours, timm_config, transformers_config
-from dinov2.models.timm_layout import to_timm
-from dinov2.models.transformers_layout import to_transformers
+from dinov2.hub.export.formats import Colours, timm_config, transformers_config
+from dinov2.hub.layouts.timm import to_timm
+from dinov2.hub.layouts.transformers import to_transformers
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_giant2
 from tests.helpers.backbones import random_backbone, timm_weights, transformers_weights
 

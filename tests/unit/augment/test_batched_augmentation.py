@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dinov2.data import AugmentationOptions, MultiCropAugmentation, MultiCropCollate, Sample, ViewParameters
-from dinov2.data.batched_augmentation import (
+from dinov2.data.augment.batched_augmentation import (
     BatchedAugmentation,
     DeferredAugmentation,
     render_crops,
     render_views,
 )
-from dinov2.data.rendering import apply_view
-from dinov2.data.view_packing import COLUMNS, pack_view
+from dinov2.data.augment.rendering import apply_view
+from dinov2.data.augment.view_packing import COLUMNS, pack_view
 
 OPTIONS = AugmentationOptions(vertical_flip_prob=0.5)
 COLLATE = MultiCropCollate(0, 14, 0.5, (0.1, 0.45), 112)

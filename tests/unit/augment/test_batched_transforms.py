@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2.data import batched_transforms, reference_transforms
+from dinov2.data.augment import batched_transforms, reference_transforms
 
 FLAT = [(0, 0, 0), (1, 1, 1), (127, 127, 127), (255, 255, 255), (200, 120, 160), (255, 0, 0), (0, 255, 1)]
 

@@ -15,7 +15,7 @@ from dinov2.data import (
     Sample,
     collate_data_and_cast,
 )
-from dinov2.data.view_packing import ImageAndViews
+from dinov2.data.augment.view_packing import ImageAndViews
 
 SIZE, PATCH = 56, 14
 COLLATE = MultiCropCollate(9, PATCH, 0.5, (0.1, 0.6), SIZE)

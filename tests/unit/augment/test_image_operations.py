@@ -10,7 +10,8 @@ from skimage.color import hed2rgb, rgb2hed
 from torchvision.transforms import functional as F
 from torchvision.transforms.v2.functional import resized_crop
 
-from dinov2.data import reference_transforms, transforms
+from dinov2.data.augment import ops as transforms
+from dinov2.data.augment import reference_transforms
 
 FACTORS = (0.8, 0.93, 1.0, 1.07, 1.2)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.retrying import Retries
+from dinov2.data.storage.retry import Retries
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.dataset_location import open_storage
-from dinov2.data.object_storage import ObjectStorage
-from dinov2.data.storage import LocalStorage
+from dinov2.data.storage.base import LocalStorage
+from dinov2.data.storage.fsspec import ObjectStorage
+from dinov2.data.storage.locate import open_storage
 from tests.helpers.hub_server import HubServer
 
 NAMES = ["c d.parquet", "data/a.parquet", "data/deep/b.parquet"]

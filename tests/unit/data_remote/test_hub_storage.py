@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.hub_storage import HubStorage
-from dinov2.data.retrying import RemoteError, Retries
-from dinov2.data.storage import LocalStorage, RangedFile, Storage
+from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
+from dinov2.data.storage.hub import HubStorage
+from dinov2.data.storage.retry import RemoteError, Retries
 from tests.helpers.hub_server import RATE_LIMITED, RETRY_AFTER, Fault, HubServer, seeded_faults
 
 NAMES = ["c d.parquet", "data/a.parquet", "data/deep/b.parquet"]

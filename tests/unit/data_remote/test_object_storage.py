@@ -16,10 +16,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from dinov2.data.dataset_location import open_storage
-from dinov2.data.object_storage import ObjectStorage
-from dinov2.data.retrying import RemoteError, Retries
-from dinov2.data.storage import LocalStorage, Storage
+from dinov2.data.storage.base import LocalStorage, Storage
+from dinov2.data.storage.fsspec import ObjectStorage
+from dinov2.data.storage.locate import open_storage
+from dinov2.data.storage.retry import RemoteError, Retries
 from tests.helpers.hub_server import HubServer, seeded_faults
 
 NAMES = ["c d.parquet", "data/a.parquet", "data/deep/b.parquet"]

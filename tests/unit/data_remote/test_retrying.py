@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from dinov2.data.retrying import Refusal, RemoteError, Retries, is_transient
-from dinov2.data.shared_pause import SharedPause
+from dinov2.data.storage.retry import Refusal, RemoteError, Retries, is_transient
+from dinov2.data.storage.shared_pause import SharedPause
 
 URL = "https://hub.example/datasets/org/tiles/resolve/abc/a.parquet"
 
@@ -221,7 +221,7 @@ def test_giving_up_names_url_count_reason_and_what_to_do(
 def test_each_retry_is_one_warning(retries: Retries, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(RemoteError):
         replace(retries, attempts=3).call(URL, Failing(*[Refusal(503, {})] * 3))
-    assert [record.name for record in caplog.records] == ["dinov2.data.retrying"] * 2
+    assert [record.name for record in caplog.records] == ["dinov2.data.storage.retry"] * 2
     assert "try 2 of 3 in" in caplog.messages[0]
     assert "try 3 of 3 in" in caplog.messages[1]
     caplog.clear()

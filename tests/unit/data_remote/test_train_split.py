@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.train_split import find_train_files
+from dinov2.data.storage.train_split import find_train_files
 
 CARD = """---
 license: mit

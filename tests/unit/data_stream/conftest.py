@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinov2.data.parquet_source import ParquetSource
+from dinov2.data.parquet.source import ParquetSource
 from tests.helpers.shards import write_dataset
 
 SHARD_ROWS = [23, 5, 0, 1, 40, 17, 12]  # 98 rows in 27 row groups of up to 4 rows, none in the third shard

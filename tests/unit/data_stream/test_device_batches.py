@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinov2.data.device_batches import DeviceBatches
+from dinov2.data.stream.to_device import DeviceBatches
 
 
 def batches(count: int = 3) -> list[dict]:

@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data import inspection, inspection_verdict
-from dinov2.data.inspect_command import main
-from dinov2.data.mixing import distinct_if_uniform
-from dinov2.data.order import SampleOrder
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.reader import RankReader
-from dinov2.data.storage import LocalStorage, StoredFile
+from dinov2.data.inspect.__main__ import report as inspection
+from dinov2.data.inspect.__main__ import verdict as inspection_verdict
+from dinov2.data.inspect.command import main
+from dinov2.data.inspect.mixing import distinct_if_uniform
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.storage.base import LocalStorage, StoredFile
+from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.reader import RankReader
 from tests.helpers.shards import TILE, encode, tile, write_dataset, write_nanopath, write_published
 
 SMALL = ("--batch", "8", "--ranks", "2")
@@ -136,7 +137,7 @@ def test_mixing_is_that_of_the_stream(
     report: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, giant: bool
 ) -> None:
     if giant:  # local ones are read in parts of 64 rows
-        monkeypatch.setattr("dinov2.data.parquet_source._GIANT_BYTES", 1)
+        monkeypatch.setattr("dinov2.data.parquet.source._GIANT_BYTES", 1)
         for number in range(3):
             names = [f"{number}-{row // 150}" for row in range(300)]
             table = pa.table({"slide_path": names, "image_bytes": [encode(tile(1), "png")] * 300})

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.data.loader import TrainLoader, make_train_loader, validate_stream_state
-from dinov2.data.order import SampleOrder
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.sample import Sample
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.source import Sample
+from dinov2.data.stream.loader import TrainLoader, make_train_loader, validate_stream_state
+from dinov2.data.stream.order import SampleOrder
 from tests.helpers import slow_order
 from tests.helpers.shards import encode, tile, tile_number, write_published
 from tests.unit.data_stream.conftest import SHARD_ROWS

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov2.data.mixture import (
+from dinov2.data.source import EncodedSample
+from dinov2.data.stream.memory import Prefetch
+from dinov2.data.stream.mixture import (
     MixedOrder,
     MixedSource,
     describe_shares,
@@ -21,10 +23,8 @@ from dinov2.data.mixture import (
     make_source,
     spread,
 )
-from dinov2.data.order import SampleOrder
-from dinov2.data.reader import RankReader
-from dinov2.data.sample import EncodedSample
-from dinov2.data.stream_memory import Prefetch
+from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.reader import RankReader
 from tests.helpers import slow_order
 from tests.helpers.memory_source import MemorySource
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov2.data.order import SampleOrder, hash_words, splitmix64
+from dinov2.data.stream.order import SampleOrder, hash_words, splitmix64
 from tests.helpers import slow_order
 
 EDGES = {  # unit rows, lanes, block rows

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data import parquet_giant
-from dinov2.data.parquet_giant import GiantChunk, GiantReader
-from dinov2.data.parquet_pages import Column
+from dinov2.data.parquet import giant as parquet_giant
+from dinov2.data.parquet.giant import GiantChunk, GiantReader
+from dinov2.data.parquet.pages import Column
 
 
 @pytest.fixture(autouse=True)

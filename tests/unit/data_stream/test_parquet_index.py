@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data import parquet_index
-from dinov2.data.parquet_index import fingerprint, load_index
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.storage import LocalStorage, StoredFile
+from dinov2.data.parquet import index as parquet_index
+from dinov2.data.parquet.index import fingerprint, load_index
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.storage.base import LocalStorage, StoredFile
 from tests.helpers.shards import encode, tile, write_dataset, write_groups, write_nanopath, write_published
 
 
@@ -190,7 +190,7 @@ def test_one_read_per_footer_and_two_for_a_long_one(folder: Path, monkeypatch: p
     storage = PinnedStorage(folder)
     index = load_index(storage)
     assert sorted(storage.reads) == sorted(sizes.items())
-    monkeypatch.setattr("dinov2.data.parquet_footer._TAIL", 100)
+    monkeypatch.setattr("dinov2.data.parquet.footer._TAIL", 100)
     storage = PinnedStorage(folder)
     assert load_index(storage).equals(index)
     footers = {name: int.from_bytes((folder / name).read_bytes()[-8:-4], "little") for name in sizes}

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov2.data.chunk_bytes import takes
-from dinov2.data.parquet_header import DATA_PAGE, DATA_PAGE_V2, DamagedPage, PageHeader, parse_page_header
-from dinov2.data.parquet_pages import Column, hybrid, page_headers, read_rows
+from dinov2.data.parquet.chunk_bytes import takes
+from dinov2.data.parquet.header import DATA_PAGE, DATA_PAGE_V2, DamagedPage, PageHeader, parse_page_header
+from dinov2.data.parquet.pages import Column, hybrid, page_headers, read_rows
 
 CODECS = ["none", "snappy", "gzip", "brotli", "zstd", "lz4"]
 KINDS = [
@@ -276,9 +276,9 @@ def test_near_chunks_take_one_read_and_far_ones_two() -> None:
 
 
 def test_a_long_chunk_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2.data.chunk_bytes._WHOLE", 100)
-    monkeypatch.setattr("dinov2.data.chunk_bytes._WINDOW", 150)
-    monkeypatch.setattr("dinov2.data.parquet_pages._HEADER", 40)
+    monkeypatch.setattr("dinov2.data.parquet.chunk_bytes._WHOLE", 100)
+    monkeypatch.setattr("dinov2.data.parquet.chunk_bytes._WINDOW", 150)
+    monkeypatch.setattr("dinov2.data.parquet.pages._HEADER", 40)
     for codec in ("none", "snappy"):
         file = written(pa.array(ROWS, pa.binary()), compression=codec, write_batch_size=8, data_page_size=1)
         data, num_rows, column = column_of(file)
@@ -290,6 +290,6 @@ def test_a_long_chunk_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_header_longer_than_what_is_read_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2.data.parquet_pages._HEADER", 5)
+    monkeypatch.setattr("dinov2.data.parquet.pages._HEADER", 5)
     data, column = in_pages()
     assert read_all(data, column) == ROWS

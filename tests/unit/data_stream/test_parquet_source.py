@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.sample import DecodeError, EncodedSample
-from dinov2.data.storage import LocalStorage, StoredFile
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.storage.base import LocalStorage, StoredFile
 from tests.helpers.shards import TILE, encode, tile, write_groups, write_nanopath, write_published
 
 
@@ -188,7 +188,7 @@ def test_damage_that_pyarrow_finds_raises_nothing(tmp_path: Path) -> None:
 def test_giant_local_groups_are_cut_into_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    monkeypatch.setattr("dinov2.data.parquet_source._GIANT_BYTES", 1000)
+    monkeypatch.setattr("dinov2.data.parquet.source._GIANT_BYTES", 1000)
     images, slides = [b"%d" % i * 5 for i in range(700)], ["a"] * 300 + ["b"] * 400
     table = pa.table({"slide_path": slides, "image_bytes": images})
     options = {"column_encoding": {"image_bytes": encoding}, "use_dictionary": ["slide_path"]}
@@ -213,7 +213,7 @@ def test_giant_local_groups_are_cut_into_units(
 
 
 def test_groups_of_few_rows_or_bytes_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2.data.parquet_source._GIANT_BYTES", 256 * 100)
+    monkeypatch.setattr("dinov2.data.parquet.source._GIANT_BYTES", 256 * 100)
     write_groups(tmp_path / "a.parquet", pa.table({"jpeg": [bytes(200)] * 256}), 256)
     write_groups(tmp_path / "b.parquet", pa.table({"jpeg": [bytes(50)] * 257}), 257)
     write_groups(tmp_path / "c.parquet", pa.table({"jpeg": [bytes(200)] * 257}), 257)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.patients import comparable, in_validation, names_of, patient_of, read_exclusions
+from dinov2.data.stream.patients import comparable, in_validation, names_of, patient_of, read_exclusions
 
 TCGA = "TCGA-A6-2670-01Z-00-DX1.c2f4b3a1-1f2e-4d5c"
 # printf NAME | b2sum -l 64

@@ -8,10 +8,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from dinov2.data.order import SampleOrder
-from dinov2.data.reader import RankReader
-from dinov2.data.retrying import Retries
-from dinov2.data.stream_memory import Prefetch, memory_bound
+from dinov2.data.storage.retry import Retries
+from dinov2.data.stream.memory import Prefetch, memory_bound
+from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.reader import RankReader
 from tests.helpers import slow_order
 
 UNIT_ROWS = [4, 4, 3, 0, 8, 1, 16, 4, 2, 30]

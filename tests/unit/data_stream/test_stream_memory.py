@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from dinov2.data.order import SampleOrder
-from dinov2.data.stream_memory import GIB, Prefetch, fit_lanes, memory_bound
+from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
+from dinov2.data.stream.order import SampleOrder
 
 
 class SizedSource:

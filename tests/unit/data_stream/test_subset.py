@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov2.data.decoded_rows import DecodedRows
-from dinov2.data.loader import make_train_loader
-from dinov2.data.mixture import make_order, make_source
-from dinov2.data.order import SampleOrder
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.patient_split import Count, Fate, PatientSplit, describe_splits, split_by_patient
-from dinov2.data.patients import in_validation
-from dinov2.data.reader import RankReader
-from dinov2.data.sample import EncodedSample, Sample, Source
-from dinov2.data.slide_list import SlideListSource
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.slides.sample_list import SlideListSource
+from dinov2.data.source import EncodedSample, Sample, Source
+from dinov2.data.stream.loader import make_train_loader
+from dinov2.data.stream.mixture import make_order, make_source
+from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.patient_split import Count, Fate, PatientSplit, describe_splits, split_by_patient
+from dinov2.data.stream.patients import in_validation
+from dinov2.data.stream.reader import RankReader
+from dinov2.data.stream.worker import DecodedRows
 from tests.helpers.memory_source import MemorySource
 from tests.helpers.shards import encode, tile, tile_number, write_groups, write_published
 

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dinov2.eval.benchmarks import BENCHMARKS
+from dinov2.eval.datasets.benchmarks import BENCHMARKS
 
 CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov2.eval.datasets.images import ImageFiles
 from dinov2.eval.feature_extraction import Embedding, extract_features
-from dinov2.eval.tile_images import ImageFiles
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise
 

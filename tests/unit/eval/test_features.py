@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dinov2.data.parquet_source import ParquetSource
+from dinov2.data.parquet.source import ParquetSource
 from dinov2.eval import embed_images, patch_feature_map, read_tiles
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestCentroid
 
-from dinov2.eval.few_shot import few_shot_scores
+from dinov2.eval.probe.few_shot import few_shot_scores
 
 
 def test_all_tiles_as_shots_is_the_nearest_centroid():

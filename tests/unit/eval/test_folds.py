@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedGroupKFold
 
-from dinov2.eval.folds import divide, group_folds
+from dinov2.eval.probe.folds import divide, group_folds
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from dinov2.eval.knn import knn_scores
+from dinov2.eval.probe.knn import knn_scores
 
 
 def clouds(rng, count, classes=3, width=16, spread=1.5):

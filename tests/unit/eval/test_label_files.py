@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinov2.eval.label_files import open_labelled_tiles
-from dinov2.eval.tile_images import ParquetTiles, UnreadableImage
+from dinov2.eval.datasets.images import ParquetTiles, UnreadableImage
+from dinov2.eval.datasets.labels import open_labelled_tiles
 
 
 def write(path, level, size=(20, 20)):
@@ -110,7 +110,7 @@ def test_shards_with_a_csv_of_slides(tmp_path):
 
 
 def test_some_rows_of_shards(tmp_path):
-    from dinov2.data.parquet_source import ParquetSource
+    from dinov2.data.parquet.source import ParquetSource
 
     shard(tmp_path / "a.parquet", 10)
     tiles = ParquetTiles([ParquetSource(str(tmp_path))], limit=3)

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy
 
-from dinov2.eval.linear_probe import EVA, KAIKO, train_heads
+from dinov2.eval.probe.linear import EVA, KAIKO, train_heads
 
 PROTOCOLS = pytest.mark.parametrize("protocol", [EVA, KAIKO], ids=["eva", "kaiko"])
 

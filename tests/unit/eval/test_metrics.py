@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from dinov2.eval.classification_metrics import FROM_COUNTS, auroc, confusion
-from dinov2.eval.confidence import Predictions, estimate
+from dinov2.eval.probe.bootstrap import Predictions, estimate
+from dinov2.eval.probe.metrics import FROM_COUNTS, auroc, confusion
 
 REFERENCES = {
     "balanced_accuracy": sklearn_metrics.balanced_accuracy_score,

@@ -11,12 +11,12 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from dinov2.eval import odcorr, rankme
+from dinov2.eval.datasets.labelled import LabelledTiles
 from dinov2.eval.feature_extraction import Embedding
-from dinov2.eval.knn import knn_scores
-from dinov2.eval.labelled_tiles import LabelledTiles
-from dinov2.eval.probe_results import COLUMNS, Result, append_csv, as_metrics, as_table, write_json
-from dinov2.eval.probe_suite import evaluate, run_probes
-from dinov2.eval.probing import PROBES, Probing
+from dinov2.eval.probe.knn import knn_scores
+from dinov2.eval.probe.options import PROBES, Probing
+from dinov2.eval.probe.results import COLUMNS, Result, append_csv, as_metrics, as_table, write_json
+from dinov2.eval.probe.run import evaluate, run_probes
 
 WIDTH = 12
 EMBEDDING = Embedding(size=2, batch_size=50, mean=(0, 0, 0), std=(1 / 255,) * 3)
@@ -120,7 +120,7 @@ def test_labels_per_slide(aggregation):
     }
     features = levels.astype(np.uint8).astype(np.float32) - 128
     # The same by hand, less the validation slides, which only heads use but k-NN leaves out, too.
-    from dinov2.eval.folds import divide
+    from dinov2.eval.probe.folds import divide
 
     if aggregation == "features":
         rows = np.stack([features[slides == s].mean(0) for s in range(60)])

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.bandwidth import Bandwidth
-from dinov2.data.gdc import Gdc
-from dinov2.data.gdc_download import Downloads
-from dinov2.data.gdc_manifest import GdcFile
-from dinov2.data.retrying import Retries
+from dinov2.data.storage.retry import Retries
 from prepatching_scripts.download_tcga import main
+from prepatching_scripts.gdc.bandwidth import Bandwidth
+from prepatching_scripts.gdc.download import Downloads
+from prepatching_scripts.gdc.manifest import GdcFile
+from prepatching_scripts.gdc.query import Gdc
 from tests.helpers.gdc_server import GdcServer, Stored
 
 HEADER = "id\tfilename\tmd5\tsize\tstate\n"

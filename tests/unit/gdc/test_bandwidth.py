@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from dinov2.data.bandwidth import Bandwidth
+from prepatching_scripts.gdc.bandwidth import Bandwidth
 from tests.unit.gdc.conftest import Clock
 
 

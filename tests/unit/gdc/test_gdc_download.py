@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data import gdc_download
-from dinov2.data.bandwidth import Bandwidth
-from dinov2.data.gdc import Gdc
-from dinov2.data.retrying import RemoteError, Retries
+from dinov2.data.storage.retry import RemoteError, Retries
+from prepatching_scripts.gdc import download as gdc_download
+from prepatching_scripts.gdc.bandwidth import Bandwidth
+from prepatching_scripts.gdc.query import Gdc
 from tests.helpers.gdc_server import Fault, GdcServer, Stored
 from tests.unit.gdc.conftest import CONTENT, HALF, Clock, size_of
 

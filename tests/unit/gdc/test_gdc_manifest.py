@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.gdc_manifest import GdcFile, read_manifest
+from prepatching_scripts.gdc.manifest import GdcFile, read_manifest
 from tests.unit.gdc.conftest import HEADER
 
 ID, MD5 = "353efa55-06d3-43a8-adf5-50f3219e9f14", "0123456789abcdef0123456789abcdef"

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dinov2.data.gdc import Gdc, slide_filter
-from dinov2.data.gdc_manifest import GdcFile
-from dinov2.data.retrying import RemoteError, Retries
+from dinov2.data.storage.retry import RemoteError, Retries
+from prepatching_scripts.gdc.manifest import GdcFile
+from prepatching_scripts.gdc.query import Gdc, slide_filter
 from tests.helpers.gdc_server import Fault, GdcServer
 from tests.unit.gdc.conftest import add_collection
 

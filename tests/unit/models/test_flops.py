@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dinov2
 from dinov2.configs import load_config
 from dinov2.models.vision_transformer import vit_giant2
-from dinov2.train.flops import step_flops
-from dinov2.train.memory import meta_student
+from dinov2.train.plan.flops import step_flops
+from dinov2.train.plan.memory import meta_student
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 RECIPE = Path(dinov2.__file__).parent / "configs" / "train" / "vitg14_reg4.yaml"

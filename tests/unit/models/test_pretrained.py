@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from dinov2.models.pretrained import backbone_state_dict, load_pretrained, published_url, read_checkpoint
+from dinov2.hub.pretrained import backbone_state_dict, load_pretrained, published_url, read_checkpoint
 from tests.helpers.backbones import chunked, random_backbone
 
 

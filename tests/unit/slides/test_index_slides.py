@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import zarr
 
-from dinov2.data.slide_reader import SlideReader
-from dinov2.data.tile_collection import load_tile_indexes
-from dinov2.data.tile_index import TileIndex, index_slide
+from dinov2.data.slides.blocks import TileIndex, index_slide
+from dinov2.data.slides.collection import load_tile_indexes
+from dinov2.data.slides.reader import SlideReader
 from prepatching_scripts import index_slides
 from tests.unit.slides.conftest import MakeSlide
 
@@ -63,7 +63,7 @@ def test_reader_does_not_parse_an_indexed_slide(
 ) -> None:
     run(folder, tmp_path / "index")
     indexes = load_tile_indexes(tmp_path / "index/tiles.index")
-    monkeypatch.setattr("dinov2.data.slide_reader.index_slide", None)
+    monkeypatch.setattr("dinov2.data.slides.reader.index_slide", None)
     slide = str(folder / "train.svs")
     reader = SlideReader(slide, index=indexes[slide])
     np.testing.assert_array_equal(reader.read_region(1, 9, 8, 500, 400), stored_levels[1][8:408, 9:509])

@@ -8,7 +8,7 @@ import pytest
 from skimage.color import hed2rgb
 from skimage.data import immunohistochemistry
 
-from dinov2.data.tissue import TissueRule
+from dinov2.data.slides.tissue import TissueRule
 from prepatching_scripts import make_demo_slide
 
 

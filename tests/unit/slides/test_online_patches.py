@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from dinov2.data.loader import make_train_loader
-from dinov2.data.online_order import OnlineOrder
-from dinov2.data.online_patches import OnlinePatchSource
-from dinov2.data.online_positions import Geometry, Positions
-from dinov2.data.online_slides import PatchOptions, load_plan, mpps_of
-from dinov2.data.sample import DecodeError, EncodedSample, Sample
-from dinov2.data.slide_mpp import MppTable
-from dinov2.data.slide_reader import SlideReader
-from dinov2.data.slide_table import SlideRow, read_slide_table
-from dinov2.data.tissue_cache import TissueMask
+from dinov2.data.online.order import OnlineOrder
+from dinov2.data.online.positions import Geometry, Positions
+from dinov2.data.online.prepare import PatchOptions, load_plan, mpps_of
+from dinov2.data.online.random import OnlinePatchSource
+from dinov2.data.online.tissue_mask import TissueMask
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.resolution import MppTable
+from dinov2.data.slides.table import SlideRow, read_slide_table
+from dinov2.data.source import DecodeError, EncodedSample, Sample
+from dinov2.data.stream.loader import make_train_loader
 from tests.unit.slides.conftest import damage_tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -228,7 +228,7 @@ def test_slides_for_openslide_are_cut_by_the_worker(
 ) -> None:
     by_tiles = make([SlideRow(str(train_slide))])
     expected = pixels(by_tiles, 0, [0, 1, 2])
-    from dinov2.data import online_slides
+    from dinov2.data.online import prepare as online_slides
 
     def unsupported(path: str) -> None:
         raise online_slides.UnsupportedTiles(path, "of another kind")

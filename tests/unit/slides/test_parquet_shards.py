@@ -14,8 +14,8 @@ import pytest
 import tifffile
 from PIL import Image, JpegImagePlugin
 
-from dinov2.data.parquet_source import ParquetSource
-from dinov2.data.sample import EncodedSample
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.source import EncodedSample
 from prepatching_scripts.create_sample_dataset_txt import main as create_list
 from tests.unit.slides.builder_process import build, contents, rows_of
 from tests.unit.slides.conftest import MakeSlide, damage_tile

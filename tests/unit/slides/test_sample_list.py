@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2hsv
 
-from dinov2.data import sample_parts
-from dinov2.data.slide_jobs import place_files
-from dinov2.data.slide_list import read_sample_list
-from dinov2.data.slide_reader import SlideReader
-from dinov2.data.tissue import TissueRule
-from dinov2.data.tissue_sampling import Sampling, SlideDraw, SlideJob
+from dinov2.data.prepare import parts as sample_parts
+from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.sample_list import read_sample_list
+from dinov2.data.slides.tissue import TissueRule
+from dinov2.utils.jobs import place_files
 from prepatching_scripts.create_sample_dataset_txt import main
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 

@@ -9,7 +9,7 @@ import openslide
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.shard_shuffle import Order
+from dinov2.data.prepare.shuffle import Order
 from prepatching_scripts.build_parquet_sample_dataset import main
 from tests.unit.slides.builder_process import killer, run_builder
 from tests.unit.slides.conftest import damage_tile

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.retrying import RemoteError, Retries
-from dinov2.data.slide_bytes import SlideBytes, merge, read_ranges
+from dinov2.data.slides.ranges import SlideBytes, merge, read_ranges
+from dinov2.data.storage.retry import RemoteError, Retries
 
 WHOLE = np.random.default_rng(0).bytes(300_000)
 RANGES = [(10, 5), (299_000, 1000), (0, 10), (0, 10), (15, 0), (12, 100_000), (50, 60), (200_000, 1)]

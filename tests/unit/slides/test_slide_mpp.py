@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.slide_mpp import read_mpp_table, resolve_mpp
+from dinov2.data.slides.resolution import read_mpp_table, resolve_mpp
 
 
 @pytest.mark.parametrize(

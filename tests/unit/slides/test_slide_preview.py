@@ -8,10 +8,10 @@ import pytest
 from matplotlib.collections import PolyCollection
 from PIL import Image
 
-from dinov2.data.slide_preview import MARK, preview_figure, preview_mark, thumbnail
-from dinov2.data.slide_reader import SlideReader
-from dinov2.data.tissue import TissueRule
-from dinov2.data.tissue_sampling import Sampling, SlideDraw, SlideJob, draw_from_slide
+from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob, draw_from_slide
+from dinov2.data.prepare.preview import MARK, preview_figure, preview_mark, thumbnail
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tissue import TissueRule
 from prepatching_scripts.create_sample_dataset_txt import main
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 

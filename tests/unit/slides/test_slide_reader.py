@@ -10,8 +10,8 @@ import openslide
 import pytest
 import tifffile
 
-from dinov2.data.slide_bytes import SlideBytes
-from dinov2.data.slide_reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
+from dinov2.data.slides.ranges import SlideBytes
+from dinov2.data.slides.reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
 

@@ -12,9 +12,9 @@ import openslide
 import pytest
 import tifffile
 
-from dinov2.data.slide_bytes import read_ranges
-from dinov2.data.slide_reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
-from dinov2.data.tile_index import Region, TileIndex, UnsupportedTiles, assemble, index_slide, ranges
+from dinov2.data.slides.blocks import Region, TileIndex, UnsupportedTiles, assemble, index_slide, ranges
+from dinov2.data.slides.ranges import read_ranges
+from dinov2.data.slides.reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
 from tests.unit.slides.conftest import MakeSlide, damage_tile, overwrite, write_encoded
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from skimage.color import rgb2hsv
 
-from dinov2.data.slide_reader import SlideReader
-from dinov2.data.tissue import TissueMap, TissueRule, pen_fraction
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tissue import TissueMap, TissueRule, pen_fraction
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
 

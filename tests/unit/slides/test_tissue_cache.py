@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import pytest
 
-from dinov2.data.online_slides import Dropped, OnlineSlide, PatchOptions, SlideJob, load_plan, prepare_slide
-from dinov2.data.slide_mpp import MppTable
-from dinov2.data.slide_reader import SlideReader
-from dinov2.data.slide_table import SlideRow, read_slide_table, take_share
-from dinov2.data.tissue import TissueRule
-from dinov2.data.tissue_cache import CELL_RULE, TissueCache, TissueMask
+from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, SlideJob, load_plan, prepare_slide
+from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache, TissueMask
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.resolution import MppTable
+from dinov2.data.slides.table import SlideRow, read_slide_table, take_share
+from dinov2.data.slides.tissue import TissueRule
 from tests.unit.slides.conftest import MakeSlide
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinov2.configs import Config, load_config
-from dinov2.train.capabilities import Machine, capability_faults, resolve_performance
+from dinov2.train.performance.capabilities import Machine, capability_faults, resolve_performance
 from tests.helpers.runs import TINY
 
 HOPPER = Machine("2.15.0+cu132", "cuda", (9, 0), "NVIDIA H200", triton=True)

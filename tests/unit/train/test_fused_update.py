@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov2.train.fused_update import BLOCK, WARPS, FusedWeightUpdate, why_not_fused
-from dinov2.train.weight_update import WeightUpdate
+from dinov2.train.update.fused_update import BLOCK, WARPS, FusedWeightUpdate, why_not_fused
+from dinov2.train.update.weight_update import WeightUpdate
 from tests.helpers.weight_updates import (
     Step,
     assert_near,
@@ -177,7 +177,7 @@ def test_gradients_that_are_transposed_or_16_bit(interpreted: Call):
 
 def beyond_two_to_the_31() -> None:
     """The last five elements of a tensor of 2^32 and more, of which only these exist: its address is set back."""
-    from dinov2.train.update_kernel import COLUMNS, FLAGS, RATES, SIZE, weight_update_kernel
+    from dinov2.train.update.kernel import COLUMNS, FLAGS, RATES, SIZE, weight_update_kernel
 
     start, count = 2**32, 5
     student, teacher = torch.arange(5.0), torch.zeros(5)
@@ -274,7 +274,7 @@ def test_a_cpu_without_the_interpreter_is_refused():
 
 
 def test_triton_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "dinov2.train.update_kernel", None)
+    monkeypatch.setitem(__import__("sys").modules, "dinov2.train.update.kernel", None)
     student, teacher = networks()
     assert "Triton, which is not installed" in why_not_fused(optimizer_of(student), student, teacher)
 
@@ -284,7 +284,7 @@ def test_it_compiles_for_a_gpu_to_vector_accesses(monkeypatch: pytest.MonkeyPatc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from dinov2.train.update_kernel import weight_update_kernel
+    from dinov2.train.update.kernel import weight_update_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {"table": "*i64", "rates": "*fp64", "chunks": "*i64", "clip": "*fp32", "healthy": "*fp32"}

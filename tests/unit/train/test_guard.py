@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinov2.train.guard import FiniteGuard, NonFiniteError
+from dinov2.train.update.guard import FiniteGuard, NonFiniteError
 
 
 def values(loss: float, norm: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

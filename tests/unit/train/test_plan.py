@@ -8,9 +8,9 @@ import pytest
 
 import dinov2
 from dinov2.configs import load_config
-from dinov2.train.flops import step_flops
-from dinov2.train.memory import meta_student
-from dinov2.train.plan import describe_plan, make_plan
+from dinov2.train.plan.flops import step_flops
+from dinov2.train.plan.memory import meta_student
+from dinov2.train.plan.plan import describe_plan, make_plan
 
 RECIPE = Path(dinov2.__file__).parent / "configs" / "train" / "vitg14_reg4.yaml"
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2.train.acceleration import accelerate, build_training_step
-from dinov2.train.builders import build_arch
-from dinov2.train.capabilities import ResolvedPerformance
-from dinov2.train.optim import build_optimizer
-from dinov2.train.schedules import ScheduleValues
+from dinov2.build.parts import build_arch
+from dinov2.train.performance.apply import accelerate, build_training_step
+from dinov2.train.performance.capabilities import ResolvedPerformance
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.step import TrainingStep
+from dinov2.train.update.optim import build_optimizer
+from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.step import TrainingStep
 from tests.helpers.batches import random_batch
 from tests.helpers.training import CPU, in_precision, tiny_config
 

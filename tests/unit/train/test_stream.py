@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dinov2.build import data as stream
 from dinov2.configs import load_config
-from dinov2.train import stream
-from dinov2.train.plan import make_plan
+from dinov2.train.plan.plan import make_plan
 from tests.helpers.runs import TINY, write_tissue_shards
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from dinov2.train.guard import NonFiniteError
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
+from dinov2.train.update.guard import NonFiniteError
 from tests.helpers.training import differing, make_trainer, random_batches, tiny_config, whole_state
 
 STEPS, EPOCH = 8, 4

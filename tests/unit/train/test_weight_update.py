@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.train.weight_update import WeightUpdate, ema_update
+from dinov2.train.update.weight_update import WeightUpdate, ema_update
 from tests.helpers.weight_updates import (
     MODULES,
     assert_near,

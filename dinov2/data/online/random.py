@@ -1,0 +1,279 @@
+"""Patches drawn while training, at any place and resolution of a set of slides."""
+
+import hashlib
+import json
+import logging
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from dinov2.data.online.order import ENDLESS_UNITS, UNIT_PATCHES, OnlineOrder
+from dinov2.data.online.positions import Geometry
+from dinov2.data.online.prepare import (
+    DrawingPlan,
+    Dropped,
+    OnlineSlide,
+    PatchOptions,
+    SlideJob,
+    load_plan,
+    prepare_slide,
+)
+from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
+from dinov2.data.slides.blocks import Region, assemble, ranges
+from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.ranges import is_remote, read_ranges
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.table import SlideRow, take_share
+from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.stream.order import SampleOrder
+from dinov2.utils.jobs import run_jobs
+from dinov2.utils.seeding import sample_rng
+
+logger = logging.getLogger(__name__)
+
+_STREAM = 1 << 33  # of the draws of a patch; others of the same key belong to augmentation and masks
+_PLANS_KEPT = 256  # slides whose mask and tile index a process keeps, 1 to 3 MB each
+_OPEN_SLIDES = 64
+_REQUESTS = 16  # slides on servers that one unit asks at a time
+_HEADER = struct.Struct("<IIiiI")  # slide, geometry, column, row, number of tiles; the tiles' lengths follow
+
+
+class Patch(NamedTuple):
+    """One drawn patch: numbers of its slide and geometry, and its upper left corner in px of the level read."""
+
+    slide: int
+    geometry: int
+    column: int
+    row: int
+
+
+class OnlinePatchSource:
+    """Patches drawn at random from slides; patch p is a pure function of the seed, p and the slides.
+
+    Row r of unit u is patch p = 64 u + r. It is drawn from Philox keyed (seed, p): a slide by weight; one of the
+    resolutions *that this slide can give*, by weight, which is the same as drawing one of all and, where the slide
+    cannot give it, drawing again; and a place, uniform as `dinov2.data.online.positions` defines it. The square is
+    read from the coarsest level that is fine enough and resized to `tile_size`.
+
+    The first M patches of an endless source are the patches of a source with `max_patches` M.
+
+    Args:
+        rows: the slides.
+        cache_folder: where tissue and tile indexes are kept.
+        options: what is cut.
+        seed: of the draws, in [0, 2^64).
+        slide_share: share of the slides to use, see `slide_table.take_share`.
+        max_patches: number of distinct patches; 0 draws without end (2^30).
+        workers: processes that make slides ready.
+        rule: what is tissue.
+        max_unreadable_share: share of the slides that may be left out because they cannot be read.
+
+    Attributes:
+        unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
+        slide_list: slides that are drawn from.
+        dropped: slides that are not, and why.
+
+    Raises:
+        ValueError: an option is out of range, too many slides cannot be read, or none gives patches.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[SlideRow],
+        cache_folder: str | Path,
+        *,
+        options: PatchOptions,
+        seed: int,
+        slide_share: float = 1.0,
+        max_patches: int = 0,
+        workers: int = 1,
+        rule: TissueRule = CELL_RULE,
+        max_unreadable_share: float = 0.05,
+    ) -> None:
+        if max_patches < 0:
+            raise ValueError(
+                f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more."
+            )
+        self._options, self._seed, self._max_patches = options, seed, max_patches
+        jobs = [
+            SlideJob(row, TissueCache(cache_folder, rule), options)
+            for row in take_share(rows, slide_share, seed)
+        ]
+        made: list[Any] = [None] * len(jobs)
+        for place, result in run_jobs(prepare_slide, jobs, workers, "slide"):
+            made[place] = result
+        self.slide_list: list[OnlineSlide] = [result for result in made if isinstance(result, OnlineSlide)]
+        self.dropped: list[Dropped] = [result for result in made if isinstance(result, Dropped)]
+        _check_dropped(self.dropped, len(jobs), max_unreadable_share)
+        self.is_remote = any(is_remote(slide.path) for slide in self.slide_list)
+        self.num_rows = max_patches or ENDLESS_UNITS * UNIT_PATCHES
+        weights = np.array([slide.weight for slide in self.slide_list])
+        self._slide_ends = np.cumsum(weights)
+        self._share_ends = [np.cumsum(slide.shares) for slide in self.slide_list]
+        per_patch = np.average([slide.patch_bytes for slide in self.slide_list], weights=weights)
+        self._patch_bytes = int(per_patch) + 2 * _HEADER.size
+        self.fingerprint = self._fingerprint(rule)
+        self._make_units()
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether the number of distinct patches is limited."""
+        return self._max_patches > 0
+
+    def order(self, seed: int, lanes: int, block_rows: int) -> OnlineOrder | SampleOrder:
+        """Patch after patch without end; with `max_patches`, each of them once per epoch, shuffled."""
+        if not self.is_capped:
+            return OnlineOrder(seed)
+        return SampleOrder(self.unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
+
+    def draw(self, number: int) -> Patch:
+        """Draw patch `number`."""
+        rng = sample_rng(self._seed, number, _STREAM)
+        by_slide, by_mpp = rng.random(2)
+        slide = _pick(self._slide_ends, by_slide)
+        geometry = _pick(self._share_ends[slide], by_mpp)
+        plan = self._plan(slide)
+        positions = plan.positions[geometry]
+        return Patch(slide, geometry, *positions.place(plan.mask, int(rng.integers(len(positions)))))
+
+    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Draw patches and fetch their tiles, all of one slide at a time.
+
+        Returns:
+            The slide, and a header with the tiles behind it, for each row.
+
+        Raises:
+            OSError: a slide has become unreadable.
+        """
+        patches = [self.draw(unit * UNIT_PATCHES + int(row)) for row in rows]
+        of_slide: dict[int, list[int]] = {}
+        for place, patch in enumerate(patches):
+            of_slide.setdefault(patch.slide, []).append(place)
+        fetch = partial(self._fetch, patches)
+        if self.is_remote and len(of_slide) > 1:
+            with ThreadPoolExecutor(min(_REQUESTS, len(of_slide))) as pool:
+                fetched = list(pool.map(fetch, of_slide.values()))
+        else:
+            fetched = [fetch(places) for places in of_slide.values()]
+        data = {place: item for items in fetched for place, item in items}
+        return [(self._name(patch.slide), data[place]) for place, patch in enumerate(patches)]
+
+    def decode(self, sample: EncodedSample) -> np.ndarray:
+        """Put a patch together: uint8 (tile_size, tile_size, 3) RGB.
+
+        Raises:
+            DecodeError: a tile is missing or damaged.
+        """
+        number, which, column, row, count = _HEADER.unpack_from(sample.data)
+        slide, size = self.slide_list[number], self._options.tile_size
+        geometry = slide.geometries[which]
+        region = Region(geometry.level, column, row, geometry.side, geometry.side)
+        try:
+            if slide.tiles is None:
+                pixels = self._open(slide.path).read_region(*region)
+            else:
+                pixels = assemble(slide.tiles, region, _tiles(sample.data, count))
+        except SlideError as error:
+            raise DecodeError(str(error)) from error
+        if geometry.side == size:
+            return pixels
+        return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+
+    def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its patches and where it lies, for a message to the user."""
+        first = unit * UNIT_PATCHES
+        if row is None:
+            return f"patches {first} to {first + UNIT_PATCHES - 1} drawn from {len(self.slide_list)} slides"
+        slide, which, column, line = self.draw(first + row)
+        g: Geometry = self.slide_list[slide].geometries[which]
+        x, y = round(column * g.downsample), round(line * g.downsample)
+        return f"patch {first + row}, slide '{self._name(slide)}' at x {x}, y {y}, level {g.level}, {g.mpp:g} um/px"
+
+    def slides(self, unit: int) -> list[str]:
+        """Name the slide of every patch of a unit."""
+        first = unit * UNIT_PATCHES
+        rngs = (sample_rng(self._seed, first + row, _STREAM) for row in range(int(self.unit_rows[unit])))
+        return [self._name(_pick(self._slide_ends, rng.random(2)[0])) for rng in rngs]
+
+    def _fetch(self, patches: Sequence[Patch], places: Sequence[int]) -> list[tuple[int, bytes]]:
+        number = patches[places[0]].slide
+        slide, index = self.slide_list[number], self._plan(number).index
+        wanted = []
+        for patch in (patches[place] for place in places):
+            g = slide.geometries[patch.geometry]
+            region = Region(g.level, patch.column, patch.row, g.side, g.side)
+            wanted.append([] if index is None else ranges(index, region))
+        tiles = iter(read_ranges(slide.path, [item for items in wanted for item in items]))
+        packed = []
+        for place, items in zip(places, wanted, strict=True):
+            own = [next(tiles) for _ in items]
+            lengths = struct.pack(f"<{len(own)}I", *map(len, own))
+            packed.append((place, b"".join((_HEADER.pack(*patches[place], len(own)), lengths, *own))))
+        return packed
+
+    def _name(self, slide: int) -> str:
+        return public_name(self.slide_list[slide].path)
+
+    def _fingerprint(self, rule: TissueRule) -> str:
+        slides = [[Path(s.path).name, s.size, s.weight, s.key, s.places] for s in self.slide_list]
+        dropped = [Path(slide.path).name for slide in self.dropped]
+        state = [repr(self._options), repr(rule), self._seed, self._max_patches, slides, dropped]
+        return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
+
+    def _make_units(self) -> None:
+        """Rows and bytes of units, and what a process keeps open; none of it travels between processes."""
+        units = -(-self.num_rows // UNIT_PATCHES)
+        if self._max_patches:
+            self.unit_rows = np.minimum(UNIT_PATCHES, self.num_rows - UNIT_PATCHES * np.arange(units))
+        else:
+            self.unit_rows = np.broadcast_to(np.int64(UNIT_PATCHES), units)  # takes no memory
+        self.unit_bytes = np.broadcast_to(np.int64(UNIT_PATCHES * self._patch_bytes), units)
+        self._plan = lru_cache(_PLANS_KEPT)(self._load_plan)
+        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
+
+    def _load_plan(self, slide: int) -> DrawingPlan:
+        return load_plan(self.slide_list[slide], self._options.min_foreground)
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("unit_rows", "unit_bytes", "_plan", "_open")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_units()
+
+
+def _pick(ends: np.ndarray, uniform: float) -> int:
+    return min(int(np.searchsorted(ends, uniform * ends[-1], side="right")), len(ends) - 1)
+
+
+def _tiles(data: bytes, count: int) -> list[bytes]:
+    lengths = struct.unpack_from(f"<{count}I", data, _HEADER.size)
+    start, tiles = _HEADER.size + 4 * count, []
+    for length in lengths:
+        tiles.append(data[start : start + length])
+        start += length
+    return tiles
+
+
+def _check_dropped(dropped: Sequence[Dropped], slides: int, max_unreadable_share: float) -> None:
+    for slide in dropped:
+        logger.warning("slide '%s' is left out: %s", slide.path, slide.reason)
+    unreadable = [slide for slide in dropped if slide.unreadable]
+    if len(unreadable) > max_unreadable_share * slides:
+        raise ValueError(
+            f"{len(unreadable)} of {slides} slides cannot be read, where {max_unreadable_share:.1%} may be left out; "
+            f"the first is '{unreadable[0].path}': {unreadable[0].reason}."
+        )
+    if len(dropped) == slides:
+        reasons = Counter(slide.reason for slide in dropped).most_common(3)
+        told = "; ".join(f"{count} because {reason}" for reason, count in reasons)
+        raise ValueError(f"None of {slides} slides gives patches: {told}.")

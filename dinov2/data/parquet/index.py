@@ -1,0 +1,220 @@
+"""Which shards and row groups a Parquet dataset has, known without opening a single data page.
+
+The index is one Arrow table with a row per shard and a list item per row group, kept as an Arrow file (the
+sidecar; a Parquet file takes several times as long to read) so that later starts need no footers. It holds where
+column chunks lie, so that reading needs none.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dinov2.data.parquet.footer import (
+    Chunks,
+    DamagedFooter,
+    Footer,
+    Shard,
+    describe_shard,
+    for_each_file,
+    read_footer,
+)
+from dinov2.data.parquet.pages import CODECS, ENCODINGS
+from dinov2.data.storage.base import Storage, StoredFile
+
+logger = logging.getLogger(__name__)
+
+_PER_GROUP = pa.list_(pa.int64())
+_LISTING = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string())])
+_SCHEMA = pa.schema(
+    [
+        *_LISTING,
+        ("error", pa.string()),  # why the footer cannot be read; null where it can
+        ("footer", pa.string()),  # digest of its bytes
+        ("raw_size", pa.int32()),  # tile side in pixels where images are raw, else 0
+        ("image_column", pa.string()),
+        ("image_codec", pa.string()),  # null where only pyarrow can read the column; so for slides
+        ("image_optional", pa.bool_()),
+        ("slide_codec", pa.string()),
+        ("slide_optional", pa.bool_()),
+        ("slides", pa.list_(pa.string())),  # that fill row groups by themselves
+        ("group_rows", _PER_GROUP),
+        ("group_bytes", _PER_GROUP),  # of the image column, uncompressed
+        ("image_start", _PER_GROUP),  # of the column chunk in the file
+        ("image_length", _PER_GROUP),
+        ("slide_start", _PER_GROUP),
+        ("slide_length", _PER_GROUP),
+        ("group_slide", _PER_GROUP),  # number in `slides`; -1 where the column must be read
+    ]
+)
+_NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
+_FORMAT = {b"format": b"dinov2 shard index 2"}
+_PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a place: a commit, whose files never change
+_REPORT_EVERY = 10.0  # seconds
+
+
+def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
+    """Index a dataset, from the sidecar if the listing, or the commit that the place names, is still the same.
+
+    Args:
+        storage: Where the shards are.
+        sidecar: Where the index is kept between runs (in the run's output folder); None keeps nothing. With
+            several processes, let one write it before the others call.
+
+    Returns:
+        One row per shard, sorted by name (`_SCHEMA`).
+
+    Raises:
+        FileNotFoundError: If there is no shard.
+        OSError: If a shard cannot be read.
+        ValueError: If a shard has the wrong schema, no shard can be read or all are empty.
+    """
+    kept = _load_sidecar(sidecar) if sidecar else None
+    place = storage.place.encode()
+    if kept is None or not _PINNED.search(storage.place) or kept.schema.metadata.get(b"place") != place:
+        files = storage.list_files()
+        listing = pa.Table.from_pylist([file._asdict() for file in files], schema=_LISTING)
+        if kept is None or not kept.select(_LISTING.names).equals(listing):
+            records = _read_footers(storage, files)
+            kept = pa.Table.from_pylist(records, _SCHEMA.with_metadata(_FORMAT | {b"place": place}))
+            _refuse_unusable(storage.place, kept)
+            if sidecar:
+                write_sidecar(sidecar, kept)
+    dropped = kept.select(["name", "error"]).filter(kept["error"].is_valid()).to_pylist()
+    if dropped:
+        named = "; ".join(f"{shard['name']} ({shard['error']})" for shard in dropped)
+        logger.warning("left out %d of %d shards with unreadable footers: %s", len(dropped), len(kept), named)
+    return kept
+
+
+def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
+    """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, units.
+
+    Places, modification times and versions are not part of it, so a dataset that was moved or copied still
+    resumes; a shard that was rewritten, added, removed or damaged does not.
+    """
+    shards = index.select(["name", "size", "footer"]).to_pydict()  # a left out shard has no footer digest
+    digest = hashlib.blake2b(json.dumps(shards).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(unit_rows, "<i8"))
+    return digest.hexdigest()
+
+
+def flatten(column: pa.ChunkedArray) -> np.ndarray:
+    """Join a column of integer lists, one per shard, into one int64 array with a value per row group."""
+    return np.from_dlpack(in_one(column).flatten())  # other ways out of Arrow import pandas
+
+
+def first_items(column: pa.ChunkedArray) -> np.ndarray:
+    """Where each shard's list begins among the items of all, int64 (shards,)."""
+    counts = np.from_dlpack(pc.list_value_length(in_one(column))).astype(np.int64)
+    return np.cumsum(counts) - counts
+
+
+def in_one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, copied only where it is in several."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, Any]]:
+    records, reported = [], time.monotonic()
+    for record in for_each_file(files, lambda file: _NO_GROUPS | file._asdict() | _record(storage, file)):
+        records.append(record)
+        if time.monotonic() - reported > _REPORT_EVERY:
+            reported = time.monotonic()
+            logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.place)
+    return records
+
+
+def _record(storage: Storage, file: StoredFile) -> dict[str, Any]:
+    """Describe a shard by its footer; only by an "error" if the footer cannot be read."""
+    try:
+        footer = read_footer(storage, file)
+        shard = describe_shard(storage, file, footer)
+        stored = _stored("image", footer, shard, shard.image, shard.images)
+        if shard.names:
+            stored |= _stored("slide", footer, shard, shard.slide, shard.names)
+    except DamagedFooter as error:
+        return {"error": str(error)}
+    slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
+    numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
+    nowhere = [0] * len(shard.rows)
+    return {
+        "footer": footer.digest,
+        "raw_size": shard.raw_size,
+        "image_column": shard.image,
+        "slides": slides,
+        "group_rows": shard.rows,
+        "group_bytes": shard.images.plain_sizes,
+        "group_slide": [numbers[name] for name in shard.slides],
+        "slide_start": nowhere,
+        "slide_length": nowhere,
+        **stored,
+    }
+
+
+def _stored(kind: str, footer: Footer, shard: Shard, name: str, chunks: Chunks) -> dict[str, Any]:
+    """How a column is stored and where; DamagedFooter if that is not within the file."""
+    schema, codecs = footer.metadata.schema, set(chunks.codecs)
+    leaf = next(column for column in map(schema.column, range(len(schema))) if column.path == name)
+    flat = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level == 0
+    plain = all(map(ENCODINGS.issuperset, chunks.encodings))
+    known = flat and leaf.max_definition_level <= 1 and plain and len(codecs) == 1 and codecs <= CODECS.keys()
+    outside = (chunks.starts < 4) | (chunks.sizes < 0) | (chunks.starts > shard.file.size - chunks.sizes)
+    outside = np.flatnonzero(outside & (shard.rows > 0) & (chunks.sizes != 0))
+    if len(outside):
+        size, start = chunks.sizes[outside[0]], chunks.starts[outside[0]]
+        raise DamagedFooter(f"it places {size} bytes at {start}, but {shard.file.size} are there")
+    return {
+        f"{kind}_codec": codecs.pop() if known else None,
+        f"{kind}_optional": leaf.max_definition_level > 0,
+        f"{kind}_start": chunks.starts,
+        f"{kind}_length": chunks.sizes,
+    }
+
+
+def _refuse_unusable(place: str, index: pa.Table) -> None:
+    errors = index["error"].drop_null().to_pylist()
+    if len(errors) == len(index):
+        raise ValueError(
+            f"none of the {len(index)} Parquet files of dataset '{place}' has a readable footer "
+            f"({errors[0]}); at least one is expected"
+        )
+    if not flatten(index["group_rows"]).any():
+        raise ValueError(f"dataset '{place}' holds 0 rows in {len(index)} shards; at least 1 is expected")
+
+
+def _load_sidecar(sidecar: Path) -> pa.Table | None:
+    try:
+        if not sidecar.is_file():
+            return None
+        with pa.OSFile(str(sidecar)) as file:
+            index = pa.ipc.open_file(file).read_all()
+        index.validate(full=True)
+    except (pa.ArrowException, OSError):
+        return None
+    known = index.schema.equals(_SCHEMA) and _FORMAT.items() <= (index.schema.metadata or {}).items()
+    return index if known else None
+
+
+def write_sidecar(sidecar: Path, index: pa.Table) -> None:
+    """Keep an index for the next start; where that cannot be done, it is only logged."""
+    beside = sidecar.with_name(f"{sidecar.name}.{os.getpid()}.tmp")
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    try:
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with pa.ipc.new_file(str(beside), index.schema, options=options) as file:
+                file.write_table(index)
+            os.replace(beside, sidecar)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("the index of the dataset is not kept for the next start (%s)", error)

@@ -1,0 +1,188 @@
+"""Rows of a Parquet dataset, cut from slides: pixels, where they come from, or why there are none."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from dinov2.data.slides.reader import SlideError, SlideOpenError, SlideReader, SlideReadError
+from dinov2.data.slides.sample_list import SampleList
+from dinov2.data.slides.tissue import TissueRule
+
+ROWS_AT_ONCE = 1024  # encoded patches held in memory, read in the order of their tiles
+IMAGE_COLUMN, REASON = "image_bytes", "reason"
+_TILE_PX = 256  # of most slides; only the order of reading depends on it
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a patch becomes bytes: "png", "jpeg" with its quality and chroma subsampling, or "raw".
+
+    PNG uses zlib's run-length strategy: on tissue within 1 % of the smallest file at 4 to 20 times the speed.
+    """
+
+    kind: str = "png"
+    quality: int = 95
+    subsampling: str = "4:2:0"
+
+    def encode(self, image: np.ndarray) -> bytes:
+        """Encode a uint8 (H, W, 3) RGB image."""
+        if self.kind == "raw":
+            return image.tobytes()
+        if self.kind == "png":
+            bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            _, data = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])
+            return data.tobytes()
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "jpeg", quality=self.quality, subsampling=self.subsampling)
+        return buffer.getvalue()
+
+    def metadata(self) -> dict[str, str]:
+        """Key-values for a shard."""
+        jpeg = {"jpeg_quality": str(self.quality), "jpeg_subsampling": self.subsampling}
+        return {"image_encoding": self.kind, **(jpeg if self.kind == "jpeg" else {})}
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How all patches are cut: encoding, tissue rule (for `tissue_frac`), side of a patch in px, and how many
+    patches of a slide may be undecodable before the job that meets them gives the slide up."""
+
+    encoding: Encoding
+    rule: TissueRule
+    tile_size: int
+    max_slide_failures: int
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches of a list with the place and the user's mpp (None: unknown) of each of its slides."""
+
+    samples: SampleList
+    paths: list[Path]
+    mpps: list[float | None]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, rows: np.ndarray) -> "Patches":
+        """Some patches, in the order of `rows`, with the slides that they need."""
+        samples = self.samples
+        used, slide = np.unique(samples.slide[rows], return_inverse=True)
+        part = replace(
+            samples,
+            slides=[samples.slides[i] for i in used],
+            slide=slide.astype(np.int32),
+            x=samples.x[rows],
+            y=samples.y[rows],
+            level=samples.level[rows],
+            mpp=None if samples.mpp is None else samples.mpp[rows],
+        )
+        return Patches(part, [self.paths[i] for i in used], [self.mpps[i] for i in used])
+
+
+def cut_patches(patches: Patches, cutting: Cutting, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
+    """Cut patches, slide by slide and tile row by tile row within `rows_at_once` of them.
+
+    Yields:
+        For each so many patches, in their order, the rows of the dataset without `task_id`; the row of a patch
+        that cannot be read has a `reason` in place of everything but slide_path, x, y and level.
+    """
+    slides = _Slides(patches, cutting)
+    for start in range(0, len(patches), rows_at_once):
+        chunk = np.arange(start, min(start + rows_at_once, len(patches)))
+        rows: list[dict[str, Any]] = [{}] * len(chunk)
+        for slide in np.unique(patches.samples.slide[chunk]).tolist():
+            for i in slides.in_tile_order(chunk[patches.samples.slide[chunk] == slide]):
+                rows[i - start] = slides.cut(i)
+        yield rows
+
+
+class _Slides:
+    """Keeps the slide being read, and counts what failed."""
+
+    def __init__(self, patches: Patches, cutting: Cutting) -> None:
+        self._samples, self._paths, self._mpps = patches.samples, patches.paths, patches.mpps
+        self._cutting = cutting
+        self._reader: SlideReader | None = None
+        self._slide = -1
+        self._bad: dict[int, str] = {}  # slides given up, and why
+        self._failures = [0] * len(patches.paths)
+
+    def in_tile_order(self, rows: np.ndarray) -> Sequence[int]:
+        """Sort patches of one slide so that neighbours share decoded tiles."""
+        samples = self._samples
+        try:
+            reader = self._open(int(samples.slide[rows[0]]))
+        except SlideError:
+            return rows.tolist()
+        if samples.mpp is None:
+            scale = np.take(reader.level_downsamples, samples.level[rows], mode="clip")
+        else:
+            scale = samples.mpp[rows] / (reader.mpp or 1)
+        strip = samples.y[rows] // (_TILE_PX * scale)
+        return rows[np.lexsort((samples.x[rows], strip, scale))].tolist()
+
+    def cut(self, i: int) -> dict[str, Any]:
+        """One row."""
+        samples = self._samples
+        slide, x, y, level = (
+            int(column[i]) for column in (samples.slide, samples.x, samples.y, samples.level)
+        )
+        place = {"slide_path": samples.slides[slide], "x": x, "y": y, "level": level}
+        try:
+            reader = self._open(slide)
+            return place | self._read(
+                reader, x, y, level, None if samples.mpp is None else float(samples.mpp[i])
+            )
+        except SlideError as error:
+            self._count(slide, error)
+            return place | {REASON: error.detail}
+
+    def _open(self, slide: int) -> SlideReader:
+        if slide in self._bad:
+            raise SlideOpenError(self._paths[slide], self._bad[slide])
+        if slide != self._slide:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader, self._slide = None, -1
+            try:
+                self._reader, self._slide = SlideReader(self._paths[slide], self._mpps[slide]), slide
+            except SlideError as error:
+                self._bad[slide] = error.detail
+                raise
+        return self._reader
+
+    def _count(self, slide: int, error: SlideError) -> None:
+        if isinstance(error, SlideReadError):
+            self._failures[slide] += 1
+            if self._failures[slide] >= self._cutting.max_slide_failures:
+                self._bad[slide] = f"given up after {self._failures[slide]} unreadable patches"
+
+    def _read(self, reader: SlideReader, x: int, y: int, level: int, mpp: float | None) -> dict[str, Any]:
+        size, cutting = self._cutting.tile_size, self._cutting
+        if mpp is None:
+            image, read_size = reader.read_region(level, *reader.snap(level, x, y), size, size), size
+            downsample = reader.level_downsamples[level]
+            mpp = None if reader.mpp is None else reader.mpp * downsample
+        else:
+            image, level = reader.read_patch(x, y, size, mpp), reader.level_for(mpp)
+            downsample = reader.level_downsamples[level]
+            read_size = round(size * mpp / (reader.mpp * downsample))
+        return {
+            "level": level,
+            "tile_size": size,
+            "level_downsample": downsample,
+            "image_dtype": "uint8",
+            IMAGE_COLUMN: cutting.encoding.encode(image),
+            "slide_id": reader.path.stem,
+            "mpp": mpp,
+            "mpp_source": reader.mpp_source,
+            "read_size": read_size,
+            "tissue_frac": cutting.rule.fraction(image),
+        }

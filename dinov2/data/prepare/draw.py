@@ -1,0 +1,201 @@
+"""Random patches of tissue from one slide.
+
+A coarse tissue map proposes positions and the patch itself, as training will see it, decides. Which patches a
+slide gives depends on the seed and its key, not on other slides or on the number of processes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2.data.slides.reader import SlideError, SlideRangeError, SlideReader, SlideReadError
+from dinov2.data.slides.tissue import TissueMap, TissueRule
+
+DRAWS_PER_ROUND, MAX_ROUNDS = 4096, 50
+MAX_CHECKS_PER_PATCH = 20  # a map that is wrong more often than that is not worth following
+MAX_UNREADABLE = 16  # patches per slide that may fail to decode before the slide is given up
+NO_TISSUE = "no patch passed the tissue rule"
+
+
+class Target(NamedTuple):
+    """What one kind of patch is cut from: a level, the side in px of it, and the mpp made of it (0 keeps its own)."""
+
+    level: int
+    side: int
+    mpp: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn from every slide.
+
+    Attributes:
+        rule: what a patch must show.
+        seed: of all draws.
+        levels: pyramid levels to draw from; None takes all that a slide has.
+        per_target: patches per slide and level, or per slide and mpp.
+        per_slide: patches per slide over all targets, shared out evenly; None sets no limit.
+        tile_size: side of a finished patch in px.
+        mpps: um per px of the finished patches, each read from the level that serves it; () draws by level.
+    """
+
+    rule: TissueRule
+    seed: int
+    levels: tuple[int, ...] | None
+    per_target: int
+    per_slide: int | None
+    tile_size: int
+    mpps: tuple[float, ...] = ()
+
+    def targets(self, reader: SlideReader) -> tuple[list[Target], dict[float, str]]:
+        """What a slide can give, and why it cannot give the other mpp."""
+        if not self.mpps:
+            num_levels = len(reader.level_dimensions)
+            levels = [level for level in self.levels or range(num_levels) if level < num_levels]
+            return [Target(level, self.tile_size, 0.0) for level in levels], {}
+        targets, skipped = [], {}
+        for mpp in self.mpps:
+            try:
+                level = reader.level_for(mpp)
+            except SlideRangeError as error:
+                skipped[mpp] = error.detail
+                continue
+            side = round(reader.patch_side(self.tile_size, mpp) / reader.level_downsamples[level])
+            targets.append(Target(level, side, float(np.float32(mpp))))  # as readers of the list hold it
+        return targets, skipped
+
+    def quotas(self, num_targets: int) -> list[int]:
+        """Patches wanted from each of a slide's targets."""
+        if self.per_slide is None:
+            return [self.per_target] * num_targets
+        share, rest = divmod(self.per_slide, max(1, num_targets))
+        return [min(self.per_target, share + (i < rest)) for i in range(num_targets)]
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """One slide to draw from: its path, the name that keys its draws, what to draw, and its mpp if it says none."""
+
+    path: str
+    key: str
+    sampling: Sampling
+    mpp: float | None = None
+
+
+@dataclass
+class SlideDraw:
+    """What a slide gave.
+
+    Attributes:
+        rows: int32 (N, 3) rows of x, y, level.
+        mpp: float32 (N,), um per px of each finished patch; 0 where the level's own is kept.
+        failure: why it gave nothing, else "".
+        skipped: mpp that it cannot give, with the reason.
+        given_mpp: the mpp of the job, if it was needed.
+    """
+
+    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
+    mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    failure: str = ""
+    skipped: dict[float, str] = field(default_factory=dict)
+    given_mpp: float | None = None
+
+
+def draw_from_slide(job: SlideJob) -> SlideDraw:
+    """Draw the patches of one slide; a slide that cannot give any says why instead of raising."""
+    if "\n" in job.path or "\r" in job.path:
+        return SlideDraw(failure="its path holds a line break, which a sample list cannot express")
+    try:
+        reader = SlideReader(job.path, job.mpp)
+        targets, skipped = job.sampling.targets(reader)
+        if not targets:
+            reasons = dict.fromkeys(skipped.values())  # one for all where the mpp is unknown
+            none = f"it has levels 0 to {len(reader.level_dimensions) - 1} only"
+            return SlideDraw(failure="; ".join(reasons) or none)
+        places = _draw_targets(reader, targets, job)
+    except SlideError as error:
+        return SlideDraw(failure=error.detail)
+    except OSError as error:
+        return SlideDraw(failure=str(error))
+    skipped |= {
+        float(f"{target.mpp:g}"): NO_TISSUE for target, found in places.items() if target.mpp and not found
+    }
+    rows = [(*place, target.level) for target, found in places.items() for place in found]
+    mpp = [target.mpp for target, found in places.items() for _ in found]
+    if not rows:
+        return SlideDraw(failure=NO_TISSUE)
+    given_mpp = job.mpp if reader.mpp_source == "user" else None
+    return SlideDraw(np.array(rows, np.int32), np.array(mpp, np.float32), "", skipped, given_mpp)
+
+
+def _draw_targets(
+    reader: SlideReader, targets: list[Target], job: SlideJob
+) -> dict[Target, list[tuple[int, int]]]:
+    """Level-0 positions (x, y) of each target's patches."""
+    tissue, unreadable, drawn = TissueMap(reader, job.sampling.rule), [], {}
+    for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
+        name = f"{target.mpp:g} um" if target.mpp else str(target.level)
+        words = f"{job.sampling.seed} {name} {job.key}".encode(errors="surrogateescape")
+        digest = hashlib.blake2b(words, digest_size=16).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        proposals = _proposals(reader, tissue, target, job.sampling.rule, rng)
+        places = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
+        drawn[target] = [reader.origin(target.level, *place) for place in places]
+    return drawn
+
+
+def _proposals(
+    reader: SlideReader, tissue: TissueMap, target: Target, rule: TissueRule, rng: np.random.Generator
+) -> Iterator[tuple[int, int]]:
+    """Distinct (column, row) places of patches that lie on the level and show tissue on the map."""
+    size, downsample = target.side, reader.level_downsamples[target.level]
+    columns, rows = (side - size + 1 for side in reader.level_dimensions[target.level])
+    if columns < 1 or rows < 1:
+        return
+    seen: set[tuple[int, int]] = set()
+    for _ in range(MAX_ROUNDS):
+        column, row = rng.integers(0, columns, DRAWS_PER_ROUND), rng.integers(0, rows, DRAWS_PER_ROUND)
+        shares = tissue.fraction(column * downsample, row * downsample, size * downsample)
+        likely = shares > rule.min_fraction
+        for place in zip(column[likely].tolist(), row[likely].tolist(), strict=True):
+            if place not in seen:
+                seen.add(place)
+                yield place
+
+
+def _accepted(
+    reader: SlideReader,
+    proposals: Iterator[tuple[int, int]],
+    target: Target,
+    quota: int,
+    sampling: Sampling,
+    unreadable: list[SlideReadError],
+) -> list[tuple[int, int]]:
+    """The first `quota` proposals whose pixels pass the rule; `unreadable` collects those that have none."""
+    proposals, accepted = islice(proposals, quota * MAX_CHECKS_PER_PATCH), []
+    while len(accepted) < quota:
+        batch = list(islice(proposals, (quota - len(accepted)) * 5 // 4 + 8))
+        if not batch:
+            break
+        passed = set()
+        by_tile = sorted(batch, key=lambda place: (place[1] // 256, place[0]))  # neighbours share tiles
+        for place in by_tile:
+            try:
+                if sampling.rule.accepts(_patch(reader, target, place, sampling.tile_size)):
+                    passed.add(place)
+            except SlideReadError as error:
+                unreadable.append(error)
+                if len(unreadable) > MAX_UNREADABLE:
+                    raise
+        accepted += [place for place in batch if place in passed]
+    return accepted[:quota]
+
+
+def _patch(reader: SlideReader, target: Target, place: tuple[int, int], size: int) -> np.ndarray:
+    if target.mpp:
+        return reader.read_patch(*reader.origin(target.level, *place), size, target.mpp)
+    return reader.read_region(target.level, *place, size, size)

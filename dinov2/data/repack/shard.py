@@ -1,0 +1,187 @@
+"""One Parquet shard rewritten to small row groups, read back and compared before it gets its name."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dinov2.data.parquet.footer import Footer, in_one_line
+from dinov2.data.parquet.shard_footers import PAGE_BUFFER, open_shard
+from dinov2.data.storage.base import Storage, StoredFile
+from dinov2.data.storage.retry import RemoteError
+from dinov2.utils.jobs import commit
+
+SOURCE_KEY = b"repack_source"  # footer key-value: which file the shard was made from, and how
+_ROWS_PER_BATCH = 64  # rows held at a time; more would only take more memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of a row group, and codec of the image column ("none", "zstd" ...)."""
+
+    row_group_rows: int = 64
+    compression: str = "none"
+
+
+@dataclass(frozen=True)
+class RepackJob:
+    """One file to rewrite: `file` of `storage`, with images in a column, rows, and a footer of `footer_digest`."""
+
+    storage: Storage
+    file: StoredFile
+    image: str
+    rows: int
+    groups: int
+    footer_digest: str
+    layout: Layout
+    destination: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the shard lies until it is whole; no search for Parquet files finds it."""
+        return self.destination.with_name(f".{self.destination.name}.part")
+
+    @property
+    def identity(self) -> str:
+        """What the shard keeps under `SOURCE_KEY`."""
+        source = {"size": self.file.size, "footer": self.footer_digest}
+        return json.dumps(source | asdict(self.layout), sort_keys=True)
+
+    def is_done(self, footer: Footer) -> bool:
+        """Whether a footer is that of this job's result."""
+        kept = (footer.metadata.metadata or {}).get(SOURCE_KEY, b"")
+        return kept == self.identity.encode() and footer.metadata.num_rows == self.rows
+
+
+class _SourceError(Exception):
+    """The file to read from is damaged or cannot be had."""
+
+
+def repack_shard(job: RepackJob) -> str:
+    """Write one shard.
+
+    Returns:
+        Why the source cannot be read; an empty string when all is well.
+
+    Raises:
+        OSError: The shard cannot be written, or reads back differently.
+    """
+    job.destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        written = _rewrite(job)
+        if _digest_of(job) != written:
+            raise OSError(
+                f"'{job.partial}' does not read back as it was written; check the disk and the memory"
+            )
+        commit(job.partial, job.destination)
+    except _SourceError as error:
+        return str(error)
+    finally:
+        job.partial.unlink(missing_ok=True)
+    return ""
+
+
+@contextmanager
+def _source_error() -> Iterator[None]:
+    try:
+        yield
+    except RemoteError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _SourceError(in_one_line(error)) from error
+
+
+def _rewrite(job: RepackJob) -> str:
+    """Write the partial file and return the digest of the images that were read."""
+    digest = _ImageDigest()
+    with _source_error():
+        file = open_shard(job.storage, job.file)
+        schema = file.schema_arrow
+    metadata = {**(schema.metadata or {}), SOURCE_KEY: job.identity.encode()}
+    if b"row_group_size" in metadata:
+        metadata[b"row_group_size"] = str(job.layout.row_group_rows).encode()
+    schema = schema.with_metadata(metadata)
+    columns = _column_options(file.metadata, job.image, job.layout.compression)
+    with file, pq.ParquetWriter(
+        job.partial, schema, write_page_index=True, write_batch_size=_ROWS_PER_BATCH, **columns
+    ) as writer:  # fmt: skip
+        for table in _groups(file, job.layout.row_group_rows):
+            digest.update(table[job.image])
+            writer.write_table(table)
+    if digest.rows != job.rows:
+        raise _SourceError(f"{digest.rows} rows could be read, but the footer promises {job.rows}")
+    return digest.hexdigest()
+
+
+def _groups(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
+    """Read the file in tables of one row group each."""
+    batches = file.iter_batches(min(size, _ROWS_PER_BATCH), use_threads=False)
+    waiting, num_rows = [], 0
+    while True:
+        with _source_error():
+            batch = next(batches, None)
+        if batch is None:
+            break
+        waiting.append(batch)
+        num_rows += len(batch)
+        if num_rows >= size:
+            table = pa.Table.from_batches(waiting)
+            whole = num_rows // size * size
+            for start in range(0, whole, size):
+                yield table.slice(start, size)
+            waiting, num_rows = table.slice(whole).to_batches(), num_rows - whole
+    if num_rows:
+        yield pa.Table.from_batches(waiting)
+
+
+def _column_options(metadata: pq.FileMetaData, image: str, compression: str) -> dict[str, object]:
+    """Writer options: the image column plain, the others encoded and compressed as they are in the source."""
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    plain = [path for path in paths if path != image]
+    if not metadata.num_row_groups:
+        return {"use_dictionary": plain, "write_statistics": plain, "compression": compression}
+    group = metadata.row_group(0)
+    chunks = [group.column(leaf) for leaf in range(metadata.num_columns)]
+    codecs = {chunk.path_in_schema: chunk.compression.replace("UNCOMPRESSED", "NONE") for chunk in chunks}
+    return {
+        "use_dictionary": [
+            c.path_in_schema for c in chunks if c.has_dictionary_page and c.path_in_schema != image
+        ],
+        "write_statistics": plain,
+        "compression": codecs | {image: compression},
+    }
+
+
+def _digest_of(job: RepackJob) -> str:
+    """Digest of the images in the partial file, which must hold all rows."""
+    digest = _ImageDigest()
+    with pq.ParquetFile(job.partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as written:
+        for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[job.image], use_threads=False):
+            digest.update(batch[job.image])
+    return digest.hexdigest()
+
+
+class _ImageDigest:
+    """SHA-256 over the length and the bytes of every value, nulls told apart from empty ones."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._hash = hashlib.sha256()
+
+    def update(self, images: pa.Array | pa.ChunkedArray) -> None:
+        if pa.types.is_dictionary(images.type):
+            images = images.cast(images.type.value_type)
+        for image in images:
+            data = image.as_buffer()
+            self._hash.update((-1 if data is None else data.size).to_bytes(8, "little", signed=True))
+            if data is not None:
+                self._hash.update(data)
+        self.rows += len(images)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

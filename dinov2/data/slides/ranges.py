@@ -1,0 +1,152 @@
+"""Byte ranges of a slide's file, from a disk or a server."""
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dinov2.data.slides.errors import public_name
+from dinov2.data.storage.fsspec import connect
+from dinov2.data.storage.retry import RemoteError, Retries, is_transient, reason
+
+_REMOTE_GAP = 64 << 10  # bytes between two ranges that cost less than another request
+
+Range = tuple[int, int]
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
+def read_ranges(path: str | Path, ranges: Sequence[Range], retries: Retries | None = None) -> list[bytes]:
+    """Read (offset, length) ranges of a file, in the order given; see `SlideBytes.read`."""
+    return SlideBytes(path, retries).read(ranges)
+
+
+class SlideBytes:
+    """A file on a disk, or behind an fsspec URL (s3://, gs://, https://), read in ranges.
+
+    Safe in several threads and after a fork: nothing has a position, and connections are those of a process.
+
+    Args:
+        path: path or URL.
+        retries: how long requests to a server are repeated.
+    """
+
+    def __init__(self, path: str | Path, retries: Retries | None = None) -> None:
+        self._path, self._remote = str(path), is_remote(path)
+        self._retries = retries or Retries()
+        self._file: BinaryIO | None = None
+        self._pid = -1
+
+    def read(self, ranges: Sequence[Range]) -> list[bytes]:
+        """Read ranges; adjacent ones are read together, those of a server in one batch of requests.
+
+        Args:
+            ranges: (offset, length) in bytes; a length of 0 gives b"".
+
+        Raises:
+            OSError: the file cannot be read, or ends within a range.
+            RemoteError: the server cannot be read.
+        """
+        wanted = {(offset, offset + length) for offset, length in ranges if length > 0}
+        spans = merge(wanted, _REMOTE_GAP if self._remote else 0)
+        blocks = self._from_server(spans) if self._remote else self._from_disk(spans)
+        parts = _cut(wanted, spans, blocks)
+        return [parts[offset, offset + length] if length > 0 else b"" for offset, length in ranges]
+
+    def size(self) -> int:
+        """Size of the local file in bytes, as opened."""
+        return os.fstat(self._opened().fileno()).st_size
+
+    def close(self) -> None:
+        """Give the handle back; the next read opens it again. A thread that is reading keeps it until it is done."""
+        self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def _opened(self) -> BinaryIO:
+        file = self._file
+        if file is None or self._pid != os.getpid():
+            file = self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
+            self._pid = os.getpid()
+        return file
+
+    def _from_disk(self, spans: Iterable[Range]) -> list[bytes]:
+        # The object, not its number: a number may by then belong to another file that a thread opened.
+        file = self._opened()
+        return [_pread(file, self._path, start, end) for start, end in spans]
+
+    def _from_server(self, spans: Sequence[Range]) -> list[bytes]:
+        if not spans:
+            return []
+        got: dict[Range, bytes] = {}
+        url, retries = public_name(self._path), self._retries
+        try:
+            retries.call(url, partial(_ask, self._path, spans, got, retries))
+        except OSError:
+            raise
+        except Exception as error:
+            raise RemoteError(f"'{url}' cannot be read ({reason(error)})") from error
+        return [got[span] for span in spans]
+
+
+def filesystem(url: str, retries: Retries) -> tuple[Any, str]:
+    """The fsspec file system of this process for a URL, and the URL's path in it."""
+    return connect(os.getpid(), threading.get_ident(), url, retries.connect_s, retries.read_s)
+
+
+def merge(ranges: Iterable[Range], gap: int) -> list[Range]:
+    """Join (start, end) ranges that overlap or lie at most `gap` bytes apart; sorted."""
+    spans: list[Range] = []
+    for start, end in sorted(ranges):
+        if spans and start <= spans[-1][1] + gap:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _cut(wanted: Iterable[Range], spans: Sequence[Range], blocks: Sequence[bytes]) -> dict[Range, bytes]:
+    parts, place = {}, 0
+    for start, end in sorted(wanted):
+        while end > spans[place][1]:
+            place += 1
+        first = spans[place][0]
+        parts[start, end] = blocks[place][start - first : end - first]
+    return parts
+
+
+def _pread(file: BinaryIO, path: str, start: int, end: int) -> bytes:
+    data = os.pread(file.fileno(), end - start, start)
+    while len(data) < end - start:
+        more = os.pread(file.fileno(), end - start - len(data), start + len(data))
+        if not more:
+            raise OSError(f"'{path}' ends within bytes {start} to {end - 1}, after {len(data)} of them")
+        data += more
+    return data
+
+
+def _ask(url: str, spans: Sequence[Range], got: dict[Range, bytes], retries: Retries) -> None:
+    """Ask once for the spans that are not in `got`; raises for those that did not come."""
+    left = [span for span in spans if span not in got]
+    fs, path = filesystem(url, retries)
+    starts, ends = zip(*left, strict=True)
+    answers = fs.cat_ranges([path] * len(left), list(starts), list(ends), on_error="return")
+    errors = []
+    for (start, end), answer in zip(left, answers, strict=True):
+        if isinstance(answer, BaseException):
+            errors.append(answer)
+        elif len(answer) > end - start:
+            message = f"'{public_name(url)}' was asked for {end - start} bytes and gave {len(answer)}"
+            raise RemoteError(f"{message}; use a server that supports ranges, or a local copy")
+        elif len(answer) < end - start:
+            errors.append(ConnectionError(f"{len(answer)} of {end - start} bytes came"))
+        else:
+            got[start, end] = answer
+    if errors:  # one that lasts, if there is any, since another try would meet it again
+        raise next((error for error in errors if not is_transient(error)), errors[0])

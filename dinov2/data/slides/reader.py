@@ -1,0 +1,201 @@
+"""Regions of whole-slide images, read exactly or not at all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dinov2.data.slides.blocks import Region, TileIndex, index_slide, is_pyramid
+from dinov2.data.slides.errors import (
+    SlideError,
+    SlideOpenError,
+    SlideRangeError,
+    SlideReadError,
+    UnsupportedTiles,
+)
+from dinov2.data.slides.ranges import is_remote
+from dinov2.data.slides.region import TileReader
+from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppSource, check_user_mpp
+from dinov2.data.storage.retry import RemoteError
+
+__all__ = [
+    "PLAUSIBLE_MPP",
+    "MppSource",
+    "SlideError",
+    "SlideOpenError",
+    "SlideRangeError",
+    "SlideReadError",
+    "SlideReader",
+]
+
+MPP_TOLERANCE = 1.01  # a level this much coarser than the target still serves it
+_ROUNDING_PX = 2  # px by which rounding may push a patch at the slide's border over it
+
+
+class SlideReader:
+    """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
+
+    Tiles are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
+    forked or spawned process it opens the file again.
+
+    Attributes:
+        path: the file, text where it is a URL.
+        level_dimensions: (width, height) in px of each level.
+        level_downsamples: level-0 px per px of each level.
+        mpp: micrometres per level-0 px, None when unknown.
+        mpp_source: where `mpp` comes from: "slide", 10 / its objective power ("appmag"), "user", or "none".
+
+    Args:
+        path: a slide, or an fsspec URL of one whose tiles can be read from their bytes.
+        mpp: micrometres per level-0 px, used only when the slide does not say.
+        cache_bytes: decoded tiles of this slide that may be kept.
+        index: of this slide, wherever it lay when it was indexed; it is then not parsed.
+
+    Raises:
+        SlideOpenError: the file is missing, no slide, or its levels make no sense.
+        RemoteError: the server cannot be read.
+        ValueError: `mpp` is implausible.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        mpp: float | None = None,
+        cache_bytes: int = 8 << 20,
+        index: TileIndex | None = None,
+    ) -> None:
+        check_user_mpp(path, mpp)
+        self.path = str(path) if is_remote(path) else Path(path)
+        try:
+            index = replace(index, path=str(path)) if index else index_slide(path, mpp)
+            self._pixels = TileReader(index, cache_bytes)
+            self.mpp, self.mpp_source = index.mpp, index.mpp_source
+            if mpp is not None and self.mpp_source in ("user", "none"):
+                self.mpp, self.mpp_source = mpp, "user"
+        except UnsupportedTiles:
+            if is_remote(path):
+                raise
+            from dinov2.data.slides.openslide import OpenSlideReader
+
+            self._pixels = OpenSlideReader(self.path, cache_bytes)
+            self.mpp, self.mpp_source = self._pixels.resolution(mpp)
+        self.level_dimensions: tuple[tuple[int, int], ...] = self._pixels.level_dimensions
+        self.level_downsamples: tuple[float, ...] = self._pixels.level_downsamples
+        if not is_pyramid(self.level_dimensions):
+            reason = f"its levels {self.level_dimensions} are not a pyramid of falling sizes"
+            raise SlideOpenError(path, reason)
+
+    def snap(self, level: int, x: int, y: int) -> tuple[int, int]:
+        """Column and row of the level's pixel nearest to a level-0 position."""
+        downsample = self._downsample(level)
+        return round(x / downsample), round(y / downsample)
+
+    def origin(self, level: int, column: int, row: int) -> tuple[int, int]:
+        """Level-0 position (x, y) of a level's pixel, rounded; `snap` takes it back to the same pixel."""
+        downsample = self._downsample(level)
+        return round(column * downsample), round(row * downsample)
+
+    def level_for(self, target_mpp: float) -> int:
+        """The coarsest level that is at most 1 % coarser than a resolution in um/px.
+
+        Raises:
+            SlideRangeError: even level 0 is coarser, or the slide's mpp is unknown.
+        """
+        finest = self._known_mpp()
+        fine = [i for i, d in enumerate(self.level_downsamples) if finest * d <= target_mpp * MPP_TOLERANCE]
+        if not fine:
+            reason = f"level 0 has {finest:g} um/px, which is coarser than the {target_mpp:g} um/px asked for"
+            raise SlideRangeError(self.path, reason)
+        return fine[-1]
+
+    def patch_side(self, size: int, target_mpp: float) -> float:
+        """Side in level-0 px of a patch that shows `size` px of `target_mpp` um; SlideRangeError without an mpp."""
+        return size * target_mpp / self._known_mpp()
+
+    def read_patch(self, x: int, y: int, size: int, target_mpp: float) -> np.ndarray:
+        """Read a square patch at a resolution, resized from the coarsest level that is fine enough.
+
+        Args:
+            x, y: upper left corner in level-0 px, snapped to the level's grid. A patch that only rounding takes over
+                the slide's border is moved back on it.
+            size: side of the patch in px.
+            target_mpp: its resolution in um/px.
+
+        Returns:
+            uint8 (size, size, 3) RGB.
+
+        Raises:
+            SlideRangeError: see `level_for`, or the patch leaves the slide.
+            SlideReadError: see `read_region`.
+        """
+        level = self.level_for(target_mpp)
+        side = max(1, round(self.patch_side(size, target_mpp) / self.level_downsamples[level]))
+        places = []
+        for place, length in zip(self.snap(level, x, y), self.level_dimensions[level], strict=True):
+            last = length - side
+            places.append(last if 0 <= last < place <= last + _ROUNDING_PX else place)
+        patch = self.read_region(level, *places, side, side)
+        return patch if side == size else cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA)
+
+    def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
+        """Read a region at the level's own resolution.
+
+        Args:
+            level: 0 is the finest.
+            column, row: top-left corner in px of that level.
+            width, height: size in px of that level.
+
+        Returns:
+            uint8 (height, width, 3) RGB, contiguous.
+
+        Raises:
+            SlideRangeError: no such level, or the region leaves it.
+            SlideReadError: pixels are missing, or cannot be read or decoded.
+            SlideOpenError: the file has changed since it was opened.
+            RemoteError: the server cannot be read.
+        """
+        pixels, known = self.read_known(level, column, row, width, height)
+        if not known.all():
+            reason = f"{known.size - np.count_nonzero(known)} of its pixels are missing from the file"
+            raise SlideReadError(self.path, reason, _place(level, column, row, width, height))
+        return pixels
+
+    def read_known(
+        self, level: int, column: int, row: int, width: int, height: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Like `read_region`, but says which pixels the file holds: (uint8 (H, W, 3), bool (H, W))."""
+        place = _place(level, column, row, width, height)
+        self._downsample(level)
+        level_width, level_height = self.level_dimensions[level]
+        inside = 0 <= column <= level_width - width and 0 <= row <= level_height - height
+        if not (inside and width > 0 and height > 0):
+            reason = f"the region leaves the level of {level_width}x{level_height} px"
+            raise SlideRangeError(self.path, reason, place)
+        try:
+            return self._pixels.read(Region(level, column, row, width, height))
+        except (RemoteError, SlideError):
+            raise
+        except OSError as error:
+            raise SlideReadError(self.path, f"its bytes cannot be read ({error})", place) from error
+        except ValueError as error:
+            raise SlideReadError(self.path, f"its pixels cannot be decoded ({error})", place) from error
+
+    def close(self) -> None:
+        """Give the file handle back; the next read opens it again."""
+        self._pixels.close()
+
+    def _known_mpp(self) -> float:
+        if self.mpp is None:
+            raise SlideRangeError(self.path, "its resolution is unknown; give an mpp for it")
+        return self.mpp
+
+    def _downsample(self, level: int) -> float:
+        if not 0 <= level < len(self.level_downsamples):
+            reason = f"the slide has levels 0 to {len(self.level_downsamples) - 1}"
+            raise SlideRangeError(self.path, reason, f"level {level}")
+        return self.level_downsamples[level]
+
+
+def _place(level: int, column: int, row: int, width: int, height: int) -> str:
+    return f"level {level}, column {column}, row {row}, {width}x{height} px"

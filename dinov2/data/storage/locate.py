@@ -1,0 +1,81 @@
+"""From what a user calls a dataset to the place where its bytes are."""
+
+import os
+import re
+from urllib.parse import unquote
+
+from dinov2.data.storage.base import LocalStorage, Storage
+from dinov2.data.storage.fsspec import ObjectStorage
+from dinov2.data.storage.hub import HubStorage
+from dinov2.data.storage.retry import Retries
+
+_ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
+_HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
+_BARE_ID = re.compile(_ID)
+_TRIES_FOR_A_PATH = 3
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage:
+    """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `place`.
+
+    Args:
+        dataset: A local folder, glob or file, which wins over a hub id; org/name or
+            hf://datasets/org/name[@revision][/folder, glob or file] on the Hugging Face hub; or an fsspec URL
+            (s3://, gs://, https://, ...).
+        revision: Branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
+        attempts: Tries of each request.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        PermissionError: If it may not be read.
+        ValueError: If the name or the revision makes no sense.
+        ImportError: If the package for a scheme is not installed.
+        RemoteError: If the server does not answer.
+    """
+    retries = Retries(attempts)
+    scheme, separator, rest = dataset.partition("://")
+    if separator and scheme == "hf":
+        named = _HUB_URL.fullmatch(dataset)
+        if not named:
+            raise ValueError(
+                f"dataset '{dataset}' is unknown; hf://datasets/org/name[@revision][/folder, glob or file] is expected"
+            )
+        return _open_hub(dataset, named, revision, retries)
+    if separator and scheme != "file":
+        _refuse_revision(dataset, revision)
+        if not rest.strip("/"):
+            raise ValueError(
+                f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://"
+            )
+        return ObjectStorage(dataset, retries)
+    path = rest if separator else dataset
+    named = (
+        None if separator or os.path.exists(path) or path.endswith(".parquet") else _BARE_ID.fullmatch(path)
+    )
+    if not named:
+        storage = LocalStorage(path)
+        _refuse_revision(dataset, revision)
+        return storage
+    try:
+        # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
+        found = _open_hub(dataset, named, revision, Retries(min(attempts, _TRIES_FOR_A_PATH)))
+    except (OSError, ValueError) as error:
+        raise type(error)(f"there is no local path '{dataset}', and {error}") from error
+    return HubStorage(named["repo"], found.commit, "", retries)
+
+
+def _open_hub(dataset: str, named: re.Match[str], revision: str, retries: Retries) -> HubStorage:
+    parts = named.groupdict()
+    own = unquote(parts["revision"] or "")
+    if own and revision and own != revision and not _COMMIT.fullmatch(revision):
+        raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
+    return HubStorage(parts["repo"], revision or own, parts.get("path") or "", retries)
+
+
+def _refuse_revision(dataset: str, revision: str) -> None:
+    if revision:
+        raise ValueError(
+            f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; "
+            "leave it empty or name a Hugging Face dataset"
+        )

@@ -1,0 +1,223 @@
+"""Requests to a server, repeated while the reason of a failure may pass."""
+
+import errno
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from dinov2.data.storage.shared_pause import SharedPause
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+_thread = threading.local()
+# Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
+_PASSING = {"ConnectionError", "TimeoutError", "gaierror", "SSLError"}  # Python, requests, botocore
+_PASSING |= {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}  # httpx
+_PASSING |= {"ClientConnectionError", "ClientPayloadError"}  # aiohttp
+_PASSING |= {
+    "HTTPClientError",
+    "IncompleteReadError",
+    "ResponseStreamingError",
+    "ResponseParserError",
+}  # botocore
+_PASSING |= {
+    "IncompleteRead",
+    "JSONDecodeError",
+    "ServiceRequestError",
+    "ServiceResponseError",
+}  # Python, azure
+_LASTING = {"SSLCertVerificationError", "OfflineModeIsEnabled"}
+_NO_ROUTE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
+
+class RemoteError(OSError):
+    """A server that cannot be read; its `errno` tells it from a damaged file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EIO
+
+
+class Refusal(Exception):
+    """An HTTP answer other than the one asked for."""
+
+    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(status, headers)
+        self.status, self.headers = status, headers
+
+
+class GivenUp(Exception):
+    """Nobody waits any more for what was asked for."""
+
+
+def give_up_when(nobody_waits: threading.Event) -> None:
+    """Let this thread's pauses between tries end with `GivenUp` as soon as the event is set."""
+    _thread.nobody_waits = nobody_waits
+
+
+def _pause(seconds: float) -> None:
+    nobody_waits = getattr(_thread, "nobody_waits", None)
+    if nobody_waits is None:
+        time.sleep(seconds)
+    elif nobody_waits.wait(seconds):
+        raise GivenUp
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How long a request is repeated. Waits double from try to try, with jitter, up to a bound.
+
+    Attributes:
+        attempts: Tries in all.
+        first_wait_s: Longest wait after the first try, in seconds.
+        longest_wait_s: Bound of the doubled waits.
+        longest_pause_s: Bound of the time that a server may ask to be left alone.
+        connect_s: Time a connection may take.
+        read_s: Time in which some bytes must come.
+        pause_folder: See `SharedPause`.
+        sleep: Waits a number of seconds.
+    """
+
+    attempts: int = 8
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 300.0
+    longest_pause_s: float = 600.0
+    connect_s: float = 10.0
+    read_s: float = 60.0
+    pause_folder: str = ""
+    sleep: Callable[[float], None] = _pause
+
+    def call(self, url: str, request: Callable[[], _Result]) -> _Result:
+        """Give what `request` returns, repeated while it fails for a reason that may pass.
+
+        A 429 holds up all processes of this machine's user that ask the same server.
+
+        Args:
+            url: What is asked for, in messages, so without credentials.
+            request: One try.
+
+        Raises:
+            RemoteError: If all tries failed.
+            Exception: What `request` raised, if trying again cannot help.
+        """
+        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+
+        pause = SharedPause(urlsplit(url).netloc, self.longest_pause_s, self.pause_folder)
+
+        def attempt() -> _Result:
+            if remaining := pause.remaining_s():
+                self.sleep(remaining + self._jittered(self.first_wait_s))
+            return request()
+
+        def wait(state: RetryCallState) -> float:
+            error, tried = state.outcome.exception(), state.attempt_number
+            status, headers = answer(error)
+            seconds = self._jittered(min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(tried - 1, 60)))
+            asked = min(_asked_wait(status, headers), self.longest_pause_s)
+            seconds = asked + self._jittered(self.first_wait_s) if asked else seconds
+            # While a pause is in force every thread runs into it; one line tells of it.
+            news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
+            if tried < self.attempts:
+                values = (url, reason(error), tried + 1, self.attempts, seconds)
+                logger.log(
+                    logging.WARNING if news else logging.DEBUG, "%s: %s; try %d of %d in %.1f s", *values
+                )
+            return seconds
+
+        again, stop = retry_if_exception(is_transient), stop_after_attempt(self.attempts)
+        try:
+            return Retrying(sleep=self.sleep, stop=stop, wait=wait, retry=again, reraise=True)(attempt)
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
+            advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
+            tries = f"{self.attempts} tries" if self.attempts > 1 else "1 try"
+            raise RemoteError(
+                f"'{url}' could not be read in {tries}, the last gave {reason(error)}; {advice}, "
+                "raise train.stream_attempts or train from a local copy"
+            ) from error
+
+    @staticmethod
+    def _jittered(seconds: float) -> float:
+        # The system's generator: the seeded ones belong to the training.
+        return secrets.SystemRandom().uniform(seconds / 2, seconds)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: overload, timeouts, connections that do not come or break."""
+    status, _ = answer(error)
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    causes = list(_causes(error))
+    return any(map(_is_passing, causes)) and not any(_names(cause) & _LASTING for cause in causes)
+
+
+def answer(error: BaseException) -> tuple[int | None, dict[str, str]]:
+    """HTTP status and lower-case headers behind an error of any HTTP package; None and {} if there are none."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore
+            meta = response.get("ResponseMetadata", {})
+            status, headers = meta.get("HTTPStatusCode"), meta.get("HTTPHeaders")
+        else:
+            holder: Any = cause if response is None else response
+            fields = (getattr(holder, name, None) for name in ("status_code", "status", "code"))
+            status = next((field for field in fields if isinstance(field, int)), None)
+            headers = getattr(holder, "headers", None)
+        if isinstance(status, int) and status >= 400:
+            return status, {key.lower(): value for key, value in (headers or {}).items()}
+    return None, {}
+
+
+def reason(error: BaseException) -> str:
+    """Say in a few words why a request failed."""
+    status, _ = answer(error)
+    if status is not None:
+        known = status in HTTPStatus.__members__.values()
+        return f"HTTP {status}" + (f" ({HTTPStatus(status).phrase})" if known else "")
+    cause = next(filter(_is_passing, _causes(error)), error)
+    text = " ".join(str(cause).split())[:200]
+    return f"{type(cause).__name__}" + (f" ({text})" if text else "")
+
+
+def _is_passing(error: BaseException) -> bool:
+    no_route = isinstance(error, OSError) and error.errno in _NO_ROUTE
+    return no_route or bool(_names(error) & _PASSING)
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _asked_wait(status: int | None, headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to be left alone: Retry-After, or the hub's `"resolvers";r=0;t=34`."""
+    after, seconds = headers.get("retry-after", "").strip(), 0.0
+    if after.isdigit():
+        seconds = float(after)
+    elif after:
+        try:
+            date = parsedate_to_datetime(after)
+        except ValueError:
+            date = datetime.now(UTC)
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    used_up = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    if status == HTTPStatus.TOO_MANY_REQUESTS and used_up:
+        seconds = max(seconds, float(used_up[1]))
+    return max(0.0, seconds)

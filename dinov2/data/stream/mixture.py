@@ -1,0 +1,230 @@
+"""Several datasets in one order, each with its share of the samples.
+
+The V lanes are divided among the datasets by weight, n_d of them to dataset d, and their V slots dealt out so
+that every stretch of samples holds each dataset in proportion. Global sample index g falls into slot g % V; if
+that is the k-th slot of dataset d, the sample is number
+
+    j = (g // V) * n_d + k
+
+of the dataset's own order, which has n_d lanes and its own seed. So each dataset goes through epochs of its own
+and visits each of its rows once in each; a small dataset with a large weight comes round more often.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.source import EncodedSample, Source
+from dinov2.data.stream.order import Places, SampleOrder, check_parameters, hash_words
+
+
+class MixedOrder:
+    """Locates any global sample index in a mixture; stands in for a `SampleOrder`.
+
+    Args:
+        unit_rows: Rows of each unit, for each dataset; units are numbered through, dataset by dataset.
+        weights: Share of the samples that each dataset gets, up to a common factor.
+        seed: Any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
+        lanes: V, of all datasets together.
+        block_rows: R.
+
+    Attributes:
+        num_rows: Rows of all datasets together.
+        parts: First unit and order of each dataset.
+
+    Raises:
+        ValueError: A weight is not positive and finite, weights and datasets differ in number, there are fewer
+            lanes than datasets, a dataset holds no row, or a parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        unit_rows: Sequence[np.ndarray],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        lanes: int,
+        block_rows: int,
+    ) -> None:
+        check_parameters(seed, lanes, block_rows)
+        _check_weights(weights, len(unit_rows))
+        empty = next((number for number, rows in enumerate(unit_rows) if not np.any(rows)), None)
+        if empty is not None:
+            raise ValueError(
+                f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out"
+            )
+        self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
+        counts = divide_lanes(weights, lanes)
+        self.parts: list[tuple[int, SampleOrder]] = []
+        for d, first in enumerate(_first_units(unit_rows)):
+            own = {"seed": int(hash_words(seed, d)[0]), "lanes": counts[d], "block_rows": block_rows}
+            self.parts.append((first, SampleOrder(unit_rows[d], **own)))
+        self.num_rows = sum(order.num_rows for _, order in self.parts)
+        self._dataset = spread(counts)
+        self._slots = [np.flatnonzero(self._dataset == d) for d in range(len(counts))]
+        self._rank = np.empty_like(self._dataset)  # k of each slot
+        for slots in self._slots:
+            self._rank[slots] = np.arange(len(slots))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What fixes the order besides the datasets; of the weights only the lanes that they came to."""
+        shared = {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
+        return shared | {"dataset_lanes": [order.lanes for _, order in self.parts]}
+
+    def locate(self, indices: np.ndarray) -> Places:
+        """Find global sample indices, int64 (n,), in any order; `epoch` is the dataset's own."""
+        turn, slot = np.divmod(np.asarray(indices, np.int64), self.lanes)
+        dataset = self._dataset[slot]
+        places = Places(*np.empty((4, len(turn)), np.int64))
+        for d in np.unique(dataset):
+            here = dataset == d
+            first, order = self.parts[d]
+            found = order.locate(turn[here] * order.lanes + self._rank[slot[here]])
+            for column, values in zip(places, found._replace(unit=found.unit + first), strict=True):
+                column[here] = values
+        return places
+
+    def members(self, epoch: int, unit: int, piece: int) -> tuple[np.ndarray, np.ndarray]:
+        """List the samples of one piece of a unit, as `SampleOrder.members` does."""
+        d = _place(self.parts, unit)
+        first, order = self.parts[d]
+        own, rows = order.members(epoch, unit - first, piece)
+        turn, rank = np.divmod(own, order.lanes)
+        return turn * self.lanes + self._slots[d][rank], rows
+
+
+class MixedSource:
+    """Several sources as one; units are numbered through. See `dinov2.data.source.Source`."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._parts = list(zip(_first_units([source.unit_rows for source in sources]), sources, strict=True))
+        self.unit_rows = np.concatenate([source.unit_rows for source in sources])
+        self.unit_bytes = np.concatenate([source.unit_bytes for source in sources])
+        self.num_rows = sum(source.num_rows for source in sources)
+        self.is_remote = any(source.is_remote for source in sources)
+        fingerprints = "\n".join(source.fingerprint for source in sources)
+        self.fingerprint = hashlib.blake2b(fingerprints.encode(), digest_size=16).hexdigest()
+
+    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for."""
+        source, own = self._find(unit)
+        return source.read(own, rows)
+
+    def decode(self, sample: EncodedSample) -> np.ndarray:
+        """Turn a sample's bytes into uint8 (H, W, 3) RGB; raises DecodeError where they are no image."""
+        source, own = self._find(sample.unit)
+        return source.decode(dataclasses.replace(sample, unit=own))
+
+    def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or a row of it, for a message to the user."""
+        source, own = self._find(unit)
+        return source.describe(own, row)
+
+    def slides(self, unit: int) -> list[str]:
+        """Name the slide of every row of a unit."""
+        source, own = self._find(unit)
+        return source.slides(own)
+
+    def _find(self, unit: int) -> tuple[Source, int]:
+        first, source = self._parts[_place(self._parts, unit)]
+        return source, unit - first
+
+
+def make_source(sources: Sequence[Source]) -> Source:
+    """Join datasets into one source; a single one stays as it is."""
+    return sources[0] if len(sources) == 1 else MixedSource(sources)
+
+
+def make_order(
+    sources: Sequence[Source], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
+) -> SampleOrder | MixedOrder:
+    """Order the rows of `make_source(sources)`; a single dataset is in `SampleOrder`, whatever its weight.
+
+    Raises:
+        ValueError: See `MixedOrder`.
+    """
+    _check_weights(weights, len(sources))
+    if len(sources) == 1:
+        return SampleOrder(sources[0].unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
+    unit_rows = [source.unit_rows for source in sources]
+    return MixedOrder(unit_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
+
+
+def describe_shares(order: SampleOrder | MixedOrder, datasets: Sequence[str]) -> list[str]:
+    """Tell the user each dataset's rows and actual share of the samples, a line per dataset."""
+    return [
+        f"dataset '{name}': {part.num_rows:,} rows, {part.lanes / order.lanes:.2%} of the samples "
+        f"({part.lanes} of {order.lanes} lanes)"
+        for name, (_, part) in zip(datasets, order.parts, strict=True)
+    ]
+
+
+def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
+    """Divide lanes in proportion to weights, by largest remainder and in exact arithmetic; each gets at least one.
+
+    Raises:
+        ValueError: There are fewer lanes than weights.
+    """
+    if lanes < len(weights):
+        raise ValueError(
+            f"a mixture of {len(weights)} datasets needs as many lanes, but the order has {lanes}"
+        )
+    exact = [Fraction(weight) for weight in weights]
+    counts, left, pending = [1] * len(weights), lanes, list(range(len(weights)))
+    while small := [d for d in pending if exact[d] * left < sum(exact[p] for p in pending)]:
+        left -= len(small)
+        pending = [d for d in pending if d not in small]
+    total = sum(exact[d] for d in pending)
+    shares = {d: exact[d] * left / total for d in pending}
+    for d, share in shares.items():
+        counts[d] = math.floor(share)
+    by_remainder = sorted(pending, key=lambda d: counts[d] - shares[d])
+    for d in by_remainder[: lanes - sum(counts)]:
+        counts[d] += 1
+    return counts
+
+
+def spread(counts: Sequence[int]) -> np.ndarray:
+    """Deal out sum(counts) slots so that the first t hold n*t/V of a dataset with n slots, rounded up or down.
+
+    A dataset's k-th slot lies between k*V/n rounded down and (k + 1)*V/n rounded up; of those whose turn has come
+    the one that must come soonest is next. No deadline is missed: earliest deadline first is optimal for unit
+    jobs, and within any span the jobs that must be done in it are no more than its slots.
+
+    Returns:
+        Dataset of each slot, int64 (V,).
+    """
+    n = np.asarray(counts, np.int64)
+    total = int(n.sum())
+    taken = np.zeros_like(n)
+    slots = np.empty(total, np.int64)
+    for slot in range(total):
+        deadline = -(-(taken + 1) * total // n)
+        deadline[taken * total >= (slot + 1) * n] = total + 1
+        slots[slot] = deadline.argmin()
+        taken[slots[slot]] += 1
+    return slots
+
+
+def _check_weights(weights: Sequence[float], datasets: int) -> None:
+    if len(weights) != datasets:
+        raise ValueError(f"{len(weights)} weights are given for {datasets} datasets; one each is expected")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"a dataset's weight is {weight}; a positive finite number is expected")
+
+
+def _first_units(unit_rows: Sequence[np.ndarray]) -> list[int]:
+    lengths = [len(rows) for rows in unit_rows]
+    return [sum(lengths[:d]) for d in range(len(lengths))]
+
+
+def _place(parts: Sequence[tuple[int, Any]], unit: int) -> int:
+    return bisect.bisect_right(parts, unit, key=lambda part: part[0]) - 1

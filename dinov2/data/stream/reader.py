@@ -1,0 +1,107 @@
+"""One reader per rank: fetches the rank's rows ahead of use and hands them out in order."""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from dinov2.data.source import EncodedSample, Source
+from dinov2.data.storage.retry import give_up_when
+from dinov2.data.stream.memory import Prefetch
+from dinov2.data.stream.order import SampleOrder
+
+_Key = tuple[int, int, int]  # epoch, unit, piece
+_DEFAULT_PREFETCH = Prefetch()
+_Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
+
+
+class RankReader:
+    """Yields the encoded rows of one rank, one list per step, without end.
+
+    Step s on rank k holds samples start + s*B + k*B/world + [0, B/world). The object is the DataLoader's
+    batch sampler and the rows are its "indices": workers keep no state, so their number affects neither order
+    nor I/O.
+
+    Each piece of a unit (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
+    Threads start at the first `next()`, when the DataLoader has already forked its workers, and end with the
+    iterator; what goes wrong in one is raised by `next()`.
+
+    Args:
+        source: Where the rows are.
+        order: Which row each sample is.
+        global_batch: B, a multiple of `world_size`.
+        rank: k.
+        world_size: Number of ranks.
+        start_sample: First global sample index of step 0.
+        prefetch: How far to work ahead.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: SampleOrder,
+        *,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        start_sample: int,
+        prefetch: Prefetch = _DEFAULT_PREFETCH,
+    ) -> None:
+        if global_batch < 1 or global_batch % world_size:
+            raise ValueError(
+                f"a global batch of {global_batch} cannot be split over {world_size} ranks; "
+                f"a positive multiple of {world_size} is expected"
+            )
+        if start_sample < 0:
+            raise ValueError(f"the stream cannot start at sample {start_sample}; 0 or more is expected")
+        self._source, self._order = source, order
+        self._batch, self._rank, self._rank_batch = global_batch, rank, global_batch // world_size
+        self._start, self._prefetch = start_sample, prefetch
+
+    def __iter__(self) -> Iterator[list[EncodedSample]]:
+        fetches: _Fetches = {}
+        window: deque[list[tuple[int, _Key]]] = deque()
+        closed = threading.Event()
+        pool = ThreadPoolExecutor(
+            self._prefetch.threads, "dinov2-reader", initializer=give_up_when, initargs=(closed,)
+        )
+        try:
+            for first in itertools.count(self._start + self._rank * self._rank_batch, self._batch):
+                window.append(self._plan(first, fetches, pool))
+                if len(window) > self._prefetch.look_ahead:
+                    yield [_take(fetches, g, key) for g, key in window.popleft()]
+        finally:
+            closed.set()  # a thread between two tries of a server may have minutes to sleep
+            pool.shutdown(cancel_futures=True)
+
+    def _plan(self, first: int, fetches: _Fetches, pool: ThreadPoolExecutor) -> list[tuple[int, _Key]]:
+        """Locate one step's samples and start to fetch the pieces that are not yet on their way."""
+        indices = np.arange(first, first + self._rank_batch)
+        places = self._order.locate(indices)
+        keys = list(zip(places.epoch.tolist(), places.unit.tolist(), places.piece.tolist(), strict=True))
+        for key in keys:
+            if key not in fetches:
+                members, rows = self._order.members(*key)
+                since_start = members - self._start
+                owner = since_start % self._batch // self._rank_batch
+                mine = (since_start >= 0) & (owner == self._rank)
+                fetches[key] = pool.submit(self._fetch, key[1], members[mine].tolist(), rows[mine].tolist())
+        return list(zip(indices.tolist(), keys, strict=True))
+
+    def _fetch(self, unit: int, indices: list[int], rows: list[int]) -> dict[int, EncodedSample]:
+        stored = self._source.read(unit, rows)
+        return {
+            g: EncodedSample(g, unit, row, slide, data)
+            for g, row, (slide, data) in zip(indices, rows, stored, strict=True)
+        }
+
+
+def _take(fetches: _Fetches, index: int, key: _Key) -> EncodedSample:
+    samples = fetches[key].result()
+    sample = samples.pop(index)
+    if not samples:
+        del fetches[key]
+    return sample

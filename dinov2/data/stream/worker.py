@@ -1,0 +1,57 @@
+"""What a decode worker does: stored bytes to an augmented sample."""
+
+import dataclasses
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from dinov2.data.source import DecodeError, EncodedSample, Sample, Source
+
+_UNITS_TRIED = 8  # row groups after one without any image; more in a row are no accident
+Transform = Callable[[np.ndarray, int], Any]
+
+
+class DecodedRows(Dataset):
+    """Encoded to augmented samples; a damaged row gives way to the next good one of its row group, wrapping.
+
+    Where none of the row group is good, it is the first good one of the row groups that follow. The substitute
+    depends on the dataset only, not on ranks or workers, and is augmented as sample g.
+    """
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self._source, self._transform = source, transform
+
+    def __getitem__(self, encoded: EncodedSample) -> Sample:
+        damage = ""
+        try:
+            image = self._source.decode(encoded)
+        except DecodeError as error:
+            damage = f"{self._source.describe(encoded.unit, encoded.row)}: {error}"
+            encoded, image = self._next_good(encoded, damage)
+        crops = self._transform(image, encoded.index)
+        return Sample(
+            encoded.index, crops, encoded.slide, bool(damage), damage, unit=encoded.unit, row=encoded.row
+        )
+
+    def _next_good(self, bad: EncodedSample, damage: str) -> tuple[EncodedSample, np.ndarray]:
+        source = self._source
+        count = int(source.unit_rows[bad.unit])
+        rows = [(bad.row + step) % count for step in range(1, count)]
+        units = len(source.unit_rows)
+        after = ((bad.unit + step) % units for step in range(1, units))
+        following = list(islice((unit for unit in after if source.unit_rows[unit]), _UNITS_TRIED))
+        for unit in [bad.unit, *following]:
+            rows = rows if unit == bad.unit else range(int(source.unit_rows[unit]))
+            for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
+                candidate = dataclasses.replace(bad, unit=unit, row=row, slide=slide, data=data)
+                try:
+                    return candidate, source.decode(candidate)
+                except DecodeError:
+                    continue
+        raise ValueError(
+            f"none of the {count} rows of {source.describe(bad.unit)} is an image ({damage}), nor any of the "
+            f"{len(following)} row groups after it; restore them or train without them"
+        )

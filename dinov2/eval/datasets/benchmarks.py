@@ -1,0 +1,105 @@
+"""Public benchmarks of labelled tiles with the splits under which results are published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dinov2.eval.datasets.images import ImageFiles
+from dinov2.eval.datasets.labelled import LabelledTiles
+from dinov2.eval.datasets.pcam import open_pcam
+
+_BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
+# kaiko-eva's patient-wise split of the 400 images in order of class and name; half-open.
+_BACH_TRAIN = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345), (368, 400))
+_BREAKHIS_CLASSES = ("TA", "MC", "F", "DC")
+_BREAKHIS_IMAGES = {"train": 1132, "test": 339}
+# kaiko-eva's validation patients.
+_BREAKHIS_TEST = frozenset(
+    [
+        "18842D",
+        "19979",
+        "15275",
+        "15792",
+        "16875",
+        "3909",
+        "5287",
+        "16716",
+        "2773",
+        "5695",
+        "16184CD",
+        "23060CD",
+        "21998CD",
+        "21998EF",
+    ]
+)
+
+
+def open_bach(root: str | Path) -> LabelledTiles:
+    """BACH (ICIAR 2018): 400 images of 4 classes, 268 to train and 132 to test on, the split of kaiko-eva.
+
+    Args:
+        root: folder that holds ``ICIAR2018_BACH_Challenge``, or that folder, or its ``Photos``.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder does not have this layout.
+    """
+    root = Path(root)
+    candidates = (root / "ICIAR2018_BACH_Challenge" / "Photos", root / "Photos", root)
+    photos = next((path for path in candidates if (path / _BACH_CLASSES[0]).is_dir()), None)
+    if photos is None:
+        raise FileNotFoundError(
+            f"BACH is not in '{root}'; ICIAR2018_BACH_Challenge/Photos/{{{','.join(_BACH_CLASSES)}}} is expected."
+        )
+    names = [
+        f"{name}/{path.name}" for name in _BACH_CLASSES for path in sorted((photos / name).glob("*.tif"))
+    ]
+    if len(names) != 400:
+        raise ValueError(f"BACH in '{photos}' has {len(names)} .tif images; its split needs all 400.")
+    labels = np.array([_BACH_CLASSES.index(name.partition("/")[0]) for name in names], np.int64)
+    splits = ["test"] * len(names)
+    for first, end in _BACH_TRAIN:
+        splits[first:end] = ["train"] * (end - first)
+    return LabelledTiles(ImageFiles(photos, names), labels, _BACH_CLASSES, splits=tuple(splits))
+
+
+def open_breakhis(root: str | Path) -> LabelledTiles:
+    """BreaKHis at 40X: tubular adenoma, mucinous and ductal carcinoma, fibroadenoma; kaiko-eva's patient split.
+
+    Args:
+        root: folder of ``BreaKHis_v1``; images are ``**/40X/SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png``.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder does not have this layout.
+    """
+    root = Path(root)
+    found = sorted(path.relative_to(root).as_posix() for path in root.glob("**/40X/*.png"))
+    if not found:
+        raise FileNotFoundError(
+            f"BreaKHis is not in '{root}'; folders 40X with .png images are expected in it."
+        )
+    parts = {name: name.rpartition("/")[2].split("-") for name in found}
+    if wrong := [name for name in found if len(parts[name]) != 5]:
+        raise ValueError(
+            f"Image '{root / wrong[0]}' is not named SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png."
+        )
+    class_of = {name: parts[name][0].rpartition("_")[2] for name in found}
+    names = [name for name in found if class_of[name] in _BREAKHIS_CLASSES]
+    patients = tuple(parts[name][2] for name in names)
+    splits = tuple("test" if patient in _BREAKHIS_TEST else "train" for patient in patients)
+    counts = {split: splits.count(split) for split in _BREAKHIS_IMAGES}
+    if counts != _BREAKHIS_IMAGES:
+        raise ValueError(
+            f"BreaKHis in '{root}' has {counts} images at 40X of its 4 classes; {_BREAKHIS_IMAGES} expected."
+        )
+    labels = np.array([_BREAKHIS_CLASSES.index(class_of[name]) for name in names], np.int64)
+    return LabelledTiles(ImageFiles(root, names), labels, _BREAKHIS_CLASSES, patients=patients, splits=splits)
+
+
+BENCHMARKS: dict[str, Callable[[str | Path], LabelledTiles]] = {
+    "bach": open_bach,
+    "breakhis": open_breakhis,
+    "pcam": open_pcam,
+}

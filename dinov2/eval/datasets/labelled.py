@@ -1,0 +1,118 @@
+"""Tiles with what is known about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinov2.eval.datasets.images import TileImages
+
+SPLITS = ("train", "val", "test")
+GROUPINGS = ("patient", "slide", "tile")
+_BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LabelledTiles:
+    """N tiles. Raises ValueError where the parts do not fit together.
+
+    Attributes:
+        images: the tiles.
+        labels: class number of each, int64 (N,).
+        classes: name of each class.
+        slides: slide of each tile, or None.
+        patients: patient of each tile, or None.
+        splits: ``train``, ``val`` or ``test`` for each tile, or None where folds are to be made.
+        per_slide: a label belongs to the slide, and slides are what is counted.
+    """
+
+    images: TileImages
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    slides: tuple[str, ...] | None = None
+    patients: tuple[str, ...] | None = None
+    splits: tuple[str, ...] | None = None
+    per_slide: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"Labels name {len(self.classes)} class ({', '.join(self.classes)}); at least 2 are needed."
+            )
+        absent = [name for number, name in enumerate(self.classes) if not np.any(self.labels == number)]
+        if absent:
+            raise ValueError(f"Class {absent[0]!r} has no tiles; every class needs some.")
+        if self.splits is None:
+            return
+        unknown = sorted(set(self.splits) - set(SPLITS))
+        if unknown:
+            raise ValueError(f"Split {unknown[0]!r} is none of {', '.join(SPLITS)}.")
+        for needed in ("train", "test"):
+            if needed not in self.splits:
+                raise ValueError(
+                    f"Splits hold no {needed} tiles; train and test are needed, val is optional."
+                )
+
+    def groups(self, by: str | None = None) -> np.ndarray:
+        """Number of the patient, slide or tile that each tile belongs to, int64 (N,).
+
+        Args:
+            by: ``patient``, ``slide`` or ``tile``; None takes the widest that is known.
+
+        Raises:
+            ValueError: `by` is not known for these tiles.
+        """
+        known = {"patient": self.patients, "slide": self.slides, "tile": range(len(self.labels))}
+        by = by or next(name for name in GROUPINGS if known[name] is not None)
+        if known[by] is None:
+            raise ValueError(f"Nothing tells the {by} of a tile: labels need a column {by!r}.")
+        return np.unique(np.asarray(known[by]), return_inverse=True)[1]
+
+    def thinned(self, limit: int, seed: int = 0) -> LabelledTiles:
+        """At most `limit` tiles of each split, drawn with the classes' shares kept; order stays."""
+        rng = np.random.default_rng(seed)
+        splits = np.asarray(self.splits or ["all"] * len(self.labels))
+        keep = []
+        for split in np.unique(splits):
+            here = np.flatnonzero(splits == split)
+            if len(here) > limit:
+                order = here[np.lexsort((rng.random(len(here)), self.labels[here]))]
+                here = order[np.arange(limit) * len(here) // limit]
+            keep.append(here)
+        chosen = np.sort(np.concatenate(keep))
+
+        def pick(values: Sequence[str] | None) -> tuple[str, ...] | None:
+            return None if values is None else tuple(values[i] for i in chosen)
+
+        return LabelledTiles(
+            SomeTiles(self.images, chosen), self.labels[chosen], self.classes,
+            pick(self.slides), pick(self.patients), pick(self.splits), self.per_slide,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SomeTiles:
+    """Those tiles of others that have the given numbers."""
+
+    images: TileImages
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        """As the others name it."""
+        return self.images.name(int(self.numbers[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        """As the others read it."""
+        return self.images.read(int(self.numbers[index]))
+
+
+def patient_names(slides: Sequence[str]) -> tuple[str, ...] | None:
+    """Patients from slide names where all of them begin with a TCGA barcode; else None."""
+    barcodes = [_BARCODE.match(slide.replace("\\", "/").rpartition("/")[2]) for slide in slides]
+    return tuple(match[0].upper() for match in barcodes) if barcodes and all(barcodes) else None

@@ -1,0 +1,219 @@
+"""Labelled tiles from a folder of classes, a CSV of tiles or of slides, or Parquet shards."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dinov2.data.parquet.source import ParquetSource
+from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages
+from dinov2.eval.datasets.labelled import SPLITS, LabelledTiles, patient_names
+
+logger = logging.getLogger("dinov2")
+
+Rows = dict[str, dict[str, str]]
+_SPLIT_NAMES = {name: name for name in SPLITS} | {"valid": "val", "validation": "val"}
+
+
+def open_labelled_tiles(
+    root: str | Path, labels: str | Path | None = None, slide_regex: str | None = None
+) -> LabelledTiles:
+    """Find tiles and their labels; no image is read.
+
+    Without `labels` the folder holds one subfolder per class, or ``train``, ``test`` and perhaps ``val`` with such
+    subfolders in each, or Parquet shards with a column ``label`` (and perhaps ``patient``, ``split``).
+
+    Args:
+        root: folder of images, or of Parquet shards.
+        labels: CSV ``file,label[,slide,patient,split]`` with paths below `root`, or
+            ``slide_id,label[,patient,split]``.
+        slide_regex: finds a tile's slide in its path below `root`, as group 1; without it the slide is the parent
+            folder, or what the Parquet row names. For labels per slide.
+
+    Raises:
+        FileNotFoundError: there is no such folder or CSV, or no tile in it.
+        ValueError: labels and tiles do not match.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"Folder '{root}' of labelled tiles does not exist.")
+    shards = sorted(root.rglob("*.parquet"))
+    if labels is None:
+        return _from_shards(shards) if shards else _from_folder(root)
+    rows, key = read_labels(labels)
+    if key == "file":
+        return _with_rows(ImageFiles(root, list(rows)), list(rows), rows, labels, root)
+    if shards:
+        tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
+        return _of_slides(tiles, [_stem_of(slide, rows) for slide in tiles.slides()], rows, labels)
+    names = image_names(root)
+    find_slide = _slide_finder(slide_regex)
+    return _of_slides(ImageFiles(root, names), [find_slide(name) for name in names], rows, labels)
+
+
+def image_names(root: Path) -> list[str]:
+    """Paths below a folder of all images in it, sorted; hidden files and folders are left out."""
+    paths = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(path.as_posix() for path in paths if not any(part[0] == "." for part in path.parts))
+    if not names:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise FileNotFoundError(f"Folder '{root}' holds no image ({kinds}).")
+    return names
+
+
+def read_labels(path: str | Path) -> tuple[Rows, str]:
+    """Rows of a CSV of labels by file or slide, and which of the two (``file``, ``slide_id``) it names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such CSV, or names something twice or without a label.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Labels '{path}' do not exist.")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        key = next((name for name in ("file", "slide_id") if name in columns), None)
+        if key is None or "label" not in columns:
+            found = ", ".join(columns) or "none"
+            raise ValueError(
+                f"Labels '{path}' have columns {found}; file,label or slide_id,label are expected."
+            )
+        rows: Rows = {}
+        for row in reader:
+            if not row[key] or not row["label"]:
+                raise ValueError(f"Labels '{path}', line {reader.line_num}: {key} or label is empty.")
+            if row[key] in rows:
+                raise ValueError(f"Labels '{path}', line {reader.line_num}: {row[key]!r} is there twice.")
+            rows[row[key]] = row
+    return rows, key
+
+
+def _from_folder(root: Path) -> LabelledTiles:
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
+    named = {path: _SPLIT_NAMES.get(path.name.lower()) for path in folders}
+    if not folders:
+        raise ValueError(
+            f"Folder '{root}' has no subfolders; one per class is expected, or give labels as a CSV."
+        )
+    parts = named.items() if {"train", "test"} <= set(named.values()) else [(root, None)]
+    names, labels, splits = [], [], []
+    for part, split in parts:
+        for folder in sorted(path for path in part.iterdir() if path.is_dir() and path.name[0] != "."):
+            try:
+                found = [f"{folder.relative_to(root).as_posix()}/{name}" for name in image_names(folder)]
+            except FileNotFoundError as error:
+                raise ValueError(f"Class folder '{folder}' holds no image; fill or remove it.") from error
+            names += found
+            labels += [folder.name] * len(found)
+            splits += [split] * len(found)
+    return _build(ImageFiles(root, names), labels, splits=splits if splits[0] else None)
+
+
+def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[str]] = {"label": [], "patient": [], "split": []}
+    shared = set.intersection(*(set(pq.read_schema(shard).names) for shard in shards))
+    if "label" not in shared:
+        raise ValueError(
+            f"Shards in '{shards[0].parent}' have no column 'label'; add it or give labels as a CSV."
+        )
+    for shard in shards:
+        table = pq.read_table(shard, columns=[name for name in columns if name in shared])
+        for name in table.column_names:
+            values = table[name].to_pylist()
+            if None in values:
+                raise ValueError(f"Shard '{shard}', row {values.index(None)}: column {name!r} is empty.")
+            columns[name] += map(str, values)
+    tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
+    return _build(tiles, columns["label"], tiles.slides(), columns["patient"], columns["split"])
+
+
+def _with_rows(
+    images: TileImages, names: Sequence[str], rows: Rows, source: str | Path, root: Path
+) -> LabelledTiles:
+    present = set(image_names(root))
+    absent = [name for name in names if name not in present]
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise ValueError(f"Labels '{source}' name {absent[0]!r}{more}, which is not in '{root}'.")
+    if unlabelled := sorted(present - set(names)):
+        more = f" (and {len(unlabelled) - 1} more)" if len(unlabelled) > 1 else ""
+        raise ValueError(f"Tile {unlabelled[0]!r}{more} of '{root}' has no label in '{source}'.")
+    values = {
+        column: [rows[name].get(column) or "" for name in names] for column in ("slide", "patient", "split")
+    }
+    labels = [rows[name]["label"] for name in names]
+    return _build(images, labels, values["slide"], values["patient"], values["split"])
+
+
+def _of_slides(images: TileImages, slides: Sequence[str], rows: Rows, source: str | Path) -> LabelledTiles:
+    if unlabelled := sorted(set(slides) - set(rows)):
+        more = f" (and {len(unlabelled) - 1} more)" if len(unlabelled) > 1 else ""
+        raise ValueError(f"Slide {unlabelled[0]!r}{more}, which has tiles, is not in '{source}'.")
+    if without := sorted(set(rows) - set(slides)):
+        logger.warning("%d slides of '%s' have no tiles, %r for one.", len(without), source, without[0])
+    values = {column: [rows[slide].get(column) or "" for slide in slides] for column in ("patient", "split")}
+    labels = [rows[slide]["label"] for slide in slides]
+    return _build(images, labels, slides, values["patient"], values["split"], per_slide=True)
+
+
+def _build(
+    images: TileImages,
+    labels: Sequence[str],
+    slides: Sequence[str] = (),
+    patients: Sequence[str] = (),
+    splits: Sequence[str] | None = (),
+    per_slide: bool = False,
+) -> LabelledTiles:
+    """Columns are all filled or all empty."""
+    columns = {"slide": slides, "patient": patients, "split": splits or ()}
+    for name, values in columns.items():
+        if any(values) and not all(values):
+            raise ValueError(
+                f"Column {name!r} is empty for '{images.name(list(map(bool, values)).index(False))}'."
+            )
+    classes = tuple(sorted(set(labels)))
+    number = {name: index for index, name in enumerate(classes)}
+    known = {name: tuple(values) if any(values) else None for name, values in columns.items()}
+    if known["patient"] is None and known["slide"] is not None:
+        known["patient"] = patient_names(known["slide"])
+    if known["split"] is not None:
+        known["split"] = tuple(_SPLIT_NAMES.get(name.lower(), name) for name in known["split"])
+    numbers = np.array([number[label] for label in labels], np.int64)
+    return LabelledTiles(
+        images, numbers, classes, known["slide"], known["patient"], known["split"], per_slide
+    )
+
+
+def _slide_finder(pattern: str | None) -> Callable[[str], str]:
+    if pattern is None:
+        return lambda name: Path(name).parent.name
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"Slide pattern {pattern!r} is no regular expression ({error}).") from error
+    if compiled.groups != 1:
+        raise ValueError(
+            f"Slide pattern {pattern!r} has {compiled.groups} groups; 1 is needed, around the slide."
+        )
+
+    def find(name: str) -> str:
+        if match := compiled.search(name):
+            return match[1]
+        raise ValueError(f"Slide pattern {pattern!r} does not match tile {name!r}.")
+
+    return find
+
+
+def _stem_of(slide: str, rows: Rows) -> str:
+    """A Parquet row's slide as the labels name it: whole, or its file name with or without the suffix."""
+    path = Path(slide)
+    return next((name for name in (slide, path.name, path.stem) if name in rows), slide)

@@ -1,0 +1,167 @@
+"""Files of embeddings, Parquet or HDF5, which appear when they are whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dinov2.utils.files import unfinished
+from dinov2.utils.jobs import commit
+
+ENDINGS = {"parquet": ".parquet", "hdf5": ".h5"}
+STORED = {"fp16": np.float16, "fp32": np.float32}
+_ROWS_PER_GROUP = 1024
+_COLUMNS = {
+    "name": pa.string(),
+    "slide": pa.string(),
+    "x": pa.int64(),
+    "y": pa.int64(),
+    "level": pa.int32(),
+    "mpp": pa.float32(),
+    "tile_size": pa.int32(),
+}
+
+Columns = dict[str, Sequence[Any]]
+
+
+class EmbeddingFile(Protocol):
+    """An open file of embeddings."""
+
+    def append(self, columns: Columns, embeddings: np.ndarray) -> None:
+        """Add rows: values of some columns, and embeddings (N, D)."""
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        """Write what is waiting, and JSON notes about the file."""
+
+
+@contextmanager
+def embedding_file(path: Path, width: int, stored: str) -> Iterator[EmbeddingFile]:
+    """Write a file that gets its name when the block ends well; its ending tells the format.
+
+    Args:
+        path: of the file.
+        width: D.
+        stored: a key of `STORED`.
+
+    Raises:
+        OSError: the file cannot be written.
+        ImportError: HDF5 is wanted and h5py not installed.
+    """
+    opened = _parquet if path.suffix == ENDINGS["parquet"] else _hdf5
+    with unfinished(path) as partial:
+        with opened(partial, width, STORED[stored]) as file:
+            yield file
+        commit(partial, path)
+
+
+def require_h5py() -> Any:
+    """The h5py module; ImportError says how to get it."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(
+            "--format hdf5 needs h5py, which is not installed: pip install 'path-fm[hdf5]', or take --format parquet."
+        ) from error
+    return h5py
+
+
+@contextmanager
+def _parquet(path: Path, width: int, dtype: type) -> Iterator[EmbeddingFile]:
+    embedding = pa.list_(pa.from_numpy_dtype(dtype), width)
+    schema = pa.schema([*_COLUMNS.items(), ("embedding", embedding)])
+    repeated = ["slide", "level", "mpp", "tile_size"]
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeated) as writer:
+        yield _ParquetFile(writer, schema, dtype)
+
+
+class _ParquetFile:
+    """Row groups of 1024 rows, whatever is appended at a time."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, dtype: type) -> None:
+        self._writer, self._schema, self._dtype = writer, schema, dtype
+        self._waiting: list[pa.Table] = []
+
+    def append(self, columns: Columns, embeddings: np.ndarray) -> None:
+        count = len(embeddings)
+        arrays = [
+            pa.array(columns[name], kind) if name in columns else pa.nulls(count, kind)
+            for name, kind in _COLUMNS.items()
+        ]
+        values = pa.array(np.ascontiguousarray(embeddings, self._dtype).ravel())
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=self._schema.field("embedding").type))
+        self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
+        if sum(map(len, self._waiting)) >= _ROWS_PER_GROUP:
+            self._write(least=_ROWS_PER_GROUP)
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        self._write(least=1)
+        self._writer.add_key_value_metadata({key: json.dumps(value) for key, value in notes.items()})
+
+    def _write(self, least: int) -> None:
+        table = pa.concat_tables(self._waiting) if self._waiting else self._schema.empty_table()
+        while len(table) >= least:
+            self._writer.write_table(table.slice(0, _ROWS_PER_GROUP), _ROWS_PER_GROUP)
+            table = table.slice(_ROWS_PER_GROUP)
+        self._waiting = [table]
+
+
+@contextmanager
+def _hdf5(path: Path, width: int, dtype: type) -> Iterator[EmbeddingFile]:
+    with require_h5py().File(path, "w") as file:
+        yield _Hdf5File(file, width, dtype)
+
+
+class _Hdf5File:
+    """TRIDENT's layout, which CLAM reads too: `features` (N, D) and `coords` (N, 2), int64 level-0 px.
+
+    The attributes of `coords` have TRIDENT's names. Images and rows have a `name`; an unknown place is -1.
+    """
+
+    def __init__(self, file: Any, width: int, dtype: type) -> None:
+        self._file = file
+        self._growing("features", (width,), dtype)
+
+    def append(self, columns: Columns, embeddings: np.ndarray) -> None:
+        self._extend("features", embeddings)
+        if len(embeddings) and "name" in columns:
+            self._growing("name", (), require_h5py().string_dtype())
+            self._extend("name", np.array(columns["name"], object))
+        if len(embeddings) and "x" in columns:
+            self._growing("coords", (2,), np.int64)
+            places = zip(columns["x"], columns["y"], strict=True)
+            self._extend("coords", np.array([[-1 if v is None else v for v in place] for place in places]))
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        for key, value in notes.items():  # not as attributes, which hold 64 kB at most
+            self._file[key] = json.dumps(value)
+        about = notes["part"]
+        if "slide_mpp" in about:
+            self._growing("coords", (2,), np.int64)
+            self._file["coords"].attrs.update(
+                {
+                    "patch_size": about["tile_size"],
+                    "patch_size_level0": about["tile_size_level0"],
+                    "level0_magnification": round(10 / about["slide_mpp"]),
+                    "target_magnification": round(10 / about["mpp"], 3),
+                    "overlap": about["tile_size"] - about["stride"],
+                    "name": about["slide"],
+                }
+            )
+
+    def _growing(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        if name not in self._file:
+            self._file.create_dataset(
+                name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(_ROWS_PER_GROUP, *shape)
+            )
+
+    def _extend(self, name: str, rows: np.ndarray) -> None:
+        dataset, start = self._file[name], len(self._file[name])
+        dataset.resize(start + len(rows), axis=0)
+        dataset[start:] = rows

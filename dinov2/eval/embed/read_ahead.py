@@ -1,0 +1,179 @@
+"""Tiles read ahead by threads, made to fit the network, and embedded batch by batch."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinov2.data.augment.normalize import normalize
+from dinov2.eval.datasets.images import UnreadableImage
+from dinov2.eval.embed.inputs import OpenPart, TileInput
+from dinov2.eval.features import centred_square
+
+logger = logging.getLogger("dinov2")
+
+_TILES_AT_ONCE = 8  # that one thread reads, neighbours of one slide
+
+
+class Piece(NamedTuple):
+    """Some neighbouring tiles of a part; in place of an unreadable one stands why."""
+
+    number: int
+    part: OpenPart
+    first: int
+    tiles: list[np.ndarray | UnreadableImage]
+
+
+@dataclass
+class Fitting:
+    """How tiles get sides that the network takes.
+
+    Attributes:
+        patch_size: of the network, in px.
+        resize: side in px to which the largest centred square is resized; None keeps the scale and cuts the edges off
+            evenly, down to multiples of the patch.
+    """
+
+    patch_size: int
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        self._told = False
+        if self.resize is not None and (self.resize < 1 or self.resize % self.patch_size):
+            raise ValueError(
+                f"--resize is {self.resize}, but it must be a positive multiple of the patch size {self.patch_size}."
+            )
+
+    def fit(self, image: np.ndarray, name: str) -> np.ndarray:
+        """A uint8 (H, W, 3) tile with sides that are multiples of the patch; raises UnreadableImage if too small."""
+        if self.resize is not None:
+            return centred_square(image, self.resize)
+        height, width = (side - side % self.patch_size for side in image.shape[:2])
+        if not (height and width):
+            raise UnreadableImage(
+                f"{name} has {image.shape[1]} x {image.shape[0]} px, less than a patch of {self.patch_size}; --resize "
+                "enlarges images."
+            )
+        if (height, width) != image.shape[:2] and not self._told:
+            self._told = True
+            logger.warning(
+                "Images such as %s of %d x %d px are cut to %d x %d; --resize scales them instead.",
+                name, image.shape[1], image.shape[0], width, height,
+            )  # fmt: skip
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        return image[top : top + height, left : left + width]
+
+
+class Embedder:
+    """Embeddings of uint8 (H, W, 3) tiles.
+
+    Args:
+        model: images to (B, D), on its device.
+        mean: per channel, as in training.
+        std: per channel, as in training.
+        autocast: dtype of the products; None keeps the weights'.
+    """
+
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], autocast: torch.dtype | None
+    ) -> None:
+        self._model, self._mean, self._std, self._autocast = model, mean, std, autocast
+        self._device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(self, tiles: Sequence[np.ndarray]) -> np.ndarray:
+        """Embed some tiles, float32 (N, D), N > 0; tiles of one shape go through the network together."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, tile in enumerate(tiles):
+            alike.setdefault(tile.shape, []).append(place)
+        parts = []
+        for places in alike.values():
+            pixels = torch.from_numpy(np.stack([tiles[place] for place in places])).to(self._device)
+            with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+                parts.append(
+                    self._model(normalize(pixels.permute(0, 3, 1, 2), self._mean, self._std)).float()
+                )
+        order = np.argsort([place for places in alike.values() for place in places])
+        return torch.cat(parts).cpu().numpy()[order]
+
+
+def read_ahead(
+    source: TileInput,
+    numbers: Sequence[int],
+    fitting: Fitting,
+    *,
+    workers: int,
+    tiles_ahead: int,
+    unreadable: list[str] | None,
+) -> Generator[Piece, None, None]:
+    """Tiles of some parts in order, read by threads; while a part is read the next is opened.
+
+    Args:
+        source: of the parts.
+        numbers: which parts.
+        fitting: how tiles are made to fit.
+        workers: threads that read.
+        tiles_ahead: read before they are asked for.
+        unreadable: takes up why parts cannot be opened; None raises that.
+
+    Yields:
+        At least one piece of every part that can be opened; parts are closed when the next begins.
+
+    Raises:
+        UnreadableImage: see `unreadable`.
+    """
+    pool, opener = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+    opening: deque[tuple[int, Future[OpenPart]]] = deque()
+    remaining, waiting = iter(numbers), deque()
+
+    def open_next() -> None:
+        if (number := next(remaining, None)) is not None:
+            opening.append((number, opener.submit(source.open, number)))
+
+    def read(part: OpenPart, first: int) -> list[np.ndarray | UnreadableImage]:
+        return [_read(part, index, fitting) for index in range(first, min(first + _TILES_AT_ONCE, len(part)))]
+
+    try:
+        open_next()
+        while opening:
+            number, opened = opening.popleft()
+            open_next()
+            try:
+                part = opened.result()
+            except UnreadableImage as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(str(error))
+                continue
+            for first in range(0, max(1, len(part)), _TILES_AT_ONCE):
+                waiting.append((number, part, first, pool.submit(read, part, first)))
+                if len(waiting) * _TILES_AT_ONCE > tiles_ahead:
+                    yield _finished(waiting)
+        while waiting:
+            yield _finished(waiting)
+    finally:
+        for executor in (pool, opener):
+            executor.shutdown(cancel_futures=True)
+
+
+def _finished(waiting: deque) -> Piece:
+    number, part, first, reading = waiting.popleft()
+    tiles = reading.result()
+    if first + len(tiles) >= len(part):
+        part.close()
+    return Piece(number, part, first, tiles)
+
+
+def _read(part: OpenPart, index: int, fitting: Fitting) -> np.ndarray | UnreadableImage:
+    try:
+        return fitting.fit(part.read(index), part.name(index))
+    except UnreadableImage as error:
+        return error

@@ -1,0 +1,221 @@
+"""What a teacher is written as for other libraries: weights under their names, and the files that describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.hub.architecture import arguments_of, gated_width, width_ratio
+from dinov2.hub.layouts.timm import to_timm
+from dinov2.hub.layouts.transformers import to_transformers
+from dinov2.models.positions import resample_positions
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PUBLISHED = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1536, 40, 24): "giant"}
+_HIGHEST_RATIO = 16
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Mean and deviation per channel, of values in [0, 1], that images are normalised with."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def with_image_size(model: DinoVisionTransformer, side: int) -> DinoVisionTransformer:
+    """Give a backbone a position grid for square images of ``side`` px, resampled as it resamples its own; in place.
+
+    Raises:
+        ValueError: the side is not a multiple of the patch.
+    """
+    patch = model.patch_size
+    if side < patch or side % patch:
+        raise ValueError(
+            f"The image size is {side}; a positive multiple of the patch's {patch} px is expected."
+        )
+    rows = side // patch
+    with torch.no_grad():
+        grid = resample_positions(
+            model.pos_embed, (rows, rows), model.interpolate_antialias, model.interpolate_offset
+        )
+    model.pos_embed = nn.Parameter(grid.clone())
+    model.patch_embed.img_size, model.patch_embed.num_patches = side, rows**2
+    return model
+
+
+def resampled_by(target: str, num_registers: int) -> tuple[bool, float]:
+    """How the reader of a format resamples the position grid for images of another size: antialias, offset.
+
+    "meta" stands for Meta's own models; without registers those and transformers' do not antialias.
+    """
+    if target == "meta":
+        return num_registers > 0, 0.0 if num_registers else 0.1
+    return target == "timm" or num_registers > 0, 0.0
+
+
+def files_for(
+    target: str,
+    model: DinoVisionTransformer,
+    dtype: torch.dtype,
+    colours: Colours,
+    described: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The files of an export by name: state dicts (.pth, .safetensors) in ``dtype``, and what goes into JSON.
+
+    Args:
+        target: "meta", "timm" or "hf".
+        model: the teacher.
+        dtype: of all tensors.
+        colours: of the images.
+        described: the JSON beside the teacher, or nothing.
+
+    Raises:
+        ValueError: the format cannot express the architecture, or ``dtype`` the weights.
+    """
+    arguments, state = arguments_of(model), model.state_dict()
+    if target == "meta":
+        return {
+            "backbone.json": {**described, "architecture": arguments},
+            "backbone.pth": _cast(state, dtype),
+        }
+    if target == "timm":
+        config = timm_config(arguments, colours)
+        return {"config.json": config, "model.safetensors": _cast(to_timm(state), dtype)}
+    return {
+        "config.json": transformers_config(arguments, dtype),
+        "preprocessor_config.json": processor_config(arguments["img_size"], colours),
+        "model.safetensors": _cast(to_transformers(state), dtype),
+    }
+
+
+def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any]:
+    """timm's ``config.json``: the model's name and what ``create_model`` is to be told beside it.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    _require(arguments, "timm")
+    if arguments["proj_bias"] != arguments["ffn_bias"]:
+        raise ValueError("timm's ViT has proj_bias and ffn_bias both or neither, this teacher one of them.")
+    gated, registers = arguments["ffn_layer"] == "swiglufused", arguments["num_register_tokens"]
+    shape = (arguments["embed_dim"], arguments["depth"], arguments["num_heads"])
+    size = _PUBLISHED.get(shape)
+    told = {"img_size": arguments["img_size"], "dynamic_img_size": True}
+    if size is None or (size == "giant") != gated or arguments["mlp_ratio"] != 4:
+        size = "giant" if gated else "small"
+        told |= dict(zip(("embed_dim", "depth", "num_heads"), shape, strict=True))
+        told["mlp_ratio"] = arguments["mlp_ratio"]
+        if gated:  # timm's ratio is that of both halves together
+            half = gated_width(int(arguments["embed_dim"] * arguments["mlp_ratio"]))
+            told["mlp_ratio"] = width_ratio(2 * half, arguments["embed_dim"])
+    defaults = {"patch_size": 14, "in_chans": 3, "qkv_bias": True, "proj_bias": True}
+    told |= {key: arguments[key] for key, usual in defaults.items() if arguments[key] != usual}
+    if registers not in (0, 4):
+        told["reg_tokens"] = registers
+    side = arguments["img_size"]
+    return {
+        "architecture": f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2",
+        "num_classes": 0,
+        "num_features": arguments["embed_dim"],
+        "model_args": told,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [arguments["in_chans"], side, side],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(colours.mean),
+            "std": list(colours.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Transformers' ``config.json``.
+
+    Raises:
+        ValueError: transformers has no such model.
+    """
+    _require(arguments, "transformers")
+    if not (arguments["proj_bias"] and arguments["ffn_bias"]):
+        raise ValueError("Transformers' DINOv2 has proj_bias and ffn_bias, this teacher has not.")
+    registers = arguments["num_register_tokens"]
+    config = {
+        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "hidden_size": arguments["embed_dim"],
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "patch_size": arguments["patch_size"],
+        "image_size": arguments["img_size"],
+        "num_channels": arguments["in_chans"],
+        "mlp_ratio": _whole_ratio(arguments),
+        "use_swiglu_ffn": arguments["ffn_layer"] == "swiglufused",
+        "qkv_bias": arguments["qkv_bias"],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+    }
+    return config | ({"num_register_tokens": registers} if registers else {"use_mask_token": True})
+
+
+def processor_config(side: int, colours: Colours) -> dict[str, Any]:
+    """Transformers' ``preprocessor_config.json``: the shorter edge resized to ``side`` px, the centre cut out."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(colours.mean),
+        "image_std": list(colours.std),
+    }
+
+
+def _require(arguments: Mapping[str, Any], library: str) -> None:
+    if arguments["ffn_layer"] == "identity" or arguments["init_values"] is None:
+        lacking = "feed-forward layers" if arguments["ffn_layer"] == "identity" else "LayerScale"
+        raise ValueError(
+            f"DINOv2 in {library} has {lacking}, this teacher has none; --format meta can hold it."
+        )
+
+
+def _whole_ratio(arguments: Mapping[str, Any]) -> int:
+    """Transformers' ``mlp_ratio``, a whole number, that gives the feed-forward layers their width."""
+    width, ratio = arguments["embed_dim"], arguments["mlp_ratio"]
+    gated = arguments["ffn_layer"] == "swiglufused"
+    hidden = [
+        gated_width(int(width * r)) if gated else int(width * r) for r in (ratio, *range(_HIGHEST_RATIO))
+    ]
+    if hidden[0] not in hidden[1:]:
+        raise ValueError(f"Transformers' mlp_ratio is a whole number, this teacher's is {ratio:g}.")
+    return hidden.index(hidden[0], 1) - 1
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    cast = {key: tensor.detach().to(dtype).contiguous().clone() for key, tensor in state.items()}
+    for key, tensor in cast.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"The teacher's {key} is not finite in {dtype}; finite weights are expected.")
+    return cast

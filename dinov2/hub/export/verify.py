@@ -1,0 +1,181 @@
+"""An export opened by the library that it is for, and its tokens beside the teacher's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov2.data.augment.normalize import normalize
+from dinov2.data.augment.ops import resized_crop
+from dinov2.hub.export.formats import Colours, timm_config
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+LIBRARIES = {"meta": "timm", "timm": "timm", "hf": "transformers"}
+"""What opens each format; timm reads Meta's names too."""
+
+TOLERANCES = {"fp32": (1e-6, 0.999999), "fp16": (5e-3, 0.9999), "bf16": (4e-2, 0.999)}
+"""By dtype of the export: the largest difference over the largest output, and the least cosine of a token."""
+
+MAX_TILES = 8
+_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an export's tokens are from the teacher's."""
+
+    difference: float
+    """Largest absolute one over all values of all tokens."""
+    largest: float
+    """Largest absolute value of the teacher's tokens."""
+    cosine: float
+    """Least one between a token and the teacher's."""
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.2g} (outputs up to {self.largest:.2g}), "
+            f"least cosine {self.cosine:.8f}"
+        )
+
+    def holds(self, dtype: str) -> bool:
+        """Whether it is within the tolerances of the dtype; never where anything is not finite."""
+        relative, cosine = TOLERANCES[dtype]
+        return self.difference <= relative * self.largest and self.cosine >= cosine
+
+
+def require_library(target: str) -> None:
+    """Make sure that a format can be verified.
+
+    Raises:
+        ImportError: the library is not installed.
+    """
+    library = LIBRARIES[target]
+    if find_spec(library) is None:
+        raise ImportError(
+            f"--verify of --format {target} needs {library}, which is not installed: pip install {library}."
+        )
+
+
+@torch.inference_mode()
+def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Colours) -> Tensor:
+    """All normalised tokens, float64 (len(tiles), 1 + R + N, D): class token, registers, patches; on the CPU.
+
+    Args:
+        model: a teacher, or what `open_export` returns; becomes float64.
+        tiles: uint8 (H, W, 3) RGB.
+        side: the centred square of each is resized to it.
+        colours: to normalise with.
+    """
+    model.double()
+    of_tiles = []
+    for tile in tiles:
+        pixels = torch.from_numpy(_centred_square(tile, side)).permute(2, 0, 1)[None]
+        of_tiles.append(_tokens(model, normalize(pixels, colours.mean, colours.std, torch.float64)))
+    return torch.cat(of_tiles)
+
+
+def agreement(expected: Tensor, found: Tensor) -> Agreement:
+    """Compare the tokens of an export with the teacher's."""
+    return Agreement(
+        float((found - expected).abs().max()),
+        float(expected.abs().max()),
+        float(torch.cosine_similarity(found, expected, dim=-1).min()),
+    )
+
+
+def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
+    """Open the files in a folder with their library, as its users do.
+
+    Args:
+        target: the format.
+        folder: of the export.
+        arguments: see `dinov2.hub.architecture.arguments_of`; files in Meta's format do not hold them for timm.
+
+    Raises:
+        ValueError: timm has no model for a "meta" export of this teacher.
+    """
+    if target == "hf":
+        import transformers
+
+        config = json.loads((folder / "config.json").read_text())
+        model, report = getattr(transformers, config["architectures"][0]).from_pretrained(
+            folder, output_loading_info=True
+        )
+        if report["missing_keys"] or report["unexpected_keys"]:
+            raise ValueError(
+                f"transformers {transformers.__version__} reads other names than {str(folder)!r} has."
+            )
+        return model.eval()
+    import timm
+    from safetensors.torch import load_file
+
+    if target == "meta":
+        config = timm_config(arguments, Colours((0, 0, 0), (1, 1, 1)))
+        here = {"file": str(folder / "backbone.pth")}
+        return timm.create_model(
+            config["architecture"], pretrained=True, pretrained_cfg_overlay=here, **config["model_args"]
+        ).eval()
+    config = json.loads((folder / "config.json").read_text())
+    model = timm.create_model(config["architecture"], **config["model_args"])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def read_tiles(folder: str | None) -> list[np.ndarray]:
+    """Up to `MAX_TILES` images of a folder, spread evenly over the sorted names; or scikit-image's micrograph in four.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+        ValueError: an image cannot be decoded.
+    """
+    if folder is None:
+        from skimage.data import immunohistochemistry
+
+        tissue = immunohistochemistry()
+        half = tissue.shape[0] // 2
+        return [tissue[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+    from PIL import Image, UnidentifiedImageError
+
+    names = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGES)
+    if not names:
+        raise FileNotFoundError(
+            f"Tiles {folder!r} are not there; a folder of {', '.join(_IMAGES)} is expected."
+        )
+    count = min(MAX_TILES, len(names))
+    tiles = []
+    for i in range(count):
+        path = names[i * len(names) // count]
+        try:
+            with Image.open(path) as image:
+                tiles.append(np.asarray(image.convert("RGB")))
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise ValueError(
+                f"Tile {str(path)!r} cannot be decoded ({error}); an image is expected."
+            ) from error
+    return tiles
+
+
+def _centred_square(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    side = min(height, width)
+    return resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, size)
+
+
+def _tokens(model: nn.Module, images: Tensor) -> Tensor:
+    """Class token, registers, patches: (B, 1 + R + N, D)."""
+    if isinstance(model, DinoVisionTransformer):
+        out = model.forward_features(images)
+        return torch.cat(
+            [out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]], dim=1
+        )
+    if hasattr(model, "forward_features"):
+        return model.forward_features(images)
+    return model(images).last_hidden_state

@@ -1,0 +1,187 @@
+"""Published weights and teacher exports into a backbone, by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.hub.layouts.timm import from_timm, is_timm_layout
+from dinov2.hub.layouts.transformers import from_transformers, is_transformers_layout
+from dinov2.models.positions import resample_positions
+
+_PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
+_WRAPPERS = ("model", "state_dict", "teacher")
+# In the order in which they nest; the last two are those of transformers' models with heads.
+_PREFIXES = ("module.", "teacher.", "backbone.", "dinov2.", "dinov2_with_registers.")
+_SHOWN = 6  # keys named in an error
+
+
+def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
+    """Address of Meta's weights of an architecture.
+
+    Args:
+        arch: "vit_small", "vit_base", "vit_large" or "vit_giant2".
+        patch_size: in pixels.
+        num_register_tokens: 0 or 4.
+        ffn_layer: of the model that the weights are for; None leaves it unchecked.
+
+    Raises:
+        ValueError: none are published for it, or the published ones have another feed-forward layer.
+    """
+    if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
+        raise ValueError(
+            f"There are no published DINOv2 weights for {arch} with patch size {patch_size} and {num_register_tokens} "
+            f"registers; they exist for {', '.join(_PUBLISHED)} with patch size 14 and 0 or 4 registers."
+        )
+    published = ("swiglufused", "swiglu") if arch == "vit_giant2" else ("mlp",)
+    if ffn_layer is not None and ffn_layer not in published:
+        raise ValueError(
+            f"The published {arch} weights do not fit ffn_layer = {ffn_layer!r}; they need {published[0]!r}."
+        )
+    name = f"dinov2_{_PUBLISHED[arch]}14"
+    return f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{'_reg4' if num_register_tokens else ''}_pretrain.pth"
+
+
+def read_checkpoint(path_or_url: str) -> Any:
+    """Read a weights file on the CPU; a URL goes through torch.hub's cache. Only tensors and plain data load.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
+        ValueError: the file holds something else, or is damaged; or the address cannot be read.
+    """
+    is_url = re.match(r"(https?|file)://", path_or_url)
+    if not is_url and Path(path_or_url).is_dir():
+        raise IsADirectoryError(f"{path_or_url!r} is a folder; name the .pth or .safetensors file in it.")
+    if not is_url and not Path(path_or_url).is_file():
+        raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
+    try:
+        if is_url:
+            return torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
+        if path_or_url.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path_or_url)
+        return torch.load(path_or_url, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        # What follows torch's first sentence is advice to load the file without its safeguard.
+        detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
+        raise ValueError(
+            f"Weights {path_or_url!r} cannot be read ({detail}); a PyTorch .pth or a .safetensors file is expected."
+        ) from error
+
+
+def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without wrappers (``teacher``, ``model``, ``state_dict``) and prefixes
+    (``module.``, ``teacher.``, ``backbone.``, transformers' names of a backbone); keys without the prefix go.
+
+    Where nothing of the kind is found the result is empty, or all there is.
+    """
+    state = checkpoint
+    for wrapper in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping):
+        return {}
+    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if any(key.startswith(prefix) for key in state):
+            state = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
+    return state
+
+
+def layout(state: Mapping[str, Tensor]) -> str:
+    """Whose names an `unwrapped` state dict has: "transformers", "timm" or, all others, "meta"."""
+    if is_transformers_layout(state):
+        return "transformers"
+    return "timm" if is_timm_layout(state) else "meta"
+
+
+def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
+    """Find the backbone in a checkpoint and give it Meta's names.
+
+    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, with
+    or without wrappers (see `unwrapped`) and chunked block names. Where nothing of the kind is found the result is
+    empty or fits no model.
+    """
+    state = unwrapped(checkpoint)
+    if layout(state) == "transformers":
+        return from_transformers(state)
+    if layout(state) == "timm":
+        return from_timm(state)
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+
+
+def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) -> None:
+    """Fill a backbone from a file, its position grid resampled (bicubic, antialiased, exact sides) to the model's.
+
+    Args:
+        model: the backbone.
+        path_or_url: the file.
+        positions: whether to take the position grid; otherwise the model keeps its own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or its keys or shapes do not fit; see `check_fit`.
+    """
+    state = backbone_state_dict(read_checkpoint(path_or_url))
+    grid, side = state.get("pos_embed"), math.isqrt(model.pos_embed.shape[1] - 1)
+    if not positions:
+        state["pos_embed"] = model.pos_embed.detach()
+    elif grid is not None and _is_square_grid(grid):
+        state["pos_embed"] = resample_positions(grid, (side, side))
+    check_fit(model, state, path_or_url)
+    model.load_state_dict(state)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict has exactly the keys and shapes of a model.
+
+    Weights with another number of registers are refused too: registers take part in every attention, so neither
+    fresh ones nor their absence would leave the features as they were trained.
+
+    Raises:
+        ValueError: it has not; says which are missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    registers = [_num_registers(state), _num_registers(own)]
+    shapes = {
+        key: f"{tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    }
+    faults = [
+        *_list("missing", own.keys() - state.keys()),
+        *_list("unknown", state.keys() - own.keys()),
+        *_list("of another shape", [f"{key} {difference}" for key, difference in shapes.items()]),
+    ]
+    if registers[0] != registers[1]:
+        faults.insert(0, f"they have {registers[0]} registers and the model {registers[1]}")
+    if faults:
+        raise ValueError(f"Weights {source!r} do not fit the model: {'; '.join(faults)}.")
+
+
+def _num_registers(state: Mapping[str, Tensor]) -> int:
+    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
+
+
+def _is_square_grid(positions: Tensor) -> bool:
+    return (
+        positions.ndim == 3 and math.isqrt(max(positions.shape[1] - 1, 0)) ** 2 == positions.shape[1] - 1 > 0
+    )
+
+
+def _list(what: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"]

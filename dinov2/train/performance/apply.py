@@ -1,0 +1,95 @@
+"""How the networks of a run are computed: weight copies, FP8, recomputation and compilation, as configured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2.distributed import get_global_size
+from dinov2.layers.attention_backends import require_kernel
+from dinov2.layers.linear import keep_weight_copies, use_fp8
+from dinov2.layers.recompute import compiled_and_recomputed
+from dinov2.loss import compiled_kernels
+from dinov2.train.performance.capabilities import ResolvedPerformance
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.update.fused_update import FusedWeightUpdate
+from dinov2.train.update.step import TrainingStep
+from dinov2.train.update.weight_update import WeightUpdate
+from dinov2.utils.dtypes import DTYPES
+
+
+def build_training_step(
+    arch: SSLMetaArch,
+    optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler,
+    performance: ResolvedPerformance,
+    global_batch: int,
+) -> TrainingStep:
+    """The step as section ``performance`` wants it, on networks that hold the weights they start from.
+
+    Args:
+        arch: student, teacher and losses, sharded and on their device.
+        optimizer: over the student.
+        scaler: loss scaler, enabled or not.
+        performance: the section's ``auto`` values, decided.
+        global_batch: images per step over all ranks.
+    """
+    copies = accelerate(arch, performance.compile)
+    update = FusedWeightUpdate if performance.fused_update else WeightUpdate
+    networks = arch.student, arch.teacher
+    max_norm, seed = arch.cfg.optim.clip_grad, arch.cfg.train.seed
+    return TrainingStep(arch, update(optimizer, *networks, max_norm, copies, scaler), global_batch, seed)
+
+
+def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
+    """Put section ``performance`` into effect, on networks that are on their device and sharded.
+
+    State dicts stay as they are. What is compiled is compiled at its first call.
+
+    Args:
+        arch: student, teacher and losses.
+        compile: ``performance.compile``, resolved.
+
+    Returns:
+        Pairs of a weight and its 16-bit copy, which whoever changes the weight refreshes.
+
+    Raises:
+        ValueError: the attention backend has no kernel here, or FP8 does not fit the widths.
+    """
+    performance = arch.cfg.performance
+    compiler = _compiler(performance.compile_backend, arch) if compile else None
+    copies: list[tuple[Tensor, Tensor]] = []
+    for role, network in (("student", arch.student), ("teacher", arch.teacher)):
+        backbone, trained = network.backbone, role == "student"
+        width = backbone.embed_dim // backbone.num_heads
+        dtype = DTYPES[getattr(arch.cfg.compute_precision, role).backbone.mixed_precision.param_dtype]
+        require_kernel(arch.cfg.student.attention_backend, head_width=width, dtype=dtype, device=arch.device)
+        # Sharded weights are gathered in 16 bit anyway.
+        if performance.weight_copies and dtype != torch.float32 and get_global_size() == 1:
+            copies += keep_weight_copies(backbone, dtype)
+        if performance.fp8 == "all" or (performance.fp8 == "teacher" and not trained):
+            use_fp8(backbone.blocks, performance.fp8_scaling, backward=trained)
+        recompute = performance.recompute if trained else "none"
+        for block in backbone.blocks:
+            # The method, not the module: FSDP's hooks stay outside.
+            block.forward = compiled_and_recomputed(block.forward, recompute, compiler)
+        if compiler:
+            backbone.prepare_tokens_with_masks = compiler(backbone.prepare_tokens_with_masks)
+            for name, head in network.items():
+                if name != "backbone":
+                    head.forward = compiler(head.forward)
+    if compile:
+        arch.kernels = compiled_kernels(performance.compile_backend)
+    return copies
+
+
+def _compiler(backend: str, arch: SSLMetaArch) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    # Equal blocks share their graphs. Under rates of stochastic depth that rise linearly none are equal: every
+    # block has one graph in the student, and those of student, teacher and last block come on top.
+    limit = 8 + 2 * len(arch.student.backbone.blocks)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    return partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)

@@ -1,0 +1,91 @@
+"""AdamW over DINOv2's parameter groups."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.train.update.schedules import ScheduleValues
+
+_EMBEDDINGS = ("cls_token", "register_tokens", "mask_token", "pos_embed", "patch_embed")
+
+
+def layer_decay(name: str, depth: int, rate: float) -> float:
+    """Learning-rate factor of a backbone parameter: ``rate ** (depth + 1 - layer)``.
+
+    Layer 0 holds the embeddings and tokens, layer i+1 is block i, and the final norm is layer depth + 1.
+    """
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return rate ** (depth - int(block[1]))
+    return rate ** (depth + 1) if name.startswith(_EMBEDDINGS) else 1.0
+
+
+def parameter_groups(
+    student: nn.ModuleDict, layerwise_decay: float, patch_embed_lr_mult: float
+) -> list[dict]:
+    """Trainable parameters grouped by learning-rate factor, weight-decay factor and last-layer membership.
+
+    Norms, LayerScale gains and biases are not decayed; tokens, the position grid and the last layer's gain are.
+
+    Args:
+        student: ``backbone`` and heads.
+        layerwise_decay: factor per layer below the top of the backbone.
+        patch_embed_lr_mult: further factor for the patch embedding.
+
+    Returns:
+        Groups with keys ``params``, ``lr_multiplier``, ``wd_multiplier``, ``is_last_layer``.
+    """
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for module_name, module in student.items():
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            lr = 1.0
+            if module_name == "backbone":
+                lr = layer_decay(name, len(module.blocks), layerwise_decay)
+                lr *= patch_embed_lr_mult if name.startswith("patch_embed") else 1.0
+            undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
+            key = (lr, 0.0 if undecayed else 1.0, "last_layer" in name)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "lr_multiplier": lr, "wd_multiplier": wd, "is_last_layer": last}
+        for (lr, wd, last), params in groups.items()
+    ]
+
+
+def build_optimizer(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused AdamW; learning rate and decay are set every step by `apply_schedule`."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+
+
+def apply_schedule(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> None:
+    """Write the step's learning rate and weight decay into every group."""
+    for group in optimizer.param_groups:
+        lr = values.last_layer_lr if group["is_last_layer"] else values.lr
+        group["lr"] = lr * group["lr_multiplier"]
+        group["weight_decay"] = values.wd * group["wd_multiplier"]
+
+
+def adam_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq`` by parameter name, zeros where no step was made yet.
+
+    The tensors are the optimiser's own: filling them restores it.
+    """
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    return {
+        names[parameter]: dict(state_of(optimizer, parameter))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, begun as AdamW begins it."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state

@@ -1,0 +1,77 @@
+"""One training step: forward, backward, guard, update. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2.distributed import get_global_rank
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.update.guard import FiniteGuard
+from dinov2.train.update.optim import apply_schedule
+from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.weight_update import WeightUpdate
+from dinov2.utils.seeding import step_seed
+
+
+class TrainingStep:
+    """Calling it makes one step; its parts may be called one by one, in the order below, to look between them.
+
+    Args:
+        arch: student, teacher and losses, on their device.
+        update: of the student by AdamW, of the teacher by EMA.
+        global_batch: images per step over all ranks.
+        seed: of the device's random numbers.
+    """
+
+    def __init__(self, arch: SSLMetaArch, update: WeightUpdate, global_batch: int, seed: int):
+        self.arch = arch
+        self.weight_update = update
+        self.guard = FiniteGuard(arch.device, global_batch)
+        self.seed = seed
+
+    def __call__(self, step: int, batch: Mapping[str, Any], values: ScheduleValues) -> dict[str, Tensor]:
+        """Train on one batch; all ranks must call.
+
+        Args:
+            step: zero-based.
+            batch: this rank's share, see `SSLMetaArch.compute_losses`.
+            values: the step's schedule values.
+
+        Returns:
+            The losses and, as ``grad_norm_<module>``, gradient norms before clipping: 0-d tensors on the device.
+
+        Raises:
+            NonFiniteError: an earlier step was bad, see `FiniteGuard`.
+        """
+        self.begin(step, values)
+        losses = self.arch.compute_losses(batch, values.teacher_temp)
+        self.backward(losses)
+        norms = self.update(step, losses, values)
+        return {**losses, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
+
+    def begin(self, step: int, values: ScheduleValues) -> None:
+        """Set learning rates and the device's random numbers; clear the gradients."""
+        apply_schedule(self.weight_update.optimizer, values)
+        torch.manual_seed(step_seed(self.seed, step, get_global_rank()))
+        self.weight_update.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Gradients of ``total_loss``, scaled where gradients are fp16."""
+        # A loss scaler skips an update for the sake of its gradients alone. Dividing by zero makes them non-finite
+        # where the loss is, and after a bad step; in health it divides by one.
+        total = losses["total_loss"]
+        healthy = self.guard.healthy * torch.isfinite(total)
+        scaler = self.weight_update.scaler
+        (scaler.scale(total / healthy) if scaler else total / healthy).backward()
+
+    def update(self, step: int, losses: Mapping[str, Tensor], values: ScheduleValues) -> dict[str, Tensor]:
+        """Look at losses and gradients, then change the weights unless one is bad; returns the norms by module."""
+        norms = self.weight_update.grad_norms()
+        # A non-finite gradient under a loss scaler is an overflow, which the scaler handles by itself.
+        self.guard.observe(step, losses, {} if self.weight_update.scaler else norms)
+        self.weight_update.apply(values.mom, self.guard.healthy)
+        return norms
