@@ -39,8 +39,8 @@ from dinov2.data.prepare.shuffle import Order, clear_work, shuffled_shards
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.files import check_description, leftovers, locked, write_json
-from dinov2.utils.jobs import json_lines, run_jobs, write_whole
+from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
+from dinov2.utils.jobs import run_jobs
 from dinov2.utils.provenance import package_versions
 
 logger = logging.getLogger("build_parquet_sample_dataset")
@@ -191,7 +191,7 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
         _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / DESCRIPTION, build.description)
-    with locked(output / DESCRIPTION, mine.start, mine.stop):
+    with locked(output / DESCRIPTION, _busy(output), mine.start, len(mine)):
         names = {_name(number) for number in mine} | ({DESCRIPTION} if share.num_parts == 1 else set())
         for name, partial in leftovers(output):
             if name in names:
@@ -206,7 +206,7 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
             clear_work(done)
     records = [record for number in mine for record in failures[number]]
     if records:
-        write_whole(report, json_lines(records))
+        write_text(report, json_lines(records))
     else:  # no other file then lies among the shards, which some readers of folders would trip over
         report.unlink(missing_ok=True)
     total = sum(len(build.rows[number]) for number in mine)

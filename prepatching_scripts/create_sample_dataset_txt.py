@@ -26,7 +26,8 @@ from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.jobs import json_lines, place_files, run_jobs
+from dinov2.utils.files import json_lines, write_new
+from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("create_sample_dataset_txt")
 
@@ -86,7 +87,7 @@ def create_sample_list(
         meta: _description(found, made, sampling, digest),
         failures: json_lines(_failures(found, made)),
     }
-    place_files(contents, parts)
+    write_new(contents)
     shutil.rmtree(parts)
     total, failed = sum(len(part.draw.rows) for part in made), sum(bool(part.draw.failure) for part in made)
     logger.info("%d patches of %d slides are in %s", total, len(made) - failed, output)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.storage.retry import Retries
-from dinov2.utils.jobs import json_lines, write_whole
+from dinov2.utils.files import json_lines, write_text
 from prepatching_scripts.gdc.bandwidth import Bandwidth
 from prepatching_scripts.gdc.download import Downloads, Stopped, part_of
 from prepatching_scripts.gdc.manifest import GdcFile, manifest_lines, read_manifest
@@ -51,8 +51,8 @@ def find_or_reuse(gdc: Gdc, filters: dict[str, Any], folder: Path) -> Path:
     if not files:
         raise ValueError(f"{gdc.endpoint} has no file for {json.dumps(filters)}; check --project.")
     figures = {"num_files": len(files), "num_bytes": sum(file.size for file in files)}
-    write_whole(meta, [json.dumps({**wanted, **figures}, indent=2) + "\n"])
-    write_whole(manifest, manifest_lines(files))
+    write_text(meta, [json.dumps({**wanted, **figures}, indent=2) + "\n"])
+    write_text(manifest, manifest_lines(files))
     return manifest
 
 
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write_failures(path: Path, failed: list[dict[str, str]]) -> None:
     try:
-        write_whole(path, json_lines(failed))
+        write_text(path, json_lines(failed))
     except OSError as error:  # a full disk, say, which is told of elsewhere
         logger.error("'%s' could not be written: %s", path, error)
 

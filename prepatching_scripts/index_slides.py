@@ -26,7 +26,8 @@ from dinov2.data.slides.find import SLIDE_SUFFIXES, find_slides
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import MppTable, read_mpp_table
 from dinov2.data.slides.virtual_zarr import zarr_references
-from dinov2.utils.jobs import commit, json_lines, run_jobs, write_whole
+from dinov2.utils.files import commit, json_lines, write_text
+from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("index_slides")
 
@@ -65,7 +66,7 @@ def write_zarr(job: ZarrJob) -> str:
     try:
         references = zarr_references(_loaded(job.index)[job.slide])
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(job.output, [json.dumps(references)])
+        write_text(job.output, [json.dumps(references)])
     except (OSError, ValueError) as error:
         return str(error)
     return ""
@@ -131,7 +132,7 @@ def index_collection(
             if reason:
                 failures[jobs[place].slide] = reason
     records = [{"slide": slide, "reason": failures[slide]} for slide in slides if slide in failures]
-    write_whole(output / FAILURES_NAME, json_lines(records))
+    write_text(output / FAILURES_NAME, json_lines(records))
     logger.info("%d of %d slides are in %s", len(slides) - len(records), len(slides), output / INDEX_NAME)
     return len(slides), len(records)
 

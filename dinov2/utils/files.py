@@ -1,16 +1,18 @@
-"""What keeps a dataset's folder whole: a description of the build, locks, and files that appear when finished."""
+"""Files that are whole or absent: written beside, brought to the disk, then renamed; and locks between processes."""
+
+from __future__ import annotations
 
 import fcntl
+import filecmp
 import json
 import logging
+import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-from dinov2.utils.jobs import commit
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +21,67 @@ _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.part")
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Name a file to write and `commit` as `path`; no other process has the same, and it is removed in the end."""
+    """Name a file beside ``path`` to write and `commit`; this process alone has it, until the end."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def commit(partial: Path, path: Path) -> None:
+    """Bring a finished file to the disk and give it its name, over an earlier file of that name."""
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[Any]:
+    """Name a file to write in place of each path; they get their names when the block ends well, none otherwise.
+
+    A crash in between leaves an old file as it was, and at most `leftovers`. Several paths are committed in order:
+    give the one that vouches for the others last.
+
+    Yields:
+        The path to write, or a tuple of them where several were given.
+    """
+    with ExitStack() as stack:
+        partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
+        yield partials if len(partials) > 1 else partials[0]
+        for partial, path in zip(partials, paths, strict=True):
+            commit(partial, path)
+
+
+def write_text(path: Path, lines: str | Iterable[str]) -> None:
+    """Write a text file that is whole or absent; undecodable bytes of file names survive."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines([lines] if isinstance(lines, str) else lines)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is whole or absent."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
+    """Write several new texts, which get their names together, the last one first.
+
+    A kill in between leaves some of them in place; called again with the same contents, it adds the rest.
+
+    Args:
+        contents: lines of each file.
+
+    Raises:
+        FileExistsError: if a file exists with other contents.
+    """
+    paths = tuple(reversed(contents))
+    with replacing(*paths) as partials:
+        for path, partial in zip(paths, partials if len(paths) > 1 else (partials,), strict=True):
+            with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(contents[path])
+            if path.exists() and not filecmp.cmp(path, partial, shallow=False):
+                raise FileExistsError(f"'{path}' exists already with other contents; move it away.")
 
 
 def leftovers(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -34,11 +91,9 @@ def leftovers(folder: Path) -> Iterator[tuple[str, Path]]:
             yield match[1], partial
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is whole or absent."""
-    with unfinished(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        commit(partial, path)
+def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """One JSON object per line."""
+    return (json.dumps(record) + "\n" for record in records)
 
 
 def check_description(path: Path, identity: dict[str, Any]) -> bool:
@@ -52,7 +107,7 @@ def check_description(path: Path, identity: dict[str, Any]) -> bool:
         Whether there is a description.
 
     Raises:
-        FileExistsError: it is of another build, or damaged.
+        FileExistsError: if it is of another build, or damaged.
     """
     try:
         found = json.loads(path.read_text())["build"]
@@ -73,24 +128,39 @@ def check_description(path: Path, identity: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def locked(path: Path, first: int, stop: int) -> Iterator[None]:
-    """Keep other builders off the shards `first` to `stop` - 1; the lock goes with the process, however it ends.
+def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Iterator[None]:
+    """Hold a lock between processes, on a file or on a range of numbers that the file stands for.
+
+    The lock is not inherited by child processes and goes with this one, however that ends. Where the file system
+    has no locks, a warning says so and the block runs without one.
 
     Args:
-        path: a file of the folder, which the process must not open again before the end.
-        first, stop: range of shards.
+        path: made where it is missing; this process must not open it again before the end.
+        first, length: the range; an empty one locks nothing.
+        busy: the error where another process holds it, where there is more to say than that it does.
 
     Raises:
-        FileExistsError: another builder holds some of these shards.
+        FileExistsError: if another process holds the lock.
     """
-    with path.open("r+b") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            if stop > first:  # a length of 0 would lock everything
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, stop - first, first)
+            if length > 0:  # 0 would stand for everything after `first`
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
         except (BlockingIOError, PermissionError) as error:
             raise FileExistsError(
-                f"Another builder is writing some of these shards into '{path.parent}'; wait for it or stop it."
+                busy or f"Another process is writing into '{path.parent}'; wait for it or stop it."
             ) from error
-        except OSError:
-            logger.warning("'%s' cannot be locked; let no second builder write the same shards", path)
+        except OSError as error:
+            logger.warning("'%s' cannot be locked (%s); start no second process there.", path, error.strerror)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

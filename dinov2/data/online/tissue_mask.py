@@ -17,7 +17,7 @@ import numpy as np
 
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap, TissueRule
-from dinov2.utils.jobs import commit
+from dinov2.utils.files import commit
 
 CELL_RULE = TissueRule(min_fraction=0.5)
 _VERSION = 1  # of the files; raise it when masks come to mean something else

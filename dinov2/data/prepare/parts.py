@@ -12,7 +12,7 @@ import numpy as np
 from dinov2.data.prepare.draw import NO_TISSUE, SlideDraw, SlideJob, draw_from_slide
 from dinov2.data.prepare.preview import draw_preview
 from dinov2.data.slides.reader import SlideError
-from dinov2.utils.jobs import commit
+from dinov2.utils.files import commit
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov2.data.prepare.cut import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Patches, cut_patches
-from dinov2.utils.files import unfinished
-from dinov2.utils.jobs import commit
+from dinov2.utils.files import commit, unfinished
 
 ROWS_PER_GROUP = 64
 SCHEMA = pa.schema(

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from dinov2.data.prepare.cut import REASON, Cutting, Patches, cut_patches
 from dinov2.data.prepare.shard import ROWS_PER_GROUP, SCHEMA, ShardWriter
-from dinov2.utils.files import leftovers, unfinished, write_json
-from dinov2.utils.jobs import commit, run_jobs
+from dinov2.utils.files import commit, leftovers, unfinished, write_json
+from dinov2.utils.jobs import run_jobs
 
 _PLACE = "place"
 _ROWS = pa.schema([(_PLACE, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])

@@ -28,7 +28,7 @@ from dinov2.data.parquet.shard_footers import Unusable, read_footers
 from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import open_storage
-from dinov2.utils.jobs import json_lines, write_whole
+from dinov2.utils.files import json_lines, write_text
 
 logger = logging.getLogger("repack")
 
@@ -65,7 +65,7 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
                 logger.error("cannot read '%s': %s", storage.locate(job.file.name), reason)
         records = [{"file": name, "reason": reason} for name, reason in sorted(failures)]
         if records:
-            write_whole(destination / "failures.jsonl", json_lines(records))
+            write_text(destination / "failures.jsonl", json_lines(records))
         else:  # no other file then lies among the shards, which some readers of folders would trip over
             (destination / "failures.jsonl").unlink(missing_ok=True)
     bad = {failure.name for failure in failures}

@@ -14,7 +14,7 @@ from dinov2.data.parquet.footer import Footer, in_one_line
 from dinov2.data.parquet.shard_footers import PAGE_BUFFER, open_shard
 from dinov2.data.storage.base import Storage, StoredFile
 from dinov2.data.storage.retry import RemoteError
-from dinov2.utils.jobs import commit
+from dinov2.utils.files import commit
 
 SOURCE_KEY = b"repack_source"  # footer key-value: which file the shard was made from, and how
 _ROWS_PER_BATCH = 64  # rows held at a time; more would only take more memory

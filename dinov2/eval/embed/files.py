@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.utils.files import unfinished
-from dinov2.utils.jobs import commit
+from dinov2.utils.files import commit, unfinished
 
 ENDINGS = {"parquet": ".parquet", "hdf5": ".h5"}
 STORED = {"fp16": np.float16, "fp32": np.float32}

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.inspect.__main__ import report as inspection
-from dinov2.data.inspect.__main__ import verdict as inspection_verdict
+from dinov2.data.inspect import report as inspection
+from dinov2.data.inspect import verdict as inspection_verdict
 from dinov2.data.inspect.command import main
 from dinov2.data.inspect.mixing import distinct_if_uniform
 from dinov2.data.parquet.source import ParquetSource

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2.data.parquet.index import load_index
-from dinov2.data.repack.__main__ import __main__ as repack
+from dinov2.data.repack import __main__ as repack
+from dinov2.data.repack import shard as repacked_shard
 from dinov2.data.repack.__main__ import main
-from dinov2.data.repack.__main__ import shard as repacked_shard
 from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, StoredFile
 from tests.helpers.shards import encode, tile, write_dataset, write_nanopath, write_published

@@ -21,7 +21,7 @@ from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import read_sample_list
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.jobs import place_files
+from dinov2.utils.files import write_new
 from prepatching_scripts.create_sample_dataset_txt import main
 from tests.unit.slides.conftest import MakeSlide, damage_tile
 
@@ -334,10 +334,10 @@ def test_list_cannot_be_placed_over_a_file_of_the_user(train_slide: Path, tmp_pa
     (tmp_path / "work").mkdir()
     meta.write_text("mine")
     with pytest.raises(FileExistsError, match=r"meta.json' exists already with other contents"):
-        place_files(contents, tmp_path / "work")
+        write_new(contents, tmp_path / "work")
     assert meta.read_text() == "mine" and not (tmp_path / "list.txt").exists()
     meta.write_text("b\n")
-    place_files(contents, tmp_path / "work")
+    write_new(contents, tmp_path / "work")
     assert (tmp_path / "list.txt").read_text() == "a\n"
 
 

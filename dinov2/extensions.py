@@ -1,0 +1,27 @@
+"""Everything of which a run can have another one: one line here registers a new file.
+
+`docs/extending.md` shows an addition of each kind as a diff. Modules are imported when a run names the part.
+"""
+
+from dinov2.utils.registry import Registry
+
+LOSSES = Registry("loss", {})
+"""Terms of the objective: `dinov2.loss.term.LossTerm`."""
+
+AUGMENTATIONS = Registry("augmentation step", {})
+"""Steps of the augmentation, in the order of application: `dinov2.data.augment.step.AugmentationStep`."""
+
+SOURCES = Registry("kind of data", {})
+"""Where tiles come from, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
+
+BACKBONES = Registry(
+    "backbone",
+    {
+        name: f"dinov2.models.vision_transformer:{name}"
+        for name in ("vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
+    },
+)
+"""Networks that turn images into tokens: `dinov2.models.backbone.Backbone`."""
+
+PROBES = Registry("probe", {})
+"""Measures of a teacher's features: `dinov2.eval.probe.Probe`."""

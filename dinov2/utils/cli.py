@@ -1,0 +1,129 @@
+"""What all commands share: exit statuses, how errors end a command, and one name for each option."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+DONE = 0
+FAILURES = 1
+"""Done, but some items failed and are listed."""
+USER_ERROR = 2
+"""One sentence has said what the user can mend."""
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like `KeyboardInterrupt`, it unwinds the stack so that what is unfinished is removed."""
+
+
+def run_command(
+    body: Callable[[], int | None],
+    logger: logging.Logger,
+    *,
+    errors: tuple[type[BaseException], ...] = (),
+    resumable: bool = False,
+) -> int:
+    """Run a command's body and turn what ends it into a sentence and an exit status.
+
+    ====  =======================================================
+    0     done
+    1     done, and some items failed (the body returns it)
+    2     an error that the user can mend, in one sentence
+    130   interrupted (Ctrl-C)
+    143   terminated (SIGTERM)
+    ====  =======================================================
+
+    Args:
+        body: the command; returns an exit status, or None for 0.
+        logger: where the sentence goes; the traceback goes there at level DEBUG.
+        errors: exceptions, beside ValueError, OSError and ImportError, whose text is a sentence for
+            the user.
+        resumable: the same command goes on where it was stopped, which the last sentence says.
+    """
+    goes_on = "the same command goes on from here." if resumable else "nothing unfinished was kept."
+    previous = _on_sigterm()
+    try:
+        return body() or DONE
+    except (ValueError, OSError, ImportError, *errors) as error:
+        logger.error("%s", error)
+        logger.debug("Raised here:", exc_info=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        logger.error("Interrupted; %s", goes_on)
+        return INTERRUPTED
+    except Terminated:
+        logger.error("Terminated; %s", goes_on)
+        return TERMINATED
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _on_sigterm() -> signal.Handlers | Callable | None:
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        return signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread, which alone may set handlers
+        return None
+
+
+# One name for each option. The spellings after the first are older ones of single commands and stay valid.
+
+
+def add_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """``--checkpoint``: the teacher."""
+    parser.add_argument(
+        "--checkpoint", required=True, help="teacher: a file or URL that dinov2.hub.load_teacher opens"
+    )
+
+
+def add_pooling(parser: argparse._ActionsContainer) -> None:
+    """``--pooling``: what of the tokens is the embedding."""
+    parser.add_argument(
+        "--pooling", "--output-tokens", "--embedding", choices=("cls", "cls_mean"), default="cls",
+        help="class token, or followed by the mean patch token (%(default)s)",
+    )  # fmt: skip
+
+
+def add_dtype(parser: argparse._ActionsContainer) -> None:
+    """``--dtype``: of the network's matrix products."""
+    parser.add_argument(
+        "--dtype", "--autocast", choices=("fp32", "bf16", "fp16"),
+        help="of the matrix products (default: bf16 on a GPU, fp32 on the CPU)",
+    )  # fmt: skip
+
+
+def add_image_size(parser: argparse._ActionsContainer) -> None:
+    """``--image-size``: side of the network's input."""
+    parser.add_argument(
+        "--image-size", "--size", "--resize", type=int, metavar="PX",
+        help="side of the network's input (default: as trained, else 224)",
+    )  # fmt: skip
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """``--device``."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+
+
+def add_workers(
+    parser: argparse._ActionsContainer, default: int | None = None, what: str = "processes"
+) -> None:
+    """``--workers``: processes or threads beside the main one."""
+    count = default if default is not None else os.cpu_count() or 1
+    parser.add_argument("--workers", "--num-workers", type=int, default=count, help=f"{what} (%(default)s)")
+
+
+def add_mpp_file(parser: argparse._ActionsContainer) -> None:
+    """``--mpp-file``: table of resolutions."""
+    parser.add_argument(
+        "--mpp-file", type=Path, help="CSV 'slide,mpp': um per level-0 px of slides that do not say theirs"
+    )

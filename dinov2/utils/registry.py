@@ -1,0 +1,57 @@
+"""Tables of exchangeable parts: a name in a configuration, and where the code for it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+
+class Registry(Mapping[str, Any]):
+    """Parts of one kind by name; the module of a part is imported when the part is first asked for.
+
+    A configuration can therefore be checked against the names without importing torch, and what a run does not
+    use costs it nothing. A name of the form ``package.module:attribute`` needs no entry: code that lives outside
+    this package is used by naming it.
+
+    Args:
+        kind: what the parts are, in the singular, for messages: ``loss``.
+        targets: ``module:attribute`` by name.
+    """
+
+    def __init__(self, kind: str, targets: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._targets = dict(targets)
+
+    def __getitem__(self, name: str) -> Any:
+        """Import and return a part.
+
+        Raises:
+            KeyError: if nothing is registered under the name; the message lists what is.
+            ImportError: if the part needs a package that is not installed.
+        """
+        if self.problem(name):
+            raise KeyError(self.problem(name))
+        module, _, attribute = self._targets.get(name, name).partition(":")
+        return getattr(import_module(module), attribute)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.problem(name) is None
+
+    def problem(self, name: str) -> str | None:
+        """One sentence on why a name stands for nothing; None where it stands for a part. Imports nothing."""
+        module, colon, attribute = name.partition(":")
+        if name in self._targets or (
+            colon and attribute.isidentifier() and module.replace(".", "").isidentifier()
+        ):
+            return None
+        near = difflib.get_close_matches(name, self._targets, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self._targets)}."
+        return f"There is no {self.kind} {name!r}; {hint}"
