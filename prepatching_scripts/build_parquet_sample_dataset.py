@@ -191,7 +191,7 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
         _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / DESCRIPTION, build.description)
-    with locked(output / DESCRIPTION, _busy(output), mine.start, len(mine)):
+    with locked(output / DESCRIPTION, mine.start, len(mine)):
         names = {_name(number) for number in mine} | ({DESCRIPTION} if share.num_parts == 1 else set())
         for name, partial in leftovers(output):
             if name in names:

@@ -169,11 +169,7 @@ def _embed(args: argparse.Namespace, device: torch.device, logger: logging.Logge
     rank, world = get_global_rank(), get_global_size()
     destroy_process_group()  # processes have nothing to say to each other from here on, and may end hours apart
     embedder = Embedder(model.to(device), mean, std, None if dtype == "fp32" else DTYPES[dtype])
-    with locked(
-        args.output / DESCRIPTION,
-        f"Another process is writing into '{args.output}'; wait for it or stop it.",
-        rank,
-    ):
+    with locked(args.output / DESCRIPTION, rank):
         return embed_parts(
             source, missing[rank::world], output, embedder, fitting,
             batch_size=args.batch_size, workers=args.workers, skip_damaged=args.skip_damaged, show_progress=rank == 0,

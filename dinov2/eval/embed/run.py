@@ -71,12 +71,7 @@ class Output:
                     f"Output '{self.folder}' holds other files, '{other.name}' for one; give a new or empty folder."
                 )
             write_json(description, {"build": self.identity, "about": about})
-        with locked(
-            description,
-            f"Another process is writing into '{self.folder}'; wait for it or stop it.",
-            0,
-            _ALL_RANKS,
-        ):
+        with locked(description, 0, _ALL_RANKS):
             names = {self.path(part).name for part in parts} | {DESCRIPTION}
             for name, partial in leftovers(self.folder):
                 if name in names:

@@ -331,13 +331,12 @@ def test_list_cannot_be_placed_over_a_file_of_the_user(train_slide: Path, tmp_pa
     """The file appears while the slides are being drawn."""
     meta = tmp_path / "list.txt.meta.json"
     contents = {tmp_path / "list.txt": ["a\n"], meta: ["b\n"]}
-    (tmp_path / "work").mkdir()
     meta.write_text("mine")
     with pytest.raises(FileExistsError, match=r"meta.json' exists already with other contents"):
-        write_new(contents, tmp_path / "work")
+        write_new(contents)
     assert meta.read_text() == "mine" and not (tmp_path / "list.txt").exists()
     meta.write_text("b\n")
-    write_new(contents, tmp_path / "work")
+    write_new(contents)
     assert (tmp_path / "list.txt").read_text() == "a\n"
 
 
