@@ -5,15 +5,13 @@ import re
 from urllib.parse import unquote
 
 from dinov2.data.storage.base import LocalStorage, Storage
-from dinov2.data.storage.fsspec import ObjectStorage
-from dinov2.data.storage.hub import HubStorage
+from dinov2.data.storage.fsspec import COMMIT, HubStorage, ObjectStorage
 from dinov2.data.storage.retry import Retries
 
 _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
 _TRIES_FOR_A_PATH = 3
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage:
@@ -68,7 +66,7 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
 def _open_hub(dataset: str, named: re.Match[str], revision: str, retries: Retries) -> HubStorage:
     parts = named.groupdict()
     own = unquote(parts["revision"] or "")
-    if own and revision and own != revision and not _COMMIT.fullmatch(revision):
+    if own and revision and own != revision and not COMMIT.fullmatch(revision):
         raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
     return HubStorage(parts["repo"], revision or own, parts.get("path") or "", retries)
 

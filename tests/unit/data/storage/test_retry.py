@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from dinov2.data.storage.retry import Refusal, RemoteError, Retries, is_transient
-from dinov2.data.storage.shared_pause import SharedPause
+from dinov2.data.storage.retry import Refusal, RemoteError, Retries, SharedPause, is_transient
 
 URL = "https://hub.example/datasets/org/tiles/resolve/abc/a.parquet"
 

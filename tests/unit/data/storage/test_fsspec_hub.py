@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
-from dinov2.data.storage.hub import HubStorage
+from dinov2.data.storage.fsspec import HubStorage
 from dinov2.data.storage.retry import RemoteError, Retries
 from tests.helpers.hub_server import RATE_LIMITED, RETRY_AFTER, Fault, HubServer, seeded_faults
 
