@@ -69,6 +69,11 @@ class Source(Protocol):
         """Name the slide of every row of a unit, without reading images where that can be."""
 
 
+def image_format(data: bytes) -> str:
+    """Tell PNG from JPEG by the first bytes; empty if they are neither."""
+    return next((name for name, (start, _) in _MARKS.items() if data.startswith(start)), "")
+
+
 def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
@@ -77,19 +82,19 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     silently, so the end mark is checked first.
 
     Args:
-        data: A whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
-        raw_size: Side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
+        data: a whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
+        raw_size: side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
 
     Raises:
-        DecodeError: If `data` is neither, or is cut short.
+        DecodeError: if `data` is neither, or is cut short.
     """
     if raw_size:
         if len(data) != raw_size * raw_size * 3:
             expected = f"{raw_size}x{raw_size}x3 = {raw_size * raw_size * 3}"
             raise DecodeError(f"{len(data)} raw bytes where a uint8 RGB tile takes {expected}")
         return np.frombuffer(data, np.uint8).reshape(raw_size, raw_size, 3).copy()
-    name = next((name for name, (start, _) in _MARKS.items() if data.startswith(start)), None)
-    if name is None:
+    name = image_format(data)
+    if not name:
         raise DecodeError(f"{len(data)} bytes beginning {data[:8]!r} are neither PNG nor JPEG")
     if _MARKS[name][1] not in data[-_TAIL:]:
         raise DecodeError(f"a {name} file of {len(data)} bytes is cut short")

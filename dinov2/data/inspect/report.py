@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from dinov2.data.parquet.footer import (
     slide_of,
 )
 from dinov2.data.parquet.source import repack_advice
-from dinov2.data.source import DecodeError, decode_image
+from dinov2.data.source import DecodeError, decode_image, image_format
 from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import open_storage
 from dinov2.data.storage.retry import RemoteError
@@ -36,31 +36,18 @@ _READ_GROUPS, _READ_REMOTE_GROUPS = 20_000, 500  # most row groups whose slide c
 _NAMED = 3  # files named in a sentence
 _WELL_MIXED = 0.9  # of the distinct slides of uniform sampling
 
+Finding = tuple[str, str]  # a word for programs, and a sentence
+
 
 @dataclass(frozen=True)
 class Training:
-    """The run to judge the dataset for.
+    """The run to judge the dataset for."""
 
-    Attributes:
-        batch: global batch B.
-        ranks: processes.
-        lanes: V; 0 takes what training takes, 8 B or less where memory or rows do not allow it.
-        block_rows: R.
-        memory_gib: most that the reader of one process may hold.
-    """
-
-    batch: int = 384
+    batch: int = 384  # global batch B
     ranks: int = 8
-    lanes: int = 0
-    block_rows: int = 64
-    memory_gib: float = 16.0
-
-
-class Finding(NamedTuple):
-    """One line of the verdict; `code` is for programs."""
-
-    code: str
-    text: str
+    lanes: int = 0  # V; 0 takes what training takes, 8 B or less where memory or rows do not allow it
+    block_rows: int = 64  # R
+    memory_gib: float = 16.0  # most that the reader of one process may hold
 
 
 def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
@@ -97,8 +84,10 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
         report["slides"] = slides.summary()
         units = SimpleNamespace(unit_rows=rows, unit_bytes=sizes, is_remote=is_remote)
         report["stream"] = _stream(units, slides, training)
-    reasons = [finding._asdict() for finding in _reasons(report)]
-    advice = [finding._asdict() for finding in _advice(report, training.batch)] if report["rows"] else []
+    reasons, advice = (
+        [{"code": code, "text": text} for code, text in findings]
+        for findings in (_reasons(report), _advice(report, training.batch))
+    )
     return report | {"verdict": {"usable": not reasons, "reasons": reasons, "advice": advice}}
 
 
@@ -136,7 +125,8 @@ def _images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
             corrupt.append({"file": shard.file.name, "row_group": group, "reason": in_one_line(error)})
             continue
         for row, data in enumerate(images):
-            kinds[_kind(data, shard.raw_size)] += 1
+            kind = "raw" if shard.raw_size else image_format(data)
+            kinds[kind.lower() if kind else "neither PNG nor JPEG"] += 1
             try:
                 height, width, _ = decode_image(data, shard.raw_size).shape
                 sizes[f"{width}x{height}"] += 1
@@ -144,13 +134,6 @@ def _images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
                 location = {"file": shard.file.name, "row_group": group, "row": row}
                 corrupt.append(location | {"reason": str(error)})
     return {"sampled": kinds.total(), "kinds": dict(kinds), "sizes": dict(sizes), "corrupt": corrupt}
-
-
-def _kind(data: bytes, raw_size: int) -> str:
-    if raw_size:
-        return "raw"
-    marks = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
-    return next((kind for kind, mark in marks.items() if data.startswith(mark)), "neither PNG nor JPEG")
 
 
 class _Slides:
@@ -278,75 +261,63 @@ def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
     """Why training cannot use the dataset."""
     wrong, unreadable = report["wrong_schema"], report["unreadable"]
     if wrong:
-        yield Finding(
-            "wrong_schema", f"{len(wrong)} files have a wrong schema: {_named(wrong)}; take them away"
-        )
+        yield ("wrong_schema", f"{len(wrong)} files have a wrong schema: {_named(wrong)}; take them away")
     if len(unreadable) == report["files"]:
-        yield Finding("no_readable_file", f"no file has a readable footer: {_named(unreadable)}")
+        yield ("no_readable_file", f"no file has a readable footer: {_named(unreadable)}")
     elif not report["rows"]:
-        yield Finding("no_rows", f"there are 0 rows in {report['files']} files")
+        yield ("no_rows", f"there are 0 rows in {report['files']} files")
     if not report["rows"]:
         return
     images, refused = report["images"], report["stream"]["refused"]
     if images["corrupt"] and not images["sizes"]:
-        yield Finding(
-            "undecodable", f"none of the sampled images can be decoded: {_named(images['corrupt'])}"
-        )
+        yield ("undecodable", f"none of the sampled images can be decoded: {_named(images['corrupt'])}")
     if refused:
-        yield Finding("refused", refused)
+        yield ("refused", refused)
 
 
 def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
     """What else is good to know."""
+    if not report["rows"]:
+        return
     groups, stored, images, stream = (report[key] for key in ("row_groups", "stored", "images", "stream"))
     if report["unreadable"]:
         text = f"{len(report['unreadable'])} files cannot be read and would be left out"
-        yield Finding("corrupt_files", f"{text}: {_named(report['unreadable'])}")
+        yield ("corrupt_files", f"{text}: {_named(report['unreadable'])}")
     if images["corrupt"] and images["sizes"]:
-        text = (
-            f"{len(images['corrupt'])} sampled images or row groups are corrupt: {_named(images['corrupt'])}"
-        )
-        yield Finding("corrupt_images", f"{text}; training stops above train.max_damaged_share")
+        text = f"{len(images['corrupt'])} sampled images or row groups are corrupt"
+        text = f"{text}: {_named(images['corrupt'])}; training stops above train.max_damaged_share"
+        yield ("corrupt_images", text)
     if groups["repack"]:
-        yield Finding("repack", groups["repack"])
-    elif stored["with_dictionary"]:
-        yield Finding(
-            "dictionary",
-            f"{stored['with_dictionary']} of {groups['count']} row groups keep images in dictionary pages, which are "
-            "read whole for any row; python -m dinov2.data.repack SRC DST makes them plain",
-        )
+        yield ("repack", groups["repack"])
     if set(stored["compression"]) - {"UNCOMPRESSED"} and "raw" not in images["kinds"]:
-        yield Finding(
+        yield (
             "compression",
             f"the image column is compressed ({', '.join(stored['compression'])}), which costs time and makes PNG and "
             "JPEG no smaller",
         )
     yield from _mixing(stream, report["rows"], groups["count"], batch)
     if "png" in images["kinds"]:
-        yield Finding(
+        yield (
             "png",
             "PNG tiles take 4 to 6 times the CPU of JPEG ones to decode and about 3 times the bytes; if the CPUs "
             "cannot keep up, build the shards anew with --encoding jpeg (which is lossy)",
         )
     if len(images["kinds"]) > 1 or len(images["sizes"]) > 1:
         found = ", ".join([*images["kinds"], *images["sizes"]])
-        yield Finding(
-            "mixed_images", f"images differ in kind or size ({found}); training takes them as they come"
-        )
+        yield ("mixed_images", f"images differ in kind or size ({found}); training takes them as they come")
 
 
 def _mixing(stream: dict[str, Any], rows: int, groups: int, batch: int) -> Iterator[Finding]:
     if rows < 8 * batch:
-        yield Finding(
-            "few_rows", f"{rows} rows are fewer than 8 global batches of {batch}: fewer lanes, long repeats"
-        )
+        few = f"{rows} rows are fewer than 8 global batches of {batch}"
+        yield ("few_rows", f"{few}: fewer lanes, long repeats")
     elif 2 * stream["lanes"] < min(16 * batch, groups):
-        yield Finding("lanes", f"{stream['lanes']} lanes are read side by side where {8 * batch} mix better")
+        yield ("lanes", f"{stream['lanes']} lanes are read side by side where {8 * batch} mix better")
     first = stream["distinct"][0]
     if first["stream"] < _WELL_MIXED * first["uniform"]:
         # Lanes that begin in the same row group are neighbours in a batch.
         remedy = "fewer lanes" if stream["lanes"] > groups else "smaller row groups or more lanes"
-        yield Finding(
+        yield (
             "mixing",
             f"a batch holds {first['stream']:.3g} distinct slides where uniform sampling has {first['uniform']:.3g}; "
             f"{remedy} would mix better",
@@ -355,7 +326,7 @@ def _mixing(stream: dict[str, Any], rows: int, groups: int, batch: int) -> Itera
 
 def _named(records: list[dict[str, Any]]) -> str:
     """The first few of some files with what is wrong with them."""
-    shown = "; ".join(
+    shown = [
         f"{record.get('name') or record.get('file')} ({record['reason']})" for record in records[:_NAMED]
-    )
-    return shown + (f"; and {len(records) - _NAMED} more" if len(records) > _NAMED else "")
+    ]
+    return "; ".join([*shown, f"and {len(records) - _NAMED} more"] if len(records) > _NAMED else shown)

@@ -59,27 +59,18 @@ class Chunks(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What the footer of a shard tells.
-
-    Attributes:
-        file: its name and size.
-        columns: type of each column.
-        image: name of the image column.
-        slide: name of the column that tells the slide; None if there is none or it is all null.
-        raw_size: side in pixels of raw tiles, 0 for PNG and JPEG.
-        rows: rows of each row group, int64 (G,).
-        images: the image column.
-        slides: the only slide of each row group; None where it holds several, or the footer does not tell.
-    """
+    """What the footer of a shard tells."""
 
     file: StoredFile
-    columns: dict[str, str]
-    image: str
-    slide: str | None
-    raw_size: int
-    rows: np.ndarray
+    columns: dict[str, str]  # type of each
+    image: str  # name of the image column
+    slide: str | None  # name of the column that tells the slide; None if there is none or it is all null
+    raw_size: int  # side in pixels of raw tiles, 0 for PNG and JPEG
+    rows: np.ndarray  # of each row group, int64 (G,)
     images: Chunks
-    slides: list[str | None]
+    slides: list[
+        str | None
+    ]  # the only one of each row group; None where there are several or the footer is silent
 
 
 def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
@@ -113,15 +104,10 @@ def read_footer(storage: Storage, file: StoredFile) -> Footer:
 def read_footers(
     storage: Storage, files: Sequence[StoredFile], summarise: Callable[[StoredFile, Footer], Result]
 ) -> list[Result | Unusable]:
-    """Read all footers by threads, under a progress bar; what is wrong with a file is named, not raised.
+    """Read all footers by threads, under a progress bar, and keep a summary of each; not all fit into memory.
 
-    Args:
-        storage: where the files are.
-        files: as listed by it.
-        summarise: what to keep, so that not all footers stay in memory; ValueError means a wrong schema.
-
-    Raises:
-        RemoteError: if a server does not answer.
+    A file that is corrupt, or of which `summarise` raises ValueError, is named in place of its summary. RemoteError
+    is raised: a server that does not answer says nothing about its files.
     """
     from tqdm import tqdm
 

@@ -90,7 +90,7 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
     """Names of the files that an earlier run of the same command finished.
 
     Raises:
-        FileExistsError: A Parquet file in the destination is none of these.
+        FileExistsError: if a Parquet file in the destination is none of these.
     """
     here = LocalStorage(str(destination))
     try:

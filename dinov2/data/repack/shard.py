@@ -132,18 +132,14 @@ def _groups(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
 
 def _column_options(metadata: pq.FileMetaData, image: str, compression: str) -> dict[str, object]:
     """Writer options: the image column plain, the others encoded and compressed as they are in the source."""
-    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-    plain = [path for path in paths if path != image]
-    if not metadata.num_row_groups:
-        return {"use_dictionary": plain, "write_statistics": plain, "compression": compression}
-    group = metadata.row_group(0)
-    chunks = [group.column(leaf) for leaf in range(metadata.num_columns)]
+    leaves = range(metadata.num_columns)
+    others = [path for path in (metadata.schema.column(leaf).path for leaf in leaves) if path != image]
+    chunks = [metadata.row_group(0).column(leaf) for leaf in leaves] if metadata.num_row_groups else []
     codecs = {chunk.path_in_schema: chunk.compression.replace("UNCOMPRESSED", "NONE") for chunk in chunks}
+    encoded = {chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page}
     return {
-        "use_dictionary": [
-            c.path_in_schema for c in chunks if c.has_dictionary_page and c.path_in_schema != image
-        ],
-        "write_statistics": plain,
+        "use_dictionary": [path for path in others if path in encoded],
+        "write_statistics": others,
         "compression": codecs | {image: compression},
     }
 

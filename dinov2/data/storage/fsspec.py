@@ -8,10 +8,9 @@ pauses that can neither be interrupted nor shared between processes.
 import os
 import re
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache, partial
 from glob import has_magic
 from typing import Any
@@ -26,19 +25,17 @@ VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "upd
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONNECTIONS = 64  # of one process to one store; botocore's own 10 would make reader threads wait
 _LISTING_THREADS = 16
-_FLAT = (
-    "s3:",
-    "s3a:",
-    "gs:",
-    "gcs:",
-    "abfs:",
-    "az:",
-)  # stores that list a folder with its subfolders at once
+# Stores that list a folder with its subfolders at once.
+_FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")
 _CARD = "README.md"
 
 
-class RemoteStorage(ABC):
-    """What storages over a network share: the choice of files, and requests that are repeated."""
+class RemoteStorage:
+    """Reading of files over a network, one request for each range.
+
+    Subclasses list and locate files (see `Storage`), send requests (`_get_range`) and explain errors
+    (`_in_plain_words`).
+    """
 
     place: str
     _retries: Retries
@@ -50,33 +47,6 @@ class RemoteStorage(ABC):
         url = self.locate(name)
         with self._in_plain_words(url):
             return self._retries.call(url, partial(self._get_range, name, start, length))
-
-    @abstractmethod
-    def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
-
-    @abstractmethod
-    def locate(self, name: str) -> str:
-        """Give the URL of a file, without credentials."""
-
-    @abstractmethod
-    def _get_range(self, name: str, start: int, length: int) -> bytes:
-        """Send one request."""
-
-    @abstractmethod
-    def _in_plain_words(self, wanted: str) -> AbstractContextManager[None]:
-        """Turn errors of the packages below into sentences."""
-
-    def _select(self, paths: Iterator[str], pattern: str) -> list[str]:
-        """Parquet files that are a pattern itself, lie in that folder or match that glob; hidden ones do not count."""
-        from fsspec.utils import glob_translate
-
-        if has_magic(pattern):
-            chosen = re.compile(glob_translate(pattern)).match
-        else:
-            inside = pattern.rstrip("/") + "/" if pattern else ""
-            chosen = lambda path: f"{path}/".startswith(inside)  # noqa: E731
-        return sorted(path for path in paths if path.endswith(".parquet") and chosen(path))
 
 
 class ObjectStorage(RemoteStorage):
@@ -107,11 +77,7 @@ class ObjectStorage(RemoteStorage):
             fs.invalidate_cache()
             found = self._retries.call(self.place, partial(self._find, fs, folder, pattern))
         inside = len(folder.rstrip("/")) + 1
-        names = {
-            path[inside:]: found[path]
-            for path in self._select(found, pattern)
-            if not is_hidden(path[inside:])
-        }
+        names = {path[inside:]: found[path] for path in _select(found, pattern, inside)}
         if not names:
             raise no_files(self.place)
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
@@ -206,7 +172,7 @@ class HubStorage(RemoteStorage):
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         tree = {file.path: file for file in self._tree()}
-        shards = [name for name in self._select(tree, self._path) if not is_hidden(name)]
+        shards = _select(tree, self._path)
         if not self._path:
             size = tree[_CARD].size if _CARD in tree else 0
             card = self.read_range(_CARD, 0, size).decode(errors="replace")
@@ -302,6 +268,19 @@ class HubStorage(RemoteStorage):
 
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
+    """Choose the Parquet files that a glob matches, or that are a file or lie in a folder; sorted.
+
+    Those that are hidden from character `inside` on are left out.
+    """
+    from fsspec.utils import glob_translate
+
+    folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
+    chosen = re.compile(glob_translate(pattern) if has_magic(pattern) else folder if pattern else ".*")
+    shards = (path for path in paths if path.endswith(".parquet") and not is_hidden(path[inside:]))
+    return sorted(filter(chosen.fullmatch, shards))
 
 
 def _checked(data: bytes, url: str, start: int, length: int, given: bool) -> bytes:

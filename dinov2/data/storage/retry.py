@@ -22,27 +22,26 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _thread = threading.local()
 # Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
-_PASSING = {"ConnectionError", "TimeoutError", "gaierror", "SSLError"}  # Python, requests, botocore
-_PASSING |= {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}  # httpx
-_PASSING |= {"ClientConnectionError", "ClientPayloadError"}  # aiohttp
-_PASSING |= {
-    "HTTPClientError",
-    "IncompleteReadError",
-    "ResponseStreamingError",
-    "ResponseParserError",
-}  # botocore
-_PASSING |= {
-    "IncompleteRead",
-    "JSONDecodeError",
-    "ServiceRequestError",
-    "ServiceResponseError",
-}  # Python, azure
+_PASSING = {
+    *(
+        "ConnectionError",
+        "TimeoutError",
+        "gaierror",
+        "SSLError",
+        "IncompleteRead",
+        "JSONDecodeError",
+    ),  # Python
+    *("TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"),  # httpx
+    *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+    *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),  # botocore
+    *("ServiceRequestError", "ServiceResponseError"),  # azure
+}
 _LASTING = {"SSLCertVerificationError", "OfflineModeIsEnabled"}
 _NO_ROUTE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 
 
 class RemoteError(OSError):
-    """A server that cannot be read; its `errno` tells it from a damaged file."""
+    """A server that cannot be read; its `errno` tells it from a corrupt file."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -62,7 +61,7 @@ class GivenUp(Exception):
 
 
 def give_up_when(nobody_waits: threading.Event) -> None:
-    """Let this thread's pauses between tries end with `GivenUp` as soon as the event is set."""
+    """Let this thread's pauses before retries end with `GivenUp` as soon as the event is set."""
     _thread.nobody_waits = nobody_waits
 
 
@@ -75,14 +74,11 @@ def _pause(seconds: float) -> None:
 
 
 class SharedPause:
-    """The time to go on, as the modification time of an empty file; nothing is locked and nothing to clean up.
+    """A pause before a server is asked again, kept by all processes of one user on one machine.
 
-    Where the file cannot be written, the process that was told to wait still waits, only the others do not.
-
-    Args:
-        server: Whose pause it is; a host, say.
-        longest_s: Bound of a pause in seconds.
-        folder: Where the file lies; the machine's temporary folder if empty.
+    It is the modification time of an empty file, in a folder or the machine's temporary one; nothing is locked and
+    nothing to clean up. Where the file cannot be written, the process that was told to wait still waits, only the
+    others do not.
     """
 
     def __init__(self, server: str, longest_s: float, folder: str = "") -> None:
@@ -117,26 +113,15 @@ class SharedPause:
 
 @dataclass(frozen=True)
 class Retries:
-    """How long a request is repeated. Waits double from try to try, with jitter, up to a bound.
+    """How a request is repeated. Waits double from retry to retry, with jitter, up to a bound."""
 
-    Attributes:
-        attempts: Tries in all.
-        first_wait_s: Longest wait after the first try, in seconds.
-        longest_wait_s: Bound of the doubled waits.
-        longest_pause_s: Bound of the time that a server may ask to be left alone.
-        connect_s: Time a connection may take.
-        read_s: Time in which some bytes must come.
-        pause_folder: See `SharedPause`.
-        sleep: Waits a number of seconds.
-    """
-
-    attempts: int = 8
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 300.0
-    longest_pause_s: float = 600.0
-    connect_s: float = 10.0
-    read_s: float = 60.0
-    pause_folder: str = ""
+    attempts: int = 8  # requests in all, the first one and its retries
+    first_wait_s: float = 1.0  # longest wait before the first retry
+    longest_wait_s: float = 300.0  # bound of the doubled waits
+    longest_pause_s: float = 600.0  # bound of the time that a server may ask to be left alone
+    connect_s: float = 10.0  # that a connection may take
+    read_s: float = 60.0  # in which some bytes must come
+    pause_folder: str = ""  # see `SharedPause`
     sleep: Callable[[float], None] = _pause
 
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
@@ -145,12 +130,11 @@ class Retries:
         A 429 holds up all processes of this machine's user that ask the same server.
 
         Args:
-            url: What is asked for, in messages, so without credentials.
-            request: One try.
+            url: what is asked for, in messages, so without credentials.
+            request: sends it once.
 
         Raises:
-            RemoteError: If all tries failed.
-            Exception: What `request` raised, if trying again cannot help.
+            RemoteError: if all retries failed. What cannot pass is raised as it comes.
         """
         from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
@@ -170,10 +154,11 @@ class Retries:
             # While a pause is in force every thread runs into it; one line tells of it.
             news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
             if tried < self.attempts:
-                values = (url, reason(error), tried + 1, self.attempts, seconds)
-                logger.log(
-                    logging.WARNING if news else logging.DEBUG, "%s: %s; try %d of %d in %.1f s", *values
+                level, values = (
+                    logging.WARNING if news else logging.DEBUG,
+                    (tried, self.attempts - 1, seconds),
                 )
+                logger.log(level, "%s: %s; retry %d of %d in %.1f s", url, reason(error), *values)
             return seconds
 
         again, stop = retry_if_exception(is_transient), stop_after_attempt(self.attempts)
@@ -184,9 +169,8 @@ class Retries:
                 raise
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
-            tries = f"{self.attempts} tries" if self.attempts > 1 else "1 try"
             raise RemoteError(
-                f"'{url}' could not be read in {tries}, the last gave {reason(error)}; {advice}, "
+                f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)}); {advice}, "
                 "raise train.stream_attempts or train from a local copy"
             ) from error
 

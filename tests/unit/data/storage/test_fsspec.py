@@ -149,7 +149,7 @@ def test_s3_errors(bucket: str, quick: Retries, monkeypatch: pytest.MonkeyPatch)
     storage = ObjectStorage("s3://slides/tiles", quick)
     with pytest.raises(FileNotFoundError, match=r"'s3://slides/tiles/gone.parquet' does not exist"):
         storage.read_range("gone.parquet", 0, 1)
-    with pytest.raises(RemoteError, match=r"could not be read in 8 tries, .*1 of 9 bytes"):
+    with pytest.raises(RemoteError, match="1 of 9 bytes"):
         storage.read_range("data/a.parquet", 70_000, 9)
     with pytest.raises(RemoteError, match="HTTP 416"):
         storage.read_range("data/a.parquet", 80_000, 9)
