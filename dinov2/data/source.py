@@ -1,4 +1,4 @@
-"""What a source of data is, what it hands out, and how stored bytes become pixels."""
+"""Sources of tiles: their protocol, the rows they hand out, and the decoding of stored bytes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class EncodedSample:
     """One row as stored, on its way from the rank's reader to a decode worker.
 
     Attributes:
-        index: Global sample index g; it alone fixes the row and the augmentation.
-        unit: Unit (row group) number in the source.
-        row: Row within the unit.
-        slide: Slide the tile was cut from.
-        data: The stored bytes.
+        index: global sample index g; it alone fixes the row and the augmentation.
+        unit: number of the unit in the source.
+        row: within the unit.
+        slide: slide the tile was cut from.
+        data: the stored bytes.
     """
 
     index: int
@@ -40,14 +40,23 @@ class EncodedSample:
 
 
 class Source(Protocol):
-    """A dataset cut into units, each fetched in one go; methods may be called from any thread or process.
+    """A dataset whose rows can be read in any order: the one interface between data and the sample order.
+
+    The rows lie in numbered units, each of which is fetched in one go: the row groups of Parquet shards, some tiles
+    of a slide, a shard of a tar file. The order is computed from `unit_rows` alone, so it is the same for everything
+    that has equal ones; a unit of some 64 rows mixes well and costs few requests.
+
+    The reader's threads call `read`, decode workers call `decode`, and both may live in other processes than the one
+    that made the source. It must therefore be fit for pickling and forking, so hold no open file, connection or
+    lock, and answer from several threads at a time.
 
     Attributes:
-        unit_rows: Rows of each unit, int64 (U,); zeros are allowed, but not only zeros.
-        unit_bytes: Bytes that the samples of each unit take in memory, int64 (U,); an upper estimate.
-        fingerprint: Identifies names, sizes and layout: equal fingerprints mean equal samples in equal order.
-        num_rows: Sum of `unit_rows`.
-        is_remote: Whether a read waits for a network.
+        unit_rows: rows of each unit, int64 (U,); zeros are allowed, but not only zeros.
+        unit_bytes: bytes that the samples of each unit take in memory, int64 (U,); an upper estimate.
+        fingerprint: digest of names, sizes and layout: equal fingerprints mean equal samples in equal order, which
+            is what a resumed run relies on. Where the dataset lies should not be part of it.
+        num_rows: sum of `unit_rows`.
+        is_remote: whether a read waits for a network, so that many reads at a time pay.
     """
 
     unit_rows: np.ndarray
@@ -57,7 +66,11 @@ class Source(Protocol):
     is_remote: bool
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for."""
+        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
+
+        What is corrupt comes as bytes that `decode` refuses, since another row then stands in for it. An OSError
+        ends the run.
+        """
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn a sample's bytes into uint8 (H, W, 3) RGB; raises DecodeError where they are no image."""
