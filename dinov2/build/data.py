@@ -45,7 +45,7 @@ class OpenData:
         weights: share of the samples of each, up to a common factor.
         sources: their rows to train on.
         held_out: of each, the rows of validation patients; None where there are none.
-        report: lines on what was left out.
+        report: lines on what was left out, and on what makes reading slow.
     """
 
     names: tuple[str, ...]
@@ -120,6 +120,11 @@ def _open(config: Config, index_cache: Path | None, saved: dict[str, Any] | None
         weights=tuple(dataset.weight for dataset in datasets),
         sources=tuple(opened),
         held_out=(None,) * len(opened),
+        report=tuple(
+            f"dataset '{name}': {advice}"
+            for name, source in zip(names, opened, strict=True)
+            if isinstance(source, ParquetSource) and (advice := source.repack_advice())
+        ),
     )
     return _leave_out(data, train.exclusion_file, train.validation_share)
 
@@ -276,7 +281,7 @@ def _leave_out(data: OpenData, exclusion_file: str, validation_share: float) -> 
         data,
         sources=tuple(split.training for split in splits),
         held_out=tuple(split.validation for split in splits),
-        report=tuple(describe_splits(splits, data.names, excluded)),
+        report=(*data.report, *describe_splits(splits, data.names, excluded)),
     )
 
 
