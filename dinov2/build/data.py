@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2.configs import Config
-from dinov2.configs.schema import DatasetConfig, TrainConfig
+from dinov2.configs import Config, saved_config
+from dinov2.configs.schema import DatasetConfig, DataConfig
 from dinov2.data.stream.mixture import describe_shares, make_order, make_source
 from dinov2.data.online.random import OnlinePatchSource
 from dinov2.data.online.prepare import PatchOptions, mpps_of
@@ -32,7 +32,7 @@ from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.train.plan.plan import RunPlan
 
 _SHARED_MEMORY = "/dev/shm"
-_NAMING = ("streaming_dataset_path", "streaming_dataset_revision", "datasets")  # keys of `train`
+_NAMING = ("path", "revision", "datasets")  # keys of `data`
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def open_data(
     try:
         return (
             _open_online(config, index_cache)
-            if config.train.online_patching
+            if _kind(config) == "slides"
             else _open(config, index_cache, saved)
         )
     except SlideError as error:
@@ -96,21 +96,21 @@ def _open(config: Config, index_cache: Path | None, saved: dict[str, Any] | None
     commits = _commits(config, saved)
     opened: list[Source] = []
     for number, (dataset, commit) in enumerate(zip(datasets, commits, strict=True)):
-        if train.streaming_from_hf:
+        if _kind(config) == "parquet":
             cache = index_cache and index_cache.with_name(
                 f"{index_cache.name}{f'.{number}' if number else ''}"
             )
             opened.append(
-                ParquetSource(dataset.path, cache, commit or dataset.revision, train.stream_attempts)
+                ParquetSource(dataset.path, cache, commit or dataset.revision, config.data.retries)
             )
         else:
             opened.append(
                 SlideListSource(
                     dataset.path,
-                    train.slide_root or None,
-                    train.tile_size,
-                    columns=train.sample_list_columns or None,
-                    mpp_file=train.slide_mpp_file or None,
+                    config.data.slide_root or None,
+                    config.data.tile_size,
+                    columns=config.data.sample_list_columns or None,
+                    mpp_file=config.data.mpp_file or None,
                 )
             )
     names = tuple(dataset.path for dataset in datasets)
@@ -121,26 +121,26 @@ def _open(config: Config, index_cache: Path | None, saved: dict[str, Any] | None
         sources=tuple(opened),
         held_out=(None,) * len(opened),
     )
-    return _leave_out(data, train.exclusion_file, train.validation_share)
+    return _leave_out(data, config.data.exclusion_file, config.data.validation_fraction)
 
 
 def order_parameters(config: Config, plan: RunPlan, data: OpenData, lanes: int = 0) -> dict[str, int]:
     """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one.
 
     Raises:
-        ValueError: there are more lanes than rows, or what they hold exceeds ``train.stream_memory_gib``.
+        ValueError: there are more lanes than rows, or what they hold exceeds ``config.data.memory_gib``.
     """
     train = config.train
-    if train.online_patching and not config.online.max_patches:
-        return {"seed": train.seed, "block_rows": train.stream_block_rows, "lanes": 1}
-    fixed = {"seed": train.seed, "block_rows": train.stream_block_rows}
+    if _kind(config) == "slides" and not config.online.max_patches:
+        return {"seed": train.seed, "block_rows": config.data.block_rows, "lanes": 1}
+    fixed = {"seed": train.seed, "block_rows": config.data.block_rows}
     lanes = fit_lanes(
         lambda number: data.order(lanes=number, **fixed),
         data.source,
-        lanes=lanes or train.stream_lanes,
+        lanes=lanes or config.data.lanes,
         global_batch=plan.global_batch,
         world_size=plan.world_size,
-        limit_gib=train.stream_memory_gib,
+        limit_gib=config.data.memory_gib,
         most=4 if _is_anonymous(data.places) else 8,
     )
     return {**fixed, "lanes": lanes}
@@ -184,13 +184,16 @@ def _describe_rows(
 
 def prefetch_for(config: Config, source: Source) -> Prefetch:
     """How far the reader works ahead on this source."""
-    return Prefetch.suited_to(source, config.train.stream_memory_gib * GIB)
+    return Prefetch.suited_to(source, config.data.memory_gib * GIB)
 
 
 def _named(config: Config) -> tuple[DatasetConfig, ...]:
-    train = config.train
-    path = train.streaming_dataset_path if train.streaming_from_hf else train.sample_list_path
-    return train.datasets or (DatasetConfig(path, 1.0, train.streaming_dataset_revision),)
+    data = config.data
+    return data.datasets or (DatasetConfig(path=data.path, revision=data.revision),)
+
+
+def _kind(config: Config) -> str:
+    return "parquet" if config.data.kind == "auto" else config.data.kind
 
 
 def _is_anonymous(places: tuple[str, ...]) -> bool:
@@ -211,32 +214,32 @@ def _open_online(config: Config, index_cache: Path | None) -> OpenData:
         cache = index_cache.with_name("slide_cache") if index_cache else Path(tempfile.mkdtemp("path-fm"))
     mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
     options = PatchOptions(
-        mpps, online.mpp_weights or (1.0,) * len(mpps), train.tile_size, online.min_foreground
+        mpps, online.mpp_weights or (1.0,) * len(mpps), config.data.tile_size, online.min_foreground
     )
-    table = read_mpp_table(train.slide_mpp_file) if train.slide_mpp_file else None
-    rows = read_slide_table(online.slides, online.weight_column, mpp_table=table)
-    kept, report = _without_excluded(rows, train)
+    table = read_mpp_table(config.data.mpp_file) if config.data.mpp_file else None
+    rows = read_slide_table(config.data.path, online.weight_column, mpp_table=table)
+    kept, report = _without_excluded(rows, config.data)
     source = OnlinePatchSource(
         kept,
         cache,
         options=options,
         seed=train.seed,
-        slide_share=online.slide_share,
+        slide_share=online.slide_fraction,
         max_patches=online.max_patches,
         workers=os.cpu_count() or 1,
     )
-    return OpenData((online.slides,), (online.slides,), (1.0,), (source,), (None,), report)
+    return OpenData((config.data.path,), (config.data.path,), (1.0,), (source,), (None,), report)
 
 
-def _without_excluded(rows: list[SlideRow], train: TrainConfig) -> tuple[list[SlideRow], tuple[str, ...]]:
+def _without_excluded(rows: list[SlideRow], data: DataConfig) -> tuple[list[SlideRow], tuple[str, ...]]:
     """Slides left to train on, and a line on the others."""
     excluded = (
-        {comparable(name) for name in read_exclusions(train.exclusion_file)}
-        if train.exclusion_file
+        {comparable(name) for name in read_exclusions(data.exclusion_file)}
+        if data.exclusion_file
         else set()
     )
     kept = [row for row in rows if excluded.isdisjoint(names_of(row.path))]
-    training = [row for row in kept if not in_validation(patient_of(row.path), train.validation_share)]
+    training = [row for row in kept if not in_validation(patient_of(row.path), data.validation_fraction)]
     if not training:
         raise ValueError(
             f"Of {len(rows)} slides {len(rows) - len(kept)} are excluded and {len(kept)} kept for validation; at "
@@ -255,8 +258,8 @@ def _commits(config: Config, saved: dict[str, Any] | None) -> list[str]:
     unknown = [""] * len(_named(config))
     if saved is None:
         return unknown
-    before = saved["config"]["train"]
-    now = json.loads(json.dumps(dataclasses.asdict(config.train)))
+    before = saved_config(saved["config"])["data"]
+    now = json.loads(json.dumps(dataclasses.asdict(config.data)))
     places = saved.get("places", [])
     if any(before.get(key) != now[key] for key in _NAMING) or len(places) != len(unknown):
         return unknown
@@ -299,7 +302,5 @@ def _batches_in_flight(config: Config) -> int:
 
 def _sample_bytes(config: Config) -> int:
     """Bytes of one sample's pixels on the way to the device."""
-    if config.train.augmentation_device == "gpu":
-        return 3 * config.train.tile_size**2
     crops = config.crops
     return 3 * (2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2)

@@ -77,7 +77,7 @@ def _damage(report: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "damaged_images",
             f"{len(images['damaged'])} sampled images or row groups are damaged: {_named(images['damaged'])}; training "
-            "stops above train.max_damaged_share",
+            "stops above data.max_corrupt_fraction",
         )
 
 

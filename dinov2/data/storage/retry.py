@@ -145,7 +145,7 @@ class Retries:
             tries = f"{self.attempts} tries" if self.attempts > 1 else "1 try"
             raise RemoteError(
                 f"'{url}' could not be read in {tries}, the last gave {reason(error)}; {advice}, "
-                "raise train.stream_attempts or train from a local copy"
+                "raise data.retries or train from a local copy"
             ) from error
 
     @staticmethod

@@ -189,19 +189,19 @@ def test_other_headers_do_not_hold_up(
             Refusal(503, {}),
             3,
             f"'{URL}' could not be read in 3 tries, the last gave HTTP 503 (Service Unavailable); check the network, "
-            "raise train.stream_attempts or train from a local copy",
+            "raise data.retries or train from a local copy",
         ),
         (
             Refusal(429, {}),
             1,
             f"'{URL}' could not be read in 1 try, the last gave HTTP 429 (Too Many Requests); set HF_TOKEN for a "
-            "higher limit (Hugging Face), raise train.stream_attempts or train from a local copy",
+            "higher limit (Hugging Face), raise data.retries or train from a local copy",
         ),
         (
             ConnectionError("9 of 10\nbytes came"),
             2,
             f"'{URL}' could not be read in 2 tries, the last gave ConnectionError (9 of 10 bytes came); "
-            "check the network, raise train.stream_attempts or train from a local copy",
+            "check the network, raise data.retries or train from a local copy",
         ),
     ],
 )
