@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinov2.build.data import OpenData, prefetch_for
 from dinov2.configs import Config
 from dinov2.data import (
     AugmentationOptions,
@@ -18,13 +19,12 @@ from dinov2.data import (
     MultiCropCollate,
     normalize,
 )
-from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.data.stream.loader import TrainLoader, make_train_loader
+from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.hub.pretrained import load_pretrained, published_url, read_checkpoint
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.build.data import OpenData, prefetch_for
 
 logger = logging.getLogger("dinov2")
 

@@ -164,7 +164,9 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copied(section: Any) -> Any:
     """Nested mappings anew, each by itself: of YAML's aliases several are one object."""
-    return {name: _copied(value) for name, value in section.items()} if isinstance(section, Mapping) else section
+    return (
+        {name: _copied(value) for name, value in section.items()} if isinstance(section, Mapping) else section
+    )
 
 
 def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
