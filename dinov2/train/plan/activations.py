@@ -24,7 +24,7 @@ def blocks_saved(config: Config, backbone: nn.Module, shape: StepShape, compiled
             continue  # frozen blocks come first, and nothing before them needs a gradient
         kept = rows(shape.kept(block.drop_path_rate))
         wanted = kept
-        if config.performance.prune_last_block and i == len(backbone.blocks) - 1:
+        if config.debug.prune_last_block and i == len(backbone.blocks) - 1:
             wanted = shape.crops + shape.masked
         everything = _block(config, block, shape, kept, wanted, compiled)
         if config.performance.recompute == "none":
@@ -47,9 +47,9 @@ def block_temporaries(config: Config, backbone: nn.Module, shape: StepShape) -> 
 
 def ends_saved(config: Config, student: nn.ModuleDict, shape: StepShape) -> int:
     """What patch embedding, final norm, heads and losses save."""
-    backbone, performance = student.backbone, config.performance
+    backbone = student.backbone
     e = _element(config, "backbone")
-    normed = shape.crops + shape.masked if performance.prune_last_block else rows(shape.segments)
+    normed = shape.crops + shape.masked if config.debug.prune_last_block else rows(shape.segments)
     total = 4 * backbone.embed_dim * normed
     if e == 2 and backbone.patch_embed.proj.weight.requires_grad:
         total += e * pixels(config, shape)
@@ -94,20 +94,20 @@ def _block(config: Config, block: nn.Module, shape: StepShape, kept: int, wanted
     """Bytes that one block saves; ``wanted`` rows of it are projected and fed forward, ``kept`` are keys."""
     e, width = _element(config, "backbone"), block.attn.proj.in_features
     hidden, eager_matrices, compiled_matrices = _hidden(block)
-    packed = len(shape.segments) > 1 and config.performance.packed_crops
+    packed = len(shape.segments) > 1 and config.debug.packed_crops
     attended = 2 if packed or wanted != kept else 1  # per crop size, and joined for the projection
     scaled = not isinstance(block.ls1, nn.Identity)
     dropped = block.drop_path_rate > 0
     per_key = e * width * (1 + 3 + 1) + 4 * block.attn.num_heads
     if compiled:
         # Norms are recomputed from one residual stream, LayerScale from the products' 16-bit outputs.
-        stream = rows(shape.segments) if config.performance.inverse_gather or not dropped else 2 * kept
+        stream = rows(shape.segments) if config.debug.inverse_gather or not dropped else 2 * kept
         per_row = e * width * ((attended - 1) + 1 + 2 * scaled) + e * hidden * compiled_matrices
         return kept * per_key + wanted * per_row + 4 * width * stream
     per_key += 4 * width
     per_row = 4 * width + e * width * (1 + attended - 1) + e * hidden * eager_matrices
     per_row += 4 * width * 2 * scaled
-    if dropped and not config.performance.inverse_gather:
+    if dropped and not config.debug.inverse_gather:
         per_row += 4 * width * 2
     return kept * per_key + wanted * per_row
 
@@ -144,7 +144,7 @@ def _patch_logits(student: nn.ModuleDict, shape: StepShape) -> int:
 
 def _target_element(config: Config, student: nn.ModuleDict) -> int:
     """Targets in factored form are the teacher's logits and two vectors; written out, they are float32."""
-    if not config.performance.factored_targets or config.train.centering != "sinkhorn_knopp":
+    if not config.debug.factored_targets or config.train.centering != "sinkhorn_knopp":
         return 4
     teacher = getattr(config.compute_precision.teacher, _patch_head(student))
     return ELEMENT[teacher.mixed_precision.param_dtype]

@@ -124,7 +124,7 @@ def _blocks(config: Config, backbone: nn.Module) -> Iterator[tuple[nn.Module, bo
     """Every block, and whether only the rows that a loss reads are computed of it."""
     last = len(backbone.blocks) - 1
     for i, block in enumerate(backbone.blocks):
-        yield block, config.performance.prune_last_block and i == last
+        yield block, config.debug.prune_last_block and i == last
 
 
 def _forward(products: int, width: int, segments: tuple[tuple[int, int], ...]) -> int:

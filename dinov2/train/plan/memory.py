@@ -266,7 +266,7 @@ def _copies(config: Config, student: nn.ModuleDict, world_size: int) -> int:
     """
     total = 0
     precision = config.compute_precision
-    for network, kept in ((precision.student, True), (precision.teacher, config.performance.weight_copies)):
+    for network, kept in ((precision.student, True), (precision.teacher, config.debug.weight_copies)):
         for name, module in student.items():
             settings = getattr(network, name)
             element = ELEMENT[settings.mixed_precision.param_dtype]
