@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.schema import INERT_KEYS, Config
+from dinov2.extensions import LOSSES
 
 logger = logging.getLogger("dinov2")
 
@@ -123,13 +124,30 @@ def _decode_section(section: type, user: Any, defaults: Any, path: str, faults: 
     values = {}
     for name, hint in hints.items():
         child = f"{path}.{name}" if path else name
-        if dataclasses.is_dataclass(hint):
+        if get_origin(hint) is Mapping:
+            values[name] = _decode_parts(user.get(name) or {}, child, faults)
+        elif dataclasses.is_dataclass(hint):
             values[name] = _decode_section(hint, user.get(name), defaults[name], child, faults)
         elif dataclasses.is_dataclass(entry := next(iter(get_args(hint)), None)):
             values[name] = _decode_entries(entry, user.get(name, defaults[name]), child, faults)
         else:
             values[name] = _decode_value(hint, user.get(name, defaults[name]), child, faults)
     return section(**values)
+
+
+def _decode_parts(user: Any, path: str, faults: list[str]) -> dict[str, Any]:
+    """Options of registered losses by name; of a backbone as they are."""
+    if path != "losses":
+        return dict(user)
+    parts = {}
+    for name, values in user.items():
+        if problem := LOSSES.problem(name):
+            faults.append(f"losses.{name}: {problem}")
+            continue
+        options = LOSSES[name].Options
+        defaults = {field.name: field.default for field in dataclasses.fields(options)}
+        parts[name] = _decode_section(options, values, defaults, f"{path}.{name}", faults)
+    return parts
 
 
 def _decode_entries(entry: type, user: Any, path: str, faults: list[str]) -> tuple[Any, ...]:
@@ -227,4 +245,6 @@ def _plain(value: Any) -> Any:
     """Dataclasses and tuples as the dicts and lists that YAML knows."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

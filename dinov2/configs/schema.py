@@ -7,11 +7,11 @@ the one place to read or change a default. ``docs/config.md`` describes each key
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Precision = Literal["bf16", "fp16", "fp32"]
-Architecture = Literal["vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
 Switch = Literal["auto", True, False]
 Probe = Literal["knn", "linear", "linear_eva", "linear_kaiko", "few_shot", "rankme", "odcorr"]
@@ -184,7 +184,8 @@ class AugmentationConfig:
 class StudentConfig:
     """Section ``student``: the backbone (the teacher's is the same, without drop path)."""
 
-    arch: Architecture
+    arch: str
+    options: Mapping[str, Any]
     patch_size: int
     drop_path_rate: float
     layerscale: float
@@ -313,6 +314,7 @@ class Config:
     crops: CropsConfig
     evaluation: EvaluationConfig
     logging: LoggingConfig
+    losses: Mapping[str, Any]
 
 
 # Keys that older YAML files carry and that decide nothing here; each is accepted with this one-line notice.

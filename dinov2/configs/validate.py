@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from dinov2.configs.loader import ConfigError
 from dinov2.configs.schema import Config
+from dinov2.extensions import BACKBONES
 
 _SHARES = (  # numbers in [0, 1]
     "ibot.mask_sample_probability",
@@ -94,10 +95,15 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: listing every fault with the key, its value and what would be accepted.
     """
-    faults = [*_range_faults(config), *_crop_faults(config), *_mask_faults(config)]
+    faults = [*_arch_faults(config), *_range_faults(config), *_crop_faults(config), *_mask_faults(config)]
     faults += [*_data_faults(config), *_training_faults(config, world_size), *_precision_faults(config)]
     if faults:
         raise ConfigError(faults)
+
+
+def _arch_faults(config: Config) -> Iterator[str]:
+    if problem := BACKBONES.problem(config.student.arch):
+        yield f"student.arch = {config.student.arch!r}: {problem}"
 
 
 def _range_faults(config: Config) -> Iterator[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.build.parts import build_arch
+from dinov2.train.run import build_arch
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
 from dinov2.train.performance.apply import build_training_step
