@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.build.parts import build_arch
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.run import build_arch
 from dinov2.train.update.optim import adam_state, build_optimizer
 from dinov2.train.update.schedules import ScheduleValues
 from tests.helpers.batches import random_batch
