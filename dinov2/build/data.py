@@ -46,7 +46,7 @@ class OpenData:
         weights: fraction of the samples of each, up to a common factor.
         sources: their rows to train on.
         held_out: of each, the rows of validation patients; None where there are none.
-        report: lines on what was left out.
+        report: lines on what was left out, and on what makes reading slow.
     """
 
     names: tuple[str, ...]
@@ -95,6 +95,8 @@ def open_data(
         counts = Counter[int]()
         source = _open(config, dataset, commit, cache, functools.partial(_keep, asked, counts))
         places.append(getattr(source, "place", dataset.path))
+        if advice := getattr(source, "repack_advice", str)():
+            report.append(f"dataset '{dataset.path}': {advice}")
         split = None
         if counts.total() > counts[Fate.TRAINING]:
             report.append(
