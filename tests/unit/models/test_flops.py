@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov2.train.plan.flops import step_flops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dinov2
 from dinov2.configs import load_config
 from dinov2.models.vision_transformer import vit_giant2
-from dinov2.train.plan.flops import step_flops
 from dinov2.train.plan.memory import meta_student
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov2.train.plan.activations import blocks_saved
+from dinov2.train.plan.flops import StepShape
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 import dinov2
 from dinov2.configs import Config, load_config
 from dinov2.layers.stochastic_depth import draw_orders
-from dinov2.train.plan.activations import blocks_saved
-from dinov2.train.plan.flops import StepShape
 from dinov2.train.plan.memory import check_fits, largest_batch, meta_student, predict_memory, resolve_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.helpers.runs import TINY

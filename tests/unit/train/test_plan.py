@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from dinov2.train.plan.flops import step_flops
 
 import dinov2
 from dinov2.configs import load_config
-from dinov2.train.plan.flops import step_flops
 from dinov2.train.plan.memory import meta_student
 from dinov2.train.plan.plan import describe_plan, make_plan
 
