@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from dinov2.train.update.fused_update import FusedWeightUpdate
 from dinov2.train.update.weight_update import WeightUpdate
 from dinov2.utils.dtypes import DTYPES
 
-_FIRST_BF16 = (8, 0)  # compute capability
 _HEAD_WIDTH = 64
 _SHOWN = 300  # characters of an error
 
@@ -33,15 +33,23 @@ Results = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """One switch and the comparison that it has to pass.
 
     Attributes:
+        key: of the configuration.
         compare: computes both paths for a configuration, on a device; raises where the fast one cannot run.
         tolerance: largest ``|fast - plain| / |plain|`` (L2 norms) of any result.
+        remedy: what to set instead, as the end of a sentence.
     """
 
+    key: str
     compare: Callable[[Config, torch.device], Results]
     tolerance: float
+    remedy: str
+
+    def setting(self, config: Config) -> Any:
+        """Value of the key."""
+        return attrgetter(self.key)(config)
 
     def problem(self, config: Config, device: torch.device) -> str | None:
         """Why the fast path is not to be used, as the end of a sentence; None where it may be."""
@@ -49,7 +57,7 @@ class Check:
             with single_process(), _random_numbers_kept(device):
                 differences = [_difference(fast, plain) for fast, plain in self.compare(config, device)]
         except Exception as error:  # a kernel fails with whatever its compiler, loader or launch raises
-            return f"it fails here ({' '.join(str(error).split())[:_SHOWN] or type(error).__name__})"
+            return f"it fails ({' '.join(str(error).split())[:_SHOWN].rstrip('.') or type(error).__name__})"
         beyond = [difference for difference in differences if not difference <= self.tolerance]
         if beyond:
             return (
@@ -62,7 +70,7 @@ def compare_compiled(
     config: Config, device: torch.device, compiler: Callable[..., Any] = torch.compile
 ) -> Results:
     """A block under stochastic depth and the passes of the losses, forward and backward."""
-    backend = config.performance.compile_backend
+    backend = config.debug.compile_backend
     dtype = _dtype(config)
     block = Block(2 * _HEAD_WIDTH, 2, init_values=1.0, drop_path=0.4).to(device)
     segments = ((4, 17), (6, 5))
@@ -144,21 +152,13 @@ def compare_fp8(config: Config, device: torch.device) -> Results:
     return list(zip(run(fast), run(plain), strict=True))
 
 
-def require_bf16(_: Config, device: torch.device) -> Results:
-    """Raises where the device has no matmuls in bf16; there is nothing to compare."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_BF16:
-        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 matmuls")
-    return []
-
-
 CHECKS: Mapping[str, Check] = {
-    "compile": Check(compare_compiled, 0.05),
-    "fused_update": Check(compare_updates, 1e-3),
-    "attention": Check(compare_attention, 0.03),
-    "fp8": Check(compare_fp8, 0.1),
-    "bf16": Check(require_bf16, 0.0),
+    "compile": Check("performance.compile", compare_compiled, 0.05, "auto or false runs without"),
+    "fused_update": Check("performance.fused_update", compare_updates, 1e-3, "auto or false runs without"),
+    "attention": Check("student.attention_backend", compare_attention, 0.03, "sdpa lets PyTorch choose"),
+    "fp8": Check("performance.fp8", compare_fp8, 0.1, "none computes in 16 bit"),
 }
-"""Tolerances: rounding in bf16 (2^-9 of each number) through a block, to the low-precision weights, through one
+"""Tolerances: rounding in bf16 (2^-9 of each number) through a block, to the low-precision weights and through one
 attention, and in e4m3 (2^-4)."""
 
 

@@ -154,7 +154,7 @@ class MemoryModel:
                 units = list(module.blocks) if name == "backbone" else []
                 frozen = role == "teacher"
                 if self._world == 1:
-                    if element == 2 and (config.performance.weight_copies or not frozen):
+                    if element == 2 and (config.debug.weight_copies or not frozen):
                         linear = (m for unit in units for m in unit.modules() if isinstance(m, Linear))
                         total += element * sum(layer.weight.numel() for layer in linear)
                     continue

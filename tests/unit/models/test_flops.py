@@ -100,7 +100,7 @@ ATTENTION = {
 def test_training_step(pruned, monkeypatch):
     """Forward, losses and backward of the full recipe, counted operation by operation."""
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at the values
-    config = load_config(RECIPE, [f"performance.prune_last_block={str(pruned).lower()}"])
+    config = load_config(RECIPE, [f"debug.prune_last_block={str(pruned).lower()}"])
     images, masked = 48, 24 * 185
     counting = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True), counting as counter:
