@@ -19,11 +19,10 @@ from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
-from dinov2.layers.fp8 import fp8_problem
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
-from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.hardware import ASSUMED_GPU, find_gpu
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
@@ -59,12 +58,13 @@ class Run:
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
         saved = on_main_process(self._newest_state)
         if not eval_only:
-            self.performance = on_main_process(partial(resolve_performance, config, _machine(config, device)))
+            self.performance = resolve_performance(config, device)
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
             self.plan = self._make_plan(saved)
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
         self.loader = None if eval_only else self._open_stream(saved)
-        self.arch = build_arch(config, device, from_checkpoint=saved is not None)
+        built = config if eval_only else self.performance.applied(config)
+        self.arch = build_arch(built, device, from_checkpoint=saved is not None)
         betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
         student = config.compute_precision.student
@@ -100,7 +100,7 @@ class Run:
         described = partial(describe_plan, config, self.plan, self.costs, name, local_world_size())
         logger.info("%s", on_main_process(described))
         for note in self.performance.notes:
-            logger.info("%s", note)
+            logger.warning("%s", note)
         sinks = self._sinks()
         trainer = Trainer(
             training_step=build_training_step(
@@ -260,7 +260,7 @@ def dry_run(config: Config, world_size: int) -> str:
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        compiled = resolve_performance(config, _machine(config, device)).compile
+        compiled = resolve_performance(config, device).compile
         name = torch.cuda.get_device_name(device)
     costs = StepCosts(config, compiled)
     memory = MemoryModel(costs, world_size, local_world_size())
@@ -271,7 +271,3 @@ def dry_run(config: Config, world_size: int) -> str:
     open_tasks(config, data)
     starting_weights(config)
     return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{stream}"
-
-
-def _machine(config: Config, device: torch.device) -> Machine:
-    return Machine.of(device, fp8_problem(device, config.performance.fp8_scaling == "row"))
