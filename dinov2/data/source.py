@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -14,6 +15,9 @@ _MARKS = {  # format: first bytes, last bytes
     "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
 }
 _TAIL = 256  # bytes in which to look for the end mark, since some writers pad their files
+
+if TYPE_CHECKING:
+    from dinov2.configs import Config
 
 
 class DecodeError(ValueError):
@@ -57,6 +61,10 @@ class Source(Protocol):
             is what a resumed run relies on. Where the dataset lies should not be part of it.
         num_rows: sum of `unit_rows`.
         is_remote: whether a read waits for a network, so that many reads at a time pay.
+
+    A source may also have ``place``, the path or URL that it was found at, with the commit where there is one;
+    ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
+    and therefore cannot be mixed with others; and ``order(seed, lanes, block_rows)``, an order of its own.
     """
 
     unit_rows: np.ndarray
@@ -118,3 +126,44 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     if image is None:
         raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What a kind of data is asked to open.
+
+    Attributes:
+        path: as configured.
+        revision: branch, tag or commit of it; in a resumed run the commit of its first launch.
+        config: of the run.
+        options: the kind's section in ``data.options``, or its defaults; None where it has no ``Options``.
+        cache: file that this dataset has to itself in the run's folder, for an index; None keeps none.
+        keep: whether a slide is trained on. A kind asks it of every slide, or, as most do, of none: the rows of
+            patients that are excluded or kept for validation are then left out of what it opened.
+    """
+
+    path: str
+    revision: str
+    config: Config
+    options: Any
+    cache: Path | None
+    keep: Callable[[str], bool]
+
+
+class SourceKind(Protocol):
+    """A kind of data, registered in `dinov2.extensions.SOURCES` by the name that ``data.kind`` has for it.
+
+    Its class may hold a dataclass ``Options``, the keys of its section ``data.options.NAME``. The module is
+    imported whenever a path is to be recognised; what takes long to import belongs into `open`.
+
+    Attributes:
+        accepts: the paths that it can open, in words: ``tiles in tar files (a folder, glob or URL of them)``.
+    """
+
+    accepts: str
+
+    def recognises(self, path: str) -> bool:
+        """Whether a path is of this kind, by names and first bytes alone; nothing is asked of a network."""
+
+    def open(self, request: SourceRequest) -> Source:
+        """Open a dataset; FileNotFoundError, ValueError or OSError say in one sentence why it cannot be."""

@@ -285,7 +285,7 @@ def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
         yield ("corrupt_files", f"{text}: {_named(report['unreadable'])}")
     if images["corrupt"] and images["sizes"]:
         text = f"{len(images['corrupt'])} sampled images or row groups are corrupt"
-        text = f"{text}: {_named(images['corrupt'])}; training stops above train.max_damaged_share"
+        text = f"{text}: {_named(images['corrupt'])}; training stops above data.max_corrupt_fraction"
         yield ("corrupt_images", text)
     if groups["repack"]:
         yield ("repack", groups["repack"])

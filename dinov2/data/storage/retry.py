@@ -171,7 +171,7 @@ class Retries:
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
             raise RemoteError(
                 f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)}); {advice}, "
-                "raise train.stream_attempts or train from a local copy"
+                "raise data.retries or train from a local copy"
             ) from error
 
     @staticmethod
