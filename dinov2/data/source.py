@@ -1,16 +1,19 @@
-"""What travels from a source through the reader, the workers and the collate function."""
+"""What a source of data is, what it hands out, and how stored bytes become pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+import cv2
 import numpy as np
 
-if TYPE_CHECKING:
-    from dinov2.data.augment.multi_crop import MultiCrops
-    from dinov2.data.augment.view_packing import ImageAndViews
+_MARKS = {  # format: first bytes, last bytes
+    "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
+    "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
+}
+_TAIL = 256  # bytes in which to look for the end mark, since some writers pad their files
 
 
 class DecodeError(ValueError):
@@ -34,29 +37,6 @@ class EncodedSample:
     row: int
     slide: str
     data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One decoded and augmented row, ready for the collate function.
-
-    Attributes:
-        index: Global sample index g.
-        crops: The augmented views, or what the device renders them from.
-        slide: Slide the tile was cut from.
-        replaced: Whether the row at g was damaged and another of its row group stands in for it.
-        damage: If replaced, where the damaged row is and what is wrong with it.
-        unit: Unit that the row was taken from.
-        row: Row within that unit.
-    """
-
-    index: int
-    crops: MultiCrops | ImageAndViews
-    slide: str
-    replaced: bool
-    damage: str = ""
-    unit: int = 0
-    row: int = 0
 
 
 class Source(Protocol):
@@ -87,3 +67,36 @@ class Source(Protocol):
 
     def slides(self, unit: int) -> list[str]:
         """Name the slide of every row of a unit, without reading images where that can be."""
+
+
+def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
+    """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
+
+    Grey and palette images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, and EXIF
+    orientation is ignored. OpenCV and libjpeg fill in what is missing from a truncated file, some versions
+    silently, so the end mark is checked first.
+
+    Args:
+        data: A whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
+        raw_size: Side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
+
+    Raises:
+        DecodeError: If `data` is neither, or is cut short.
+    """
+    if raw_size:
+        if len(data) != raw_size * raw_size * 3:
+            expected = f"{raw_size}x{raw_size}x3 = {raw_size * raw_size * 3}"
+            raise DecodeError(f"{len(data)} raw bytes where a uint8 RGB tile takes {expected}")
+        return np.frombuffer(data, np.uint8).reshape(raw_size, raw_size, 3).copy()
+    name = next((name for name, (start, _) in _MARKS.items() if data.startswith(start)), None)
+    if name is None:
+        raise DecodeError(f"{len(data)} bytes beginning {data[:8]!r} are neither PNG nor JPEG")
+    if _MARKS[name][1] not in data[-_TAIL:]:
+        raise DecodeError(f"a {name} file of {len(data)} bytes is cut short")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes ({error.err})") from error
+    if image is None:
+        raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)

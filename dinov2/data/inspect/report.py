@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dinov2.data.decode import decode_image
 from dinov2.data.inspect.mixing import distinct_if_uniform, distinct_in_stream
 from dinov2.data.inspect.verdict import verdict
 from dinov2.data.parquet.footer import Shard, describe_shard, in_one_line, slide_of
 from dinov2.data.parquet.shard_footers import Unusable, WrongSchema, open_shard, read_footers
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.source import DecodeError
+from dinov2.data.source import DecodeError, decode_image
 from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import open_storage
 from dinov2.data.storage.retry import RemoteError

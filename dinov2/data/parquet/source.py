@@ -7,13 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.decode import decode_image
 from dinov2.data.parquet.chunk_bytes import takes
 from dinov2.data.parquet.footer import SLIDE_COLUMN, slide_of
 from dinov2.data.parquet.giant import GiantChunk, GiantReader
 from dinov2.data.parquet.index import fingerprint, first_items, flatten, in_one, load_index
 from dinov2.data.parquet.pages import Column, read_rows
-from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.source import DecodeError, EncodedSample, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
 from dinov2.data.storage.locate import open_storage
 
