@@ -299,7 +299,5 @@ def _batches_in_flight(config: Config) -> int:
 
 def _sample_bytes(config: Config) -> int:
     """Bytes of one sample's pixels on the way to the device."""
-    if config.train.augmentation_device == "gpu":
-        return 3 * config.train.tile_size**2
     crops = config.crops
     return 3 * (2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2)

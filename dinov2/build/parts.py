@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from dinov2.build.augmentation import build_augmentation, build_collate
+from dinov2.build.data import OpenData, prefetch_for
 from dinov2.configs import Config
-from dinov2.data import (
-    AugmentationOptions,
-    BatchedAugmentation,
-    DeferredAugmentation,
-    MultiCropAugmentation,
-    MultiCropCollate,
-    normalize,
-)
-from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.data.stream.loader import TrainLoader, make_train_loader
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.hub.pretrained import load_pretrained, published_url, read_checkpoint
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.build.data import OpenData, prefetch_for
 
 logger = logging.getLogger("dinov2")
-
-
-def build_augmentation(config: Config) -> MultiCropAugmentation:
-    """The multi-crop transform of the configuration."""
-    options = {
-        field.name: getattr(config.augmentation, field.name)
-        for field in dataclasses.fields(AugmentationOptions)
-    }
-    crops = config.crops
-    return MultiCropAugmentation(
-        AugmentationOptions(**options),
-        crops.global_crops_scale,
-        crops.local_crops_scale,
-        crops.local_crops_number,
-        crops.global_crops_size,
-        crops.local_crops_size,
-        seed=config.train.seed,
-        backend=config.augmentation.backend,
-    )
-
-
-def build_collate(config: Config) -> MultiCropCollate:
-    """The collate function of the configuration, which also draws the masks."""
-    ibot = config.ibot
-    return MultiCropCollate(
-        config.train.seed,
-        config.student.patch_size,
-        ibot.mask_sample_probability,
-        ibot.mask_ratio_min_max,
-        config.crops.global_crops_size,
-    )
 
 
 def build_loader(
@@ -80,10 +38,10 @@ def build_loader(
         order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
         device: where batches go.
     """
-    source, transform = data.source, build_augmentation(config)
+    source = data.source
     return make_train_loader(
         source,
-        DeferredAugmentation(transform) if config.train.augmentation_device == "gpu" else transform,
+        build_augmentation(config),
         build_collate(config),
         global_batch=plan.global_batch,
         rank=get_global_rank(),
@@ -96,24 +54,6 @@ def build_loader(
         pin_memory=device.type == "cuda",
         max_damaged_share=config.train.max_damaged_share,
     )
-
-
-def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> DeviceBatches:
-    """Batches on the device, where crops are normalised to float32 and, if so configured, rendered before."""
-    mean, std = config.augmentation.normalize_mean, config.augmentation.normalize_std
-    render = BatchedAugmentation(
-        config.crops.global_crops_size,
-        config.crops.local_crops_size,
-        config.augmentation.blur_kernel_size,
-        compile=device.type == "cuda",
-    )
-
-    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        if config.train.augmentation_device == "gpu":
-            batch |= render({name: batch.pop(name) for name in ("images", "view_parameters")})
-        return batch | {name: normalize(batch[name], mean, std) for name in ("global_crops", "local_crops")}
-
-    return DeviceBatches(batches, device, prepare)
 
 
 def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:

@@ -165,6 +165,7 @@ class AugmentationConfig:
     hed_prob: float
     hed_shift: float
     hed_scale: float
+    hed_clip: bool
     jitter_prob: float
     brightness: float
     contrast: float

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.source import EncodedSample, Source
-from dinov2.data.stream.order import Places, SampleOrder, check_parameters, hash_words
+from dinov2.data.stream.order import Places, SampleOrder, check_parameters
+from dinov2.utils.seeding import hash_words
 
 
 class MixedOrder:

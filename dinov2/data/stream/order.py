@@ -16,29 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov2.utils.seeding import hash_words
+
 _TAPES_KEPT = 2  # the look-ahead reaches into the next epoch while the present one is still in use
 _LAST = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-
-
-def splitmix64(seed: np.ndarray) -> np.ndarray:
-    """First output of the SplitMix64 generator for each uint64 seed (Steele, Lea and Flood, 2014)."""
-    z = seed + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)  # in place: an epoch's tape hashes every row group
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def hash_words(*words: int | np.ndarray) -> np.ndarray:
-    """Hash broadcastable integers to uint64: h = splitmix64(h ^ word) for each word in turn, from h = 0.
-
-    Every step is a bijection, so hashes that differ in their last word only never collide.
-    """
-    state = np.zeros(1, np.uint64)  # an array, because numpy warns when a scalar wraps around
-    for word in words:
-        state = splitmix64(state ^ np.asarray(word).astype(np.uint64))
-    return state
 
 
 class Places(NamedTuple):

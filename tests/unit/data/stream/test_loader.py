@@ -17,13 +17,19 @@ from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.stream.loader import TrainLoader, make_train_loader, validate_stream_state
 from dinov2.data.stream.order import SampleOrder
 from tests.helpers import slow_order
-from tests.helpers.shards import encode, tile, tile_number, write_published
-from tests.unit.data_stream.conftest import SHARD_ROWS
+from tests.helpers.shards import encode, tile, tile_number, write_dataset, write_published
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 BATCH, LANES, SEED, BLOCK = 24, 48, 9, 4
+SHARD_ROWS = [23, 5, 0, 1, 40, 17, 12]  # 98 rows in 27 row groups of up to 4 rows, none in the third shard
 ROWS = sum(SHARD_ROWS)
 GOOD = [encode(tile(number), "png") for number in range(12)]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ParquetSource:
+    """A dataset of uneven shards whose tiles are numbered in file order."""
+    return ParquetSource(str(write_dataset(tmp_path_factory.mktemp("stream"), SHARD_ROWS)))
 
 
 def number_of(image: np.ndarray, index: int) -> tuple[int, int]:
