@@ -1,1 +1,1 @@
-"""The interface of Meta's DINOv2, for code written against it; the import paths known from there lead here."""
+"""Interfaces of other code bases, kept so that what was written for them goes on working."""
