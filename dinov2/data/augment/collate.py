@@ -22,8 +22,8 @@ class Sample:
         index: global sample index g.
         crops: the augmented views.
         slide: slide the tile was cut from.
-        replaced: whether the row at g was damaged and another of its row group stands in for it.
-        damage: if replaced, where the damaged row is and what is wrong with it.
+        replaced: whether the row at g was corrupt and another one stands in for it.
+        fault: if replaced, where the corrupt row is and what is wrong with it.
         unit: unit that the row was taken from.
         row: row within that unit.
     """
@@ -32,7 +32,7 @@ class Sample:
     crops: MultiCrops
     slide: str
     replaced: bool
-    damage: str = ""
+    fault: str = ""
     unit: int = 0
     row: int = 0
 

@@ -1,8 +1,9 @@
 """Patients and slides that are set aside: exclusion lists and the validation share."""
 
 import csv
-import hashlib
 from pathlib import Path
+
+from dinov2.utils.seeding import hash_name
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -17,8 +18,8 @@ def read_exclusions(path: str | Path) -> list[str]:
         Each name once, as written and in order.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not text, or names nothing.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not text, or names nothing.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,16 +45,15 @@ def read_exclusions(path: str | Path) -> list[str]:
 def in_validation(patient: str, share: float) -> bool:
     """Decide whether a patient belongs to the validation share, by the name alone.
 
-    True where blake2b(name in UTF-8, digest_size=8), as a big-endian integer over 2**64, lies below `share`. So
-    a patient is on the same side in every dataset, and a larger share keeps the patients of a smaller one.
+    True where hash_name(patient) / 2**64 lies below `share`. So a patient is on the same side in every dataset, and a
+    larger share keeps the patients of a smaller one.
 
     Raises:
-        ValueError: `share` is not in [0, 1).
+        ValueError: if `share` is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"the validation share is {share}; at least 0 and less than 1 is expected")
-    digest = hashlib.blake2b(patient.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
+    return hash_name(patient) / 2**64 < share
 
 
 def _first_cell(line: str, delimiter: str) -> str:

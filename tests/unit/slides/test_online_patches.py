@@ -59,7 +59,7 @@ def mean_of(image: np.ndarray, _: int) -> float:
 
 
 def collate(samples: list[Sample]) -> dict:
-    return {"patches": [(s.index, s.crops, s.slide) for s in samples], "damage": [s.damage for s in samples]}
+    return {"patches": [(s.index, s.crops, s.slide) for s in samples], "damage": [s.fault for s in samples]}
 
 
 def run(source: OnlinePatchSource, world: int, workers: int, start: int = 0, steps: int = 3) -> list[tuple]:
