@@ -5,7 +5,15 @@
 
 from dinov2.utils.registry import Registry
 
-LOSSES = Registry("loss", {})
+LOSSES = Registry(
+    "loss",
+    {
+        "dino": "dinov2.loss.dino:DINO",
+        "ibot": "dinov2.loss.ibot:IBOT",
+        "kde": "dinov2.loss.kde:KDE",
+        "koleo": "dinov2.loss.koleo:KoLeo",
+    },
+)
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""
 
 AUGMENTATIONS = Registry(
@@ -21,7 +29,14 @@ AUGMENTATIONS = Registry(
 """Steps of the augmentation: `dinov2.data.augment.step.AugmentationStep`. Those above are always in use, in this order;
 further ones where ``augmentation.steps`` names them."""
 
-SOURCES = Registry("kind of data", {})
+SOURCES = Registry(
+    "kind of data",
+    {
+        "parquet": "dinov2.build.sources.parquet:ParquetShards",
+        "sample_list": "dinov2.build.sources.sample_list:SampleList",
+        "slides": "dinov2.build.sources.slides:Slides",
+    },
+)
 """Where tiles come from, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
 
 BACKBONES = Registry(

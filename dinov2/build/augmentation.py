@@ -24,15 +24,13 @@ def build_steps(augmentation: AugmentationConfig) -> dict[str, AugmentationStep]
     Raises:
         ValueError: if ``augmentation.steps`` names a built-in step.
     """
-    for name in getattr(augmentation, "steps", {}):
+    for name in augmentation.steps:
         if name in BUILT_IN_STEPS:
             raise ValueError(
                 f"augmentation.steps.{name} is not accepted: the step is built in, and set by the keys of the section "
                 "augmentation itself."
             )
-    added = {
-        name: AUGMENTATIONS[name](options) for name, options in getattr(augmentation, "steps", {}).items()
-    }
+    added = {name: AUGMENTATIONS[name](options) for name, options in augmentation.steps.items()}
     steps: dict[str, AugmentationStep] = {}
     for built_in in BUILT_IN_STEPS:
         steps |= {name: step for name, step in added.items() if step.before == built_in}

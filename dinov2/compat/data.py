@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.build.augmentation import build_steps
-from dinov2.configs import load_config
 from dinov2.configs.schema import AugmentationConfig
 from dinov2.data.augment.collate import padded_mask_index, view_major
 from dinov2.data.augment.masking import block_mask
@@ -48,7 +47,7 @@ class DataAugmentationDINO:
         options: AugmentationConfig | None = None,
     ) -> None:
         self._augment = MultiCropAugmentation(
-            build_steps(options or load_config(None).augmentation),
+            build_steps(options or AugmentationConfig()),
             global_crops_scale,
             local_crops_scale,
             local_crops_number,

@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2.configs import Config
+from dinov2.configs import Config, saved_config
 from dinov2.utils.provenance import package_versions
 
 logger = logging.getLogger("dinov2")
@@ -37,8 +38,8 @@ _FIXED_KEYS = (
     "optim.patch_embed_lr_mult",
     "train.unfreeze_last_n_blocks",
     "train.seed",
-    "train.stream_lanes",
-    "train.stream_block_rows",
+    "data.lanes",
+    "data.block_rows",
     "train.OFFICIAL_EPOCH_LENGTH",
 )
 
@@ -78,9 +79,12 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
         config: of the launch.
 
     Raises:
-        ValueError: fixed keys changed; all are named with both values.
+        ValueError: if fixed keys changed; all are named with both values.
     """
-    before, now = _flatten(saved["config"]), _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    before, now = (
+        _flatten(saved_config(saved["config"])),
+        _flatten(json.loads(json.dumps(dataclasses.asdict(config)))),
+    )
     changed = [key for key in now if before.get(key) != now[key]]
     fixed = [
         f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS
@@ -92,6 +96,25 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
         )
     for key in changed:
         logger.info("Resuming with %s = %r (was %r).", key, now[key], before.get(key))
+
+
+def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
+    """Refuse to resume where other terms of the loss have weights or buffers than the checkpoint holds.
+
+    Args:
+        saved: JSON part of the checkpoint.
+        terms: names of the terms that have.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    before, now = sorted(saved.get("loss_modules", ())), sorted(terms)
+    if before != now:
+        raise ValueError(
+            "The run in this output folder cannot go on with other terms that have weights of their own: the "
+            f"checkpoint holds {', '.join(before) or 'none'}, section losses now has {', '.join(now) or 'none'}; "
+            "restore the section, or start in another output folder."
+        )
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

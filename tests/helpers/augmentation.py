@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from dinov2.build.augmentation import build_steps
-from dinov2.configs import load_config
 from dinov2.configs.fields import key
 from dinov2.configs.schema import AugmentationConfig
 from dinov2.data import AugmentationStep, MultiCropAugmentation, View
 
-DEFAULTS = load_config(None).augmentation
+DEFAULTS = AugmentationConfig()
 OFF = dict.fromkeys(
     ("horizontal_flip_prob", "hed_prob", "jitter_prob", "grayscale_prob", "blur_prob_global1",
      "blur_prob_global2", "blur_prob_local"),

@@ -41,7 +41,7 @@ def make_train_loader(
     prefetch: Prefetch = _DEFAULT_PREFETCH,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
-    max_damaged_share: float = 0.001,
+    max_corrupt_fraction: float = 0.001,
     start_method: str | None = None,
 ) -> "TrainLoader":
     """Build the endless loader of one rank.
@@ -59,7 +59,7 @@ def make_train_loader(
         prefetch: how far the reader works ahead of the workers.
         prefetch_factor: batches that each worker prepares ahead.
         pin_memory: whether batches lie in page-locked memory.
-        max_damaged_share: fraction of this rank's samples, or of the first 10,000, that may be corrupt.
+        max_corrupt_fraction: fraction of this rank's samples, or of the first 10,000, that may be corrupt.
         start_method: how workers start. By default they are forked on Linux, which is safe since the reader's
             threads start later; loaders started while this one is being read should use "forkserver".
 
@@ -83,7 +83,7 @@ def make_train_loader(
         generator=torch.Generator(),  # DataLoader draws a seed, which must not come from the global generator
     )
     stream_state = {**order.parameters, "global_batch": global_batch, "fingerprint": source.fingerprint}
-    return TrainLoader(reader, make_loader, stream_state, max_damaged_share)
+    return TrainLoader(reader, make_loader, stream_state, max_corrupt_fraction)
 
 
 class TrainLoader:
@@ -98,10 +98,14 @@ class TrainLoader:
         reader: RankReader,
         make_loader: Callable[..., DataLoader],
         stream_state: dict[str, Any],
-        max_damaged_share: float,
+        max_corrupt_fraction: float,
     ) -> None:
         self.stream_state = stream_state
-        self._reader, self._make_loader, self._max_damaged_share = reader, make_loader, max_damaged_share
+        self._reader, self._make_loader, self._max_corrupt_fraction = (
+            reader,
+            make_loader,
+            max_corrupt_fraction,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         seen, corrupt, examples = 0, 0, []
@@ -118,10 +122,10 @@ class TrainLoader:
                 examples = (examples + faults)[:_EXAMPLES]
                 for fault in faults:
                     logger.warning("replaced a corrupt row: %s", fault)
-                if faults and corrupt > self._max_damaged_share * max(seen, _MIN_SEEN):
+                if faults and corrupt > self._max_corrupt_fraction * max(seen, _MIN_SEEN):
                     raise ValueError(
                         f"{corrupt} of {seen} samples ({corrupt / seen:.2%}) are corrupt, where "
-                        f"{self._max_damaged_share:.2%} is allowed: {'; '.join(examples)}"
+                        f"{self._max_corrupt_fraction:.2%} is allowed: {'; '.join(examples)}"
                     )
                 yield batch
             raise failure[0]

@@ -1,7 +1,6 @@
 """Steps, augmentation and batches as a configuration states them."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +8,16 @@ from skimage.data import immunohistochemistry
 
 from dinov2.build.augmentation import build_augmentation, build_collate, build_steps, device_batches
 from dinov2.configs import load_config
+from dinov2.configs.schema import AugmentationConfig
 from dinov2.data.augment.step import BUILT_IN_STEPS
 from tests.helpers.augmentation import DEFAULTS, Tint
 
 TINT, EARLY = "tests.helpers.augmentation:Tint", "tests.helpers.augmentation:EarlyTint"
 
 
-def with_steps(**steps: Tint.Options) -> SimpleNamespace:
+def with_steps(**steps: Tint.Options) -> AugmentationConfig:
     """The default section with further steps; those that are not registered are named by their place."""
-    return SimpleNamespace(**vars(DEFAULTS) | {"steps": steps})
+    return dataclasses.replace(DEFAULTS, steps=steps)
 
 
 def test_the_published_steps_come_in_their_order() -> None:
