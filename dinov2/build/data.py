@@ -26,9 +26,9 @@ from dinov2.data.patients import comparable, names_of, patient_of
 from dinov2.data.stream.patients import in_validation, read_exclusions
 from dinov2.data.source import Source
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.sample_list import SlideListSource
+from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.slides.resolution import read_mpp_table
-from dinov2.data.slides.table import SlideRow, read_slide_table
+from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.train.plan.plan import RunPlan
 
@@ -215,7 +215,7 @@ def _open_online(config: Config, index_cache: Path | None) -> OpenData:
         mpps, online.mpp_weights or (1.0,) * len(mpps), train.tile_size, online.min_foreground
     )
     table = read_mpp_table(train.slide_mpp_file) if train.slide_mpp_file else None
-    rows = read_slide_table(online.slides, online.weight_column, mpp_table=table)
+    rows = find_slides(online.slides, online.weight_column, mpp_table=table).slides
     kept, report = _without_excluded(rows, train)
     source = OnlinePatchSource(
         kept,

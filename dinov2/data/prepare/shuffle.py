@@ -1,4 +1,4 @@
-"""Shards whose rows come from all slides, in bounded memory: an external sort by place in the shuffled order.
+"""Shuffled shards, whose rows come from all slides, in bounded memory: an external sort by position in the order.
 
 First the patches are cut slide by slide in runs that fit in memory. A run's rows are sorted by their place and
 spilled in sections, one per bucket: a stretch of one shard that fits in memory. Then each shard is written,
@@ -92,8 +92,8 @@ def shuffled_shards(
         Number of a shard and the failures among its rows, as they finish.
 
     Raises:
-        OSError: a run or a shard cannot be written.
-        ValueError: a run is damaged.
+        OSError: if a run or a shard cannot be written.
+        ValueError: if a run is corrupt.
     """
     if not shards:
         return
@@ -129,7 +129,7 @@ def write_run(job: RunJob) -> None:
     Arrow record batches.
 
     Raises:
-        OSError: the run cannot be written.
+        OSError: if the run cannot be written.
     """
     [rows] = cut_patches(job.patches, job.cutting, len(job.patches))
     by_place = np.argsort(job.places)
@@ -153,8 +153,8 @@ def mix_shard(job: MixJob) -> list[dict[str, Any]]:
     """Write one shard, unless no patch could be read, and return the failures, which the shard also keeps.
 
     Raises:
-        OSError: the shard cannot be written.
-        ValueError: a run is damaged.
+        OSError: if the shard cannot be written.
+        ValueError: if a run is corrupt.
     """
     num_rows = 0
     with ShardWriter.create(job.shard, job.metadata) as writer:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prepatching_scripts.build_parquet_sample_dataset import main
-from tests.unit.slides.builder_process import build, contents, in_fork, killer, rows_of, run_builder
+from tests.helpers.builder_process import build, contents, in_fork, killer, rows_of, run_builder
 
 SMALL = ("--rows-per-shard", "16")
 

@@ -17,8 +17,8 @@ from PIL import Image, JpegImagePlugin
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample
 from prepatching_scripts.create_sample_dataset_txt import main as create_list
-from tests.unit.slides.builder_process import build, contents, rows_of
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.builder_process import build, contents, rows_of
+from tests.helpers.slides import MakeSlide, damage_tile
 
 PUBLISHED = {
     "task_id": pa.string(),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepatching_scripts.gdc.bandwidth import Bandwidth
 
 from dinov2.data.storage.retry import Retries
 from prepatching_scripts.download_tcga import main
-from prepatching_scripts.gdc.bandwidth import Bandwidth
 from prepatching_scripts.gdc.download import Downloads
 from prepatching_scripts.gdc.manifest import GdcFile
 from prepatching_scripts.gdc.query import Gdc

@@ -13,7 +13,7 @@ from dinov2.data.prepare.preview import MARK, preview_figure, preview_mark, thum
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueRule
 from prepatching_scripts.create_sample_dataset_txt import main
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.slides import MakeSlide, damage_tile
 
 
 def create(source: Path, output: Path, folder: Path, *options: str) -> int:

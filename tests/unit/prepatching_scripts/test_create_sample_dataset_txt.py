@@ -23,7 +23,7 @@ from dinov2.data.slides.sample_list import read_sample_list
 from dinov2.data.slides.tissue import TissueRule
 from dinov2.utils.files import write_new
 from prepatching_scripts.create_sample_dataset_txt import main
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.slides import MakeSlide, damage_tile
 
 Line = tuple[str, int, int, int]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prepatching_scripts.gdc.manifest import GdcFile, read_manifest
-from tests.unit.gdc.conftest import HEADER
+from tests.unit.prepatching_scripts.gdc.conftest import HEADER
 
 ID, MD5 = "353efa55-06d3-43a8-adf5-50f3219e9f14", "0123456789abcdef0123456789abcdef"
 GOOD = f"{ID}\ta.svs\t{MD5}\t5\treleased\n"

@@ -12,7 +12,14 @@ import pytest
 from prepatching_scripts import download_tcga
 from prepatching_scripts.download_tcga import main
 from tests.helpers.gdc_server import Fault, Stored
-from tests.unit.gdc.conftest import CONTENT, HALF, HEADER, add_collection, failures, write_manifest
+from tests.unit.prepatching_scripts.gdc.conftest import (
+    CONTENT,
+    HALF,
+    HEADER,
+    add_collection,
+    failures,
+    write_manifest,
+)
 
 
 def test_manifest_to_folder_in_parallel_and_again(server, cli, tmp_path: Path):

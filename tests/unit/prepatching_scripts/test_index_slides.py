@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import zarr
 
-from dinov2.data.slides.blocks import TileIndex, index_slide
-from dinov2.data.slides.collection import load_tile_indexes
+from dinov2.data.slides.blocks import TileIndex
+from dinov2.data.slides.index import TileIndexes
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tiff import index_slide
 from prepatching_scripts import index_slides
-from tests.unit.slides.conftest import MakeSlide
+from tests.helpers.slides import MakeSlide
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_collection_gives_every_slides_index(folder: Path, tmp_path: Path) -> No
     assert run(folder, output, "--mpp-file", str(tmp_path / "mpp.csv"), "--max-failed-share", "0.5") == 0
     failure = json.loads((output / "failures.jsonl").read_text())
     assert failure["slide"] == str(folder / "broken.svs") and "not a TIFF file (6 bytes" in failure["reason"]
-    indexes = load_tile_indexes(output / "tiles.index")
+    indexes = TileIndexes(output / "tiles.index")
     assert set(indexes) == {str(folder / "deep/plain.svs"), str(folder / "train.svs")}
     for slide in indexes:
         assert_same(indexes[slide], index_slide(slide, 0.5))
@@ -62,7 +63,7 @@ def test_reader_does_not_parse_an_indexed_slide(
     folder: Path, tmp_path: Path, stored_levels: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(folder, tmp_path / "index")
-    indexes = load_tile_indexes(tmp_path / "index/tiles.index")
+    indexes = TileIndexes(tmp_path / "index/tiles.index")
     monkeypatch.setattr("dinov2.data.slides.reader.index_slide", None)
     slide = str(folder / "train.svs")
     reader = SlideReader(slide, index=indexes[slide])
@@ -96,7 +97,7 @@ def test_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, monkeypatch:
     assert [path.name for path in output.iterdir()] == ["tiles.index.part"]
     assert run(folder, output) == 0
     assert parsed == ["plain.svs", "train.svs", "train.svs"]
-    assert set(load_tile_indexes(output / "tiles.index")) == {
+    assert set(TileIndexes(output / "tiles.index")) == {
         str(folder / name) for name in ("deep/plain.svs", "train.svs")
     }
 
@@ -138,7 +139,7 @@ def test_only_what_changed_is_parsed_again(
     assert sorted(parsed) == ["new.svs", "plain.svs", "train.svs"]
     parsed.clear()
     assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "mpp.csv")) == 0 and parsed == []
-    indexes = load_tile_indexes(tmp_path / "index/tiles.index")
+    indexes = TileIndexes(tmp_path / "index/tiles.index")
     assert {Path(slide).name: indexes[slide].mpp for slide in indexes} == {
         "plain.svs": 0.5, "new.svs": 0.3, "train.svs": 0.25}  # fmt: skip
 
@@ -185,9 +186,9 @@ def test_faulty_calls_are_refused(folder: Path, tmp_path: Path, caplog: pytest.L
     (tmp_path / "empty").write_bytes(b"")
     for path in (tmp_path / "empty", folder / "train.svs"):
         with pytest.raises(ValueError, match="is not a finished tile index"):
-            load_tile_indexes(path)
+            TileIndexes(path)
     with pytest.raises(FileNotFoundError, match="There is no tile index"):
-        load_tile_indexes(tmp_path / "none")
+        TileIndexes(tmp_path / "none")
 
 
 def test_sources_are_urls_or_what_other_tools_take(tmp_path: Path, make_slide: MakeSlide) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from dinov2.data.prepare.shuffle import Order
 from prepatching_scripts.build_parquet_sample_dataset import main
-from tests.unit.slides.builder_process import killer, run_builder
-from tests.unit.slides.conftest import damage_tile
+from tests.helpers.builder_process import killer, run_builder
+from tests.helpers.slides import damage_tile
 
 SHUFFLE = ("--shuffle", "--seed", "5", "--rows-per-shard", "70", "--encoding", "raw", "--tile-size", "64")
 TINY = 20 * 64 * 64 * 3 / 2**30  # GiB of 20 rows: many runs, several buckets for each shard

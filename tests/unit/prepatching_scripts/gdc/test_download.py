@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from prepatching_scripts.gdc.bandwidth import Bandwidth
 
 from dinov2.data.storage.retry import RemoteError, Retries
 from prepatching_scripts.gdc import download as gdc_download
-from prepatching_scripts.gdc.bandwidth import Bandwidth
 from prepatching_scripts.gdc.query import Gdc
 from tests.helpers.gdc_server import Fault, GdcServer, Stored
-from tests.unit.gdc.conftest import CONTENT, HALF, Clock, size_of
+from tests.unit.prepatching_scripts.gdc.conftest import CONTENT, HALF, Clock, size_of
 
 RANGE_FROM_HALF = ["", f"bytes={HALF}-"]
 

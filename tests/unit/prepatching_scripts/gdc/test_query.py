@@ -8,7 +8,7 @@ from dinov2.data.storage.retry import RemoteError, Retries
 from prepatching_scripts.gdc.manifest import GdcFile
 from prepatching_scripts.gdc.query import Gdc, slide_filter
 from tests.helpers.gdc_server import Fault, GdcServer
-from tests.unit.gdc.conftest import add_collection
+from tests.unit.prepatching_scripts.gdc.conftest import add_collection
 
 DIAGNOSTIC = slide_filter(["Diagnostic Slide"])
 
