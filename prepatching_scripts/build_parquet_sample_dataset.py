@@ -203,7 +203,8 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
         _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / DESCRIPTION, build.description)
-    with locked(output / DESCRIPTION, mine.start, len(mine)):
+    busy = f"Another builder is writing some of these shards into '{output}'; wait for it or stop it."
+    with locked(output / DESCRIPTION, mine.start, len(mine), busy):
         names = {_name(number) for number in mine} | ({DESCRIPTION} if share.num_parts == 1 else set())
         for name, partial in leftovers(output):
             if name in names:
