@@ -133,9 +133,11 @@ class _Transfer:
 
     def run(self) -> None:
         """Take what is on disk, fetch the rest; if the md5 is wrong then, once more from the start."""
-        if os.fstat(self._target.fileno()).st_size > self._file.size:
+        there = os.fstat(self._target.fileno()).st_size
+        if there > self._file.size:
             self._restart()
-        while block := self._target.read(_BLOCK):
+            there = 0
+        while self.position < there and (block := self._target.read(_BLOCK)):
             self._downloads.check()
             self._advance(block)
         for _ in range(2):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import zarr
 
-from dinov2.data.slides.blocks import TileIndex
 from dinov2.data.slides import index
+from dinov2.data.slides.blocks import TileIndex
 from dinov2.data.slides.index import TileIndexes
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tiff import index_slide

@@ -40,7 +40,7 @@ def test_manifest_as_windows_and_the_portal_write_it(tmp_path: Path):
         (GOOD.replace("\t5\t", "\t5.0\t"), "whole number"),
         (GOOD.replace("\t5\t", "\t\t"), "whole number"),
         (GOOD.replace("\treleased", ""), "4 columns in place of 5"),
-        (GOOD.replace("\t5\t", "\t6\t"), "differs from line 2"),
+        (GOOD.replace("\t5\t", "\t6\t"), "differs from an earlier line"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path: Path, line: str, reason: str):
