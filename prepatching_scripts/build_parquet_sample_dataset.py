@@ -273,7 +273,7 @@ def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[
         except pa.ArrowException as error:
             if number is not None:
                 raise FileExistsError(
-                    f"'{shard}' is damaged ({error}); move it away to have it made again."
+                    f"'{shard}' is corrupt ({error}); move it away to have it made again."
                 ) from error
         if number is None or metadata.get(b"build_id", b"").decode() != build.metadata["build_id"]:
             raise FileExistsError(

@@ -63,9 +63,10 @@ def create_sample_list(
     found = find_slides(source, mpp_table=None if mpp_file is None else read_mpp_table(mpp_file))
     pictures = _pictures(found, preview)
     parts.mkdir(parents=True, exist_ok=True)
-    for folder, names in ((output.parent, {output.name, meta.name, failures.name}), *_by_folder(pictures)):
+    finals = {output, meta, failures, *filter(None, pictures)}
+    for folder in {path.parent for path in finals}:
         for name, partial in leftovers(folder):
-            if name in names:
+            if folder / name in finals:
                 partial.unlink(missing_ok=True)
     jobs = [
         PartJob(SlideJob(row.path, row.key, sampling, row.mpp), parts, picture)
@@ -101,13 +102,6 @@ def _pictures(found: FoundSlides, preview: Path | None) -> list[Path | None]:
         pictures.append(preview / (f"{row.key}.png" if times[row.key] == 1 else f"{row.key}.{digest}.png"))
         preview_mark(pictures[-1])  # raises where another file is in the way
     return pictures
-
-
-def _by_folder(pictures: list[Path | None]) -> list[tuple[Path, set[str]]]:
-    names: dict[Path, set[str]] = {}
-    for picture in filter(None, pictures):
-        names.setdefault(picture.parent, set()).add(picture.name)
-    return list(names.items())
 
 
 def _failures(found: FoundSlides, made: list[Part]) -> Iterator[dict[str, Any]]:

@@ -186,31 +186,22 @@ def read_token(path: Path | None) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
+    what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--manifest", type=Path, help="manifest from the GDC portal or its API")
-    what.add_argument(
-        "--filter",
-        action="store_true",
-        help=f"TCGA's open-access SVS slides; the list is kept as {FOUND} in the output folder",
-    )
-    parser.add_argument("--project", nargs="+", default=[], help="with --filter: TCGA-BRCA ... (all)")
-    parser.add_argument(
-        "--slides", nargs="+", choices=STRATEGIES, default=["diagnostic"], help="with --filter (diagnostic)"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder; files land in <id>/<filename>")
-    parser.add_argument("--flat", action="store_true", help="files land in the folder itself")
+    listed = f"TCGA's open-access SVS slides; the list is kept as {FOUND} in the output folder"
+    what.add_argument("--filter", action="store_true", help=listed)
+    add("--project", nargs="+", default=[], help="with --filter: TCGA-BRCA ... (all)")
+    add("--slides", nargs="+", choices=STRATEGIES, default=["diagnostic"], help="with --filter (diagnostic)")
+    add("--output", type=Path, required=True, help="folder; files land in <id>/<filename>")
+    add("--flat", action="store_true", help="files land in the folder itself")
     add_workers(parser, 4, "files at a time")
-    parser.add_argument(
-        "--limit-mbps", type=float, help="megabits per second, all together; default: no limit"
-    )
-    parser.add_argument("--verify", action="store_true", help="read files that are there and check their md5")
-    parser.add_argument(
-        "--redownload", action="store_true", help="put wrong files aside as <file>.bad-N and fetch them anew"
-    )
-    parser.add_argument("--token-file", type=Path, help="access token for files of controlled access")
-    parser.add_argument("--endpoint", default="https://api.gdc.cancer.gov", help="(%(default)s)")
-    parser.add_argument("--attempts", type=int, default=8, help="requests in a row without progress (8)")
-    parser.add_argument("--ignore-space", action="store_true", help="start though the disk is too small")
+    add("--limit-mbps", type=float, help="megabits per second, all together; default: no limit")
+    add("--verify", action="store_true", help="read files that are there and check their md5")
+    add("--redownload", action="store_true", help="put wrong files aside as <file>.bad-N and fetch them anew")
+    add("--token-file", type=Path, help="access token for files of controlled access")
+    add("--endpoint", default="https://api.gdc.cancer.gov", help="(%(default)s)")
+    add("--attempts", type=int, default=8, help="requests in a row without progress (8)")
+    add("--ignore-space", action="store_true", help="start though the disk is too small")
     args = parser.parse_args(argv)
     for name in ("workers", "attempts"):
         if getattr(args, name) < 1:

@@ -161,20 +161,12 @@ class _Transfer:
         start, size = self.position, self._file.size
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         with self._gdc.client.stream("GET", self._url, headers=headers) as response:
-            length, offered = (response.headers.get(f"content-{name}") for name in ("length", "range"))
-            if start and response.status_code == 416:
-                self._restart()
-                raise BrokenAnswer(f"there is nothing from byte {start} on")
             response.raise_for_status()
-            if "html" in response.headers.get("content-type", "") and ".htm" not in self._file.name:
-                raise BrokenAnswer("a web page came in place of the file")
-            if response.status_code == 206:
-                if offered != f"bytes {start}-{size - 1}/{size}":
-                    self._restart()
-                    raise BrokenAnswer(f"{offered!r} came in place of bytes {start} to {size - 1}")
-            elif length not in (None, str(size)):
-                raise BrokenAnswer(f"{length} bytes are offered, {size} are expected")
-            elif start:  # the server has no ranges
+            resumed = response.status_code == 206
+            length, expected = response.headers.get("content-length"), size - resumed * start
+            if length not in (None, str(expected)):
+                raise BrokenAnswer(f"{length} bytes are offered, {expected} are expected")
+            if start and not resumed:  # the server has no ranges
                 self._restart()
             for block in response.iter_raw():
                 self._downloads.check()

@@ -40,8 +40,7 @@ class GdcFile:
             raise ValueError(f"filename {self.name!r} is no plain file name, one without a folder")
         if len(self.name.encode(errors="replace")) > _LONGEST_NAME or self.name.endswith(".part"):
             raise ValueError(
-                f"filename {self.name!r} cannot be used; at most {_LONGEST_NAME} bytes and another ending "
-                "than .part are expected"
+                f"filename {self.name!r} has more than {_LONGEST_NAME} bytes or the ending .part"
             )
         if not _MD5.fullmatch(self.md5):
             raise ValueError(f"md5 {self.md5!r} is not 32 hexadecimal digits")

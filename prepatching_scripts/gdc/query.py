@@ -14,7 +14,9 @@ from prepatching_scripts.gdc.manifest import GdcFile
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-_FIELDS = "file_id,file_name,md5sum,file_size,state"
+_FIELDS = ("file_id", "file_name", "md5sum", "file_size", "state")
+_ADVICE = dict.fromkeys((401, 403), "give a --token-file that may read it")
+_ADVICE |= dict.fromkeys((404, 410), "make a new manifest")
 
 
 def slide_filter(strategies: Sequence[str], projects: Sequence[str] = ()) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Gdc:
             )
         if token and url.scheme == "http" and url.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"Endpoint '{endpoint}' would get the token unencrypted; https is expected.")
-        self.endpoint, self._has_token = str(url), bool(token)
+        self.endpoint = str(url)
         self._attempts, self._wait_s, self._sleep = attempts, wait_s, sleep
         self.client = httpx.Client(
             headers={"X-Auth-Token": token} if token else {},
@@ -81,10 +83,10 @@ class Gdc:
         )
 
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
-        """Repeat a request while it fails for a reason that may pass, and say plainly what failed in the end.
+        """Repeat a request while it fails for a reason that may pass.
 
         Raises:
-            OSError: if it cannot be had; FileNotFoundError and PermissionError where the server says so.
+            ConnectionError: if it failed in the end; says why, and what to do.
         """
 
         def wait(state: RetryCallState) -> float:
@@ -100,54 +102,37 @@ class Gdc:
             return retrying(request)
         except (httpx.HTTPError, BrokenAnswer) as error:
             status = _status(error)
-            if status in (401, 403):
-                advice = "the token in use may not read it" if self._has_token else "it needs a --token-file"
-                raise PermissionError(f"'{url}' is not open: HTTP {status}; {advice}.") from error
-            if status in (404, 410):
-                raise FileNotFoundError(f"'{url}' does not exist (any more); make a new manifest.") from error
             reason = f"HTTP {status}" if status else f"{type(error).__name__}: {error}"
-            raise ConnectionError(
-                f"'{url}' could not be read ({reason}); check the network and run the same command again, which "
-                "goes on from there."
-            ) from error
+            advice = _ADVICE.get(status, "check the network and run the same command again, which goes on")
+            raise ConnectionError(f"'{url}' could not be read ({reason}); {advice}.") from error
 
     def find(self, filters: dict[str, Any], page: int = 2000) -> list[GdcFile]:
         """List all files that a filter describes, by id; asks for `page` of them at a time.
 
         Raises:
-            ValueError: if the server does not understand the filter, or has a file that cannot be stored.
-            OSError: if the server cannot be read, or its list changed meanwhile.
+            ValueError: if the server has a file that cannot be stored.
+            ConnectionError: if the server cannot be read, or its list changed meanwhile.
         """
-        url, total = f"{self.endpoint}/files", None
-        found: dict[str, GdcFile] = {}
-        query = {"filters": filters, "fields": _FIELDS, "format": "JSON", "sort": "file_id:asc", "size": page}
+        url, found, total = f"{self.endpoint}/files", {}, None
+        query = {"filters": filters, "fields": ",".join(_FIELDS), "format": "JSON", "sort": "file_id:asc"}
 
-        def ask() -> tuple[list[dict[str, Any]], int]:
-            response = self.client.post(url, json={**query, "from": len(found)})
-            if response.status_code == 400:
-                raise ValueError(f"'{url}' does not understand the filter: {response.text[:200]}")
-            response.raise_for_status()
+        def ask() -> tuple[list[GdcFile], int]:
+            answer = self.client.post(url, json={**query, "size": page, "from": len(found)})
+            answer.raise_for_status()
             try:
-                data = response.json()["data"]
-                return list(data["hits"]), int(data["pagination"]["total"])
+                data = answer.json()["data"]
+                rows = [[hit[name] for name in _FIELDS] for hit in data["hits"]]
+                total = int(data["pagination"]["total"])
             except (ValueError, KeyError, TypeError) as error:
-                raise BrokenAnswer(
-                    f"no JSON with data.hits and data.pagination.total; is it a GDC API? ({error!r})"
-                ) from error
+                raise BrokenAnswer(f"no list of files, is it a GDC API? {error!r}") from error
+            return [GdcFile(*row) for row in rows], total
 
         while total is None or len(found) < total:
-            hits, count = self.call(url, ask)
-            names = ("file_id", "file_name", "md5sum", "file_size")
-            try:
-                new = [GdcFile(*(hit[name] for name in names), hit.get("state") or "") for hit in hits]
-            except KeyError as error:
-                raise ValueError(f"'{url}' tells of a file without {error}.") from error
-            if (total is not None and count != total) or (
-                count and {file.id for file in new} <= found.keys()
-            ):
+            files, count = self.call(url, ask)
+            if total not in (None, count) or (count and {file.id for file in files} <= found.keys()):
                 raise ConnectionError(f"'{url}' changed while it was read; run the same command again.")
             total = count
-            found.update((file.id, file) for file in new)
+            found |= {file.id: file for file in files}
         return [found[key] for key in sorted(found)]
 
 

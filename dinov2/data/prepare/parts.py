@@ -38,7 +38,7 @@ def make_part(job: PartJob) -> Part:
     A slide that cannot be read leaves no part: it is tried again.
 
     Raises:
-        OSError: the part or the preview cannot be written.
+        OSError: if the part or the preview cannot be written.
     """
     name = _part_name(job.slide)
     path = job.folder / f"{name}.npz"

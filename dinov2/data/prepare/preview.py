@@ -30,7 +30,7 @@ def preview_mark(path: Path) -> str | None:
     """What the preview at `path` shows, None where there is no file.
 
     Raises:
-        FileExistsError: the file is no preview, so it must not be replaced.
+        FileExistsError: if the file is no preview, so it must not be replaced.
     """
     try:
         with Image.open(path) as image:
@@ -54,9 +54,9 @@ def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
         mark: stands for all that the preview depends on.
 
     Raises:
-        FileExistsError: a file at `path` is no preview.
-        SlideError: the slide has no readable thumbnail.
-        OSError: the file cannot be written.
+        FileExistsError: if a file at `path` is no preview.
+        SlideError: if the slide has no readable thumbnail.
+        OSError: if the file cannot be written.
     """
     if preview_mark(path) == mark:
         return

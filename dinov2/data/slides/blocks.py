@@ -130,7 +130,7 @@ def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.nda
         uint8 (region.height, region.width, 3) RGB.
 
     Raises:
-        SlideReadError: a tile is missing or damaged.
+        SlideReadError: if a tile is missing or damaged.
     """
     level = index.levels[region.level]
     out = np.empty((region.height, region.width, 3), np.uint8)

@@ -44,9 +44,9 @@ class SlideReader:
         index: of this slide, wherever it lay when it was indexed; it is then not parsed.
 
     Raises:
-        SlideOpenError: the file is missing, no slide, or its levels make no sense.
-        RemoteError: the server cannot be read.
-        ValueError: `mpp` is implausible.
+        SlideOpenError: if the file is missing, no slide, or its levels make no sense.
+        RemoteError: if the server cannot be read.
+        ValueError: if `mpp` is implausible.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SlideReader:
         """The coarsest level that is at most 1 % coarser than a resolution in um/px.
 
         Raises:
-            SlideRangeError: even level 0 is coarser, or the slide's mpp is unknown.
+            SlideRangeError: if even level 0 is coarser, or the slide's mpp is unknown.
         """
         finest = self._known_mpp()
         level = coarsest_level(self.level_downsamples, finest, target_mpp)
@@ -141,10 +141,10 @@ class SlideReader:
             uint8 (height, width, 3) RGB, contiguous.
 
         Raises:
-            SlideRangeError: no such level, or the region leaves it.
-            SlideReadError: pixels are missing, or cannot be read or decoded.
-            SlideOpenError: the file has changed since it was opened.
-            RemoteError: the server cannot be read.
+            SlideRangeError: if there is no such level, or the region leaves it.
+            SlideReadError: if pixels are missing, or cannot be read or decoded.
+            SlideOpenError: if the file has changed since it was opened.
+            RemoteError: if the server cannot be read.
         """
         pixels, known = self.read_known(level, column, row, width, height)
         if not known.all():

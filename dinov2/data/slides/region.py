@@ -41,9 +41,9 @@ class TileReader:
             uint8 (H, W, 3), 0 where the file has no tile; bool (H, W).
 
         Raises:
-            SlideOpenError: the file is not the one that was indexed.
-            ValueError: a tile is damaged.
-            OSError: the file cannot be read, even through a fresh handle.
+            SlideOpenError: if the file is not the one that was indexed.
+            ValueError: if a tile is damaged.
+            OSError: if the file cannot be read, even through a fresh handle.
         """
         level = self._index.levels[region.level]
         tiles = self._tiles(region)

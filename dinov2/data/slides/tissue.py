@@ -22,7 +22,7 @@ class TissueRule:
     the stain, so no rule of colour can tell them; green and black are no tissue in the first place.
 
     Raises:
-        ValueError: a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
+        ValueError: if a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
     """
 
     lower: tuple[int, int, int] = (90, 8, 103)
@@ -68,7 +68,7 @@ class TissueMap:
         rule: what counts as tissue.
 
     Raises:
-        SlideReadError: the coarsest level cannot be decoded.
+        SlideReadError: if the coarsest level cannot be decoded.
     """
 
     def __init__(self, reader: SlideReader, rule: TissueRule) -> None:

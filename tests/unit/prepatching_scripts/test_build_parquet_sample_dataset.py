@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_named(short_list: Path, tmp_path: Path, caplog: pyte
     damaged = out / "00000003.parquet"
     damaged.write_bytes(whole[damaged.name][:-100])
     assert build(short_list, out, *SMALL) == 2
-    assert f"'{damaged}' is damaged" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
+    assert f"'{damaged}' is corrupt" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
     damaged.unlink()
     assert build(short_list, out, *SMALL) == 0 and contents(out) == whole
     (out / "_build.json").write_text("{}")

@@ -202,7 +202,7 @@ def test_a_damaged_run_is_named(sample_list: Path, tmp_path: Path, caplog: pytes
     run = sorted(out.glob(".shuffle-*/*.run"))[1]
     run.write_bytes(run.read_bytes()[:-5000])
     assert main(arguments) == 2
-    assert f"The intermediate rows in '{run.parent}' are damaged" in caplog.messages[-1]
+    assert f"The intermediate rows in '{run.parent}' are corrupt" in caplog.messages[-1]
     assert "delete that folder and start again" in caplog.messages[-1]
 
 

@@ -1,6 +1,5 @@
 """One file from a server that breaks: resumed, verified, and never taken for whole too early."""
 
-import os
 import subprocess
 import sys
 import time
@@ -46,7 +45,7 @@ def test_a_fault_that_passes(server, slide, fetch, tmp_path: Path, fault: Fault,
     ("fault", "reason", "requests", "kept"),
     [
         ("503", r"HTTP 503.*run the same command", 3, -1),
-        ("html", "a web page came", 3, -1),
+        ("html", "33 bytes are offered", 3, -1),
         ("short", "200000 bytes are offered, 200001 are expected", 3, -1),
         ("endless", "more than 200001 bytes came", 3, -1),
         ("drop", "RemoteProtocolError", 3, -1),
@@ -75,13 +74,13 @@ def test_nothing_is_followed_with_a_token(server, slide, fetch):
 
 def test_missing_and_closed_files(server, slide, fetch):
     server.controlled = {slide.id}
-    with pytest.raises(PermissionError, match=r"HTTP 403; it needs a --token-file"):
+    with pytest.raises(ConnectionError, match=r"HTTP 403.*--token-file"):
         fetch(slide)
-    with pytest.raises(PermissionError, match=r"the token in use may not read it"):
+    with pytest.raises(ConnectionError, match="HTTP 403"):
         fetch(slide, token="expired")
     assert fetch(slide, token="granted")
     del server.contents[slide.id]
-    with pytest.raises(FileNotFoundError, match=slide.id):
+    with pytest.raises(ConnectionError, match=f"{slide.id}.*HTTP 404.*new manifest"):
         fetch(Stored(slide.id, "b.svs", slide.md5, 1), redownload=True)
 
 
@@ -122,8 +121,8 @@ def test_servers_without_ranges_or_with_other_bytes(server, slide, fetch, tmp_pa
     assert fetch(slide)
     assert server.ranges[slide.id] == ["bytes=100000-"]  # the answer to it served
     target.rename(part)
-    os.truncate(part, HALF)
-    server.ignores_ranges, server.faults[slide.id] = False, [Fault("shifted")]
+    part.write_bytes(CONTENT[1 : HALF + 1])  # another file's, say; the md5 tells
+    server.ignores_ranges = False
     assert fetch(slide)
     assert target.read_bytes() == CONTENT
     assert server.ranges[slide.id][1:] == ["bytes=100000-", ""]
@@ -140,6 +139,9 @@ def test_an_error_page_does_not_cost_what_is_there(server, slide, fetch, tmp_pat
 def test_content_that_became_shorter_or_other(server, slide, fetch, tmp_path: Path):
     server.contents[slide.id] = CONTENT[:50]
     (tmp_path / "a.svs.part").write_bytes(CONTENT[:HALF])
+    with pytest.raises(ConnectionError, match="HTTP 416"):
+        fetch(slide)
+    (tmp_path / "a.svs.part").unlink()
     with pytest.raises(ConnectionError, match="50 bytes are offered, 200001 are expected"):
         fetch(slide)
     server.contents[slide.id] = CONTENT[::-1]

@@ -72,7 +72,7 @@ def test_failures_are_listed_and_good_files_come(server, cli, tmp_path: Path, ca
     assert cli("--manifest", str(write_manifest(tmp_path / "m.txt", stored))) == 1
     reasons = {row["id"]: row["reason"] for row in failures(tmp_path)}
     assert reasons.keys() == {gone.id, bad.id, busy.id}
-    assert "does not exist" in reasons[gone.id]
+    assert "HTTP 404" in reasons[gone.id]
     assert "md5" in reasons[bad.id]
     assert "HTTP 503" in reasons[busy.id]
     assert "3 of 4 files failed" in caplog.text
@@ -102,7 +102,7 @@ def test_token_is_sent_and_not_told(server, slide, cli, tmp_path: Path, caplog, 
     token.write_text("hush-hush\n")
     assert cli("--manifest", manifest, "--token-file", str(token)) == 1
     assert server.tokens_seen == {"hush-hush"}
-    assert "may not read it" in failures(tmp_path)[0]["reason"]
+    assert "HTTP 403" in failures(tmp_path)[0]["reason"]
     written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert "hush-hush" not in caplog.text + "".join(capfd.readouterr()) + written
     token.write_text("granted")
