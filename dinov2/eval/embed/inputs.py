@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dinov2.data.slides.find import SLIDE_SUFFIXES
+from dinov2.data.slides.find import SLIDE_SUFFIXES, find_slides
 from dinov2.data.slides.resolution import read_mpp_table
-from dinov2.data.slides.table import SlideRow, read_slide_table
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles
 from dinov2.eval.embed.parquet import ParquetRows
 from dinov2.eval.embed.slides import Grid, SlideTiles
@@ -95,9 +94,9 @@ def open_input(
     if kind == "images":
         return ImageFolder(path, rows_per_part)
     table = read_mpp_table(mpp_file) if mpp_file is not None else None
-    if path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir():
-        return SlideTiles([SlideRow(source, mpp=table.get(source) if table else None)], path.parent, grid)
-    return SlideTiles(read_slide_table(path, mpp_table=table), path, grid)
+    is_slide = path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
+    rows = sorted(find_slides(source if is_slide else path, mpp_table=table).slides)
+    return SlideTiles(rows, Path(os.path.abspath(path.parent if is_slide else path)), grid)
 
 
 def kind_of(source: str) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP
-from dinov2.data.slides.table import SlideRow
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 from dinov2.eval.datasets.images import UnreadableImage
 

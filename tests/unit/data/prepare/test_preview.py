@@ -13,7 +13,7 @@ from dinov2.data.prepare.preview import MARK, preview_figure, preview_mark, thum
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueRule
 from prepatching_scripts.create_sample_dataset_txt import main
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.slides import MakeSlide, damage_tile
 
 
 def create(source: Path, output: Path, folder: Path, *options: str) -> int:
@@ -92,10 +92,10 @@ def test_previews_of_a_run(train_slide: Path, make_slide: MakeSlide, tmp_path: P
     assert preview_mark(pictures[1]) != before, "the preview of another run is replaced"
 
     pictures[0].write_bytes(b"mine")
-    assert create(tmp_path / "slides", tmp_path / "three", folder, *options) == 1
+    assert create(tmp_path / "slides", tmp_path / "three", folder, *options) == 2
     assert f"'{pictures[0]}' exists and is no preview" in caplog.text
     Image.new("RGB", (8, 8)).save(pictures[0])
-    assert create(tmp_path / "slides", tmp_path / "three", folder, *options) == 1
+    assert create(tmp_path / "slides", tmp_path / "three", folder, *options) == 2
     assert not list(tmp_path.glob("*three*")), "this is found before any slide is read"
 
 
@@ -111,7 +111,7 @@ def test_restarted_run_draws_the_missing_previews(
 
     with monkeypatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", full)
-        assert create(source, tmp_path / "list", folder, *options) == 1
+        assert create(source, tmp_path / "list", folder, *options) == 2
     assert [path for path in folder.iterdir()] == [] and not (tmp_path / "list").exists()
     [parts] = tmp_path.glob(".list.parts-*")
     stamp = [path.stat().st_mtime_ns for path in parts.iterdir()]

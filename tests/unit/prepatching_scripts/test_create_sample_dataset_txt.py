@@ -21,9 +21,8 @@ from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import read_sample_list
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.files import write_new
 from prepatching_scripts.create_sample_dataset_txt import main
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.slides import MakeSlide, damage_tile
 
 Line = tuple[str, int, int, int]
 
@@ -250,7 +249,7 @@ def test_unreadable_folder(train_slide: Path, tmp_path: Path, caplog, monkeypatc
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert create(tmp_path / "slides", tmp_path / "list.txt") == 1
+    assert create(tmp_path / "slides", tmp_path / "list.txt") == 2
     assert f"The folder '{tmp_path}/slides/locked' cannot be listed (Permission denied)" in caplog.text
 
 
@@ -276,7 +275,7 @@ def _run_until_rename(source: Path, output: Path, log: Path, renames: int) -> No
 def test_killed_at_any_rename_the_list_comes_out_the_same(
     train_slide: Path, make_slide: MakeSlide, tmp_path: Path
 ) -> None:
-    """Two parts are kept, three files written and three placed: eight renames, and a kill before each."""
+    """Two parts are kept and three files placed: five renames, and a kill before each."""
     make_slide("slides/flat.svs", image=np.full((512, 512, 3), 255, np.uint8))
     (tmp_path / "slides" / "train.svs").symlink_to(train_slide)
     whole, output, log = (tmp_path / name for name in ("whole.txt", "list.txt", "log"))
@@ -295,12 +294,12 @@ def test_killed_at_any_rename_the_list_comes_out_the_same(
             break
         complete = [path.exists() for path in (output, Path(f"{output}.meta.json"))]
         assert complete in ([False, False], [False, True]), "the list is the last to get its name"
-    assert exits == [-signal.SIGKILL] * (len(exits) - 1) + [1] and len(exits) > 4  # 1: a slide failed
+    assert exits == [-signal.SIGKILL] * (len(exits) - 1) + [1] and len(exits) == 4  # 1: a slide failed
     assert output.read_bytes() == whole.read_bytes()
     assert meta_of(output) == meta_of(whole) and len(failures_of(output)) == 1
     assert sorted(Counter(log.read_text().split()).items()) == [("flat.svs", 2), ("train.svs", 2)]
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [other]
-    assert create(tmp_path / "slides", output, "--levels", "0", "2") == 1, "a finished list is never replaced"
+    assert create(tmp_path / "slides", output, "--levels", "0", "2") == 2, "a finished list is never replaced"
 
 
 def test_parts_of_other_options_or_slides_are_not_used(
@@ -327,17 +326,27 @@ def test_parts_of_other_options_or_slides_are_not_used(
     assert not list((tmp_path / "parts").glob("*.part"))
 
 
-def test_list_cannot_be_placed_over_a_file_of_the_user(train_slide: Path, tmp_path: Path, caplog) -> None:
-    """The file appears while the slides are being drawn."""
-    meta = tmp_path / "list.txt.meta.json"
-    contents = {tmp_path / "list.txt": ["a\n"], meta: ["b\n"]}
-    meta.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"meta.json' exists already with other contents"):
-        write_new(contents)
-    assert meta.read_text() == "mine" and not (tmp_path / "list.txt").exists()
-    meta.write_text("b\n")
-    write_new(contents)
-    assert (tmp_path / "list.txt").read_text() == "a\n"
+def test_list_cannot_be_placed_over_a_file_of_the_user(
+    train_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file appears while the slides are being drawn; what was drawn is kept."""
+    output, meta = tmp_path / "list.txt", tmp_path / "list.txt.meta.json"
+    drawn, draw = [], sample_parts.draw_from_slide
+
+    def draw_and_disturb(job: SlideJob) -> SlideDraw:
+        meta.write_text("mine")
+        drawn.append(job.key)
+        return draw(job)
+
+    monkeypatch.setattr(sample_parts, "draw_from_slide", draw_and_disturb)
+    for _ in range(2):
+        assert create(train_slide, output, "--levels", "2") == 2
+        assert f"'{meta}' exists already with other contents" in caplog.messages[-1]
+        assert meta.read_text() == "mine" and not output.exists()
+    meta.unlink()
+    assert create(train_slide, output, "--levels", "2") == 0
+    assert drawn == [train_slide.name] and len(lines_of(output)) == 12
+    assert not list(tmp_path.glob(".list*"))
 
 
 @pytest.mark.parametrize("existing", ["list.txt", "list.txt.meta.json", "list.txt.failures.jsonl"])
@@ -345,17 +354,20 @@ def test_existing_output_is_never_overwritten(
     train_slide: Path, tmp_path: Path, existing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / existing).write_text("mine")
-    assert create(train_slide, tmp_path / "list.txt") == 1
+    assert create(train_slide, tmp_path / "list.txt") == 2
     assert f"{existing}' exists already; give another --output or move it away." in caplog.text
     assert (tmp_path / existing).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_missing_and_empty_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert create(tmp_path / "nowhere", tmp_path / "list.txt") == 1
+    assert create(tmp_path / "nowhere", tmp_path / "list.txt") == 2
     assert f"'{tmp_path}/nowhere' does not exist" in caplog.text
     (tmp_path / "empty").mkdir()
-    assert create(tmp_path / "empty", tmp_path / "list.txt") == 1
+    assert create(tmp_path / "empty", tmp_path / "list.txt") == 2
     assert f"'{tmp_path}/empty' holds no slide; at least one .bif, " in caplog.text
+    table = ("--mpp-file", str(tmp_path / "none.csv"))
+    assert create(tmp_path / "empty", tmp_path / "list.txt", *table) == 2
+    assert "There is no mpp table" in caplog.messages[-1]
     assert not list(tmp_path.glob("list.txt*"))
 
 

@@ -55,4 +55,5 @@ def test_slides_are_reproducible_and_never_overwritten(
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in demo_slides]
     with pytest.raises(FileExistsError, match=r"demo_train.svs' exists already; name another --output-dir"):
         make_demo_slide.make_demo_slides(tmp_path)
-    assert make_demo_slide.main(["--output-dir", str(tmp_path)]) == 1
+    assert make_demo_slide.main(["--output-dir", str(tmp_path)]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo_holdout.svs", "demo_train.svs"]

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.storage.retry import Retries
 from prepatching_scripts.download_tcga import main
-from prepatching_scripts.gdc.bandwidth import Bandwidth
 from prepatching_scripts.gdc.download import Downloads
 from prepatching_scripts.gdc.manifest import GdcFile
 from prepatching_scripts.gdc.query import Gdc
@@ -36,41 +34,33 @@ def slide(server: GdcServer) -> Stored:
 
 
 @pytest.fixture
-def quick(tmp_path: Path) -> Retries:
-    """Three tries, almost without waits."""
-    (tmp_path / "pauses").mkdir()
-    return Retries(
-        3,
-        0.001,
-        0.001,
-        longest_pause_s=0.01,
-        connect_s=5.0,
-        read_s=0.3,
-        pause_folder=str(tmp_path / "pauses"),
-    )
+def make_gdc(server: GdcServer) -> Callable[..., Gdc]:
+    """Make a client of it with three attempts, almost without waits."""
+
+    def make(token: str = "", attempts: int = 3) -> Gdc:
+        return Gdc(server.url, token, attempts, wait_s=0.001, read_s=0.3)
+
+    return make
 
 
 @pytest.fixture
-def fetch(server: GdcServer, quick: Retries, tmp_path: Path) -> Callable[..., bool]:
+def fetch(make_gdc: Callable[..., Gdc], tmp_path: Path) -> Callable[..., bool]:
     """Fetch one file to `<tmp_path>/a.svs`; its `progress` is the sum of all progress."""
 
-    def run(stored: Stored, token: str = "", bandwidth: Bandwidth | None = None, **options: bool) -> bool:
+    def run(stored: Stored, token: str = "", **options: float | bool) -> bool:
         gained: list[int] = []
-        with Gdc(server.url, quick, token) as gdc:
-            downloads = Downloads(
-                gdc, bandwidth or Bandwidth(None), threading.Event(), gained.append, **options
-            )
-            try:
-                return downloads.fetch(GdcFile(*stored), tmp_path / "a.svs")
-            finally:
-                run.progress = sum(gained)
+        downloads = Downloads(make_gdc(token), threading.Event(), gained.append, **options)
+        try:
+            return downloads.fetch(GdcFile(*stored), tmp_path / "a.svs")
+        finally:
+            run.progress = sum(gained)
 
     return run
 
 
 @pytest.fixture
 def cli(server: GdcServer, tmp_path: Path) -> Callable[..., int]:
-    """The command line with folder and endpoint given, and one try."""
+    """Run the command line with folder and endpoint given, and one attempt."""
 
     def run(*argv: str) -> int:
         return main(["--output", str(tmp_path / "out"), "--endpoint", server.url, "--attempts", "1", *argv])
@@ -98,17 +88,6 @@ def add_collection(server: GdcServer) -> dict[str, Stored]:
     server.add("closed.svs", b"3", access="controlled")
     server.add("reads.bam", b"4", data_format="BAM")
     return wanted
-
-
-class Clock:
-    """A clock that only sleeping moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def sleep(self, seconds: float) -> None:
-        """Move on."""
-        self.now += seconds
 
 
 def size_of(path: Path) -> int:

@@ -57,7 +57,7 @@ def test_ambiguous_file_names_do_not_count(tmp_path: Path) -> None:
         ("", r"has columns \[\], but it needs slide and mpp"),
         ("path,mpp\na,0.5\n", r"has columns \['path', 'mpp'\]"),
         ("slide,mpp\na,0.5\nb,0,5\n", r"Line 3 .* slide 'b' the mpp '0'"),
-        ("slide,mpp\na\n", r"Line 2 .* slide 'a' the mpp None; a name and a number within \(0.1, 4.0\)"),
+        ("slide,mpp\na\n", r"Line 2 .* slide 'a' the mpp ''; a name and a number within \(0.1, 4.0\)"),
         ("slide,mpp\na,nan\n", "Line 2"),
         ("slide,mpp\n ,0.5\n", "Line 2"),
         ("slide,mpp\na,0.5\na,0.25\n", "gives slide 'a' both 0.5 and 0.25"),

@@ -10,9 +10,10 @@ import openslide
 import pytest
 import tifffile
 
+from dinov2.data.slides.errors import SlideOpenError, SlideRangeError, SlideReadError
 from dinov2.data.slides.ranges import SlideBytes
-from dinov2.data.slides.reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from dinov2.data.slides.reader import SlideReader
+from tests.helpers.slides import MakeSlide, damage_tile
 
 
 def region_by_openslide(path: Path, x: int, y: int, level: int, size: int) -> np.ndarray:
@@ -123,7 +124,7 @@ def test_region_off_the_slide_is_refused(
     with pytest.raises(SlideRangeError) as caught:
         SlideReader(train_slide).read_region(level, column, row, size, size)
     assert caught.value.slide == str(train_slide)
-    assert caught.value.place == f"level {level}, column {column}, row {row}, {size}x{size} px"
+    assert caught.value.location == f"level {level}, column {column}, row {row}, {size}x{size} px"
     assert isinstance(caught.value, ValueError)
 
 

@@ -18,14 +18,14 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.online.order import OnlineOrder
 from dinov2.data.online.positions import Geometry, Positions
 from dinov2.data.online.prepare import PatchOptions, load_plan, mpps_of
-from dinov2.data.online.random import OnlinePatchSource
+from dinov2.data.online.random import OnlinePatchSource, take_fraction
 from dinov2.data.online.tissue_mask import TissueMask
+from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppTable
-from dinov2.data.slides.table import SlideRow, read_slide_table
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.stream.loader import make_train_loader
-from tests.unit.slides.conftest import damage_tile
+from tests.helpers.slides import damage_tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 MPPS = mpps_of((40, 20, 10, 5))
@@ -115,7 +115,7 @@ def test_every_place_that_qualifies_is_drawn_by_one_number(
     mask = TissueMask(np.packbits(cells, axis=1), shape[1], cell_px)
     geometry = Geometry(0, width, height, downsample, side, 0.5)
     positions = Positions.count(mask, geometry, least)
-    places = [positions.place(mask, number) for number in range(len(positions))]
+    places = [positions.position(mask, number) for number in range(len(positions))]
     assert len(set(places)) == len(places)
     assert set(places) == count_by_hand(cells, cell_px, geometry, least) and places
 
@@ -141,7 +141,7 @@ def test_slides_resolutions_and_places_are_drawn_as_weighted(
     for number, slide in enumerate(source.slide_list):
         own = [patch for patch in patches if patch.slide == number]
         counts = Counter(slide.geometries[patch.geometry].mpp for patch in own)
-        assert all(slide.places)  # each slide can give all four
+        assert all(slide.counts)  # each slide can give all four
         assert chisquare([counts[mpp] for mpp in MPPS], np.array(weights) / 8 * len(own)).pvalue > 0.001
 
 
@@ -151,7 +151,7 @@ def test_places_are_drawn_evenly(make: MakeSource, train_slide: Path) -> None:
     plan = load_plan(source.slide_list[0], SMALL.min_foreground)
     (positions,) = plan.positions
     numbers = range(0, len(positions), 37)
-    expected = count_bins([positions.place(plan.mask, number) for number in numbers])
+    expected = count_bins([positions.position(plan.mask, number) for number in numbers])
     drawn = [source.draw(number)[2:] for number in range(4000)]
     kept = expected / expected.sum() * 4000 > 5
     expected = expected[kept] / expected[kept].sum() * count_bins(drawn)[kept].sum()
@@ -212,7 +212,7 @@ def test_real_slides_give_the_readers_patches(
 ) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text(f"{jpeg_slide}\n{jpeg2000_slide}\n")
-    rows = read_slide_table(listed, mpp_table=MppTable({"tcga-cr-7395-01a-01-ts1": 0.25}, {}))
+    rows = find_slides(listed, mpp_table=MppTable({"tcga-cr-7395-01a-01-ts1": 0.25}, {})).slides
     source = make(rows, options=PatchOptions(MPPS, (1.0,) * 4))
     given = {Path(slide.path): {g.mpp for g in slide.geometries} for slide in source.slide_list}
     assert given == {jpeg_slide: {0.5, 1.0, 2.0}, jpeg2000_slide: {0.25, 0.5, 1.0, 2.0}}
@@ -348,6 +348,27 @@ def test_unreadable_slides_are_left_out_up_to_a_share(
         ValueError, match=r"None of 1 slides gives patches: 1 because at 0\.25 um/px it is coarser"
     ):
         make(rows[:1], options=PatchOptions((0.1,), (1.0,)))
+
+
+# --- which slides ---
+
+
+def test_fractions_of_slides_are_nested_and_do_not_depend_on_the_folder() -> None:
+    rows = [SlideRow(f"/a/{i}.svs") for i in range(200)]
+    one, ten, half = (take_fraction(rows, share, 7) for share in (0.001, 0.1, 0.5))
+    assert (len(one), len(ten), len(half)) == (1, 20, 100)
+    assert set(one) < set(ten) < set(half) and take_fraction(rows, 1.0, 7) == rows
+    moved = take_fraction([SlideRow(f"/b/c/{i}.svs") for i in range(200)], 0.1, 7)
+    assert [Path(row.path).name for row in moved] == [Path(row.path).name for row in ten]
+    assert take_fraction(rows, 0.1, 8) != ten
+    for share in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"must lie within \(0, 1\]"):
+            take_fraction(rows, share, 7)
+
+
+def test_the_order_of_the_slides_does_not_matter(make: MakeSource, demo_slides: tuple[Path, Path]) -> None:
+    one, two = (make([SlideRow(str(path)) for path in order]) for order in (demo_slides, demo_slides[::-1]))
+    assert one.fingerprint == two.fingerprint and one.read(0, range(64)) == two.read(0, range(64))
 
 
 # --- slides on a server ---

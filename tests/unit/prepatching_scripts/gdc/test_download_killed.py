@@ -13,7 +13,7 @@ import pytest
 
 from prepatching_scripts.download_tcga import main
 from tests.helpers.gdc_server import Fault
-from tests.unit.gdc.conftest import CONTENT, HALF, failures, size_of, write_manifest
+from tests.unit.prepatching_scripts.gdc.conftest import CONTENT, HALF, failures, size_of, write_manifest
 
 
 def run_cli(argv: list[str]) -> None:

@@ -8,7 +8,7 @@ from skimage.color import rgb2hsv
 
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap, TissueRule, pen_fraction
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.slides import MakeSlide, damage_tile
 
 
 def tissue_by_scikit_image(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,8 @@ from PIL import Image, JpegImagePlugin
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample
 from prepatching_scripts.create_sample_dataset_txt import main as create_list
-from tests.unit.slides.builder_process import build, contents, rows_of
-from tests.unit.slides.conftest import MakeSlide, damage_tile
+from tests.helpers.builder_process import build, contents, rows_of
+from tests.helpers.slides import MakeSlide, damage_tile
 
 PUBLISHED = {
     "task_id": pa.string(),
@@ -193,19 +193,19 @@ def test_a_damaged_shard_is_named(short_list: Path, tmp_path: Path, caplog: pyte
     whole = contents(out)
     damaged = out / "00000003.parquet"
     damaged.write_bytes(whole[damaged.name][:-100])
-    assert build(short_list, out, *SMALL) == 1
-    assert f"'{damaged}' is damaged" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
+    assert build(short_list, out, *SMALL) == 2
+    assert f"'{damaged}' is corrupt" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
     damaged.unlink()
     assert build(short_list, out, *SMALL) == 0 and contents(out) == whole
     (out / "_build.json").write_text("{}")
     assert (
-        build(short_list, out, *SMALL) == 1
+        build(short_list, out, *SMALL) == 2
         and "_build.json' does not describe a build" in caplog.messages[-1]
     )
     (out / "_build.json").unlink()
     (out / "failures.jsonl").write_text("mine\n")
     assert (
-        build(short_list, out, *SMALL) == 1 and "failures.jsonl' was not made by this" in caplog.messages[-1]
+        build(short_list, out, *SMALL) == 2 and "failures.jsonl' was not made by this" in caplog.messages[-1]
     )
 
 
@@ -257,8 +257,8 @@ def test_resolutions_from_a_table(
     found = [(row["mpp"], row["mpp_source"]) for row in rows_of(tmp_path / "out")]
     assert found == [(pytest.approx(0.3), "user"), (pytest.approx(0.6), "user")]
     table.write_text("slide,mpp\na,0.4\n")
-    assert build(listed, tmp_path / "out", *options) == 1 and "holds a build with mpp" in caplog.messages[-1]
-    assert build(listed, tmp_path / "new", "--mpp-file", str(tmp_path / "none.csv")) == 1
+    assert build(listed, tmp_path / "out", *options) == 2 and "holds a build with mpp" in caplog.messages[-1]
+    assert build(listed, tmp_path / "new", "--mpp-file", str(tmp_path / "none.csv")) == 2
     assert "There is no mpp table" in caplog.messages[-1]
 
 
@@ -275,8 +275,8 @@ def test_shards_of_another_build_are_neither_mixed_nor_overwritten(
         ("--mpp", "0.5"),
         ("--rows-per-shard", "7"),
     ):
-        assert build(short, tmp_path / "out", *options) == 1
-    assert build(sample_list, tmp_path / "out") == 1
+        assert build(short, tmp_path / "out", *options) == 2
+    assert build(sample_list, tmp_path / "out") == 2
     for text in (
         "image_encoding 'png', not 'raw'",
         "tile_size '224', not '100'",
@@ -287,23 +287,23 @@ def test_shards_of_another_build_are_neither_mixed_nor_overwritten(
     assert contents(tmp_path / "out") == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "mine.parquet").write_bytes(b"not even Parquet")
-    assert build(short, tmp_path / "foreign") == 1
+    assert build(short, tmp_path / "foreign") == 2
     assert contents(tmp_path / "foreign") == {"mine.parquet": b"not even Parquet"}
 
 
 def test_bad_lists_are_refused_in_one_sentence(
     sample_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert build(tmp_path / "none.txt", tmp_path / "out") == 1
+    assert build(tmp_path / "none.txt", tmp_path / "out") == 2
     assert "There is no sample list" in caplog.messages[-1]
     listed = tmp_path / "list.txt"
     listed.write_text("a.svs 1 2\n")
-    assert build(listed, tmp_path / "out") == 1 and "Line 1 of sample list" in caplog.messages[-1]
-    assert build(sample_list, tmp_path / "out", "--tile-size", "256") == 1
+    assert build(listed, tmp_path / "out") == 2 and "Line 1 of sample list" in caplog.messages[-1]
+    assert build(sample_list, tmp_path / "out", "--tile-size", "256") == 2
     assert "was drawn for tiles of 224 px, not 256 px" in caplog.messages[-1]
     (tmp_path / "list.txt.meta.json").write_text("[1]")
     listed.write_text("a.svs 1 2 0\n")
-    assert build(listed, tmp_path / "out") == 1 and "does not describe a sample list" in caplog.messages[-1]
+    assert build(listed, tmp_path / "out") == 2 and "does not describe a sample list" in caplog.messages[-1]
     assert not (tmp_path / "out").exists()
     for option in (
         "--part=1",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prepatching_scripts.gdc.manifest import GdcFile, read_manifest
-from tests.unit.gdc.conftest import HEADER
+from tests.unit.prepatching_scripts.gdc.conftest import HEADER
 
 ID, MD5 = "353efa55-06d3-43a8-adf5-50f3219e9f14", "0123456789abcdef0123456789abcdef"
 GOOD = f"{ID}\ta.svs\t{MD5}\t5\treleased\n"
@@ -32,15 +32,15 @@ def test_manifest_as_windows_and_the_portal_write_it(tmp_path: Path):
         (GOOD.replace("a.svs", "a\\b.svs"), "plain file name"),
         (GOOD.replace("a.svs", ""), "plain file name"),
         (GOOD.replace("a.svs", "a\0.svs"), "plain file name"),
-        (GOOD.replace("a.svs", "a" * 250), "at most 240 bytes"),
-        (GOOD.replace("a.svs", "a.part"), "another ending"),
+        (GOOD.replace("a.svs", "a" * 250), "more than 240 bytes"),
+        (GOOD.replace("a.svs", "a.part"), "the ending .part"),
         (GOOD.replace(ID, "../../etc"), "not a UUID"),
         (GOOD.replace(MD5, "xyz"), "32 hexadecimal"),
         (GOOD.replace("\t5\t", "\t-5\t"), "whole number"),
         (GOOD.replace("\t5\t", "\t5.0\t"), "whole number"),
         (GOOD.replace("\t5\t", "\t\t"), "whole number"),
         (GOOD.replace("\treleased", ""), "4 columns in place of 5"),
-        (GOOD.replace("\t5\t", "\t6\t"), "differs from line 2"),
+        (GOOD.replace("\t5\t", "\t6\t"), "differs from an earlier line"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path: Path, line: str, reason: str):

@@ -12,10 +12,12 @@ import openslide
 import pytest
 import tifffile
 
-from dinov2.data.slides.blocks import Region, TileIndex, UnsupportedTiles, assemble, index_slide, ranges
+from dinov2.data.slides.blocks import Region, TileIndex, assemble, ranges
+from dinov2.data.slides.errors import SlideOpenError, SlideRangeError, SlideReadError, UnsupportedTiles
 from dinov2.data.slides.ranges import read_ranges
-from dinov2.data.slides.reader import SlideOpenError, SlideRangeError, SlideReader, SlideReadError
-from tests.unit.slides.conftest import MakeSlide, damage_tile, overwrite, write_encoded
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tiff import index_slide
+from tests.helpers.slides import MakeSlide, damage_tile, overwrite, write_encoded
 
 
 def read(index: TileIndex, region: Region) -> np.ndarray:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import zarr
 
-from dinov2.data.slides.blocks import TileIndex, index_slide
-from dinov2.data.slides.collection import load_tile_indexes
+from dinov2.data.slides import index
+from dinov2.data.slides.blocks import TileIndex
+from dinov2.data.slides.index import TileIndexes
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tiff import index_slide
 from prepatching_scripts import index_slides
-from tests.unit.slides.conftest import MakeSlide
+from tests.helpers.slides import MakeSlide
 
 
 @pytest.fixture
@@ -47,10 +49,13 @@ def test_collection_gives_every_slides_index(folder: Path, tmp_path: Path) -> No
     assert run(folder, output, "--mpp-file", str(tmp_path / "mpp.csv"), "--max-failed-share", "0.5") == 0
     failure = json.loads((output / "failures.jsonl").read_text())
     assert failure["slide"] == str(folder / "broken.svs") and "not a TIFF file (6 bytes" in failure["reason"]
-    indexes = load_tile_indexes(output / "tiles.index")
+    indexes = TileIndexes(output / "tiles.index")
     assert set(indexes) == {str(folder / "deep/plain.svs"), str(folder / "train.svs")}
     for slide in indexes:
         assert_same(indexes[slide], index_slide(slide, 0.5))
+        outline = indexes.outline(slide)
+        for level, whole in zip(outline.levels, indexes[slide].levels, strict=True):
+            assert level.lengths.tolist() == [[whole.lengths.max()]] and level.tile_width == whole.tile_width
     assert indexes[str(folder / "deep/plain.svs")].mpp_source == "user"
     assert str(folder / "none.svs") not in indexes
     copy = pickle.loads(pickle.dumps(indexes))
@@ -62,7 +67,7 @@ def test_reader_does_not_parse_an_indexed_slide(
     folder: Path, tmp_path: Path, stored_levels: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(folder, tmp_path / "index")
-    indexes = load_tile_indexes(tmp_path / "index/tiles.index")
+    indexes = TileIndexes(tmp_path / "index/tiles.index")
     monkeypatch.setattr("dinov2.data.slides.reader.index_slide", None)
     slide = str(folder / "train.svs")
     reader = SlideReader(slide, index=indexes[slide])
@@ -88,15 +93,14 @@ def test_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
         return index_slide(path, mpp)
 
-    monkeypatch.setattr(index_slides, "index_slide", parse)
+    monkeypatch.setattr(index, "index_slide", parse)
     (folder / "broken.svs").unlink()
     output = tmp_path / "index"
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, output)
+    assert run(folder, output) == 130
     assert [path.name for path in output.iterdir()] == ["tiles.index.part"]
     assert run(folder, output) == 0
     assert parsed == ["plain.svs", "train.svs", "train.svs"]
-    assert set(load_tile_indexes(output / "tiles.index")) == {
+    assert set(TileIndexes(output / "tiles.index")) == {
         str(folder / name) for name in ("deep/plain.svs", "train.svs")
     }
 
@@ -116,7 +120,7 @@ def test_damaged_part_of_a_stopped_run_is_made_again(
     finished.unlink()
     parsed: list[str] = []
     parse = lambda path, mpp=None: parsed.append(Path(path).name) or index_slide(path, mpp)  # noqa: E731
-    monkeypatch.setattr(index_slides, "index_slide", parse)
+    monkeypatch.setattr(index, "index_slide", parse)
     assert run(folder, tmp_path / "index") == 0
     assert parsed == (expected or ["plain.svs", "train.svs"]) and finished.read_bytes() == whole
 
@@ -128,7 +132,7 @@ def test_only_what_changed_is_parsed_again(
     parse = lambda path, mpp=None: parsed.append(Path(path).name) or index_slide(path, mpp)  # noqa: E731
     (folder / "broken.svs").unlink()
     run(folder, tmp_path / "index")
-    monkeypatch.setattr(index_slides, "index_slide", parse)
+    monkeypatch.setattr(index, "index_slide", parse)
     assert run(folder, tmp_path / "index") == 0 and parsed == []
     make_slide("slides/new.svs", "|MPP = 0.3")
     with (folder / "train.svs").open("ab") as file:
@@ -138,7 +142,7 @@ def test_only_what_changed_is_parsed_again(
     assert sorted(parsed) == ["new.svs", "plain.svs", "train.svs"]
     parsed.clear()
     assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "mpp.csv")) == 0 and parsed == []
-    indexes = load_tile_indexes(tmp_path / "index/tiles.index")
+    indexes = TileIndexes(tmp_path / "index/tiles.index")
     assert {Path(slide).name: indexes[slide].mpp for slide in indexes} == {
         "plain.svs": 0.5, "new.svs": 0.3, "train.svs": 0.25}  # fmt: skip
 
@@ -175,26 +179,17 @@ def test_zarr_arrays_hold_the_stored_pixels(
 
 
 def test_faulty_calls_are_refused(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert run(tmp_path / "nowhere", tmp_path / "index") == 1
+    assert run(tmp_path / "nowhere", tmp_path / "index") == 2
     assert "nowhere' does not exist" in caplog.text
     names = tmp_path / "names.txt"
     (folder / "plain.svs").write_bytes((folder / "deep/plain.svs").read_bytes())
     names.write_text(f"{folder}/plain.svs\n{folder}/deep/plain.svs\n")
-    assert run(names, tmp_path / "index", "--zarr") == 1
+    assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "none.csv")) == 2
+    assert run(names, tmp_path / "index", "--zarr") == 2
     assert "are named 'plain.svs'" in caplog.text
     (tmp_path / "empty").write_bytes(b"")
     for path in (tmp_path / "empty", folder / "train.svs"):
         with pytest.raises(ValueError, match="is not a finished tile index"):
-            load_tile_indexes(path)
+            TileIndexes(path)
     with pytest.raises(FileNotFoundError, match="There is no tile index"):
-        load_tile_indexes(tmp_path / "none")
-
-
-def test_sources_are_urls_or_what_other_tools_take(tmp_path: Path, make_slide: MakeSlide) -> None:
-    slide = make_slide("one/slide.svs", "|Source = http://scanner\n/file")
-    assert index_slides.list_slides(str(slide)) == {str(slide): "slide.svs"}
-    assert index_slides.list_slides(str(tmp_path)) == {str(slide): "one/slide.svs"}
-    names = tmp_path / "names.txt"
-    names.write_text("# slides\ns3://bucket/a.svs\n\n/local/b.svs\n")
-    assert index_slides.list_slides(str(names)) == {"s3://bucket/a.svs": "a.svs", "/local/b.svs": "b.svs"}
-    assert index_slides.list_slides("https://host/x/c.svs") == {"https://host/x/c.svs": "c.svs"}
+        TileIndexes(tmp_path / "none")

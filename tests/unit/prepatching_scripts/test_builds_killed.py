@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prepatching_scripts.build_parquet_sample_dataset import main
-from tests.unit.slides.builder_process import build, contents, in_fork, killer, rows_of, run_builder
+from tests.helpers.builder_process import build, contents, in_fork, killer, rows_of, run_builder
 
 SMALL = ("--rows-per-shard", "16")
 
@@ -95,7 +95,7 @@ sys.stdin.read()
     ) as other:
         other.stdout.readline()
         for options in (("--num-parts", "4", "--part", "1"), ()):
-            assert build(short_list, out, *SMALL, *options) == 1
+            assert build(short_list, out, *SMALL, *options) == 2
             assert "Another builder is writing some of these shards" in caplog.messages[-1]
         assert build(short_list, out, *SMALL, "--num-parts", "4", "--part", "2") == 0
         other.stdin.close()
@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_so_and_leaves_nothing_half_written(
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         return main(arguments)
 
-    assert in_fork(with_small_files) == 1
+    assert in_fork(with_small_files) == 2
     said = (tmp_path / "log").read_text()
     assert said == f"No room left in '{out}'; make some, then run the same command again.\n"
     assert not list(out.glob("*.parquet")) and not list(out.rglob("*.run")) and not list(out.rglob(".*.part"))

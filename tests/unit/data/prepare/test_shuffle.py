@@ -11,8 +11,8 @@ import pytest
 
 from dinov2.data.prepare.shuffle import Order
 from prepatching_scripts.build_parquet_sample_dataset import main
-from tests.unit.slides.builder_process import killer, run_builder
-from tests.unit.slides.conftest import damage_tile
+from tests.helpers.builder_process import killer, run_builder
+from tests.helpers.slides import damage_tile
 
 SHUFFLE = ("--shuffle", "--seed", "5", "--rows-per-shard", "70", "--encoding", "raw", "--tile-size", "64")
 TINY = 20 * 64 * 64 * 3 / 2**30  # GiB of 20 rows: many runs, several buckets for each shard
@@ -101,7 +101,7 @@ def test_the_seed_decides_over_the_order(sample_list: Path, whole: Path, tmp_pat
         map(line, rows_of(whole))
     )
     before = contents(tmp_path / "out")
-    assert build(sample_list, tmp_path / "out") == 1, "another seed is another build"
+    assert build(sample_list, tmp_path / "out") == 2, "another seed is another build"
     assert contents(tmp_path / "out") == before
 
 
@@ -201,8 +201,8 @@ def test_a_damaged_run_is_named(sample_list: Path, tmp_path: Path, caplog: pytes
         kill(arguments, at_change=40)
     run = sorted(out.glob(".shuffle-*/*.run"))[1]
     run.write_bytes(run.read_bytes()[:-5000])
-    assert main(arguments) == 1
-    assert f"The intermediate rows in '{run.parent}' are damaged" in caplog.messages[-1]
+    assert main(arguments) == 2
+    assert f"The intermediate rows in '{run.parent}' are corrupt" in caplog.messages[-1]
     assert "delete that folder and start again" in caplog.messages[-1]
 
 
