@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dinov2.build.data import OpenData, prefetch_for
 from dinov2.configs import Config
 from dinov2.data import (
     AugmentationOptions,
@@ -17,11 +18,10 @@ from dinov2.data import (
     MultiCropCollate,
     normalize,
 )
-from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.data.stream.loader import TrainLoader, make_train_loader
+from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.train.plan.plan import RunPlan
-from dinov2.build.data import OpenData, prefetch_for
 
 
 def build_augmentation(config: Config) -> MultiCropAugmentation:

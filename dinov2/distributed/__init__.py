@@ -4,8 +4,10 @@ Nothing above this package asks whether a run is distributed: without a process 
 rank, number 0, and every collective returns what it was given.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from torch import Tensor
 # Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
 _TIMEOUT = timedelta(minutes=30)
 _T = TypeVar("_T")
+_alone = ContextVar("alone", default=False)
 
 
 class MainProcessError(RuntimeError):
@@ -24,7 +27,17 @@ class MainProcessError(RuntimeError):
 
 def is_enabled() -> bool:
     """Say whether this process belongs to a process group."""
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _alone.get()
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """While open, this process is the only one: for work that the other ranks take no part in."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def get_global_rank() -> int:
@@ -134,6 +147,15 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     box = [obj]
     dist.broadcast_object_list(box, src=src)
     return box[0]
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Return every rank's picklable ``obj``, in order of the ranks. All ranks must call."""
+    if get_global_size() == 1:
+        return [obj]
+    box: list[Any] = [None] * get_global_size()
+    dist.all_gather_object(box, obj)
+    return box
 
 
 def on_main_process(action: Callable[[], _T]) -> _T:

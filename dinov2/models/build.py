@@ -19,7 +19,7 @@ def build_model_from_cfg(
     arbitrary keywords is given all.
 
     Args:
-        cfg: has sections ``student``, ``crops`` and, if it comes from here, ``performance``.
+        cfg: has sections ``student``, ``crops`` and, if it comes from here, ``debug``.
         only_teacher: leave the student out.
 
     Returns:
@@ -43,7 +43,7 @@ def build_model_from_cfg(
         "interpolate_antialias": student.interpolate_antialias,
         "interpolate_offset": student.interpolate_offset,
         "attention_backend": getattr(student, "attention_backend", "sdpa"),
-        "inverse_gather": cfg.performance.inverse_gather if hasattr(cfg, "performance") else True,
+        "inverse_gather": cfg.debug.inverse_gather if hasattr(cfg, "debug") else True,
     }
     drop_path = {"drop_path_rate": student.drop_path_rate, "drop_path_uniform": student.drop_path_uniform}
     make, options = BACKBONES[student.arch], dict(getattr(student, "options", {}))

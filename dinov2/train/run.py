@@ -19,14 +19,13 @@ from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
-from dinov2.layers.fp8 import fp8_problem
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
-from dinov2.train.performance.capabilities import Machine, resolve_performance
-from dinov2.train.plan.flops import flops_per_step
+from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.hardware import ASSUMED_GPU, find_gpu
-from dinov2.train.plan.memory import check_fits, free_memory, resolve_batch
+from dinov2.train.plan.measure import StepCosts
+from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
 from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.sample_log import SampleLog
@@ -59,11 +58,13 @@ class Run:
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
         saved = on_main_process(self._newest_state)
         if not eval_only:
-            self.performance = on_main_process(partial(resolve_performance, config, _machine(config, device)))
+            self.performance = resolve_performance(config, device)
+            self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
             self.plan = self._make_plan(saved)
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
         self.loader = None if eval_only else self._open_stream(saved)
-        self.arch = build_arch(config, device, from_checkpoint=saved is not None)
+        built = config if eval_only else self.performance.applied(config)
+        self.arch = build_arch(built, device, from_checkpoint=saved is not None)
         betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
         student = config.compute_precision.student
@@ -96,10 +97,10 @@ class Run:
         on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        hardware = (name, local_world_size(), self.performance.compile)
-        logger.info("%s", describe_plan(config, self.plan, self.arch.student, *hardware))
+        described = partial(describe_plan, config, self.plan, self.costs, name, local_world_size())
+        logger.info("%s", on_main_process(described))
         for note in self.performance.notes:
-            logger.info("%s", note)
+            logger.warning("%s", note)
         sinks = self._sinks()
         trainer = Trainer(
             training_step=build_training_step(
@@ -112,7 +113,7 @@ class Run:
             state=self.state,
             batches=device_batches(self._batches(), config, self.device),
             log_period=config.logging.period_iterations,
-            flops=flops_per_step(config, self.arch.student, self.plan.local_batch),
+            flops=on_main_process(lambda: self.costs.flops(self.plan.local_batch).model),
             sinks=sinks,
             hooks=self._hooks(sinks),
         )
@@ -144,15 +145,15 @@ class Run:
 
     def _make_plan(self, saved: dict[str, Any] | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
-        world, memory = get_global_size(), free_memory(self.device)
-        machine = (local_world_size(), self.performance.compile)
+        world, free = get_global_size(), free_memory(self.device)
+        memory = MemoryModel(self.costs, world, local_world_size())
 
         def plan() -> RunPlan:
             batch = saved and saved["global_batch"]
             if not batch:
-                batch = resolve_batch(self.config, world, memory, *machine) * world
+                batch = resolve_batch(self.config, memory, free) * world
             plan = make_plan(self.config, world, batch)
-            warning = memory and check_fits(self.config, plan.local_batch, world, memory, *machine)
+            warning = free and check_fits(plan.local_batch, memory, free)
             if warning:
                 logger.warning("%s", warning)
             return plan
@@ -259,20 +260,14 @@ def dry_run(config: Config, world_size: int) -> str:
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        compiled = resolve_performance(config, _machine(config, device)).compile
+        compiled = resolve_performance(config, device).compile
         name = torch.cuda.get_device_name(device)
-    machine = (local_world_size(), compiled)
+    costs = StepCosts(config, compiled)
+    memory = MemoryModel(costs, world_size, local_world_size())
     gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
-    plan = make_plan(config, world_size, resolve_batch(config, world_size, gpu.memory, *machine) * world_size)
+    plan = make_plan(config, world_size, resolve_batch(config, memory, gpu.memory) * world_size)
     data = open_data(config)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     open_tasks(config, data)
     starting_weights(config)
-    with torch.device("meta"):
-        arch = SSLMetaArch(config)
-        arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
-    return f"{describe_plan(config, plan, arch.student, name, *machine)}\n{stream}"
-
-
-def _machine(config: Config, device: torch.device) -> Machine:
-    return Machine.of(device, fp8_problem(device, config.performance.fp8_scaling == "row"))
+    return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{stream}"

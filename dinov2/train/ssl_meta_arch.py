@@ -247,7 +247,7 @@ class SSLMetaArch(nn.Module):
         if self.cfg.train.centering == "sinkhorn_knopp":
             both, weights = [teacher.class_logits, teacher.patch_logits], [None, row_weight]
             of_classes, of_patches = sinkhorn_assignments_of(both, temp, 3, weights, self.kernels)
-            factored = self.cfg.performance.factored_targets
+            factored = self.cfg.debug.factored_targets
             return of_classes.probs(), of_patches if factored else of_patches.probs()
         targets = (
             self.dino_loss.probs(teacher.class_logits, temp),
@@ -261,11 +261,11 @@ class SSLMetaArch(nn.Module):
         self, network: nn.ModuleDict, crops: list[Tensor], masks: list[Tensor | None], mask_indices: Tensor
     ) -> _Outputs:
         """Tokens and logits of one network for all crop sizes, the global views first."""
-        performance, backbone = self.cfg.performance, network.backbone
+        debug, backbone = self.cfg.debug, network.backbone
         all_patches = any("patch_tokens" in term.needs for term in self.losses.values())
-        prune = performance.prune_last_block and backbone.supports_patch_index and not all_patches
+        prune = debug.prune_last_block and backbone.supports_patch_index and not all_patches
         passes = [(crops, masks)]
-        if not performance.packed_crops:
+        if not debug.packed_crops:
             passes = [([crop], [mask]) for crop, mask in zip(crops, masks, strict=True)]
         outputs: list[dict[str, Tensor]] = []
         with self._autocast(self._precision(network).backbone):

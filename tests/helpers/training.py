@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dinov2.train.run import build_arch
 from dinov2.configs import Config, load_config
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.train.performance.apply import build_training_step
-from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.plan import make_plan
+from dinov2.train.run import build_arch
 from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import adam_state, build_optimizer
@@ -62,7 +62,7 @@ def make_trainer(
         arch.get_params_groups(), (config.optim.adamw_beta1, config.optim.adamw_beta2)
     )
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    performance = resolve_performance(config, Machine.of(CPU))
+    performance = resolve_performance(config, CPU)
     return Trainer(
         training_step=build_training_step(arch, optimizer, scaler, performance, plan.global_batch),
         schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),

@@ -9,8 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dinov2.data.decode import decode_image
-from dinov2.data.source import DecodeError, EncodedSample, Source
+from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.layers.fp8 import fp8_input_gradient, fp8_problem, fp8_matmul, quantise
+from dinov2.layers.fp8 import fp8_input_gradient, fp8_matmul, fp8_problem, quantise
 from dinov2.layers.linear import Linear, keep_low_precision_weights, use_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -102,7 +102,10 @@ def test_copies_are_made_of_the_linear_maps_of_blocks_alone():
     module = nn.ModuleDict({"mlp": Mlp(8, 16), "head": DINOHead(8, 16, 2, 8, 4), "plain": nn.Linear(8, 8)})
     pairs = keep_low_precision_weights(module, torch.bfloat16)
     assert [weight for weight, _ in pairs] == [module.mlp.fc1.weight, module.mlp.fc2.weight]
-    assert [kept for _, kept in pairs] == [module.mlp.fc1.low_precision_weight, module.mlp.fc2.low_precision_weight]
+    assert [kept for _, kept in pairs] == [
+        module.mlp.fc1.low_precision_weight,
+        module.mlp.fc2.low_precision_weight,
+    ]
     for weight, kept in pairs:
         assert torch.equal(kept, weight.bfloat16()) and not kept.requires_grad
 

@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from dinov2.train.run import build_arch
 from dinov2.configs import Config, load_config
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast
+from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY

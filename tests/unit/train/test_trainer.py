@@ -11,7 +11,6 @@ import torch
 
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
-from dinov2.train.trainer import Trainer
 from dinov2.train.update.guard import FiniteGuard, NonFiniteError
 from tests.helpers.training import differing, make_trainer, random_batches, tiny_config, whole_state
 

@@ -1,0 +1,284 @@
+"""What is tried again, after which wait, and what is said in the end."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import socket
+import ssl
+import time
+from dataclasses import replace
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinov2.data.storage.retry import Refusal, RemoteError, Retries, SharedPause, is_transient
+
+URL = "https://hub.example/datasets/org/tiles/resolve/abc/a.parquet"
+
+
+class Failing:
+    """Raises the given errors one after the other, then returns."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.calls = list(errors), 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "bytes"
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    """Where waits are noted in place of waiting."""
+    return []
+
+
+@pytest.fixture
+def retries(tmp_path: Path, waits: list[float]) -> Retries:
+    """The defaults, without the waiting."""
+    return Retries(pause_folder=str(tmp_path), sleep=waits.append)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """An error with a cause."""
+    error.__cause__ = cause
+    return error
+
+
+def s3_error(status: int) -> Exception:
+    """What s3fs raises: an OSError whose cause has botocore's answer."""
+    from botocore.exceptions import ClientError
+
+    meta = {"HTTPStatusCode": status, "HTTPHeaders": {}}
+    return caused(OSError(errno.EIO, "x"), ClientError({"Error": {}, "ResponseMetadata": meta}, "GetObject"))
+
+
+TRANSIENT = [
+    *(Refusal(status, {}) for status in (408, 425, 429, 500, 502, 503, 504, 599)),
+    ConnectionResetError(),
+    ConnectionRefusedError(),
+    BrokenPipeError(),
+    TimeoutError(),
+    socket.gaierror(-3, "Temporary failure in name resolution"),
+    OSError(errno.ENETUNREACH, "Network is unreachable"),
+    ssl.SSLEOFError(),
+    s3_error(503),
+    caused(FileNotFoundError("fsspec hides the reason"), ConnectionResetError()),
+]
+LASTING = [
+    *(Refusal(status, {}) for status in (400, 401, 403, 404, 410, 416)),
+    FileNotFoundError(),
+    PermissionError(),
+    IsADirectoryError(),
+    ValueError(),
+    KeyError(),
+    RemoteError("gave others"),
+    ssl.SSLCertVerificationError(),
+    caused(ConnectionError(), ssl.SSLCertVerificationError()),
+    s3_error(403),
+    s3_error(404),
+]
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
+def test_what_may_pass_is_tried_again(retries: Retries, waits: list[float], error: Exception) -> None:
+    request = Failing(error)
+    assert retries.call(URL, request) == "bytes"
+    assert request.calls == 2
+    # No time passes here, so that the pause after a 429 still holds at the second try.
+    assert len(waits) == (2 if getattr(error, "status", 0) == 429 else 1)
+
+
+@pytest.mark.parametrize("error", LASTING, ids=repr)
+def test_what_cannot_pass_is_raised_at_once(retries: Retries, waits: list[float], error: Exception) -> None:
+    request = Failing(error)
+    with pytest.raises(type(error)) as caught:
+        retries.call(URL, request)
+    assert caught.value is error
+    assert request.calls == 1
+    assert waits == []
+
+
+def test_errors_of_the_http_packages_are_known() -> None:
+    import aiohttp
+    import botocore.exceptions as boto
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    with pytest.raises(Exception) as refused:
+        get_session().get("http://127.0.0.1:1")
+    assert is_transient(refused.value)
+    with pytest.raises(Exception) as unknown:
+        get_session().get("nothing://127.0.0.1:1")
+    assert not is_transient(unknown.value)
+    assert is_transient(aiohttp.ServerDisconnectedError())
+    assert is_transient(aiohttp.ClientPayloadError())
+    assert is_transient(boto.EndpointConnectionError(endpoint_url="x"))
+    assert is_transient(boto.ReadTimeoutError(endpoint_url="x"))
+    assert not is_transient(boto.NoCredentialsError())
+    assert not is_transient(OfflineModeIsEnabled())
+
+
+def test_waits_double_up_to_the_bound_and_are_jittered(retries: Retries, waits: list[float]) -> None:
+    with pytest.raises(RemoteError):
+        replace(retries, attempts=2000).call(URL, Failing(*[Refusal(503, {})] * 2000))
+    assert len(waits) == 1999
+    for i, wait in enumerate(waits):
+        longest = min(300, 2 ** min(i, 10))
+        assert longest / 2 <= wait <= longest
+    assert len({wait for wait in waits if wait > 150}) > 1900
+
+
+def dated(headers: dict[str, str]) -> dict[str, str]:
+    """Headers in which "in SECONDS" is a date as HTTP writes it."""
+    return {
+        name: formatdate(time.time() + int(value[3:]), usegmt=True) if value.startswith("in ") else value
+        for name, value in headers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (503, {"Retry-After": "34"}, 34),
+        (429, {"retry-after": "34"}, 34),
+        (429, {"Retry-After": "in 34"}, 34),
+        (429, {"RateLimit": '"resolvers";r=0;t=34'}, 34),
+        (429, {"ratelimit": '"api"; r=0; t=34', "Retry-After": "5"}, 34),
+        (429, {"ratelimit": '"api";r=0;t=99999999999999999999'}, 600),
+        (429, {"Retry-After": "9" * 400}, 600),
+        (429, {"Retry-After": "in 100000000"}, 600),
+    ],
+)
+def test_the_time_that_the_server_names_is_kept(
+    retries: Retries, waits: list[float], status: int, headers: dict[str, str], seconds: float
+) -> None:
+    retries.call(URL, Failing(Refusal(status, dated(headers))))
+    assert seconds - 2 < waits[0] <= seconds + 1
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (503, {"ratelimit": '"api";r=0;t=34'}),  # the limit is not why
+        (429, {"ratelimit": '"api";r=7;t=34'}),
+        (429, {"Retry-After": "soon"}),
+        (429, {"Retry-After": "in -100"}),
+        (429, {"Retry-After": ""}),
+    ],
+)
+def test_other_headers_do_not_hold_up(
+    retries: Retries, waits: list[float], status: int, headers: dict[str, str]
+) -> None:
+    retries.call(URL, Failing(Refusal(status, dated(headers))))
+    assert 0.5 <= waits[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts", "told"),
+    [
+        (Refusal(503, {}), 3, ["2 retries", "HTTP 503 (Service Unavailable)", "check the network"]),
+        (Refusal(429, {}), 1, ["0 retries", "HTTP 429 (Too Many Requests)", "set HF_TOKEN"]),
+        (ConnectionError("9 of 10\nbytes came"), 2, ["1 retries", "ConnectionError (9 of 10 bytes came)"]),
+    ],
+)
+def test_giving_up_names_url_count_reason_and_what_to_do(
+    retries: Retries, error: Exception, attempts: int, told: list[str]
+) -> None:
+    request = Failing(*[error] * 5)
+    with pytest.raises(RemoteError) as caught:
+        replace(retries, attempts=attempts).call(URL, request)
+    assert request.calls == attempts
+    assert all(part in str(caught.value) for part in [URL, *told])
+    assert caught.value.errno == errno.EIO  # a reader takes errors without one for corrupt files
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.errno) == (str(caught.value), errno.EIO)
+
+
+def test_each_retry_is_one_warning(retries: Retries, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(RemoteError):
+        replace(retries, attempts=3).call(URL, Failing(*[Refusal(503, {})] * 3))
+    assert [record.name for record in caplog.records] == ["dinov2.data.storage.retry"] * 2
+    assert "retry 1 of 2 in" in caplog.messages[0]
+    assert "retry 2 of 2 in" in caplog.messages[1]
+    caplog.clear()
+    limited = {"Retry-After": "100"}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(20):  # as many threads, which meet the same limit
+            retries.call(URL, Failing(Refusal(429, limited)))
+    assert len(caplog.records) == 1
+
+
+def test_seeded_generators_are_left_alone(retries: Retries) -> None:
+    before = random.getstate()
+    retries.call(URL, Failing(TimeoutError(), TimeoutError()))
+    assert random.getstate() == before
+
+
+def test_a_limit_holds_up_other_processes_that_ask_the_same_server(
+    retries: Retries, waits: list[float]
+) -> None:
+    limited = Failing(Refusal(429, {"Retry-After": "120"}))
+    other = multiprocessing.get_context("fork").Process(
+        target=replace(retries, attempts=1).call, args=(URL, limited)
+    )
+    other.start()
+    other.join()
+    assert other.exitcode == 1  # gave up
+    assert retries.call("https://other.example/a.parquet", Failing()) == "bytes"
+    assert waits == []
+    request = Failing()
+    assert retries.call(URL.replace("a.parquet", "b.parquet"), request) == "bytes"
+    assert request.calls == 1
+    assert len(waits) == 1
+    assert 60 < waits[0] <= 122
+
+
+def test_a_pause_ends_and_is_only_made_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause, same = SharedPause("hub:80", 600, str(tmp_path)), SharedPause("hub:80", 600, str(tmp_path))
+    assert pause.remaining_s() == 0
+    assert pause.extend(50)
+    assert 40 < same.remaining_s() <= 50
+    assert not same.extend(20)
+    assert 40 < pause.remaining_s() <= 50
+    assert same.extend(10**9)
+    assert 590 < pause.remaining_s() <= 600
+    short = SharedPause("other", 600, str(tmp_path))
+    assert short.extend(0.5)
+    assert 0 < short.remaining_s() <= 0.5
+    later = time.time() + 601
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert pause.remaining_s() == 0
+
+
+def test_a_file_that_is_no_pause_of_ours_does_not_hold_up(tmp_path: Path) -> None:
+    pause = SharedPause("hub", 600, str(tmp_path))
+    pause.extend(5)
+    path = next(tmp_path.iterdir())
+    os.utime(path, (time.time() + 10**7,) * 2)
+    assert pause.remaining_s() == 0
+    path.unlink()
+    target = tmp_path / "mine"
+    target.touch()
+    before = target.stat().st_mtime_ns
+    path.symlink_to(target)
+    pause.extend(100)
+    assert target.stat().st_mtime_ns == before
+
+
+def test_where_no_pause_can_be_kept_the_caller_still_waits(waits: list[float]) -> None:
+    retries = Retries(pause_folder="/nowhere", sleep=waits.append)
+    assert retries.call(URL, Failing(Refusal(429, {"Retry-After": "50"}))) == "bytes"
+    assert 50 < waits[0] <= 51
+
+
+def test_it_can_be_sent_to_other_processes() -> None:
+    retries: Any = Retries(attempts=3)
+    assert pickle.loads(pickle.dumps(retries)) == retries
