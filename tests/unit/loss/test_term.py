@@ -87,7 +87,11 @@ def test_a_term_with_weights_is_trained_and_clipped_by_itself():
 
 
 def test_weight_zero_leaves_a_term_out():
-    assert list(arch_of({OWN: Looking.Options(0.0)}, "dino.kde_loss_weight=0").losses) == ["dino", "ibot", "koleo"]
+    assert list(arch_of({OWN: Looking.Options(0.0)}, "dino.kde_loss_weight=0").losses) == [
+        "dino",
+        "ibot",
+        "koleo",
+    ]
 
 
 @pytest.mark.parametrize("name", ["koleo", "elsewhere.module:dino", "backbone"])
