@@ -15,7 +15,7 @@ from dinov2.models import Backbone
 
 
 class Discriminator(LossTerm):
-    """Tells slides of odd and of even number apart by the student's tokens; trained with the student, not against it."""
+    """Tells slides of odd and of even hash apart by the student's tokens, with which it is trained."""
 
     needs = frozenset({"patch_tokens"})
 
