@@ -19,7 +19,7 @@ from benchmarks.step_measure import measure
 from benchmarks.step_phases import around_forward, time_phases
 from tests.helpers.batches import random_batch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 # What an installation of PyTorch brings, and omegaconf with its own needs.
