@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.models.vision_transformer import ARCHITECTURES, DinoVisionTransformer
+from dinov2.extensions import BACKBONES
+from dinov2.models.vision_transformer import DinoVisionTransformer
 
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Attention heads by width: the one figure that no tensor's shape tells."""
@@ -85,9 +86,9 @@ def _stated(path: str, stated: dict[str, Any], state: Mapping[str, Tensor]) -> D
     arguments = stated | {"img_size": _image_side(state)}
     make = DinoVisionTransformer
     if "embed_dim" not in arguments:
-        make = ARCHITECTURES.get(arguments.pop("arch", None))
+        make = BACKBONES.get(arguments.pop("arch", None))
     if make is None:
-        raise ValueError(f"The JSON beside {path!r} names no arch out of {', '.join(ARCHITECTURES)}.")
+        raise ValueError(f"The JSON beside {path!r} names no arch out of {', '.join(BACKBONES)}.")
     try:
         return make(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:

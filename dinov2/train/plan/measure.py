@@ -94,11 +94,8 @@ class StepCosts:
         """Count a step on ``images`` images, an even number."""
         whole, blocks = self._step(images)
         rest = whole.flops - blocks.flops
-        performance = dataclasses.replace(self.config.performance, prune_last_block=False, recompute="none")
         plain = dataclasses.replace(
-            self.config,
-            performance=performance,
-            student=dataclasses.replace(self.config.student, attention_backend="math"),
+            self.config, student=dataclasses.replace(self.config.student, attention_backend="math")
         )
         dense = dataclasses.replace(plain, student=dataclasses.replace(plain.student, drop_path_rate=0.0))
         return StepFlops(
