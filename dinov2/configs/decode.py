@@ -162,18 +162,10 @@ def _convert(hint: Any, value: Any) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert(args[1] if isinstance(value, str) or value is None else args[0], value)
-    if hint is types.NoneType:
-        if value is not None:
-            raise TypeError
+    if hint is types.NoneType and value is None:
         return None
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        if args[-1] is Ellipsis:
-            args = (args[0],) * len(value)
-        if len(value) != len(args):
-            raise TypeError
-        return tuple(_convert(item_hint, item) for item_hint, item in zip(args, value, strict=True))
+        return _convert_items(args, value)
     if hint is str and value is None:  # `key:` with nothing after it
         return ""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -183,3 +175,11 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is float and not math.isfinite(value):
         raise ValueError
     return value
+
+
+def _convert_items(hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    if hints[-1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    return tuple(_convert(hint, item) for hint, item in zip(hints, value, strict=True))
