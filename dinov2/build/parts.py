@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dinov2.build.data import OpenData, prefetch_for
+from dinov2.build.data import OpenData, Workload, prefetch_for
 from dinov2.configs import Config
 from dinov2.data import (
     AugmentationOptions,
@@ -21,7 +21,6 @@ from dinov2.data import (
 from dinov2.data.stream.loader import TrainLoader, make_train_loader
 from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.distributed import get_global_rank, get_global_size
-from dinov2.train.plan.plan import RunPlan
 
 
 def build_augmentation(config: Config) -> MultiCropAugmentation:
@@ -57,7 +56,7 @@ def build_collate(config: Config) -> MultiCropCollate:
 
 def build_loader(
     config: Config,
-    plan: RunPlan,
+    plan: Workload,
     data: OpenData,
     start_sample: int,
     order: dict[str, int],
