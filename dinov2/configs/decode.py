@@ -42,7 +42,7 @@ class Decoder:
         for name in user:
             if name not in hints:
                 self._unknown(path, str(name), list(hints))
-        values = {}
+        values, missing = {}, False
         for field in dataclasses.fields(section):
             child = f"{path}.{field.name}" if path else field.name
             if field.name in user or dataclasses.is_dataclass(hints[field.name]):
@@ -50,13 +50,11 @@ class Decoder:
                 if value is not _FAULTY:
                     values[field.name] = value
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                self._fault(
-                    child, f"{child} is missing; expected {accepted(hints[field.name], key_of(field))}."
-                )
+                expected = accepted(hints[field.name], key_of(field))
+                self._fault(child, f"{child} is missing; expected {expected}.")
+            missing |= field.name not in values and field.default is field.default_factory
         try:
-            return section(**values)
-        except TypeError:  # a key without a default, which has been named
-            return None
+            return None if missing else section(**values)
         except ValueError as error:  # the options of a part have a rule of their own
             self._fault(path, f"{path} cannot be used: {str(error).rstrip('.')}.")
             return None

@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from dinov2.data.decode import decode_image
 
 from dinov2.build import data as stream
 from dinov2.build.data import open_data, recognise
 from dinov2.configs import load_config
 from dinov2.configs.fields import key
-from dinov2.data.source import EncodedSample, SourceRequest
+from dinov2.data.source import EncodedSample, SourceRequest, decode_image
 from dinov2.train.plan.plan import make_plan
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
