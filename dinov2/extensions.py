@@ -16,8 +16,18 @@ LOSSES = Registry(
 )
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""
 
-AUGMENTATIONS = Registry("augmentation step", {})
-"""Steps of the augmentation, in the order of application: `dinov2.data.augment.step.AugmentationStep`."""
+AUGMENTATIONS = Registry(
+    "augmentation step",
+    {
+        "flips": "dinov2.data.augment.steps.flips:Flips",
+        "hed": "dinov2.data.augment.steps.hed:Hed",
+        "jitter": "dinov2.data.augment.steps.jitter:Jitter",
+        "grayscale": "dinov2.data.augment.steps.grayscale:Grayscale",
+        "blur": "dinov2.data.augment.steps.blur:Blur",
+    },
+)
+"""Steps of the augmentation: `dinov2.data.augment.step.AugmentationStep`. Those above are always in use, in this order;
+further ones where ``augmentation.steps`` names them."""
 
 SOURCES = Registry(
     "kind of data",

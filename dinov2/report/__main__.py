@@ -21,8 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.build.data import OpenData, open_data
-from dinov2.build.parts import build_augmentation, build_collate
 from dinov2.configs import Config, load_config
 from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from dinov2.build.data import describe_stream, open_data, order_parameters
+from dinov2.build.augmentation import device_batches
+from dinov2.build.data import build_loader, describe_stream, open_data, order_parameters
 from dinov2.build.networks import load_starting_weights, starting_weights
-from dinov2.build.parts import build_loader, device_batches
 from dinov2.configs import Config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process

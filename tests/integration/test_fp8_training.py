@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.build.parts import build_collate
+from dinov2.build.augmentation import build_collate
 from dinov2.data import MultiCrops, Sample, normalize
 from dinov2.layers.linear import use_fp8
 from dinov2.train.run import build_arch

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dinov2.build.parts import build_collate
+from dinov2.build.augmentation import build_collate
 from dinov2.configs import load_config
 from dinov2.data import MultiCrops, Sample, normalize
 from dinov2.train.run import build_arch

@@ -32,15 +32,6 @@ def samples(output_dir: Path) -> list[tuple[int, int]]:
     return [tuple(row) for line in lines for row in json.loads(line)["rows"]]
 
 
-def test_the_losses_hardly_depend_on_where_views_are_rendered(shards: Path, tmp_path: Path) -> None:
-    losses = {}
-    for device in ("cpu", "gpu"):
-        options = (f"train.augmentation_device={device}", "train.num_workers=1", *SHORT)
-        assert train(shards, tmp_path / device, *options) == 0
-        losses[device] = [record["total_loss"] for record in read_metrics(tmp_path / device)]
-    np.testing.assert_allclose(losses["gpu"], losses["cpu"], rtol=0.02)
-
-
 def test_a_mixture_takes_its_shares_and_leaves_out_what_is_excluded(
     shards: Path, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from dinov2.data.slides.find import SLIDE_SUFFIXES
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable
-from dinov2.data.stream.order import hash_words
+from dinov2.utils.seeding import hash_words
 
 _PATH_COLUMNS = ("path", "slide")
 

@@ -19,6 +19,7 @@ from dinov2.data.source import EncodedSample, SourceRequest, decode_image
 from dinov2.train.plan.plan import make_plan
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
+from tests.helpers.shards import write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,13 @@ def test_memory_of_batches_counts_every_one_in_flight(shards: Path) -> None:
     text = described(shards, "train.num_workers=60", "train.prefetch_factor=40")
     assert f"and {gib:.3g} GiB of batches on each process" in text
     assert "90 tiles, 0.711 passes, 8 lanes over 12 row groups of up to 8 rows" in text
+
+
+def test_oversized_row_groups_come_with_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_dataset(tmp_path / "set", [100, 100], 100)
+    assert "repack" not in described(folder)
+    monkeypatch.setattr("dinov2.data.parquet.source.OVERSIZED", 1000)
+    assert f"python -m dinov2.data.repack {folder} {folder}-repacked" in described(folder)
 
 
 def test_too_little_shared_memory_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def mean_of(image: np.ndarray, _: int) -> float:
 
 
 def collate(samples: list[Sample]) -> dict:
-    return {"patches": [(s.index, s.crops, s.slide) for s in samples], "damage": [s.damage for s in samples]}
+    return {"patches": [(s.index, s.crops, s.slide) for s in samples], "damage": [s.fault for s in samples]}
 
 
 def run(source: OnlinePatchSource, world: int, workers: int, start: int = 0, steps: int = 3) -> list[tuple]:
@@ -304,7 +304,7 @@ def test_damaged_tile_is_replaced_and_named(make: MakeSource, train_slide: Path,
     source = make([SlideRow(str(damaged))])
     loader = make_train_loader(
         source, mean_of, collate, global_batch=64, rank=0, world_size=1, start_sample=0,
-        order=source.order(11, 64, 64), num_workers=0, max_damaged_share=1.0,
+        order=source.order(11, 64, 64), num_workers=0, max_corrupt_fraction=1.0,
     )  # fmt: skip
     batches = iter(loader)
     damages = [text for batch in islice(batches, 3) for text in batch["damage"] if text]

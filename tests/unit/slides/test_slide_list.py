@@ -278,5 +278,5 @@ def test_loader_cuts_patches_in_the_order_of_any_other_source(
         x, y, level = 400 + 2 * i, 600 + 4 * i, i % 2
         y, x = y >> level, x >> level
         np.testing.assert_array_equal(sample.crops, stored_levels[level][y : y + 64, x : x + 64])
-    damages = [sample.damage for sample in samples if sample.replaced]
+    damages = [sample.fault for sample in samples if sample.replaced]
     assert len(damages) == 1 and "broken.svs', level 0, column 0" in damages[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinov2.data import MaskingGenerator, StratifiedMasks, block_mask
+from dinov2.data import StratifiedMasks, block_mask
 
 GRID = (16, 16)
 
@@ -119,13 +119,3 @@ def test_masks_depend_on_seed_and_pair_alone():
 def test_shares_outside_their_range_are_refused(probability, ratios):
     with pytest.raises(ValueError, match="mask_"):
         StratifiedMasks(0, GRID, probability, ratios)
-
-
-def test_metas_masking_generator():
-    generator = MaskingGenerator((8, 10), max_num_patches=40)
-    assert generator.get_shape() == (8, 10)
-    assert MaskingGenerator(8).get_shape() == (8, 8)
-    mask = generator(30)
-    assert mask.dtype == bool and mask.shape == (8, 10) and 25 <= mask.sum() <= 30
-    assert not generator().any()
-    assert not np.array_equal(mask, generator(30))

@@ -17,13 +17,19 @@ from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.stream.loader import TrainLoader, make_train_loader, validate_stream_state
 from dinov2.data.stream.order import SampleOrder
 from tests.helpers import slow_order
-from tests.helpers.shards import encode, tile, tile_number, write_published
-from tests.unit.data_stream.conftest import SHARD_ROWS
+from tests.helpers.shards import encode, tile, tile_number, write_dataset, write_published
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 BATCH, LANES, SEED, BLOCK = 24, 48, 9, 4
+SHARD_ROWS = [23, 5, 0, 1, 40, 17, 12]  # 98 rows in 27 row groups of up to 4 rows, none in the third shard
 ROWS = sum(SHARD_ROWS)
 GOOD = [encode(tile(number), "png") for number in range(12)]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ParquetSource:
+    """A dataset of uneven shards whose tiles are numbered in file order."""
+    return ParquetSource(str(write_dataset(tmp_path_factory.mktemp("stream"), SHARD_ROWS)))
 
 
 def number_of(image: np.ndarray, index: int) -> tuple[int, int]:
@@ -211,14 +217,14 @@ def test_damaged_rows_give_way_to_the_next_good_row_of_their_group(
 
 def test_too_much_damage_stops_with_the_first_rows_named(tmp_path: Path) -> None:
     source = damaged_source(tmp_path, [1, 2, 7])
-    assert len(list(islice(make_loader(source, max_damaged_share=0.0013), 2))) == 2  # 12 of the first 10,000
-    loader = make_loader(source, max_damaged_share=0.0011)
+    assert len(list(islice(make_loader(source, max_corrupt_fraction=0.0013), 2))) == 2  # 12 of the first 10,000
+    loader = make_loader(source, max_corrupt_fraction=0.0011)
     with pytest.raises(
-        ValueError, match=r"12 of 48 samples \(25.00%\) are damaged, where 0.11% is allowed: row"
+        ValueError, match=r"12 of 48 samples \(25.00%\) are corrupt, where 0.11% is allowed: row"
     ):
         list(islice(loader, 2))
     with pytest.raises(ValueError, match="6 of 24 samples"):
-        next(iter(make_loader(source, max_damaged_share=0)))
+        next(iter(make_loader(source, max_corrupt_fraction=0)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
