@@ -97,6 +97,8 @@ class OlderKeys:
         layer = _copied(layer)
         given: dict[str, Any] = {}
         data = layer.get("data")
+        for new in [new for new in self.spelled if any(_matches(layer, new.split(".")))]:
+            del self.spelled[new]
         names_data = isinstance(data, dict) and ("path" in data or "datasets" in data)
         for pattern, entry in OLDER_KEYS.items():
             for old, parent, name in list(_matches(layer, pattern.split("."))):

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dinov2.build.sources import first_line, holds
+from dinov2.build.sources import first_line, holds, refuse_revision
 from dinov2.data.source import Source, SourceRequest
 
 
@@ -39,6 +39,7 @@ class Slides:
         from dinov2.data.slides.find import find_slides
         from dinov2.data.slides.resolution import read_mpp_table
 
+        refuse_revision(request)
         online, data = request.config.online, request.config.data
         if online.cache_dir:
             cache = Path(online.cache_dir)

@@ -101,6 +101,7 @@ def test_without_effect(old: str, caplog: pytest.LogCaptureFixture):
         (["train.augmentation_device=gpu"], "train.augmentation_device = 'gpu' is not available"),
         (["augmentation.backend=reference"], "augmentation.backend = 'reference' is not available"),
         (["train.stream_lanes=-1"], "data.lanes (given as train.stream_lanes) = -1 is out of range"),
+        (["train.stream_lanes=2", "data.lanes=-1"], "data.lanes = -1 is out of range"),
         (["train.streaming_from_hf=maybe"], "train.streaming_from_hf = 'maybe' is not valid; expected true or false"),
         (["train.stream_lane=1"], "did you mean train.stream_lanes?"),
         (["train.streaming_dataset_path=[a]"], "(given as train.streaming_dataset_path) = ['a'] is not valid"),
