@@ -22,7 +22,8 @@ from dinov2.data.online.prepare import PatchOptions, mpps_of
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.stream.patient_split import describe_splits, split_by_patient
-from dinov2.data.stream.patients import comparable, in_validation, names_of, patient_of, read_exclusions
+from dinov2.data.patients import comparable, names_of, patient_of
+from dinov2.data.stream.patients import in_validation, read_exclusions
 from dinov2.data.source import Source
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.sample_list import SlideListSource

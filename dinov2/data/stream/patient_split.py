@@ -8,8 +8,9 @@ from enum import IntEnum
 
 import numpy as np
 
+from dinov2.data.patients import comparable, names_of, patient_of
 from dinov2.data.source import Source
-from dinov2.data.stream.patients import comparable, in_validation, names_of, patient_of
+from dinov2.data.stream.patients import in_validation
 from dinov2.data.stream.subset import SubsetSource
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def split_by_patient(
     Args:
         source: The dataset.
         dataset: Its name, for messages.
-        excluded: Patients and slides to leave out, see `dinov2.data.stream.patients.names_of`.
+        excluded: Patients and slides to leave out, see `dinov2.data.patients.names_of`.
         validation_share: Share of patients to keep for validation, see `dinov2.data.stream.patients.in_validation`.
 
     Raises:
