@@ -12,15 +12,17 @@ dependencies = ["torch"]
 def pathfm_teacher(
     path: str | None = None,
     feature_map: bool = False,
-    output: str = "cls",
+    pooling: str = "cls",
     checkpoint_path: str | None = None,
+    output: str | None = None,
 ) -> nn.Module:
     """A teacher in evaluation mode; arguments and errors are those of ``dinov2.hub.load_teacher``.
 
     Args:
         path: exported teacher, or another file that ``load_teacher`` opens.
         feature_map: the module returns a list with one un-normalised map of patch features.
-        output: "cls" for class tokens, "cls_mean" for class and mean patch tokens.
+        pooling: "cls" for class tokens, "cls_mean" for class and mean patch tokens.
         checkpoint_path: another name of ``path``.
+        output: an older name of ``pooling``.
     """
-    return _load_teacher(path, feature_map, output, checkpoint_path)
+    return _load_teacher(path, feature_map, pooling, checkpoint_path, output)

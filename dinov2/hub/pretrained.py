@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2.hub.layouts import meta
 from dinov2.hub.layouts.timm import from_timm, is_timm_layout
 from dinov2.hub.layouts.transformers import from_transformers, is_transformers_layout
-from dinov2.models.positions import resample_positions
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
 _WRAPPERS = ("model", "state_dict", "teacher")
@@ -117,7 +116,13 @@ def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
         return from_transformers(state)
     if layout(state) == "timm":
         return from_timm(state)
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    return meta.from_chunks(state)
+
+
+def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
+    """Find the backbone in a checkpoint under the names of a model: as they are where they fit, else Meta's."""
+    state = unwrapped(checkpoint)
+    return state if state.keys() == model.state_dict().keys() else backbone_state_dict(checkpoint)
 
 
 def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) -> None:
@@ -132,12 +137,8 @@ def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) 
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read, or its keys or shapes do not fit; see `check_fit`.
     """
-    state = backbone_state_dict(read_checkpoint(path_or_url))
-    grid, side = state.get("pos_embed"), math.isqrt(model.pos_embed.shape[1] - 1)
-    if not positions:
-        state["pos_embed"] = model.pos_embed.detach()
-    elif grid is not None and _is_square_grid(grid):
-        state["pos_embed"] = resample_positions(grid, (side, side))
+    state = weights_for(model, read_checkpoint(path_or_url))
+    state = meta.with_grid_of(model, state, own=not positions)
     check_fit(model, state, path_or_url)
     model.load_state_dict(state)
 
@@ -152,7 +153,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         ValueError: it has not; says which are missing, unknown or of another shape.
     """
     own = model.state_dict()
-    registers = [_num_registers(state), _num_registers(own)]
+    registers = [meta.num_registers(state), meta.num_registers(own)]
     shapes = {
         key: f"{tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()
@@ -167,16 +168,6 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         faults.insert(0, f"they have {registers[0]} registers and the model {registers[1]}")
     if faults:
         raise ValueError(f"Weights {source!r} do not fit the model: {'; '.join(faults)}.")
-
-
-def _num_registers(state: Mapping[str, Tensor]) -> int:
-    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
-
-
-def _is_square_grid(positions: Tensor) -> bool:
-    return (
-        positions.ndim == 3 and math.isqrt(max(positions.shape[1] - 1, 0)) ** 2 == positions.shape[1] - 1 > 0
-    )
 
 
 def _list(what: str, names: Iterable[str]) -> list[str]:

@@ -93,20 +93,21 @@ def add_pooling(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def add_dtype(parser: argparse._ActionsContainer) -> None:
-    """``--dtype``: of the network's matrix products."""
-    parser.add_argument(
-        "--dtype", "--autocast", choices=("fp32", "bf16", "fp16"),
-        help="of the matrix products (default: bf16 on a GPU, fp32 on the CPU)",
-    )  # fmt: skip
+def add_dtype(
+    parser: argparse._ActionsContainer,
+    default: str | None = None,
+    what: str = "of the matrix products (default: bf16 on a GPU, fp32 on the CPU)",
+) -> None:
+    """``--dtype``: of the network's matrix products, or of what is written."""
+    parser.add_argument("--dtype", "--autocast", choices=("fp32", "bf16", "fp16"), default=default, help=what)
 
 
-def add_image_size(parser: argparse._ActionsContainer) -> None:
+def add_image_size(
+    parser: argparse._ActionsContainer,
+    what: str = "side of the network's input (default: as trained, else 224)",
+) -> None:
     """``--image-size``: side of the network's input."""
-    parser.add_argument(
-        "--image-size", "--size", "--resize", type=int, metavar="PX",
-        help="side of the network's input (default: as trained, else 224)",
-    )  # fmt: skip
+    parser.add_argument("--image-size", "--size", "--resize", type=int, metavar="PX", help=what)
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
