@@ -49,6 +49,8 @@ def replacing(*paths: Path) -> Iterator[Any]:
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
         yield partials if len(partials) > 1 else partials[0]
+        for partial in partials:  # all are whole before the first gets its name
+            _sync(partial)
         for partial, path in zip(partials, paths, strict=True):
             commit(partial, path)
 

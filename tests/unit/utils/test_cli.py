@@ -1,0 +1,73 @@
+"""How commands end, and the names of their options."""
+
+import argparse
+import logging
+import os
+import signal
+
+import pytest
+
+from dinov2.utils import cli
+
+LOGGER = logging.getLogger("test_cli")
+
+
+def raising(error: BaseException) -> int:
+    """A command that ends so."""
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (lambda: None, 0),
+        (lambda: cli.FAILURES, 1),
+        (lambda: raising(ValueError("no such thing")), 2),
+        (lambda: raising(FileNotFoundError("no such file")), 2),
+        (lambda: raising(ImportError("no such package")), 2),
+        (lambda: raising(KeyboardInterrupt()), 130),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143),
+    ],
+)
+def test_exit_statuses(body, status: int):
+    assert cli.run_command(body, LOGGER) == status
+
+
+def test_errors_are_told_in_their_own_words(caplog: pytest.LogCaptureFixture):
+    cli.run_command(lambda: raising(ValueError("--rows is 0; 1 or more is accepted.")), LOGGER)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == [
+        "--rows is 0; 1 or more is accepted."
+    ]
+
+
+def test_faults_of_ours_are_not_taken_for_the_user_s():
+    with pytest.raises(AttributeError):
+        cli.run_command(lambda: raising(AttributeError("a bug")), LOGGER)
+
+
+def test_further_errors_can_be_the_user_s():
+    class Full(RuntimeError):
+        """Of a command."""
+
+    assert cli.run_command(lambda: raising(Full("full")), LOGGER, errors=(Full,)) == 2
+
+
+def test_the_handler_of_sigterm_is_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    cli.run_command(lambda: None, LOGGER)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_older_spellings_of_options_stay_valid():
+    parser = argparse.ArgumentParser()
+    for add in (cli.add_pooling, cli.add_dtype, cli.add_image_size, cli.add_device, cli.add_workers):
+        add(parser)
+    old = parser.parse_args(
+        ["--output-tokens", "cls_mean", "--autocast", "bf16", "--size", "98", "--num-workers", "3"]
+    )
+    new = parser.parse_args(
+        ["--pooling", "cls_mean", "--dtype", "bf16", "--image-size", "98", "--workers", "3"]
+    )
+    assert old == new and vars(new) == {
+        "pooling": "cls_mean", "dtype": "bf16", "image_size": 98, "device": None, "workers": 3,
+    }  # fmt: skip
