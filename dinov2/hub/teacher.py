@@ -58,9 +58,10 @@ class ClassAndMean(nn.Module):
 def load_teacher(
     path: str | Path | None = None,
     feature_map: bool = False,
-    pooling: str = "cls",
+    output: str = "cls",
     checkpoint_path: str | Path | None = None,
-    output: str | None = None,
+    *,
+    pooling: str | None = None,
 ) -> nn.Module:
     """Open a backbone in evaluation mode, float32, on the CPU: (B, C, H, W) to class tokens (B, D).
 
@@ -72,9 +73,9 @@ def load_teacher(
     Args:
         path: file, or a URL, which goes through torch.hub's cache.
         feature_map: return a `FeatureMap` of the backbone.
-        pooling: "cls", or "cls_mean" for a `ClassAndMean`.
-        checkpoint_path: another name of ``path``.
         output: an older name of ``pooling``.
+        checkpoint_path: another name of ``path``.
+        pooling: "cls" (the default), or "cls_mean" for a `ClassAndMean`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -85,7 +86,7 @@ def load_teacher(
         raise ValueError(
             f"path is {path!r} and checkpoint_path {checkpoint_path!r}; one of them is expected."
         )
-    pooling = output or pooling
+    pooling = pooling or output
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; one of {', '.join(POOLINGS)} is expected.")
     if feature_map and pooling != "cls":

@@ -22,6 +22,10 @@ class Terminated(BaseException):
     """SIGTERM arrived; like `KeyboardInterrupt`, it unwinds the stack so that what is unfinished is removed."""
 
 
+class ToldElsewhere(RuntimeError):
+    """What ended this process is said by another one of the same command."""
+
+
 def run_command(
     body: Callable[[], int | None],
     logger: logging.Logger,
@@ -50,6 +54,8 @@ def run_command(
     previous = _on_sigterm()
     try:
         return body() or DONE
+    except ToldElsewhere:
+        return USER_ERROR
     except (ValueError, OSError, ImportError, *errors) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)

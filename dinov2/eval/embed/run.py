@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dinov2.eval.datasets.images import UnreadableImage
 from dinov2.eval.embed.files import ENDINGS, STORED, EmbeddingFile, embedding_file
 from dinov2.eval.embed.inputs import OpenPart, TileInput
-from dinov2.eval.embed.read_ahead import Embedder, Fitting, Piece, read_ahead
+from dinov2.eval.embed.read_ahead import Fitting, Piece, read_ahead
 from dinov2.utils.files import check_description, leftovers, locked, write_json
 
 logger = logging.getLogger("dinov2")
@@ -92,7 +92,7 @@ def embed_parts(
     source: TileInput,
     numbers: Sequence[int],
     output: Output,
-    embedder: Embedder,
+    embedder: Callable[[Sequence[np.ndarray]], np.ndarray],
     fitting: Fitting,
     *,
     batch_size: int,
@@ -106,7 +106,7 @@ def embed_parts(
         source: the input.
         numbers: which of its parts.
         output: a prepared folder.
-        embedder: tiles to embeddings.
+        embedder: tiles to embeddings, float32 (N, D).
         fitting: how tiles are made to fit.
         batch_size: tiles in a forward pass.
         workers: threads that read.

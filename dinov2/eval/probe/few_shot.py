@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from dinov2.configs.fields import key
+from dinov2.eval.probe.results import Result
+from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
+
+logger = logging.getLogger("dinov2")
+
+
+class FewShot(Probe):
+    """SimpleShot from several numbers of tiles per class, ``few_shot<shots>``, over many draws of them."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Numbers of tiles, and of draws."""
+
+        shots: tuple[int, ...] = key((1, 4, 16), "training tiles per class of few-shot", least=1)
+        draws: int = key(100, "draws of few-shot", least=1)
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Classify from each number of tiles that every class has."""
+        counts = [np.bincount(task.rows.labels[d.train], minlength=task.rows.classes) for d in task.divisions]
+        least = min(count.min() for count in counts)
+        if beyond := [shots for shots in self.options.shots if shots > least]:
+            logger.warning("Few-shot with %s tiles per class is left out: a class has %d.", beyond, least)
+        results = []
+        for shots in self.options.shots:
+
+            def scores(fold: Fold, shots: int = shots) -> Tensor:
+                draws, seed = self.options.draws, task.probing.seed + fold.number
+                return few_shot_scores(*fold.train, fold.test, fold.classes, shots, draws, seed)
+
+            if shots <= least:
+                # The nearest of few centroids ranks tiles poorly, and a hundred draws would take long.
+                results += task.classify(f"few_shot{shots}", scores, with_auroc=False)
+        return results
 
 
 def few_shot_scores(
@@ -26,7 +64,7 @@ def few_shot_scores(
         seed: of the draws.
 
     Raises:
-        ValueError: a class has too few rows.
+        ValueError: if a class has too few rows.
     """
     numbers = labels.cpu().numpy()
     of_class = [np.flatnonzero(numbers == number) for number in range(classes)]

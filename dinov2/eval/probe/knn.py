@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from dinov2.configs.fields import key
+from dinov2.eval.probe.results import Result
+from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
+
 TEMPERATURE = 0.07
 _QUERIES = 512
+
+
+class Knn(Probe):
+    """k-NN with DINO's weighted vote, ``knn<k>``, and with one vote each, ``knn<k>_majority``."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Numbers of neighbours."""
+
+        neighbours: tuple[int, ...] = key((5, 20), "neighbours of k-NN", least=1)
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Classify by each vote and number of neighbours."""
+        results = []
+        for vote, temperature in (("", TEMPERATURE), ("_majority", None)):
+            for k in self.options.neighbours:
+
+                def scores(fold: Fold, k: int = k, temperature: float | None = temperature) -> Tensor:
+                    return knn_scores(*fold.train, fold.test, fold.classes, k, temperature)[None]
+
+                results += task.classify(f"knn{k}{vote}", scores)
+        return results
 
 
 @torch.no_grad()
@@ -18,10 +44,10 @@ def knn_scores(
     labels: Tensor,
     test: Tensor,
     classes: int,
-    ks: Sequence[int] = (20,),
+    k: int = 20,
     temperature: float | None = TEMPERATURE,
-) -> dict[int, Tensor]:
-    """Shares of the vote for each class, float32 (M, C) by k.
+) -> Tensor:
+    """Shares of the vote for each class, float32 (M, C).
 
     ::
 
@@ -34,21 +60,18 @@ def knn_scores(
         labels: class numbers, int64 (N,).
         test: features (M, D), on the same device.
         classes: C.
-        ks: numbers of neighbours; more than N means N.
+        k: number of neighbours; more than N means N.
         temperature: T, or None for one vote each.
     """
     train, votes = normalize(train.float()), one_hot(labels, classes).float()
-    most = min(max(ks), len(train))
-    scores: dict[int, list[Tensor]] = {k: [] for k in ks}
+    scores = []
     for queries in normalize(test.float()).split(_QUERIES):
-        nearness, nearest = (queries @ train.T).topk(most)
+        nearness, nearest = (queries @ train.T).topk(min(k, len(train)))
         # Divided by the nearest one's weight, which changes no share and cannot overflow.
         weights = (
             torch.ones_like(nearness)
             if temperature is None
             else ((nearness - nearness[:, :1]) / temperature).exp()
         )
-        for k in ks:
-            kept = weights[:, :k]
-            scores[k].append((kept[..., None] * votes[nearest[:, :k]]).sum(1) / kept.sum(1, keepdim=True))
-    return {k: torch.cat(parts) for k, parts in scores.items()}
+        scores.append((weights[..., None] * votes[nearest]).sum(1) / weights.sum(1, keepdim=True))
+    return torch.cat(scores)
