@@ -24,7 +24,7 @@ import torch
 from dinov2.hub import load_teacher
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import add_checkpoint, add_pooling, add_workers, run_command
+from dinov2.utils import cli
 from dinov2.utils.files import replacing, write_text
 
 DATASETS = ("IDC", "PRAD", "PAAD", "SKCM", "COAD", "READ", "CCRCC", "LUNG", "LYMPH_IDC")
@@ -44,7 +44,7 @@ logger = logging.getLogger("dinov2")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="HEST_evaluation.py", description=__doc__.split("\n")[0])
-    add_checkpoint(parser)
+    cli.add_checkpoint(parser)
     add = parser.add_argument
     add("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="(%(default)s)")
     add(
@@ -52,10 +52,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where the benchmark's data are or go (%(default)s)",
     )  # fmt: skip
     add("--output", type=Path, default=Path("output_hest"), metavar="DIR", help="a new folder (%(default)s)")
-    add_pooling(parser)
+    cli.add_pooling(parser)
     add("--latent-dim", type=int, default=256, help="of the PCA before the ridge; 0: none (%(default)s)")
     add("--batch-size", type=int, default=128, help="(%(default)s)")
-    add_workers(parser, 1)
+    cli.add_workers(parser, 1)
     add("--offline", action="store_true", help="use what --bench-data has; download nothing")
     args = parser.parse_args(argv)
     for name, least in (("latent_dim", 0), ("batch_size", 1), ("workers", 0)):
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_arguments(argv)
     setup_logging()
-    return run_command(lambda: _evaluate(args), logger)
+    return cli.run_command(lambda: _evaluate(args), logger)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

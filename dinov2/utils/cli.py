@@ -116,6 +116,15 @@ def add_image_size(
     parser.add_argument("--image-size", "--size", "--resize", type=int, metavar="PX", help=what)
 
 
+def add_colours(parser: argparse._ActionsContainer) -> None:
+    """``--mean``, ``--std``: of the normalisation."""
+    for name in ("--mean", "--std"):
+        parser.add_argument(
+            name, type=float, nargs=3, metavar=("R", "G", "B"),
+            help="to normalise images with (default: as trained, else ImageNet's)",
+        )  # fmt: skip
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     """``--device``."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)")

@@ -38,16 +38,7 @@ from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.architecture import describe
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import (
-    add_checkpoint,
-    add_device,
-    add_dtype,
-    add_image_size,
-    add_mpp_file,
-    add_pooling,
-    add_workers,
-    run_command,
-)
+from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.files import locked
@@ -65,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Embed images, Parquet datasets or slides with a teacher.",
     )
     add, grid = parser.add_argument, Grid()
-    add_checkpoint(parser)
+    cli.add_checkpoint(parser)
     add(
         "--input", required=True, metavar="SRC",
         help="folder (with subfolders) of images, Parquet shards or slides; one of these; a .txt or .csv list of "
@@ -76,16 +67,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--kind", choices=KINDS, help="of the input; needed for files of TIFF alone")
     add("--format", choices=ENDINGS, default="parquet", help="of the files (%(default)s)")
-    add_pooling(parser)
-    add_dtype(parser)
+    cli.add_pooling(parser)
+    cli.add_dtype(parser)
     add("--store", choices=STORED, help="of the embeddings (fp32 for HDF5 and --dtype fp32, else fp16)")
-    add_device(parser)
+    cli.add_device(parser)
     add("--batch-size", type=int, default=64, help="tiles in a forward pass (%(default)s)")
-    add_workers(parser, 8, "threads of each process that read")
+    cli.add_workers(parser, 8, "threads of each process that read")
     add("--rows-per-file", type=int, default=2048, help="of images and Parquet rows (%(default)s)")
-    add_image_size(parser, "scale the largest centred square to this side; default: cut to whole patches")
-    add("--mean", type=float, nargs=3, help="per channel (default: as trained, else ImageNet's)")
-    add("--std", type=float, nargs=3, help="per channel (default: as trained, else ImageNet's)")
+    cli.add_image_size(parser, "scale the largest centred square to this side; default: cut to whole patches")
+    cli.add_colours(parser)
     add("--skip-damaged", action="store_true", help="leave out and count what cannot be read")
     slides = parser.add_argument_group("slides")
     add = slides.add_argument
@@ -93,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tile-size", type=int, default=grid.tile_size, help="side of a tile in px (%(default)s)")
     add("--stride", type=int, help="px from tile to tile (the tile size)")
     add("--min-tissue", type=float, default=grid.min_tissue, help="least share of tissue (%(default)s)")
-    add_mpp_file(slides)
+    cli.add_mpp_file(slides)
     args = parser.parse_args(argv)
     for name in ("batch_size", "workers", "rows_per_file"):
         if getattr(args, name) < 1:
@@ -105,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
     setup_logging()
-    return run_command(lambda: _run(args), logger, errors=(DeviceError,), resumable=True)
+    return cli.run_command(lambda: _run(args), logger, errors=(DeviceError,), resumable=True)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from dinov2.eval.datasets.images import UnreadableImage
-from dinov2.eval.embed.inputs import OpenPart, TileInput
+from dinov2.eval.datasets.images import TileImages, UnreadableImage
 from dinov2.hub.pixels import centred_square
 
 logger = logging.getLogger("dinov2")
@@ -20,11 +20,48 @@ logger = logging.getLogger("dinov2")
 _TILES_AT_ONCE = 8  # that one thread reads, neighbours of one slide
 
 
+@dataclass(frozen=True)
+class Part:
+    """The tiles of one part.
+
+    Attributes:
+        tiles: to be read, from several threads.
+        columns: what the output says of each tile, by column, each as long as the part.
+        about: what it says of the part, JSON.
+        close: give back what was opened.
+    """
+
+    tiles: TileImages
+    columns: dict[str, Sequence[Any]]
+    about: dict[str, Any] = field(default_factory=dict)
+    close: Callable[[], None] = lambda: None
+
+
+class TileInput(ABC):
+    """Tiles in a fixed order, cut into parts that are embedded and kept one by one.
+
+    Attributes:
+        kind: ``images``, ``parquet`` or ``slides``.
+        fingerprint: of what is embedded; equal ones mean equal tiles in equal parts.
+        parts: file name of each part's output, without ending.
+        part_rows: number of tiles of each part; None where only opening tells.
+    """
+
+    kind: ClassVar[str]
+    fingerprint: str
+    parts: list[str]
+    part_rows: list[int] | None = None
+
+    @abstractmethod
+    def open(self, number: int) -> Part:
+        """Open a part; raises UnreadableImage where it cannot be."""
+
+
 class Piece(NamedTuple):
     """Some neighbouring tiles of a part; in place of an unreadable one stands why."""
 
     number: int
-    part: OpenPart
+    part: Part
     first: int
     tiles: list[np.ndarray | UnreadableImage]
 
@@ -49,6 +86,13 @@ class Fitting:
                 f"--image-size is {self.image_size}, but it must be a positive multiple of the patch size "
                 f"{self.patch_size}."
             )
+
+    def read(self, tiles: TileImages, index: int) -> np.ndarray | UnreadableImage:
+        """A tile that fits, or why there is none."""
+        try:
+            return self.fit(tiles.read(index), tiles.name(index))
+        except UnreadableImage as error:
+            return error
 
     def fit(self, image: np.ndarray, name: str) -> np.ndarray:
         """A uint8 (H, W, 3) tile with sides that are multiples of the patch; raises UnreadableImage if too small."""
@@ -96,15 +140,15 @@ def read_ahead(
         UnreadableImage: see `unreadable`.
     """
     pool, opener = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
-    opening: deque[tuple[int, Future[OpenPart]]] = deque()
+    opening: deque[tuple[int, Future[Part]]] = deque()
     remaining, waiting = iter(numbers), deque()
 
     def open_next() -> None:
         if (number := next(remaining, None)) is not None:
             opening.append((number, opener.submit(source.open, number)))
 
-    def read(part: OpenPart, first: int) -> list[np.ndarray | UnreadableImage]:
-        return [_read(part, index, fitting) for index in range(first, min(first + _TILES_AT_ONCE, len(part)))]
+    def read(tiles: TileImages, first: int) -> list[np.ndarray | UnreadableImage]:
+        return [fitting.read(tiles, index) for index in range(first, min(first + _TILES_AT_ONCE, len(tiles)))]
 
     try:
         open_next()
@@ -118,8 +162,8 @@ def read_ahead(
                     raise
                 unreadable.append(str(error))
                 continue
-            for first in range(0, max(1, len(part)), _TILES_AT_ONCE):
-                waiting.append((number, part, first, pool.submit(read, part, first)))
+            for first in range(0, max(1, len(part.tiles)), _TILES_AT_ONCE):
+                waiting.append((number, part, first, pool.submit(read, part.tiles, first)))
                 if len(waiting) * _TILES_AT_ONCE > tiles_ahead:
                     yield _finished(waiting)
         while waiting:
@@ -132,13 +176,6 @@ def read_ahead(
 def _finished(waiting: deque) -> Piece:
     number, part, first, reading = waiting.popleft()
     tiles = reading.result()
-    if first + len(tiles) >= len(part):
+    if first + len(tiles) >= len(part.tiles):
         part.close()
     return Piece(number, part, first, tiles)
-
-
-def _read(part: OpenPart, index: int, fitting: Fitting) -> np.ndarray | UnreadableImage:
-    try:
-        return fitting.fit(part.read(index), part.name(index))
-    except UnreadableImage as error:
-        return error

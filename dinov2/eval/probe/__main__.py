@@ -27,14 +27,7 @@ from dinov2.extensions import PROBES
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import (
-    add_checkpoint,
-    add_device,
-    add_dtype,
-    add_image_size,
-    add_pooling,
-    run_command,
-)
+from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 
@@ -47,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m dinov2.eval.probe", description="Probe a teacher's features on labelled tiles."
     )
     default, add = Probing(), parser.add_argument
-    add_checkpoint(parser)
+    cli.add_checkpoint(parser)
     add(
         "--data", required=True, nargs="+", metavar="[NAME=]ROOT",
         help=f"folder of class folders or of Parquet shards; {', '.join(BENCHMARKS)} as NAME take their own layout "
@@ -75,13 +68,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--{name.replace('_', '-')}", type=_reader(option.default), default=option.default,
             help=f"{option.metadata['key'].doc} ({shown})",
         )  # fmt: skip
-    add_pooling(parser)
-    add_image_size(parser)
-    add("--mean", type=float, nargs=3, help="per channel (default: as trained, else ImageNet's)")
-    add("--std", type=float, nargs=3, help="per channel (default: as trained, else ImageNet's)")
+    cli.add_pooling(parser)
+    cli.add_image_size(parser)
+    cli.add_colours(parser)
     add("--batch-size", type=int, default=64, help="tiles per forward pass (%(default)s)")
-    add_dtype(parser, "fp32", "of the matrix products (%(default)s)")
-    add_device(parser)
+    cli.add_dtype(parser, "fp32", "of the matrix products (%(default)s)")
+    cli.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -96,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
     setup_logging()
-    return run_command(lambda: _run(args), logger, errors=(DeviceError,))
+    return cli.run_command(lambda: _run(args), logger, errors=(DeviceError,))
 
 
 def _run(args: argparse.Namespace) -> None:

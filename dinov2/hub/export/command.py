@@ -29,7 +29,7 @@ from dinov2.hub.record import normalisation
 from dinov2.hub.save import write_new
 from dinov2.hub.teacher import load_teacher
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import DONE, FAILURES, add_checkpoint, add_dtype, add_image_size, run_command
+from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
 
 logger = logging.getLogger("dinov2")
@@ -43,18 +43,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Exit status: 0 written, 1 written but --verify found a difference, 2 not written, with the reason.",
     )
     add = parser.add_argument
-    add_checkpoint(parser)
+    cli.add_checkpoint(parser)
     add("--format", required=True, choices=LIBRARIES, help="whose names and files")
     add("--output", required=True, type=Path, help="a new or empty folder")
-    add_dtype(parser, "fp32", "of all weights (%(default)s)")
-    add_image_size(
+    cli.add_dtype(parser, "fp32", "of all weights (%(default)s)")
+    cli.add_image_size(
         parser, "resample the position grid to square images of this side (default: as in the file)"
     )
-    for name, what in (("mean", "mean"), ("std", "standard deviation")):
-        add(
-            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
-            help=f"{what} to normalise images with; that of training or ImageNet's where left out",
-        )  # fmt: skip
+    cli.add_colours(parser)
     add(
         "--verify", nargs="?", const="", metavar="TILES",
         help="open the export with its library and compare all tokens on images of this folder, or on scikit-image's "
@@ -67,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_arguments(argv)
     setup_logging()
-    return run_command(lambda: _export(args), logger)
+    return cli.run_command(lambda: _export(args), logger)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -86,7 +82,7 @@ def _export(args: argparse.Namespace) -> int:
     sys.stdout.write(f"{done} {', '.join(sorted(files))} in {args.output}\n")
     alike = arguments is None or _resamples_alike(args.format, arguments)
     if args.verify is None:
-        return DONE
+        return cli.DONE
     side, patch = arguments["img_size"], arguments["patch_size"]
     # One patch less: the position grid is resampled.
     sides = [side] if not alike or side == patch else [side, side - patch]
@@ -124,11 +120,11 @@ def _verify(
     for side, result in found.items():
         sys.stdout.write(f"{library}, {len(tiles)} tiles of {side} px: {result}\n")
     if all(result.holds(args.dtype) for result in found.values()):
-        return DONE
+        return cli.DONE
     relative, cosine = TOLERANCES[args.dtype]
     logger.error(
         "%s disagrees: a difference of at most %g of the largest output and a cosine of at least %g are "
         "expected of %s.",
         library, relative, cosine, args.dtype,
     )  # fmt: skip
-    return FAILURES
+    return cli.FAILURES
