@@ -39,9 +39,9 @@ from dinov2.data import (
     MultiCropCollate,
     Sample,
 )
-from dinov2.data.decode import decode_image
 from dinov2.data.parquet.index import load_index, write_sidecar
 from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.source import decode_image
 from dinov2.data.storage.base import LocalStorage, StoredFile
 from dinov2.data.stream.memory import GIB, Prefetch, memory_bound
 from dinov2.data.stream.order import SampleOrder

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 import dinov2
 from dinov2.configs import Config, load_config
-from dinov2.train.plan.flops import step_flops
-from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_SHARE, NETWORK_LINK, find_gpu
-from dinov2.train.plan.memory import meta_student
+from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_FRACTION, NETWORK_LINK, find_gpu
+from dinov2.train.plan.measure import StepCosts
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512)
 PER_NODE = 8
@@ -41,9 +42,8 @@ class Network:
     prototypes: int
 
     @classmethod
-    def of(cls, config: Config) -> Network:
-        """What a configuration's networks send."""
-        student = meta_student(config)
+    def of(cls, student: nn.ModuleDict) -> Network:
+        """What networks like this one send."""
         heads = [module for name, module in student.items() if name != "backbone"]
         parameters = sum(p.numel() for p in student.parameters())
         prototypes = sum(head.last_layer.weight_g.numel() for head in heads)
@@ -140,11 +140,12 @@ def tables(config: Config, measured_ms: float | None = None) -> Iterator[str]:
     """The page's tables, line by line."""
     gpu = find_gpu(ASSUMED_GPU)
     images = config.train.batch_size_per_gpu
-    flops = step_flops(config, meta_student(config), images).model
-    step = flops / (ASSUMED_PEAK_SHARE * gpu.bf16) if measured_ms is None else measured_ms / 1e3
-    net = Network.of(config)
+    costs = StepCosts(config)
+    flops = costs.flops(images).model
+    step = flops / (ASSUMED_PEAK_FRACTION * gpu.bf16) if measured_ms is None else measured_ms / 1e3
+    net = Network.of(costs.student)
     yield f"{net.parameters / 1e6:,.1f} M parameters in {net.units} pieces, {net.prototypes:,} prototypes."
-    source = "measured" if measured_ms else f"predicted: {ASSUMED_PEAK_SHARE:.0%} of the 16-bit peak"
+    source = "measured" if measured_ms else f"predicted: {ASSUMED_PEAK_FRACTION:.0%} of the 16-bit peak"
     yield f"{images} images per GPU; a step of one {gpu.name} takes {1e3 * step:.0f} ms ({source})."
     yield from _table(
         "GB received per GPU and step (of these from other nodes)",

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.step_batches import Preset
 from benchmarks.step_phases import Instants, wait
 from dinov2.configs import Config
-from dinov2.train.plan.flops import flops_per_step
+from dinov2.train.plan.measure import StepCosts
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 BACKENDS = {
@@ -195,7 +195,7 @@ def _floor(config: Config, student: nn.ModuleDict, measured: dict[str, Any]) -> 
         passes * (2 * weights * rows[network] + 4 * width * pairs[network])
         for network, passes in (("student", 3), ("teacher", 1))
     )
-    others = (flops_per_step(config, student, images) - in_blocks) / measured["large_product_tflops"] / 1e9
+    others = (StepCosts(config).flops(images).model - in_blocks) / measured["large_product_tflops"] / 1e9
     parameters = sum(parameter.numel() for parameter in student.parameters())
     update = UPDATE_BYTES * parameters / measured["copy_gb_per_s"] / 1e6
     total = linears + attention + others + update

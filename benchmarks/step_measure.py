@@ -15,10 +15,9 @@ from benchmarks.step_batches import Preset, host_batches, to_device
 from benchmarks.step_phases import Mark, count_launches, load_batch, time_phases, time_steps, wait
 from benchmarks.step_variants import ABLATIONS, VARIANTS, Ours, Variant, build, check
 from dinov2.configs import Config
-from dinov2.train.plan.flops import step_flops
 from dinov2.train.plan.hardware import find_gpu
-from dinov2.train.plan.memory import predict_memory
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.plan.measure import StepCosts
+from dinov2.train.plan.memory import MemoryModel
 
 PHASE_STEPS = 5
 BASE = "ours_bf16"
@@ -53,6 +52,10 @@ def measure(
         _release(device)
     config = preset.config(*variant.overrides)
     images = preset.separate_images if variant.separate else config.train.batch_size_per_gpu
+    # Before anything is compiled: measuring compiled blocks forgets what was.
+    costs = StepCosts(config, _compiles(config, device))
+    work = _work(costs, variant, images)
+    predicted = None if variant.reference else MemoryModel(costs).exactly(images).total / 2**30
     runner, batches = build(variant, config, device), host_batches(config, images, device)
     latest: dict[str, Any] = {}
 
@@ -70,8 +73,8 @@ def measure(
         "losses": losses,
         "recompiled": _graphs() - graphs,
         "memory": _peak(device),
-        "predicted_gib": _predicted(config, variant, images, device),
-        "work": _work(config, variant, images, timing["step_ms"], device),
+        "predicted_gib": predicted,
+        "work": work | _rates(work, timing["step_ms"], device),
     }
     if not all(map(math.isfinite, losses.values())):
         save(result | {"error": "a loss is not finite after the timed steps"})
@@ -119,24 +122,29 @@ def _graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _work(
-    config: Config, variant: Variant, images: int, step_ms: float, device: torch.device
-) -> dict[str, float | None]:
-    """Arithmetic of a step, and its rate relative to the data sheet's 16-bit peak, for FP8 too.
-
-    What a reference executes is not counted, so that it has no ``hfu``.
-    """
-    flops = step_flops(config, SSLMetaArch(config, weights_device="meta").student, images)
-    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    counts = {"mfu": flops.model, "dense_equivalent": flops.dense}
-    if variant.reference is None:
-        counts["hfu"] = flops.hardware
-    result: dict[str, float | None] = {
+def _work(costs: StepCosts, variant: Variant, images: int) -> dict[str, float | None]:
+    """Arithmetic of a step; what a reference executes is not counted."""
+    flops = costs.flops(images)
+    hardware = None if variant.reference else flops.hardware / 1e12
+    return {
         "model_tflop": flops.model / 1e12,
         "dense_tflop": flops.dense / 1e12,
+        "hardware_tflop": hardware,
     }
-    shares = {name: count / (step_ms / 1000 * gpu.bf16) if gpu else None for name, count in counts.items()}
-    return result | shares
+
+
+def _rates(work: dict[str, float | None], step_ms: float, device: torch.device) -> dict[str, float | None]:
+    """Rate of the arithmetic relative to the data sheet's 16-bit peak, for FP8 too."""
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    names = {"mfu": "model_tflop", "dense_equivalent": "dense_tflop", "hfu": "hardware_tflop"}
+    return {
+        name: 1e15 * work[count] / (step_ms * gpu.bf16) if gpu and work[count] else None
+        for name, count in names.items()
+    }
+
+
+def _compiles(config: Config, device: torch.device) -> bool:
+    return device.type == "cuda" and config.performance.compile is not False
 
 
 def _release(device: torch.device) -> None:
@@ -151,17 +159,6 @@ def _release(device: torch.device) -> None:
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _predicted(config: Config, variant: Variant, images: int, device: torch.device) -> float | None:
-    """What `dinov2.train.plan.memory` expects the peak to be, in GiB; None for a reference."""
-    if variant.reference:
-        return None
-    compiled = config.performance.compile is True or (
-        device.type == "cuda" and config.performance.compile == "auto"
-    )
-    student = SSLMetaArch(config, weights_device="meta").student
-    return predict_memory(config, student, images, compiled=compiled).total / 2**30
 
 
 def _peak(device: torch.device) -> dict[str, float] | None:

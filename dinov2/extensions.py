@@ -11,7 +11,14 @@ LOSSES = Registry("loss", {})
 AUGMENTATIONS = Registry("augmentation step", {})
 """Steps of the augmentation, in the order of application: `dinov2.data.augment.step.AugmentationStep`."""
 
-SOURCES = Registry("kind of data", {})
+SOURCES = Registry(
+    "kind of data",
+    {
+        "parquet": "dinov2.build.sources.parquet:ParquetShards",
+        "sample_list": "dinov2.build.sources.sample_list:SampleList",
+        "slides": "dinov2.build.sources.slides:Slides",
+    },
+)
 """Where tiles come from, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
 
 BACKBONES = Registry(

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from dinov2.configs import Config
-from dinov2.configs.schema import DatasetConfig, TrainConfig
-from dinov2.data.stream.mixture import describe_shares, make_order, make_source
-from dinov2.data.online.random import OnlinePatchSource
-from dinov2.data.online.prepare import PatchOptions, mpps_of
-from dinov2.data.stream.order import SampleOrder
-from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.stream.patient_split import describe_splits, split_by_patient
-from dinov2.data.patients import comparable, names_of, patient_of
-from dinov2.data.stream.patients import in_validation, read_exclusions
-from dinov2.data.source import Source
+from dinov2.configs import Config, saved_config
+from dinov2.configs.schema import DatasetConfig
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.sample_list import SlideListSource
-from dinov2.data.slides.resolution import read_mpp_table
-from dinov2.data.slides.table import SlideRow, read_slide_table
+from dinov2.data.source import Source, SourceRequest
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
-from dinov2.train.plan.plan import RunPlan
+from dinov2.data.stream.mixture import describe_shares, make_order, make_source
+from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.patient_split import Fate, Fates, PatientSplit, describe_splits, split_by_patient
+from dinov2.data.stream.patients import read_exclusions
+from dinov2.extensions import SOURCES
 
 _SHARED_MEMORY = "/dev/shm"
-_NAMING = ("streaming_dataset_path", "streaming_dataset_revision", "datasets")  # keys of `train`
+
+
+class Workload(Protocol):
+    """What of a run's plan concerns its data."""
+
+    global_batch: int
+    local_batch: int
+    world_size: int
+    total_images: int
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class OpenData:
     Attributes:
         names: as configured.
         places: where their files are, with the commit where there is one.
-        weights: share of the samples of each, up to a common factor.
+        weights: fraction of the samples of each, up to a common factor.
         sources: their rows to train on.
         held_out: of each, the rows of validation patients; None where there are none.
-        report: lines on what was left out.
+        report: lines on what was left out, and on what makes reading slow.
     """
 
     names: tuple[str, ...]
@@ -63,9 +63,10 @@ class OpenData:
 
     def order(self, seed: int, lanes: int, block_rows: int) -> SampleOrder:
         """Their order."""
-        if isinstance(self.source, OnlinePatchSource):
-            return self.source.order(seed=seed, lanes=lanes, block_rows=block_rows)
-        return make_order(self.sources, self.weights, seed=seed, lanes=lanes, block_rows=block_rows)
+        parameters = {"seed": seed, "lanes": lanes, "block_rows": block_rows}
+        if hasattr(self.source, "order"):
+            return self.source.order(**parameters)
+        return make_order(self.sources, self.weights, **parameters)
 
 
 def open_data(
@@ -75,79 +76,119 @@ def open_data(
 
     Args:
         config: validated configuration.
-        index_cache: where the index of Parquet shards is kept between launches; None keeps none.
+        index_cache: where the index of shards is kept between launches; None keeps none.
         saved: JSON state of the checkpoint being resumed; datasets on the hub keep its commit.
 
     Raises:
         FileNotFoundError, ValueError, OSError: a dataset is missing, empty, of another format or out of reach.
     """
-    try:
-        return (
-            _open_online(config, index_cache)
-            if config.train.online_patching
-            else _open(config, index_cache, saved)
-        )
-    except SlideError as error:
-        raise ValueError(str(error)) from error
-
-
-def _open(config: Config, index_cache: Path | None, saved: dict[str, Any] | None) -> OpenData:
-    train = config.train
-    datasets = _named(config)
-    commits = _commits(config, saved)
+    data, datasets = config.data, _datasets(config)
+    excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []
+    asked = Fates(excluded, data.validation_fraction)  # of the slides that kinds leave out themselves
     opened: list[Source] = []
-    for number, (dataset, commit) in enumerate(zip(datasets, commits, strict=True)):
-        if train.streaming_from_hf:
-            cache = index_cache and index_cache.with_name(
-                f"{index_cache.name}{f'.{number}' if number else ''}"
+    places: list[str] = []
+    held_out: list[Source | None] = []
+    splits: dict[str, PatientSplit] = {}
+    report: list[str] = []
+    for number, (dataset, commit) in enumerate(zip(datasets, _commits(config, saved), strict=True)):
+        cache = index_cache and index_cache.with_name(f"{index_cache.name}{f'.{number}' if number else ''}")
+        counts = Counter[int]()
+        source = _open(config, dataset, commit, cache, functools.partial(_keep, asked, counts))
+        places.append(getattr(source, "place", dataset.path))
+        if advice := getattr(source, "repack_advice", str)():
+            report.append(f"dataset '{dataset.path}': {advice}")
+        split = None
+        if counts.total() > counts[Fate.TRAINING]:
+            report.append(
+                f"dataset '{dataset.path}': training on {counts[Fate.TRAINING]} of {counts.total()} slides; "
+                f"{counts[Fate.EXCLUDED]} excluded, {counts[Fate.VALIDATION]} kept for validation"
             )
-            opened.append(
-                ParquetSource(dataset.path, cache, commit or dataset.revision, train.stream_attempts)
-            )
-        else:
-            opened.append(
-                SlideListSource(
-                    dataset.path,
-                    train.slide_root or None,
-                    train.tile_size,
-                    columns=train.sample_list_columns or None,
-                    mpp_file=train.slide_mpp_file or None,
+        elif not counts and (excluded or data.validation_fraction):
+            if _is_endless(source):
+                raise ValueError(
+                    f"Dataset '{dataset.path}' is drawn without end, so that data.exclusion_file and "
+                    "data.validation_fraction cannot be applied to its rows."
                 )
-            )
+            split = split_by_patient(source, dataset.path, excluded, data.validation_fraction)
+            splits[dataset.path] = split
+        opened.append(split.training if split else source)
+        held_out.append(split.validation if split else None)
     names = tuple(dataset.path for dataset in datasets)
-    data = OpenData(
+    endless = [name for name, source in zip(names, opened, strict=True) if _is_endless(source)]
+    if endless and len(names) > 1:
+        raise ValueError(
+            f"data.datasets mixes '{endless[0]}', which is drawn without end, with others; give its patches a number "
+            "by online.max_patches, or train on it alone."
+        )
+    if splits:
+        unmatched = [replace(split, unmatched=split.unmatched - asked.matched) for split in splits.values()]
+        report += describe_splits(unmatched, list(splits), excluded)
+    return OpenData(
         names=names,
-        places=tuple(getattr(source, "place", name) for source, name in zip(opened, names, strict=True)),
+        places=tuple(places),
         weights=tuple(dataset.weight for dataset in datasets),
         sources=tuple(opened),
-        held_out=(None,) * len(opened),
+        held_out=tuple(held_out),
+        report=tuple(report),
     )
-    return _leave_out(data, train.exclusion_file, train.validation_share)
 
 
-def order_parameters(config: Config, plan: RunPlan, data: OpenData, lanes: int = 0) -> dict[str, int]:
+def recognise(path: str) -> str:
+    """The kind of data that a path names, the first of `dinov2.extensions.SOURCES` that recognises it.
+
+    Raises:
+        FileNotFoundError: if there is no such path.
+        ValueError: if it is of no known kind.
+    """
+    for name, kind in SOURCES.items():
+        if kind().recognises(path):
+            return name
+    place = Path(path.removeprefix("file://")).expanduser()
+    known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
+    if place.is_dir():
+        files = sorted(file.name for file in islice(place.iterdir(), 1000))
+        seen = (
+            f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
+            if files
+            else "empty"
+        )
+    elif place.is_file():
+        with place.open("rb") as file:
+            seen = f"a file that begins with {file.read(20)!r}"
+    else:
+        raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
+    raise ValueError(
+        f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one."
+    )
+
+
+def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int = 0) -> dict[str, int]:
     """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one.
 
     Raises:
-        ValueError: there are more lanes than rows, or what they hold exceeds ``train.stream_memory_gib``.
+        ValueError: if there are more lanes than rows, or what they hold exceeds ``data.memory_gib``.
     """
-    train = config.train
-    if train.online_patching and not config.online.max_patches:
-        return {"seed": train.seed, "block_rows": train.stream_block_rows, "lanes": 1}
-    fixed = {"seed": train.seed, "block_rows": train.stream_block_rows}
+    fixed = {"seed": config.train.seed, "block_rows": config.data.block_rows}
+    if _is_endless(data.source):
+        return fixed | {"lanes": 1}
     lanes = fit_lanes(
         lambda number: data.order(lanes=number, **fixed),
         data.source,
-        lanes=lanes or train.stream_lanes,
+        lanes=lanes or config.data.lanes,
         global_batch=plan.global_batch,
         world_size=plan.world_size,
-        limit_gib=train.stream_memory_gib,
+        limit_gib=config.data.memory_gib,
         most=4 if _is_anonymous(data.places) else 8,
     )
     return {**fixed, "lanes": lanes}
 
 
-def describe_stream(config: Config, plan: RunPlan, data: OpenData, order: dict[str, int]) -> str:
+def prefetch_for(config: Config, source: Source) -> Prefetch:
+    """How far the reader works ahead on this source."""
+    return Prefetch.suited_to(source, config.data.memory_gib * GIB)
+
+
+def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[str, int]) -> str:
     """The stream as lines of text, for the start of a run and for ``--dry-run``."""
     sample_order, source = data.order(**order), data.source
     stored = memory_bound(
@@ -157,41 +198,64 @@ def describe_stream(config: Config, plan: RunPlan, data: OpenData, order: dict[s
         world_size=plan.world_size,
         prefetch=prefetch_for(config, source),
     )
-    batches = _batches_in_flight(config) * plan.local_batch * _sample_bytes(config)
-    return "\n".join(
-        (
-            *_describe_rows(plan, source, sample_order, data.names),
-            *(f"  {line}" for line in data.report),
-            f"  memory    up to {stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches on each "
-            "process",
-            *_shared_memory_shortage(config, batches * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+    crops = config.crops
+    pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+    in_flight = max(1, config.train.num_workers * config.train.prefetch_factor) + 1
+    batches = in_flight * plan.local_batch * 3 * pixels
+    if summary := getattr(source, "summary", ""):
+        lines = [f"Data: {summary}"]
+    else:
+        lines = [
+            f"Data: {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes, "
+            f"{sample_order.lanes} lanes over {len(source.unit_rows):,} row groups of up to "
+            f"{source.unit_rows.max()} rows",
+            *(f"  {line}" for line in describe_shares(sample_order, data.names)),
+        ]
+    lines += [
+        *(f"  {line}" for line in data.report),
+        f"  memory    up to {stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches on each "
+        "process",
+    ]
+    # Workers hand batches over in shared memory, of which containers often have very little; a worker then dies.
+    needed = batches * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.train.num_workers and os.path.isdir(_SHARED_MEMORY):
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        if free < needed:
+            lines.append(
+                f"  warning   {_SHARED_MEMORY} has {free / GIB:.3g} GiB free where {needed / GIB:.3g} are needed; "
+                "raise it (docker run --shm-size) or lower train.num_workers or train.prefetch_factor"
+            )
+    return "\n".join(lines)
+
+
+def _datasets(config: Config) -> tuple[DatasetConfig, ...]:
+    data = config.data
+    return data.datasets or (DatasetConfig(data.path, data.kind, revision=data.revision),)
+
+
+def _open(
+    config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[[str], bool]
+) -> Source:
+    named = [kind for kind in (dataset.kind, config.data.kind) if kind != "auto"]
+    kind = named[0] if named else recognise(dataset.path)
+    part = SOURCES[kind]()
+    options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
+    try:
+        return part.open(
+            SourceRequest(dataset.path, commit or dataset.revision, config, options, cache, keep)
         )
-    )
+    except SlideError as error:
+        raise ValueError(str(error)) from error
 
 
-def _describe_rows(
-    plan: RunPlan, source: Source, order: SampleOrder, names: tuple[str, ...]
-) -> Iterator[str]:
-    if isinstance(source, OnlinePatchSource):
-        drawn = f"{source.num_rows:,} patches" if source.is_capped else "patches without end"
-        yield f"Data: {drawn} from {len(source.slide_list)} slides; {len(source.dropped)} slides are left out"
-        return
-    yield (
-        f"Data: {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes, {order.lanes} lanes over "
-        f"{len(source.unit_rows):,} row groups of up to {source.unit_rows.max()} rows"
-    )
-    yield from (f"  {line}" for line in describe_shares(order, names))
+def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:
+    fate = fates[slide]
+    counts[fate] += 1
+    return fate == Fate.TRAINING
 
 
-def prefetch_for(config: Config, source: Source) -> Prefetch:
-    """How far the reader works ahead on this source."""
-    return Prefetch.suited_to(source, config.train.stream_memory_gib * GIB)
-
-
-def _named(config: Config) -> tuple[DatasetConfig, ...]:
-    train = config.train
-    path = train.streaming_dataset_path if train.streaming_from_hf else train.sample_list_path
-    return train.datasets or (DatasetConfig(path, 1.0, train.streaming_dataset_revision),)
+def _is_endless(source: Source) -> bool:
+    return getattr(source, "is_endless", False)
 
 
 def _is_anonymous(places: tuple[str, ...]) -> bool:
@@ -203,104 +267,16 @@ def _is_anonymous(places: tuple[str, ...]) -> bool:
     return get_token() is None
 
 
-def _open_online(config: Config, index_cache: Path | None) -> OpenData:
-    """Make the slides ready, which takes a while at the first start and nothing later."""
-    online, train = config.online, config.train
-    if online.cache_dir:
-        cache = Path(online.cache_dir)
-    else:
-        cache = index_cache.with_name("slide_cache") if index_cache else Path(tempfile.mkdtemp("path-fm"))
-    mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
-    options = PatchOptions(
-        mpps, online.mpp_weights or (1.0,) * len(mpps), train.tile_size, online.min_foreground
-    )
-    table = read_mpp_table(train.slide_mpp_file) if train.slide_mpp_file else None
-    rows = read_slide_table(online.slides, online.weight_column, mpp_table=table)
-    kept, report = _without_excluded(rows, train)
-    source = OnlinePatchSource(
-        kept,
-        cache,
-        options=options,
-        seed=train.seed,
-        slide_share=online.slide_share,
-        max_patches=online.max_patches,
-        workers=os.cpu_count() or 1,
-    )
-    return OpenData((online.slides,), (online.slides,), (1.0,), (source,), (None,), report)
-
-
-def _without_excluded(rows: list[SlideRow], train: TrainConfig) -> tuple[list[SlideRow], tuple[str, ...]]:
-    """Slides left to train on, and a line on the others."""
-    excluded = (
-        {comparable(name) for name in read_exclusions(train.exclusion_file)}
-        if train.exclusion_file
-        else set()
-    )
-    kept = [row for row in rows if excluded.isdisjoint(names_of(row.path))]
-    training = [row for row in kept if not in_validation(patient_of(row.path), train.validation_share)]
-    if not training:
-        raise ValueError(
-            f"Of {len(rows)} slides {len(rows) - len(kept)} are excluded and {len(kept)} kept for validation; at "
-            "least 1 must be left to train on."
-        )
-    if len(training) == len(rows):
-        return rows, ()
-    return training, (
-        f"training on {len(training)} of {len(rows)} slides; {len(rows) - len(kept)} excluded, "
-        f"{len(kept) - len(training)} kept for validation",
-    )
-
-
 def _commits(config: Config, saved: dict[str, Any] | None) -> list[str]:
     """The commit at which each dataset was first opened, where that was on the hub and the entries are unchanged."""
-    unknown = [""] * len(_named(config))
+    unknown = [""] * len(_datasets(config))
     if saved is None:
         return unknown
-    before = saved["config"]["train"]
-    now = json.loads(json.dumps(dataclasses.asdict(config.train)))
+    before = saved_config(saved["config"])["data"]
+    now = [(dataset.path, dataset.revision) for dataset in _datasets(config)]
+    then = [(entry["path"], entry.get("revision", "")) for entry in before["datasets"] or [before]]
     places = saved.get("places", [])
-    if any(before.get(key) != now[key] for key in _NAMING) or len(places) != len(unknown):
+    if then != now or len(places) != len(unknown):
         return unknown
     found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", place) for place in places]
     return [match[1] if match else "" for match in found]
-
-
-def _leave_out(data: OpenData, exclusion_file: str, validation_share: float) -> OpenData:
-    if not exclusion_file and not validation_share:
-        return data
-    excluded = read_exclusions(exclusion_file) if exclusion_file else []
-    splits = [
-        split_by_patient(source, name, excluded, validation_share)
-        for source, name in zip(data.sources, data.names, strict=True)
-    ]
-    return dataclasses.replace(
-        data,
-        sources=tuple(split.training for split in splits),
-        held_out=tuple(split.validation for split in splits),
-        report=tuple(describe_splits(splits, data.names, excluded)),
-    )
-
-
-def _shared_memory_shortage(config: Config, needed: int) -> list[str]:
-    """Workers hand batches over in shared memory, of which containers often have very little; a worker then dies."""
-    if not config.train.num_workers or not os.path.isdir(_SHARED_MEMORY):
-        return []
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if needed <= free:
-        return []
-    return [
-        f"  warning   {_SHARED_MEMORY} has {free / GIB:.3g} GiB free where {needed / GIB:.3g} are needed; raise it "
-        "(docker run --shm-size) or lower train.num_workers or train.prefetch_factor"
-    ]
-
-
-def _batches_in_flight(config: Config) -> int:
-    return max(1, config.train.num_workers * config.train.prefetch_factor) + 1
-
-
-def _sample_bytes(config: Config) -> int:
-    """Bytes of one sample's pixels on the way to the device."""
-    if config.train.augmentation_device == "gpu":
-        return 3 * config.train.tile_size**2
-    crops = config.crops
-    return 3 * (2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2)

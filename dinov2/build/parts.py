@@ -11,22 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinov2.build.data import OpenData, prefetch_for
 from dinov2.configs import Config
 from dinov2.data import (
     AugmentationOptions,
-    BatchedAugmentation,
-    DeferredAugmentation,
     MultiCropAugmentation,
     MultiCropCollate,
     normalize,
 )
-from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.data.stream.loader import TrainLoader, make_train_loader
+from dinov2.data.stream.to_device import DeviceBatches
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.hub.pretrained import load_pretrained, published_url, read_checkpoint
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.build.data import OpenData, prefetch_for
 
 logger = logging.getLogger("dinov2")
 
@@ -46,7 +44,6 @@ def build_augmentation(config: Config) -> MultiCropAugmentation:
         crops.global_crops_size,
         crops.local_crops_size,
         seed=config.train.seed,
-        backend=config.augmentation.backend,
     )
 
 
@@ -83,7 +80,7 @@ def build_loader(
     source, transform = data.source, build_augmentation(config)
     return make_train_loader(
         source,
-        DeferredAugmentation(transform) if config.train.augmentation_device == "gpu" else transform,
+        transform,
         build_collate(config),
         global_batch=plan.global_batch,
         rank=get_global_rank(),
@@ -94,23 +91,15 @@ def build_loader(
         prefetch=prefetch_for(config, source),
         prefetch_factor=config.train.prefetch_factor,
         pin_memory=device.type == "cuda",
-        max_damaged_share=config.train.max_damaged_share,
+        max_damaged_share=config.data.max_corrupt_fraction,
     )
 
 
 def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> DeviceBatches:
-    """Batches on the device, where crops are normalised to float32 and, if so configured, rendered before."""
+    """Batches on the device, where crops are normalised to float32."""
     mean, std = config.augmentation.normalize_mean, config.augmentation.normalize_std
-    render = BatchedAugmentation(
-        config.crops.global_crops_size,
-        config.crops.local_crops_size,
-        config.augmentation.blur_kernel_size,
-        compile=device.type == "cuda",
-    )
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        if config.train.augmentation_device == "gpu":
-            batch |= render({name: batch.pop(name) for name in ("images", "view_parameters")})
         return batch | {name: normalize(batch[name], mean, std) for name in ("global_crops", "local_crops")}
 
     return DeviceBatches(batches, device, prepare)

@@ -1,10 +1,23 @@
-"""Fields of configuration sections: type, default, accepted range and one line of documentation in one place."""
+"""Fields of configuration sections: type, default, accepted values and one line of documentation in one place."""
 
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
+
+from dinov2 import extensions
+from dinov2.utils.registry import Registry
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    types.NoneType: "null",
+}
 
 
 @dataclass(frozen=True)
@@ -15,7 +28,9 @@ class Key:
         doc: one line for the default YAML and the key table of the documentation.
         least, most: inclusive bounds.
         above, below: exclusive bounds.
-        ignored: why the key decides nothing here, where older files carry it: what decides instead.
+        registry: table in `dinov2.extensions` of which the value is a name. Of a mapping the names are the keys,
+            and the values are decoded by each part's ``Options`` dataclass.
+        also: names accepted beside those of the registry.
     """
 
     doc: str
@@ -23,53 +38,102 @@ class Key:
     most: float | None = None
     above: float | None = None
     below: float | None = None
-    ignored: str = ""
+    registry: str = ""
+    also: tuple[str, ...] = ()
 
-    def problem(self, value: Any) -> str | None:
-        """What would be accepted in place of an out-of-range value; None for one that is in range."""
+    def accepts(self, value: Any) -> bool:
+        """Whether a value of the right type is within the bounds, or a registered name."""
         if isinstance(value, (list, tuple)):
-            return next(filter(None, map(self.problem, value)), None)
-        if isinstance(value, (bool, str)) or value is None:
-            return None
-        inside = (
+            return all(map(self.accepts, value))
+        if self.registry and isinstance(value, str):
+            return value in self.also or value in self.parts or not self.parts
+        if isinstance(value, (bool, str, Mapping)) or value is None or dataclasses.is_dataclass(value):
+            return True
+        return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
-        return None if inside else self.accepted()
 
-    def accepted(self) -> str:
-        """The range in words; empty where every value of the type is accepted."""
+    @property
+    def parts(self) -> Registry:
+        """The registry that `registry` names."""
+        return getattr(extensions, self.registry)
+
+    def bounds(self) -> str:
+        """The bounds in words, to be read after "a number"; empty where there are none."""
         low = (
-            f"[{self.least:g}"
-            if self.least is not None
-            else f"({self.above:g}"
-            if self.above is not None
-            else ""
+            None
+            if self.least is None and self.above is None
+            else (self.above, self.least)[self.above is None]
         )
         high = (
-            f"{self.most:g}]"
-            if self.most is not None
-            else f"{self.below:g})"
-            if self.below is not None
-            else ""
+            None if self.most is None and self.below is None else (self.below, self.most)[self.below is None]
         )
-        if low and high:
-            return f"a number in {low}, {high}"
-        if low:
-            return f"{self.least:g} or more" if self.least is not None else f"a number above {self.above:g}"
-        if high:
-            return f"at most {self.most:g}" if self.most is not None else f"a number below {self.below:g}"
+        if low is not None and high is not None:
+            return f" in {'(['[self.above is None]}{_number(low)}, {_number(high)}{')]'[self.below is None]}"
+        if low is not None:
+            return f" above {_number(low)}" if self.above is not None else f" of {_number(low)} or more"
+        if high is not None:
+            return f" below {_number(high)}" if self.below is not None else f" of at most {_number(high)}"
         return ""
 
 
-def key(default: Any, doc: str, **bounds: Any) -> Any:
+def key(default: Any, doc: str, **accepted: Any) -> Any:
     """A dataclass field that is a configuration key.
 
     Args:
-        default: of the key; immutable.
+        default: of the key; a mapping or list is copied.
         doc: one line, without a full stop.
-        **bounds: see `Key`.
+        **accepted: see `Key`.
     """
-    return dataclasses.field(default=default, metadata={"key": Key(doc, **bounds)})
+    metadata = {"key": Key(doc, **accepted)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def key_of(field: dataclasses.Field[Any]) -> Key:
+    """What a field says of its key; bare where it was not made by `key`."""
+    return field.metadata.get("key", Key(""))
+
+
+def accepted(hint: Any, key: Key) -> str:
+    """What a key accepts, in words: ``a whole number in [1, 64] or auto``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return _either([str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in args])
+    if origin in (Union, types.UnionType):
+        return " or ".join(accepted(arg, key) for arg in args)
+    if origin is tuple and dataclasses.is_dataclass(args[0]):
+        return f"a list of entries with the keys {', '.join(field.name for field in dataclasses.fields(args[0]))}"
+    if origin is tuple and args:
+        count = "" if args[-1] is Ellipsis else f"{len(args)} "
+        return f"a list of {count}values, each {accepted(args[0], key)}"
+    if key.registry:
+        names = _either([*key.also, *key.parts]) if [*key.also, *key.parts] else "a name"
+        return names if hint is str else f"a mapping from names ({names}) to options"
+    if origin is not None or hint is Mapping:
+        return "a mapping"
+    return _KINDS[hint] + (key.bounds() if hint in (int, float) else "")
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as it is quoted in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def _either(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _number(value: float) -> str:
+    return (
+        str(value)
+        if isinstance(value, int)
+        else str(int(value))
+        if value == int(value) and abs(value) < 1e15
+        else f"{value:g}"
+    )

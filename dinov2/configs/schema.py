@@ -1,336 +1,437 @@
-"""The configuration's sections, keys and types; one frozen dataclass per YAML section.
+"""The configuration's sections and keys; one frozen dataclass per YAML section.
 
-Keys are those of DINOv2's ``ssl_default_config.yaml`` and of the OpenMidnight recipe, so that existing YAML
-files work as they stand. No field has a default here: ``ssl_default_config.yaml`` supplies every value and is
-the one place to read or change a default. ``docs/config.md`` describes each key.
+Each key is stated once, here: type, default, accepted values and meaning. ``python -m dinov2.configs --write``
+writes ``ssl_default_config.yaml`` and the key tables of ``docs/config.md`` from it. Keys of older files are mapped
+by `dinov2.configs.older_keys`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from dinov2.configs.fields import key
 
 Precision = Literal["bf16", "fp16", "fp32"]
-Architecture = Literal["vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
 Switch = Literal["auto", True, False]
-Probe = Literal["knn", "linear", "linear_eva", "linear_kaiko", "few_shot", "rankme", "odcorr"]
+
+_WEIGHT = {"least": 0, "most": 1e6}  # of a loss
+_PROBABILITY = {"least": 0, "most": 1}
+_EPOCHS = {"least": 0, "most": 1e9}
+_STEPS = {"least": 1, "most": 1e12}
+_SIDE = {"least": 1, "most": 8192}
+_RATE = {"least": 0, "most": 1000}
+_STRENGTH = {"least": 0, "most": 100}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Section ``MODEL``."""
+    """Starting weights under Meta's name."""
 
-    WEIGHTS: str
+    WEIGHTS: str = key("", "teacher export to start from: the backbone, and each head that it holds")
 
 
 @dataclass(frozen=True)
 class MixedPrecisionConfig:
-    """Dtypes of one module: computation, gradient reduction, buffers."""
+    """Dtypes of one module."""
 
-    param_dtype: Precision
-    reduce_dtype: Precision
-    buffer_dtype: Precision
+    param_dtype: Precision = key("bf16", "of the matrix products; weights and optimiser state stay fp32")
+    reduce_dtype: Precision = key("fp32", "of the gradient sum over processes; no effect in the teacher")
 
 
 @dataclass(frozen=True)
 class ModulePrecisionConfig:
     """Sharding and dtypes of one module (backbone or head)."""
 
-    sharding_strategy: ShardingStrategy
-    mixed_precision: MixedPrecisionConfig
+    sharding_strategy: ShardingStrategy = key(
+        "SHARD_GRAD_OP",
+        "FULL_SHARD: weights gathered again for the backward; HYBRID_SHARD: sharded inside a node; NO_SHARD: replicas",
+    )
+    mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
 
 
 @dataclass(frozen=True)
 class NetworkPrecisionConfig:
-    """Precision of one network (student or teacher), module by module."""
+    """Precision of one network, module by module."""
 
-    backbone: ModulePrecisionConfig
-    dino_head: ModulePrecisionConfig
-    ibot_head: ModulePrecisionConfig
+    backbone: ModulePrecisionConfig = ModulePrecisionConfig()
+    dino_head: ModulePrecisionConfig = ModulePrecisionConfig()
+    ibot_head: ModulePrecisionConfig = ModulePrecisionConfig()
 
 
 @dataclass(frozen=True)
 class ComputePrecisionConfig:
-    """Section ``compute_precision``."""
+    """Precision and sharding of each module, where `precision` does not say enough."""
 
-    grad_scaler: bool
-    teacher: NetworkPrecisionConfig
-    student: NetworkPrecisionConfig
-
-
-@dataclass(frozen=True)
-class DinoConfig:
-    """Section ``dino``: the CLS-token loss, its head, and the regularisers of the CLS token."""
-
-    loss_weight: float
-    head_n_prototypes: int
-    head_bottleneck_dim: int
-    head_nlayers: int
-    head_hidden_dim: int
-    koleo_loss_weight: float
-    koleo_gather: bool
-    kde_loss_weight: float
-    kde_kappa: float
-    kde_gather: bool
-    kde_reference_sign: bool
-    do_kde: bool | None
-    do_koleo: bool | None
-
-
-@dataclass(frozen=True)
-class IbotConfig:
-    """Section ``ibot``: the masked-patch loss, its masks and its head."""
-
-    loss_weight: float
-    mask_sample_probability: float
-    mask_ratio_min_max: tuple[float, float]
-    separate_head: bool
-    head_n_prototypes: int
-    head_bottleneck_dim: int
-    head_nlayers: int
-    head_hidden_dim: int
+    grad_scaler: bool = key(True, "loss scaling; in effect only where the student computes in fp16")
+    teacher: NetworkPrecisionConfig = NetworkPrecisionConfig()
+    student: NetworkPrecisionConfig = NetworkPrecisionConfig()
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One entry of ``train.datasets``: a dataset of a mixture and its share of the samples."""
+    """One entry of ``data.datasets``: a dataset of a mixture and its fraction of the samples."""
 
-    path: str = ""
-    weight: float = 1.0
-    revision: str = ""
+    path: str = key("", "as data.path")
+    kind: str = key("auto", "as data.kind", registry="SOURCES", also=("auto",))
+    weight: float = key(1.0, "fraction of the samples, up to a common factor", above=0, most=1e9)
+    revision: str = key("", "as data.revision")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Section ``train``: data source, batch, checkpoints."""
+class DataConfig:
+    """The tiles that are trained on; see [data.md](data.md)."""
 
-    batch_size_per_gpu: int | Literal["auto"]
-    output_dir: str
-    seed: int
-    num_workers: int
-    prefetch_factor: int
-    augmentation_device: Literal["cpu", "gpu"]
-    OFFICIAL_EPOCH_LENGTH: int
-    centering: Literal["centering", "sinkhorn_knopp"]
-    streaming_from_hf: bool
-    online_patching: bool
-    streaming_dataset_path: str
-    streaming_dataset_revision: str
-    datasets: tuple[DatasetConfig, ...]
-    exclusion_file: str
-    validation_share: float
-    sample_list_path: str
-    sample_list_columns: Literal[0, 4, 6]
-    slide_mpp_file: str
-    slide_root: str
-    tile_size: int
-    stream_lanes: int
-    stream_block_rows: int
-    stream_memory_gib: float
-    stream_attempts: int
-    max_damaged_share: float
-    use_pretrained: bool
-    unfreeze_last_n_blocks: int
-    skip_checkpointer: bool | None
-    checkpoint_period_iterations: int
-    keep_checkpoints: int
-    dataset_path: str
-    saveckp_freq: int
-    cache_dataset: bool
+    path: str = key("", "folder, glob, file, hub dataset (org/name) or URL of what is trained on")
+    kind: str = key(
+        "auto", "what it is; auto: recognised by what is there", registry="SOURCES", also=("auto",)
+    )
+    revision: str = key("", "branch, tag or commit of a hub dataset; a resumed run keeps its commit")
+    datasets: tuple[DatasetConfig, ...] = key(
+        (), "in place of one path, a mixture: [{path: a, weight: 3}, {path: b, weight: 1, kind: slides}]"
+    )
+    options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
+    exclusion_file: str = key("", "text file of patients or slides, one per line, that are never trained on")
+    validation_fraction: float = key(
+        0.0,
+        "fraction of patients that is never trained on, chosen by a hash of the patient",
+        least=0,
+        below=1,
+    )
+    tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
+    mpp_file: str = key("", "CSV `slide,mpp` with the resolution of slides that do not say theirs")
+    slide_root: str = key("", "folder that a sample list's slides were moved to; empty: the paths as listed")
+    sample_list_columns: Literal[0, 4, 6] = key(0, "of a sample list; 0: as its .meta.json says, else 4")
+    lanes: int = key(
+        0,
+        "V, read streams of the shuffled data that are interleaved; 0: 8 x global batch or fewer",
+        least=0,
+        most=1e8,
+    )
+    block_rows: int = key(64, "R, rows shuffled together inside a row group", least=1, most=1e8)
+    memory_gib: float = key(
+        16.0, "most that the reader of one process may hold; more is refused", above=0, most=1e6
+    )
+    retries: int = key(8, "of each remote read before training stops", least=1, most=1000)
+    max_corrupt_fraction: float = key(
+        0.001, "training stops above this fraction of undecodable rows", **_PROBABILITY
+    )
 
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """Section ``online``: patches cut from slides while training, at any place and magnification."""
+    """Patches cut from slides at random positions while training (``data.kind: slides``)."""
 
-    slides: str
-    weight_column: str
-    mpp: tuple[float, ...]
-    mpp_weights: tuple[float, ...]
-    magnifications: tuple[float, ...]
-    min_foreground: float
-    slide_share: float
-    max_patches: int
-    cache_dir: str
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """Section ``augmentation``: every probability and strength of the photometric and geometric transforms."""
-
-    backend: Literal["fast", "reference"]
-    horizontal_flip_prob: float
-    vertical_flip_prob: float
-    hed_prob: float
-    hed_shift: float
-    hed_scale: float
-    jitter_prob: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grayscale_prob: float
-    blur_prob_global1: float
-    blur_prob_global2: float
-    blur_prob_local: float
-    blur_sigma_min_max: tuple[float, float]
-    blur_kernel_size: int
-    normalize_mean: tuple[float, float, float]
-    normalize_std: tuple[float, float, float]
+    weight_column: str = key("", "column of a CSV of slides by which they are drawn; empty: all alike")
+    mpp: tuple[float, ...] = key(
+        (0.25, 0.5, 1.0, 2.0), "um per px of the patches: 40x, 20x, 10x, 5x", above=0, most=1e4
+    )
+    mpp_weights: tuple[float, ...] = key((), "how often each is drawn; empty: all alike", above=0, most=1e9)
+    magnifications: tuple[float, ...] = key(
+        (), "in place of online.mpp: 10 / magnification, as 40, 20, 10, 5", above=0, most=1e4
+    )
+    min_foreground: float = key(0.4, "least fraction of tissue in a patch", **_PROBABILITY)
+    slide_fraction: float = key(
+        1.0,
+        "of the slides that is used, chosen by a hash; smaller ones are parts of larger ones",
+        above=0,
+        most=1,
+    )
+    max_patches: int = key(0, "number of distinct patches; 0: without end", least=0, most=2**30)
+    cache_dir: str = key("", "where tissue masks and tile indexes are kept; empty: in the run's folder")
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """Section ``student``: the backbone (the teacher's is the same, without drop path)."""
+class TrainConfig:
+    """Batch, steps, checkpoints."""
 
-    arch: Architecture
-    patch_size: int
-    drop_path_rate: float
-    layerscale: float
-    drop_path_uniform: bool
-    pretrained_weights: str
-    pretrained_pos_embed: bool
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"]
-    block_chunks: int
-    qkv_bias: bool
-    proj_bias: bool
-    ffn_bias: bool
-    num_register_tokens: int
-    interpolate_antialias: bool
-    interpolate_offset: float
-    attention_backend: Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Section ``teacher``: EMA momentum and temperature."""
-
-    momentum_teacher: float
-    final_momentum_teacher: float
-    warmup_teacher_temp: float
-    teacher_temp: float
-    warmup_teacher_temp_epochs: float
+    batch_size_per_gpu: int | Literal["auto"] = key(
+        64,
+        "images per process, even; auto: as many as the GPU holds; fixed at the first launch",
+        least=2,
+        most=1e6,
+    )
+    output_dir: str = key(".", "the run's folder where --output-dir is not given")
+    seed: int = key(
+        0, "of weights, sample order, augmentation, masks, stochastic depth", least=0, most=2**64 - 1
+    )
+    num_workers: int = key(
+        10, "decode and augmentation processes per training process; 0: none", least=0, most=1024
+    )
+    prefetch_factor: int = key(4, "batches that each worker prepares ahead", least=1, most=1024)
+    OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules", least=1, most=1e9)
+    centering: Literal["centering", "sinkhorn_knopp"] = key(
+        "centering", "teacher targets; centering: running mean"
+    )
+    use_pretrained: bool = key(False, "start from Meta's published DINOv2 weights of this architecture")
+    unfreeze_last_n_blocks: int = key(
+        0, "n > 0: train only the last n blocks, the final norm and the heads", least=0, most=1000
+    )
+    skip_checkpointer: bool | None = key(False, "true: no checkpoints, so no resume")
+    checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
+    keep_checkpoints: int = key(2, "newest complete checkpoints kept", least=1, most=1e6)
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Section ``optim``: AdamW, its schedules and parameter groups. Epochs are of OFFICIAL_EPOCH_LENGTH steps."""
+class DinoConfig:
+    """The CLS-token loss, its head, and the regularisers of the CLS token."""
 
-    epochs: float
-    early_stop: float | None
-    weight_decay: float
-    weight_decay_end: float
-    base_lr: float
-    warmup_epochs: float
-    min_lr: float
-    clip_grad: float
-    freeze_last_layer_epochs: float
-    scaling_rule: Literal["sqrt_wrt_1024", "none"]
-    patch_embed_lr_mult: float
-    layerwise_decay: float
-    adamw_beta1: float
-    adamw_beta2: float
-    lr: float
+    loss_weight: float = key(1.0, "of the CLS-token cross-entropies, local and global", **_WEIGHT)
+    head_n_prototypes: int = key(65536, "prototypes, the head's outputs", least=1, most=2**22)
+    head_bottleneck_dim: int = key(256, "width before the prototypes", least=1, most=2**14)
+    head_nlayers: int = key(3, "layers of the head's MLP", least=1, most=32)
+    head_hidden_dim: int = key(2048, "width of its hidden layers", least=1, most=2**14)
+    koleo_loss_weight: float = key(0.1, "of KoLeo, summed over the global views; 0: off", **_WEIGHT)
+    koleo_gather: bool = key(False, "true: nearest neighbours among the rows of all processes")
+    kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
+    kde_kappa: float = key(5.0, "concentration of the KDE kernel", above=0, most=1e4)
+    kde_gather: bool = key(False, "true: density over the rows of all processes")
+    kde_reference_sign: bool = key(
+        False, "true: sign and self term of the published code, which reward collapse"
+    )
 
 
 @dataclass(frozen=True)
-class PerformanceConfig:
-    """Section ``performance``: how the step is computed; only FP8 changes results beyond rounding."""
+class IbotConfig:
+    """The masked-patch loss, its masks and its head."""
 
-    compile: Switch
-    compile_backend: Literal["inductor", "aot_eager", "eager"]
-    packed_crops: bool
-    inverse_gather: bool
-    factored_targets: bool
-    prune_last_block: bool
-    fused_update: Switch
-    weight_copies: bool
-    fp8: Literal["none", "teacher", "all"]
-    fp8_scaling: Literal["tensor", "row"]
-    recompute: Literal["none", "selective", "full"]
-    prefetch_blocks: int
+    loss_weight: float = key(1.0, "of the masked-patch cross-entropy", **_WEIGHT)
+    mask_sample_probability: float = key(
+        0.5, "fraction of global crops that are masked, a multiple of 0.25", **_PROBABILITY
+    )
+    mask_ratio_min_max: tuple[float, float] = key(
+        (0.1, 0.5), "range of the masked fraction of such a crop's patches", **_PROBABILITY
+    )
+    separate_head: bool = key(
+        False, "true: patches have a head of their own; false: the DINO head serves both"
+    )
+    head_n_prototypes: int = key(65536, "prototypes, the head's outputs", least=1, most=2**22)
+    head_bottleneck_dim: int = key(256, "width before the prototypes", least=1, most=2**14)
+    head_nlayers: int = key(3, "layers of the head's MLP", least=1, most=32)
+    head_hidden_dim: int = key(2048, "width of its hidden layers", least=1, most=2**14)
 
 
 @dataclass(frozen=True)
 class CropsConfig:
-    """Section ``crops``: multi-crop sizes (px) and area scales."""
+    """Multi-crop sizes and scales."""
 
-    global_crops_scale: tuple[float, float]
-    local_crops_number: int
-    local_crops_scale: tuple[float, float]
-    global_crops_size: int
-    local_crops_size: int
+    global_crops_scale: tuple[float, float] = key(
+        (0.32, 1.0), "range of a global view's fraction of the tile"
+    )
+    local_crops_number: int = key(8, "local views per image", least=0, most=256)
+    local_crops_scale: tuple[float, float] = key((0.05, 0.32), "range of a local view's fraction of the tile")
+    global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
+    local_crops_size: int = key(98, "side of a local view in px, a multiple of the patch", **_SIDE)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Steps after the crop, in this order; a probability is that of the step happening."""
+
+    horizontal_flip_prob: float = key(0.5, "left-right mirror", **_PROBABILITY)
+    vertical_flip_prob: float = key(0.0, "up-down mirror", **_PROBABILITY)
+    hed_prob: float = key(0.5, "stain perturbation", **_PROBABILITY)
+    hed_shift: float = key(0.05, "each stain shifted by U(-x, x), in scikit-image's HED units", **_STRENGTH)
+    hed_scale: float = key(0.0, "each stain first multiplied by U(1 - x, 1 + x)", **_STRENGTH)
+    hed_clip: bool = key(True, "stain amounts clipped to [0, 1] after the shift, as published")
+    jitter_prob: float = key(0.8, "the four colour adjustments below, in random order", **_PROBABILITY)
+    brightness: float = key(0.2, "factor U(1 - x, 1 + x)", **_STRENGTH)
+    contrast: float = key(0.2, "factor U(1 - x, 1 + x)", **_STRENGTH)
+    saturation: float = key(0.1, "factor U(1 - x, 1 + x)", **_STRENGTH)
+    hue: float = key(0.05, "turn U(-x, x) of the colour circle", least=0, most=0.5)
+    grayscale_prob: float = key(0.2, "the colours dropped", **_PROBABILITY)
+    blur_prob_global1: float = key(1.0, "blur of the first global view", **_PROBABILITY)
+    blur_prob_global2: float = key(0.1, "blur of the second global view", **_PROBABILITY)
+    blur_prob_local: float = key(0.5, "blur of each local view", **_PROBABILITY)
+    blur_sigma_min_max: tuple[float, float] = key(
+        (0.1, 2.0), "range of the blur's sigma in px", above=0, most=1000
+    )
+    blur_kernel_size: int = key(9, "odd width of the blur's kernel in px", least=1, most=1023)
+    normalize_mean: tuple[float, float, float] = key(
+        (0.485, 0.456, 0.406), "per channel, of values in [0, 1]", least=-100, most=100
+    )
+    normalize_std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "per channel", above=0, most=100)
+    steps: Mapping[str, Any] = key({}, "further registered steps: {name: {...}}", registry="AUGMENTATIONS")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The backbone; the teacher's is the same, without stochastic depth."""
+
+    arch: str = key("vit_large", "backbone", registry="BACKBONES")
+    options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
+    patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
+    drop_path_rate: float = key(
+        0.3, "fraction of samples that each residual branch leaves out, student only", least=0, below=1
+    )
+    layerscale: float = key(1.0e-05, "initial gain of each residual branch", least=0, most=1000)
+    drop_path_uniform: bool = key(True, "false: the rate grows linearly from 0 in the first block")
+    pretrained_weights: str = key("", "path or URL of backbone weights to start from")
+    pretrained_pos_embed: bool = key(
+        True, "whether their position grid is taken; false: it starts from noise"
+    )
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = key(
+        "mlp", "swiglufused: two thirds as wide, as published"
+    )
+    qkv_bias: bool = key(True, "bias of queries, keys and values")
+    proj_bias: bool = key(True, "bias of the attention's output")
+    ffn_bias: bool = key(True, "biases of the FFN")
+    num_register_tokens: int = key(0, "registers after the CLS token", least=0, most=1024)
+    interpolate_antialias: bool = key(True, "antialias where the position grid is resized to a crop")
+    interpolate_offset: float = key(
+        0.0, "added to the target grid size in that resizing; older DINOv2 code: 0.1", least=-10, most=10
+    )
+    attention_backend: Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"] = key(
+        "sdpa", "sdpa: PyTorch's choice"
+    )
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """EMA momentum and temperature."""
+
+    momentum_teacher: float = key(0.992, "EMA momentum at the start of its cosine", **_PROBABILITY)
+    final_momentum_teacher: float = key(1.0, "EMA momentum at the end", **_PROBABILITY)
+    warmup_teacher_temp: float = key(0.04, "temperature at the start", above=0, most=100)
+    teacher_temp: float = key(0.07, "temperature after the warm-up", above=0, most=100)
+    warmup_teacher_temp_epochs: float = key(30.0, "length of that linear warm-up", **_EPOCHS)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedules and parameter groups. Epochs are of ``train.OFFICIAL_EPOCH_LENGTH`` steps."""
+
+    epochs: float = key(
+        100.0, "span of the schedules, and of the training unless stopped early", above=0, most=1e9
+    )
+    early_stop: float | None = key(
+        None, "epochs after which training ends, schedules unchanged; null: optim.epochs", above=0, most=1e9
+    )
+    weight_decay: float = key(0.04, "at the start of its cosine", **_RATE)
+    weight_decay_end: float = key(0.4, "at the end", **_RATE)
+    base_lr: float = key(0.004, "peak learning rate at a global batch of 1024", above=0, most=1000)
+    warmup_epochs: float = key(10.0, "linear warm-up of the learning rate from 0", **_EPOCHS)
+    min_lr: float = key(1.0e-06, "learning rate at the end of its cosine", **_RATE)
+    clip_grad: float = key(
+        3.0, "largest gradient norm of the backbone and of each head; 0: off", least=0, most=1e9
+    )
+    freeze_last_layer_epochs: float = key(1.0, "in which the heads' last layers do not learn", **_EPOCHS)
+    scaling_rule: Literal["sqrt_wrt_1024", "none"] = key(
+        "sqrt_wrt_1024", "peak = base_lr x sqrt(global batch / 1024); none: base_lr"
+    )
+    patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding", **_RATE)
+    layerwise_decay: float = key(
+        0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10
+    )
+    adamw_beta1: float = key(0.9, "decay of the first moment", least=0, below=1)
+    adamw_beta2: float = key(0.999, "decay of the second moment", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """How a step is computed, not what; only ``fp8`` changes results beyond rounding. See [performance.md](performance.md)."""
+
+    compile: Switch = key("auto", "blocks and losses by torch.compile; auto: on a GPU with Triton")
+    fused_update: Switch = key(
+        "auto", "clip, AdamW, EMA, 16-bit copies in one Triton pass; auto: on a GPU, unscaled"
+    )
+    fp8: Literal["none", "teacher", "all"] = key("none", "matrix products of the blocks in 8 bit")
+    fp8_scaling: Literal["tensor", "row"] = key("tensor", "what shares one scale; tensor is fastest")
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "activations computed again in the backward; selective: all but products and attention"
+    )
+    prefetch_blocks: int = key(
+        1, "several processes: blocks gathered ahead; 0: FSDP's choice", least=0, most=1000
+    )
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Switches that only serve to trace a wrong or slow step to its cause; each can be turned off alone."""
+
+    packed_crops: bool = key(
+        True, "all crop sizes go through the blocks as one matrix; false: one pass per size"
+    )
+    inverse_gather: bool = key(
+        True, "rows kept by stochastic depth addressed both ways, without atomics; false: index_add"
+    )
+    factored_targets: bool = key(
+        True, "Sinkhorn's patch targets stay two scaling vectors; false: written out"
+    )
+    prune_last_block: bool = key(True, "last block only for the tokens that a loss reads")
+    weight_copies: bool = key(
+        True, "one process: 16-bit copies of the blocks' weights; false: cast at each use"
+    )
+    compile_backend: Literal["inductor", "aot_eager", "eager"] = key(
+        "inductor", "the last two show whether tracing or kernels are at fault"
+    )
 
 
 @dataclass(frozen=True)
 class LabelledConfig:
     """One entry of ``evaluation.labelled``: a folder of tiles, and a CSV of labels where folders do not say them."""
 
-    path: str = ""
-    name: str = ""
-    labels: str = ""
+    path: str = key("", "folder of tiles")
+    name: str = key("", "of the task; empty: the folder's")
+    labels: str = key("", "CSV of labels; empty: the subfolders are the classes")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Section ``evaluation``: period of export and probes; labelled tiles to probe on."""
+    """Export of the teacher, and the probes that it goes through; see [probes.md](probes.md)."""
 
-    eval_period_iterations: int
-    bach_root: str
-    breakhis_root: str
-    pcam_root: str
-    labelled: tuple[LabelledConfig, ...]
-    probes: tuple[Probe, ...]
-    probe_tiles: int
+    eval_period_iterations: int = key(
+        12500, "steps between teacher exports, and probes; one more at the end", **_STEPS
+    )
+    bach_root: str = key("", "folder of this benchmark: the teacher is probed on it while training")
+    breakhis_root: str = key("", "the same for BreakHis")
+    pcam_root: str = key("", "the same for PatchCamelyon")
+    labelled: tuple[LabelledConfig, ...] = key(
+        (), "further labelled tiles: [{path: tiles/, name: subtype, labels: labels.csv}]"
+    )
+    probes: tuple[str, ...] = key(
+        ("knn", "linear", "rankme", "odcorr"), "rankme and odcorr also on validation patients",
+        registry="PROBES", also=("linear",),
+    )  # fmt: skip
+    probe_options: Mapping[str, Any] = key({}, "options of probes: {name: {...}}", registry="PROBES")
+    probe_tiles: int = key(2000, "tiles of each split that are used, at most", least=1, most=1e9)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Section ``logging``: where and how often metrics are written."""
+    """Where and how often metrics are written."""
 
-    period_iterations: int
-    samples: bool
-    wandb: bool
-    wandb_project: str
+    period_iterations: int = key(10, "steps per record of console, metrics.jsonl and W&B", **_STEPS)
+    samples: bool = key(False, "true: logs/samples.rankN.jsonl says which samples each step consumed")
+    wandb: bool = key(True, "Weights & Biases; offline in the run's folder unless logged in; never prompts")
+    wandb_project: str = key("path-fm", "its project")
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run configuration."""
 
-    MODEL: ModelConfig
-    compute_precision: ComputePrecisionConfig
-    dino: DinoConfig
-    ibot: IbotConfig
-    train: TrainConfig
-    online: OnlineConfig
-    augmentation: AugmentationConfig
-    student: StudentConfig
-    teacher: TeacherConfig
-    optim: OptimConfig
-    performance: PerformanceConfig
-    crops: CropsConfig
-    evaluation: EvaluationConfig
-    logging: LoggingConfig
-
-
-# Keys that older YAML files carry and that decide nothing here; each is accepted with this one-line notice.
-INERT_KEYS = {
-    "dino.do_kde": "dino.kde_loss_weight > 0 decides",
-    "dino.do_koleo": "dino.koleo_loss_weight > 0 decides",
-    "train.saveckp_freq": "train.checkpoint_period_iterations decides",
-    "train.cache_dataset": "the stream's index is always cached in the output folder",
-    "train.dataset_path": "train.streaming_dataset_path or train.sample_list_path names the data",
-    "optim.lr": "the learning rate is optim.base_lr under optim.scaling_rule",
-    "student.block_chunks": "blocks are never chunked; weights saved in chunks still load",
-}
-INERT_KEYS |= {
-    f"compute_precision.{network}.{module}.mixed_precision.buffer_dtype": "the networks have no buffers"
-    for network in ("teacher", "student")
-    for module in ("backbone", "dino_head", "ibot_head")
-}
-INERT_KEYS |= {
-    f"compute_precision.teacher.{module}.mixed_precision.reduce_dtype": "the teacher has no gradients to reduce"
-    for module in ("backbone", "dino_head", "ibot_head")
-}
+    MODEL: ModelConfig = ModelConfig()
+    precision: Literal["bf16", "fp16", "fp32", "mixed"] = key(
+        "bf16", "of the matrix products of every module; mixed: as compute_precision says"
+    )
+    compute_precision: ComputePrecisionConfig = ComputePrecisionConfig()
+    data: DataConfig = DataConfig()
+    online: OnlineConfig = OnlineConfig()
+    train: TrainConfig = TrainConfig()
+    dino: DinoConfig = DinoConfig()
+    ibot: IbotConfig = IbotConfig()
+    losses: Mapping[str, Any] = key(
+        {}, "further registered losses: {name: {weight: 0.1, ...}}", registry="LOSSES"
+    )
+    crops: CropsConfig = CropsConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optim: OptimConfig = OptimConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+    debug: DebugConfig = DebugConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()

@@ -16,7 +16,7 @@ _HOMES = {
     "MultiCropAugmentation": "augment.multi_crop",
     "MultiCropCollate": "augment.collate",
     "MultiCrops": "augment.multi_crop",
-    "Sample": "source",
+    "Sample": "augment.collate",
     "StratifiedMasks": "augment.masking",
     "ViewParameters": "augment.views",
     "block_mask": "augment.masking",

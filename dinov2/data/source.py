@@ -1,16 +1,23 @@
-"""What travels from a source through the reader, the workers and the collate function."""
+"""Sources of tiles: their protocol, the rows they hand out, and the decoding of stored bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+import cv2
 import numpy as np
 
+_MARKS = {  # format: first bytes, last bytes
+    "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
+    "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
+}
+_TAIL = 256  # bytes in which to look for the end mark, since some writers pad their files
+
 if TYPE_CHECKING:
-    from dinov2.data.augment.multi_crop import MultiCrops
-    from dinov2.data.augment.view_packing import ImageAndViews
+    from dinov2.configs import Config
 
 
 class DecodeError(ValueError):
@@ -22,11 +29,11 @@ class EncodedSample:
     """One row as stored, on its way from the rank's reader to a decode worker.
 
     Attributes:
-        index: Global sample index g; it alone fixes the row and the augmentation.
-        unit: Unit (row group) number in the source.
-        row: Row within the unit.
-        slide: Slide the tile was cut from.
-        data: The stored bytes.
+        index: global sample index g; it alone fixes the row and the augmentation.
+        unit: number of the unit in the source.
+        row: within the unit.
+        slide: slide the tile was cut from.
+        data: the stored bytes.
     """
 
     index: int
@@ -36,38 +43,28 @@ class EncodedSample:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One decoded and augmented row, ready for the collate function.
-
-    Attributes:
-        index: Global sample index g.
-        crops: The augmented views, or what the device renders them from.
-        slide: Slide the tile was cut from.
-        replaced: Whether the row at g was damaged and another of its row group stands in for it.
-        damage: If replaced, where the damaged row is and what is wrong with it.
-        unit: Unit that the row was taken from.
-        row: Row within that unit.
-    """
-
-    index: int
-    crops: MultiCrops | ImageAndViews
-    slide: str
-    replaced: bool
-    damage: str = ""
-    unit: int = 0
-    row: int = 0
-
-
 class Source(Protocol):
-    """A dataset cut into units, each fetched in one go; methods may be called from any thread or process.
+    """A dataset whose rows can be read in any order: the one interface between data and the sample order.
+
+    The rows lie in numbered units, each of which is fetched in one go: the row groups of Parquet shards, some tiles
+    of a slide, a shard of a tar file. The order is computed from `unit_rows` alone, so it is the same for everything
+    that has equal ones; a unit of some 64 rows mixes well and costs few requests.
+
+    The reader's threads call `read`, decode workers call `decode`, and both may live in other processes than the one
+    that made the source. It must therefore be fit for pickling and forking, so hold no open file, connection or
+    lock, and answer from several threads at a time.
 
     Attributes:
-        unit_rows: Rows of each unit, int64 (U,); zeros are allowed, but not only zeros.
-        unit_bytes: Bytes that the samples of each unit take in memory, int64 (U,); an upper estimate.
-        fingerprint: Identifies names, sizes and layout: equal fingerprints mean equal samples in equal order.
-        num_rows: Sum of `unit_rows`.
-        is_remote: Whether a read waits for a network.
+        unit_rows: rows of each unit, int64 (U,); zeros are allowed, but not only zeros.
+        unit_bytes: bytes that the samples of each unit take in memory, int64 (U,); an upper estimate.
+        fingerprint: digest of names, sizes and layout: equal fingerprints mean equal samples in equal order, which
+            is what a resumed run relies on. Where the dataset lies should not be part of it.
+        num_rows: sum of `unit_rows`.
+        is_remote: whether a read waits for a network, so that many reads at a time pay.
+
+    A source may also have ``place``, the path or URL that it was found at, with the commit where there is one;
+    ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
+    and therefore cannot be mixed with others; and ``order(seed, lanes, block_rows)``, an order of its own.
     """
 
     unit_rows: np.ndarray
@@ -77,7 +74,11 @@ class Source(Protocol):
     is_remote: bool
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for."""
+        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
+
+        What is corrupt comes as bytes that `decode` refuses, since another row then stands in for it. An OSError
+        ends the run.
+        """
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn a sample's bytes into uint8 (H, W, 3) RGB; raises DecodeError where they are no image."""
@@ -87,3 +88,82 @@ class Source(Protocol):
 
     def slides(self, unit: int) -> list[str]:
         """Name the slide of every row of a unit, without reading images where that can be."""
+
+
+def image_format(data: bytes) -> str:
+    """Tell PNG from JPEG by the first bytes; empty if they are neither."""
+    return next((name for name, (start, _) in _MARKS.items() if data.startswith(start)), "")
+
+
+def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
+    """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
+
+    Grey and palette images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, and EXIF
+    orientation is ignored. OpenCV and libjpeg fill in what is missing from a truncated file, some versions
+    silently, so the end mark is checked first.
+
+    Args:
+        data: a whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
+        raw_size: side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
+
+    Raises:
+        DecodeError: if `data` is neither, or is cut short.
+    """
+    if raw_size:
+        if len(data) != raw_size * raw_size * 3:
+            expected = f"{raw_size}x{raw_size}x3 = {raw_size * raw_size * 3}"
+            raise DecodeError(f"{len(data)} raw bytes where a uint8 RGB tile takes {expected}")
+        return np.frombuffer(data, np.uint8).reshape(raw_size, raw_size, 3).copy()
+    name = image_format(data)
+    if not name:
+        raise DecodeError(f"{len(data)} bytes beginning {data[:8]!r} are neither PNG nor JPEG")
+    if _MARKS[name][1] not in data[-_TAIL:]:
+        raise DecodeError(f"a {name} file of {len(data)} bytes is cut short")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes ({error.err})") from error
+    if image is None:
+        raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What a kind of data is asked to open.
+
+    Attributes:
+        path: as configured.
+        revision: branch, tag or commit of it; in a resumed run the commit of its first launch.
+        config: of the run.
+        options: the kind's section in ``data.options``, or its defaults; None where it has no ``Options``.
+        cache: file that this dataset has to itself in the run's folder, for an index; None keeps none.
+        keep: whether a slide is trained on. A kind asks it of every slide, or, as most do, of none: the rows of
+            patients that are excluded or kept for validation are then left out of what it opened.
+    """
+
+    path: str
+    revision: str
+    config: Config
+    options: Any
+    cache: Path | None
+    keep: Callable[[str], bool]
+
+
+class SourceKind(Protocol):
+    """A kind of data, registered in `dinov2.extensions.SOURCES` by the name that ``data.kind`` has for it.
+
+    Its class may hold a dataclass ``Options``, the keys of its section ``data.options.NAME``. The module is
+    imported whenever a path is to be recognised; what takes long to import belongs into `open`.
+
+    Attributes:
+        accepts: the paths that it can open, in words: ``tiles in tar files (a folder, glob or URL of them)``.
+    """
+
+    accepts: str
+
+    def recognises(self, path: str) -> bool:
+        """Whether a path is of this kind, by names and first bytes alone; nothing is asked of a network."""
+
+    def open(self, request: SourceRequest) -> Source:
+        """Open a dataset; FileNotFoundError, ValueError or OSError say in one sentence why it cannot be."""

@@ -4,10 +4,11 @@ Nothing above this package asks whether a run is distributed: without a process 
 rank, number 0, and every collective returns what it was given.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from dinov2.utils.cli import ToldElsewhere
 # Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
 _TIMEOUT = timedelta(minutes=30)
 _T = TypeVar("_T")
+_alone = ContextVar("alone", default=False)
 
 
 class MainProcessError(ToldElsewhere):
@@ -28,7 +30,17 @@ class MainProcessError(ToldElsewhere):
 
 def is_enabled() -> bool:
     """Say whether this process belongs to a process group."""
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _alone.get()
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """While open, this process is the only one: for work that the other ranks take no part in."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def get_global_rank() -> int:
@@ -73,7 +85,7 @@ def init_process_group(device: torch.device) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Belong to the process group that torchrun describes, if there is one, within the block.
 

@@ -13,7 +13,7 @@ def build_model_from_cfg(
     """Build student and teacher backbones with fresh weights, on the default device.
 
     Args:
-        cfg: has sections ``student``, ``crops`` and, if it comes from here, ``performance``.
+        cfg: has sections ``student``, ``crops`` and, if it comes from here, ``debug``.
         only_teacher: leave the student out.
 
     Returns:
@@ -35,7 +35,7 @@ def build_model_from_cfg(
         "interpolate_antialias": student.interpolate_antialias,
         "interpolate_offset": student.interpolate_offset,
         "attention_backend": getattr(student, "attention_backend", "sdpa"),
-        "inverse_gather": cfg.performance.inverse_gather if hasattr(cfg, "performance") else True,
+        "inverse_gather": cfg.debug.inverse_gather if hasattr(cfg, "debug") else True,
     }
     if student.arch not in ARCHITECTURES:
         raise ValueError(f"student.arch is {student.arch!r}; one of {', '.join(ARCHITECTURES)} is expected.")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dinov2.build.data import OpenData, open_data
 from dinov2.build.parts import build_augmentation, build_collate
 from dinov2.configs import Config, load_config
+from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.source import EncodedSample, Sample, Source
+from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.mixture import make_source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles

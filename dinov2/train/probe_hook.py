@@ -69,7 +69,7 @@ class ProbeHook(PeriodicHook):
             std=augmentation.normalize_std,
             autocast=None if dtype == "fp32" else DTYPES[dtype],
         )
-        options = options_for(runs=_RUNS) | dict(getattr(evaluation, "probe_options", {}))
+        options = options_for(runs=_RUNS) | dict(evaluation.probe_options)
         self._probing = Probing(
             evaluation.probes, options, limit=evaluation.probe_tiles, seed=config.train.seed
         )

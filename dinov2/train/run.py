@@ -23,13 +23,12 @@ from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import Machine, resolve_performance
-from dinov2.train.plan.flops import flops_per_step
 from dinov2.train.plan.hardware import ASSUMED_GPU, find_gpu
-from dinov2.train.plan.memory import check_fits, free_memory, resolve_batch
+from dinov2.train.plan.measure import StepCosts
+from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
 from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.sample_log import SampleLog
-from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_resumable, describe_state
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import adam_state, build_optimizer
@@ -59,6 +58,7 @@ class Run:
         saved = on_main_process(self._newest_state)
         if not eval_only:
             self.performance = on_main_process(partial(resolve_performance, config, _machine(config, device)))
+            self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
             self.plan = self._make_plan(saved)
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
         self.loader = None if eval_only else self._open_stream(saved)
@@ -94,8 +94,8 @@ class Run:
         on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        hardware = (name, local_world_size(), self.performance.compile)
-        logger.info("%s", describe_plan(config, self.plan, self.arch.student, *hardware))
+        described = partial(describe_plan, config, self.plan, self.costs, name, local_world_size())
+        logger.info("%s", on_main_process(described))
         for note in self.performance.notes:
             logger.info("%s", note)
         sinks = self._sinks()
@@ -110,7 +110,7 @@ class Run:
             state=self.state,
             batches=device_batches(self._batches(), config, self.device),
             log_period=config.logging.period_iterations,
-            flops=flops_per_step(config, self.arch.student, self.plan.local_batch),
+            flops=on_main_process(lambda: self.costs.flops(self.plan.local_batch).model),
             sinks=sinks,
             hooks=self._hooks(sinks),
         )
@@ -141,15 +141,15 @@ class Run:
 
     def _make_plan(self, saved: dict[str, Any] | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
-        world, memory = get_global_size(), free_memory(self.device)
-        machine = (local_world_size(), self.performance.compile)
+        world, free = get_global_size(), free_memory(self.device)
+        memory = MemoryModel(self.costs, world, local_world_size())
 
         def plan() -> RunPlan:
             batch = saved and saved["global_batch"]
             if not batch:
-                batch = resolve_batch(self.config, world, memory, *machine) * world
+                batch = resolve_batch(self.config, memory, free) * world
             plan = make_plan(self.config, world, batch)
-            warning = memory and check_fits(self.config, plan.local_batch, world, memory, *machine)
+            warning = free and check_fits(plan.local_batch, memory, free)
             if warning:
                 logger.warning("%s", warning)
             return plan
@@ -225,17 +225,15 @@ def dry_run(config: Config, world_size: int) -> str:
         device = torch.device("cuda", torch.cuda.current_device())
         compiled = resolve_performance(config, _machine(config, device)).compile
         name = torch.cuda.get_device_name(device)
-    machine = (local_world_size(), compiled)
+    costs = StepCosts(config, compiled)
+    memory = MemoryModel(costs, world_size, local_world_size())
     gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
-    plan = make_plan(config, world_size, resolve_batch(config, world_size, gpu.memory, *machine) * world_size)
+    plan = make_plan(config, world_size, resolve_batch(config, memory, gpu.memory) * world_size)
     data = open_data(config)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     open_tasks(config, data)
     starting_weights(config)
-    with torch.device("meta"):
-        arch = SSLMetaArch(config)
-        arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
-    return f"{describe_plan(config, plan, arch.student, name, *machine)}\n{stream}"
+    return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{stream}"
 
 
 def _machine(config: Config, device: torch.device) -> Machine:

@@ -199,7 +199,7 @@ class SSLMetaArch(nn.Module):
             both, weights = [cls_logits, patch_logits], [None, row_weight]
             of_cls, patch_targets = sinkhorn_assignments_of(both, teacher_temp, 3, weights, self.kernels)
             cls_targets = of_cls.probs()
-            if not self.cfg.performance.factored_targets:
+            if not self.cfg.debug.factored_targets:
                 patch_targets = patch_targets.probs()
         else:
             cls_targets = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
@@ -230,19 +230,17 @@ class SSLMetaArch(nn.Module):
         batch: Mapping[str, Any],
     ) -> tuple[list[Tensor], Tensor]:
         """All that the losses read: class tokens (C, D) of each crop size, masked patches (M, D) of the first."""
-        performance, index = self.cfg.performance, batch["mask_indices"]
+        debug, index = self.cfg.debug, batch["mask_indices"]
         packed = [(crops, masks)]
-        passes = (
-            packed if performance.packed_crops else [([c], [m]) for c, m in zip(crops, masks, strict=True)]
-        )
+        passes = packed if debug.packed_crops else [([c], [m]) for c, m in zip(crops, masks, strict=True)]
         outputs: list[dict[str, Tensor]] = []
         with self._autocast(self._precision(network).backbone):
             for some, their in passes:
                 wanted = index[:0] if outputs else index
-                if not performance.prune_last_block:
+                if not debug.prune_last_block:
                     wanted = None
                 outputs += network.backbone(some, masks=their, is_training=True, patch_index=wanted)
-        if performance.prune_last_block:
+        if debug.prune_last_block:
             patches = outputs[0]["x_norm_indexedtokens"]
         else:
             patches = outputs[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, index)

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2.configs import Config
+from dinov2.configs import Config, saved_config
 from dinov2.utils.provenance import package_versions
 
 logger = logging.getLogger("dinov2")
@@ -37,8 +37,8 @@ _FIXED_KEYS = (
     "optim.patch_embed_lr_mult",
     "train.unfreeze_last_n_blocks",
     "train.seed",
-    "train.stream_lanes",
-    "train.stream_block_rows",
+    "data.lanes",
+    "data.block_rows",
     "train.OFFICIAL_EPOCH_LENGTH",
 )
 
@@ -80,7 +80,10 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ValueError: fixed keys changed; all are named with both values.
     """
-    before, now = _flatten(saved["config"]), _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    before, now = (
+        _flatten(saved_config(saved["config"])),
+        _flatten(json.loads(json.dumps(dataclasses.asdict(config)))),
+    )
     changed = [key for key in now if before.get(key) != now[key]]
     fixed = [
         f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS

@@ -63,7 +63,7 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
         ("compute_precision.student.backbone.sharding_strategy=FULL_SHARD",
          "compute_precision.student.dino_head.sharding_strategy=NO_SHARD",
          "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD"),
-        ("performance.compile=true", "performance.compile_backend=aot_eager", "performance.recompute=selective",
+        ("performance.compile=true", "debug.compile_backend=aot_eager", "performance.recompute=selective",
          "performance.prefetch_blocks=2"),
     ],
     ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled"],

@@ -128,18 +128,18 @@ def test_patches_cut_while_training_go_on_where_a_run_stopped(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.online_patching=true"], "online.slides is empty"),
+        (["train.online_patching=true"], "data.path is empty"),
         (["train.online_patching=true", "online.slides=/nowhere"], "There are no slides at '/nowhere'"),
         (["train.online_patching=true", "online.slides=x", "online.mpp=[0.5,0.5]"], "not a list of different numbers"),
         (["train.online_patching=true", "online.slides=x", "online.mpp_weights=[1]"], "does not give each of"),
-        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "slide_share = 0.0 is out of"),
-        (["train.stream_lanes=91"], "train.stream_lanes = 91 exceeds the 90 rows of the dataset"),
-        (["train.stream_memory_gib=1.0e-6"], "and train.stream_memory_gib = 1e-06; raise it"),
+        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "online.slide_fraction (given as online.slide_share) = 0.0 is out of"),
+        (["train.stream_lanes=91"], "data.lanes = 91 exceeds the 90 rows of the dataset"),
+        (["train.stream_memory_gib=1.0e-6"], "and data.memory_gib = 1e-06; raise it"),
         (["train.exclusion_file=/nowhere.txt"], "/nowhere.txt"),
-        (["train.validation_share=1.0"], "train.validation_share = 1.0 is out of range"),
-        (["train.datasets=[{path: a}]"], "and train.datasets name different data; use one"),
-        (["train.datasets=[{weight: 1}]", "train.streaming_dataset_path="], "train.datasets[0].path is empty"),
-        (["train.augmentation_device=gpu", "augmentation.backend=reference"], "runs on the CPU only"),
+        (["train.validation_share=1.0"], "(given as train.validation_share) = 1.0 is out of range"),
+        (["train.datasets=[{path: a}]"], "and data.datasets name different data; use one"),
+        (["train.datasets=[{weight: 1}]", "train.streaming_dataset_path="], "data.datasets[0].path is empty"),
+        (["train.augmentation_device=gpu"], "train.augmentation_device = 'gpu' is not available"),
     ],
 )  # fmt: skip
 def test_impossible_streams(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -13,8 +14,30 @@ from torch import Tensor
 from dinov2.data.augment.masking import StratifiedMasks
 from dinov2.data.augment.multi_crop import MultiCrops
 from dinov2.data.augment.view_packing import ImageAndViews
-from dinov2.data.source import Sample
 from dinov2.utils.seeding import fresh_rng
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded and augmented row, ready for the collate function.
+
+    Attributes:
+        index: Global sample index g.
+        crops: The augmented views, or what the device renders them from.
+        slide: Slide the tile was cut from.
+        replaced: Whether the row at g was damaged and another of its row group stands in for it.
+        damage: If replaced, where the damaged row is and what is wrong with it.
+        unit: Unit that the row was taken from.
+        row: Row within that unit.
+    """
+
+    index: int
+    crops: MultiCrops | ImageAndViews
+    slide: str
+    replaced: bool
+    damage: str = ""
+    unit: int = 0
+    row: int = 0
 
 
 class MultiCropCollate:

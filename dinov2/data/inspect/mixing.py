@@ -17,10 +17,10 @@ def distinct_in_stream(
     """Count distinct slides among the samples of consecutive steps, from the first step of the first epoch.
 
     Args:
-        order: The order that training would use.
-        slides_at: Gives the slide numbers, int (n,), of units (n,) and rows (n,).
-        batch: Samples of a step.
-        windows: Numbers of steps; the largest must be a multiple of each.
+        order: that training would use.
+        slides_at: gives the slide numbers, int (n,), of units (n,) and rows (n,).
+        batch: samples of a step.
+        windows: numbers of steps; the largest must be a multiple of each.
 
     Returns:
         For each window its mean over the windows that fit into the largest, side by side.
@@ -42,19 +42,16 @@ def distinct_if_uniform(slide_rows: np.ndarray, samples: int) -> float:
     A slide of s of the N rows is missed by n draws with probability C(N-s, n) / C(N, n).
 
     Args:
-        slide_rows: Rows of each slide, int (S,).
+        slide_rows: rows of each slide, int (S,).
         samples: n; more than there are rows counts as all of them.
     """
     total = int(slide_rows.sum())
     draws = min(samples, total)
     sizes, counts = np.unique(slide_rows[slide_rows > 0], return_counts=True)
-    missed = [_missed(total, size, draws) for size in sizes.tolist()]
+    missed = [math.exp(_ways(total - size, draws) - _ways(total, draws)) for size in sizes.tolist()]
     return float(counts @ (1 - np.array(missed)))
 
 
-def _missed(total: int, size: int, draws: int) -> float:
-    rest = total - size
-    if rest < draws:
-        return 0.0
-    ways = math.lgamma(rest + 1) - math.lgamma(rest - draws + 1)
-    return math.exp(ways - math.lgamma(total + 1) + math.lgamma(total - draws + 1))
+def _ways(rows: int, draws: int) -> float:
+    """Logarithm of the ways to draw, order counting."""
+    return math.lgamma(rows + 1) - math.lgamma(rows - draws + 1) if rows >= draws else -math.inf

@@ -1,7 +1,7 @@
-"""What a Parquet dataset is like, as one JSON-ready report: layout, images, slides, mixing, memory, verdict."""
+"""A JSON-ready report on a Parquet dataset: layout, images, slides, mixing, memory, and a verdict."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dinov2.data.decode import decode_image
 from dinov2.data.inspect.mixing import distinct_if_uniform, distinct_in_stream
-from dinov2.data.inspect.verdict import verdict
-from dinov2.data.parquet.footer import Shard, describe_shard, in_one_line, slide_of
-from dinov2.data.parquet.shard_footers import Unusable, WrongSchema, open_shard, read_footers
-from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.source import DecodeError
+from dinov2.data.parquet.footer import (
+    Shard,
+    Unusable,
+    WrongSchema,
+    describe_shard,
+    in_one_line,
+    open_shard,
+    read_footers,
+    slide_of,
+)
+from dinov2.data.parquet.source import repack_advice
+from dinov2.data.source import DecodeError, decode_image, image_format
 from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import open_storage
 from dinov2.data.storage.retry import RemoteError
@@ -27,32 +33,28 @@ WINDOWS = (1, 10, 100)  # steps over which distinct slides are counted
 _SAMPLED_GROUPS, _SAMPLED_ROWS = 16, 4
 _SAMPLED_BYTES = 1 << 28  # of the row groups that images are sampled from, where they come over a network
 _READ_GROUPS, _READ_REMOTE_GROUPS = 20_000, 500  # most row groups whose slide column is read
+_NAMED = 3  # files named in a sentence
+_WELL_MIXED = 0.9  # of the distinct slides of uniform sampling
+
+Finding = tuple[str, str]  # a word for programs, and a sentence
 
 
 @dataclass(frozen=True)
 class Training:
-    """The run to judge the dataset for.
+    """The run to judge the dataset for."""
 
-    Attributes:
-        batch: Global batch B.
-        ranks: Processes.
-        lanes: V; 0 takes what training takes, 8 B or less where memory or rows do not allow it.
-        block_rows: R.
-        memory_gib: Most that the reader of one process may hold.
-    """
-
-    batch: int = 384
+    batch: int = 384  # global batch B
     ranks: int = 8
-    lanes: int = 0
-    block_rows: int = 64
-    memory_gib: float = 16.0
+    lanes: int = 0  # V; 0 takes what training takes, 8 B or less where memory or rows do not allow it
+    block_rows: int = 64  # R
+    memory_gib: float = 16.0  # most that the reader of one process may hold
 
 
 def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
     """Read all footers, some images, and slide names where footers do not tell them.
 
     Raises:
-        FileNotFoundError, PermissionError, ValueError, ImportError, RemoteError: As `open_storage` does.
+        FileNotFoundError, PermissionError, ValueError, ImportError, RemoteError: as `open_storage` does.
     """
     storage = open_storage(dataset)
     files = storage.list_files()
@@ -60,7 +62,6 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
     shards = [item for item in found if isinstance(item, Shard)]
     report: dict[str, Any] = {
         "place": storage.place,
-        "local": isinstance(storage, LocalStorage),
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "unreadable": [item._asdict() for item in found if type(item) is Unusable],
@@ -68,27 +69,31 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
         "rows": sum(int(shard.rows.sum()) for shard in shards),
     }
     if report["rows"]:
-        report |= {"row_groups": _row_groups(shards), "schemas": _schemas(shards), "stored": _stored(shards)}
+        is_remote = not isinstance(storage, LocalStorage)
+        rows, sizes = (
+            np.concatenate(column)
+            for column in zip(*((shard.rows, shard.images.plain_sizes) for shard in shards), strict=True)
+        )
+        report["row_groups"] = {"count": len(rows), "rows": _spread(rows), "image_bytes": _spread(sizes)}
+        report["row_groups"]["repack"] = repack_advice(storage, rows, sizes)
+        kinds = Counter(tuple(shard.columns.items()) for shard in shards)
+        report["schemas"] = [{"files": n, "columns": dict(columns)} for columns, n in kinds.most_common()]
+        report["stored"] = _stored(shards, report["rows"])
         report["images"] = _images(storage, shards)
-        slides = _Slides(storage, shards)
+        slides = _Slides(storage, shards, rows)
         report["slides"] = slides.summary()
-        report["stream"] = _stream(_units(storage, shards), slides, training)
-    return report | {"verdict": verdict(report, training.batch)}
+        units = SimpleNamespace(unit_rows=rows, unit_bytes=sizes, is_remote=is_remote)
+        report["stream"] = _stream(units, slides, training)
+    reasons, advice = (
+        [{"code": code, "text": text} for code, text in findings]
+        for findings in (_reasons(report), _advice(report, training.batch))
+    )
+    return report | {"verdict": {"usable": not reasons, "reasons": reasons, "advice": advice}}
 
 
-def _row_groups(shards: Sequence[Shard]) -> dict[str, Any]:
-    rows, sizes = _joined(shards)
-    return {"count": len(rows), "rows": _spread(rows), "image_bytes": _spread(sizes)}
-
-
-def _schemas(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    kinds = Counter(tuple(shard.columns.items()) for shard in shards)
-    return [{"files": count, "columns": dict(columns)} for columns, count in kinds.most_common()]
-
-
-def _stored(shards: Sequence[Shard]) -> dict[str, Any]:
+def _stored(shards: Sequence[Shard], rows: int) -> dict[str, Any]:
     """How the image column is stored, in numbers of row groups."""
-    chunks, rows = [shard.images for shard in shards], sum(int(shard.rows.sum()) for shard in shards)
+    chunks = [shard.images for shard in shards]
     return {
         "columns": dict(Counter(shard.image for shard in shards)),
         "encodings": dict(Counter("+".join(sorted(names)) for chunk in chunks for names in chunk.encodings)),
@@ -105,7 +110,7 @@ def _images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
     chosen = np.unique(np.linspace(0, len(groups) - 1, _SAMPLED_GROUPS).astype(int)).tolist()
     kinds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    damage, read = [], 0
+    corrupt, read = [], 0
     for shard, group in (groups[i] for i in chosen):
         read += int(shard.images.sizes[group])
         if read > _SAMPLED_BYTES and kinds and not isinstance(storage, LocalStorage):
@@ -117,24 +122,18 @@ def _images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
         except RemoteError:
             raise
         except (pa.ArrowException, OSError) as error:
-            damage.append({"file": shard.file.name, "row_group": group, "reason": in_one_line(error)})
+            corrupt.append({"file": shard.file.name, "row_group": group, "reason": in_one_line(error)})
             continue
         for row, data in enumerate(images):
-            kinds[_kind(data, shard.raw_size)] += 1
+            kind = "raw" if shard.raw_size else image_format(data)
+            kinds[kind.lower() if kind else "neither PNG nor JPEG"] += 1
             try:
                 height, width, _ = decode_image(data, shard.raw_size).shape
                 sizes[f"{width}x{height}"] += 1
             except DecodeError as error:
-                place = {"file": shard.file.name, "row_group": group, "row": row}
-                damage.append(place | {"reason": str(error)})
-    return {"sampled": kinds.total(), "kinds": dict(kinds), "sizes": dict(sizes), "damaged": damage}
-
-
-def _kind(data: bytes, raw_size: int) -> str:
-    if raw_size:
-        return "raw"
-    marks = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
-    return next((kind for kind, mark in marks.items() if data.startswith(mark)), "neither PNG nor JPEG")
+                location = {"file": shard.file.name, "row_group": group, "row": row}
+                corrupt.append(location | {"reason": str(error)})
+    return {"sampled": kinds.total(), "kinds": dict(kinds), "sizes": dict(sizes), "corrupt": corrupt}
 
 
 class _Slides:
@@ -143,12 +142,12 @@ class _Slides:
     Where that would take too many reads, a row group stands for a slide of its own.
     """
 
-    def __init__(self, storage: Storage, shards: Sequence[Shard]) -> None:
+    def __init__(self, storage: Storage, shards: Sequence[Shard], group_rows: np.ndarray) -> None:
         numbers: dict[str | tuple[str, int], int] = {}
         left = _READ_GROUPS if isinstance(storage, LocalStorage) else _READ_REMOTE_GROUPS
         self._only: list[int] = []  # slide of each row group, -1 if there are several
         self._several: dict[int, np.ndarray] = {}  # slide of each row of these
-        self.unknown = 0
+        self._unknown = 0
         for shard in shards:
             for group, slide in enumerate(shard.slides):
                 names = None if slide is None else [slide]
@@ -156,7 +155,7 @@ class _Slides:
                     left -= 1
                     names = _slide_names(storage, shard, group)
                 if names is None:
-                    self.unknown += bool(shard.rows[group])
+                    self._unknown += bool(shard.rows[group])
                     names = [(shard.file.name, group)]
                 codes = np.array([numbers.setdefault(name, len(numbers)) for name in names])
                 if (codes == codes[0]).all():
@@ -164,8 +163,7 @@ class _Slides:
                 else:
                     self._several[len(self._only)] = codes
                     self._only.append(-1)
-        self._rows, _ = _joined(shards)
-        self._ends = np.cumsum(self._rows)
+        self._rows, self._ends = group_rows, np.cumsum(group_rows)
         self._shard = np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards])
 
     def at(self, rows: np.ndarray) -> np.ndarray:
@@ -200,7 +198,7 @@ class _Slides:
             "distinct": len(of_slide),
             "per_file": _spread(per_shard),
             "mixed_row_groups": len(self._several),
-            "unknown_row_groups": self.unknown,
+            "unknown_row_groups": self._unknown,
         }
 
 
@@ -216,19 +214,6 @@ def _slide_names(storage: Storage, shard: Shard, group: int) -> list[str] | None
     return [slide_of(name or "", shard.image) for name in names]
 
 
-def _units(storage: Storage, shards: Sequence[Shard]) -> SimpleNamespace:
-    """Rows and bytes of what training fetches at a time: row groups, or parts of giant ones in local files."""
-    (rows, sizes), refused = _joined(shards), ""
-    is_remote = not isinstance(storage, LocalStorage)
-    if not is_remote:  # remote ones are not cut, and reading their footers twice may take long
-        try:
-            source = ParquetSource.from_storage(storage)
-            rows, sizes = source.unit_rows, source.unit_bytes
-        except (OSError, ValueError) as error:
-            refused = str(error)
-    return SimpleNamespace(unit_rows=rows, unit_bytes=sizes, is_remote=is_remote, refused=refused)
-
-
 def _stream(units: SimpleNamespace, slides: _Slides, training: Training) -> dict[str, Any]:
     """Lanes, memory and mixing of the order that training would use."""
     sharing = {"global_batch": training.batch, "world_size": training.ranks}
@@ -240,12 +225,12 @@ def _stream(units: SimpleNamespace, slides: _Slides, training: Training) -> dict
     def slides_at(unit: np.ndarray, row: np.ndarray) -> np.ndarray:
         return slides.at(first_rows[unit] + row)
 
-    limit = training.memory_gib
-    refused, lanes = units.refused, training.lanes or 8 * training.batch
+    limit, refused = training.memory_gib, ""
+    lanes = training.lanes or 8 * training.batch
     try:
         lanes = fit_lanes(make_order, units, lanes=training.lanes, limit_gib=limit, **sharing)
     except ValueError as error:
-        refused = refused or str(error)
+        refused = str(error)
     order = make_order(lanes)
     prefetch = Prefetch.suited_to(units, limit * GIB)
     counted = distinct_in_stream(order, slides_at, training.batch, WINDOWS)
@@ -255,8 +240,6 @@ def _stream(units: SimpleNamespace, slides: _Slides, training: Training) -> dict
         "ranks": training.ranks,
         "lanes": lanes,
         "block_rows": training.block_rows,
-        "units": len(units.unit_rows),
-        "unit_rows": int(units.unit_rows.max()),
         "refused": refused,
         "memory_bytes_per_rank": memory_bound(units, order, prefetch=prefetch, **sharing),
         "distinct": [
@@ -270,11 +253,80 @@ def _stream(units: SimpleNamespace, slides: _Slides, training: Training) -> dict
     }
 
 
-def _joined(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all row groups, and bytes of their images before compression, int64 (G,) each."""
-    rows, sizes = zip(*((shard.rows, shard.images.plain_sizes) for shard in shards), strict=True)
-    return np.concatenate(rows), np.concatenate(sizes)
-
-
 def _spread(values: np.ndarray) -> dict[str, float]:
     return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
+    """Why training cannot use the dataset."""
+    wrong, unreadable = report["wrong_schema"], report["unreadable"]
+    if wrong:
+        yield ("wrong_schema", f"{len(wrong)} files have a wrong schema: {_named(wrong)}; take them away")
+    if len(unreadable) == report["files"]:
+        yield ("no_readable_file", f"no file has a readable footer: {_named(unreadable)}")
+    elif not report["rows"]:
+        yield ("no_rows", f"there are 0 rows in {report['files']} files")
+    if not report["rows"]:
+        return
+    images, refused = report["images"], report["stream"]["refused"]
+    if images["corrupt"] and not images["sizes"]:
+        yield ("undecodable", f"none of the sampled images can be decoded: {_named(images['corrupt'])}")
+    if refused:
+        yield ("refused", refused)
+
+
+def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
+    """What else is good to know."""
+    if not report["rows"]:
+        return
+    groups, stored, images, stream = (report[key] for key in ("row_groups", "stored", "images", "stream"))
+    if report["unreadable"]:
+        text = f"{len(report['unreadable'])} files cannot be read and would be left out"
+        yield ("corrupt_files", f"{text}: {_named(report['unreadable'])}")
+    if images["corrupt"] and images["sizes"]:
+        text = f"{len(images['corrupt'])} sampled images or row groups are corrupt"
+        text = f"{text}: {_named(images['corrupt'])}; training stops above data.max_corrupt_fraction"
+        yield ("corrupt_images", text)
+    if groups["repack"]:
+        yield ("repack", groups["repack"])
+    if set(stored["compression"]) - {"UNCOMPRESSED"} and "raw" not in images["kinds"]:
+        yield (
+            "compression",
+            f"the image column is compressed ({', '.join(stored['compression'])}), which costs time and makes PNG and "
+            "JPEG no smaller",
+        )
+    yield from _mixing(stream, report["rows"], groups["count"], batch)
+    if "png" in images["kinds"]:
+        yield (
+            "png",
+            "PNG tiles take 4 to 6 times the CPU of JPEG ones to decode and about 3 times the bytes; if the CPUs "
+            "cannot keep up, build the shards anew with --encoding jpeg (which is lossy)",
+        )
+    if len(images["kinds"]) > 1 or len(images["sizes"]) > 1:
+        found = ", ".join([*images["kinds"], *images["sizes"]])
+        yield ("mixed_images", f"images differ in kind or size ({found}); training takes them as they come")
+
+
+def _mixing(stream: dict[str, Any], rows: int, groups: int, batch: int) -> Iterator[Finding]:
+    if rows < 8 * batch:
+        few = f"{rows} rows are fewer than 8 global batches of {batch}"
+        yield ("few_rows", f"{few}: fewer lanes, long repeats")
+    elif 2 * stream["lanes"] < min(16 * batch, groups):
+        yield ("lanes", f"{stream['lanes']} lanes are read side by side where {8 * batch} mix better")
+    first = stream["distinct"][0]
+    if first["stream"] < _WELL_MIXED * first["uniform"]:
+        # Lanes that begin in the same row group are neighbours in a batch.
+        remedy = "fewer lanes" if stream["lanes"] > groups else "smaller row groups or more lanes"
+        yield (
+            "mixing",
+            f"a batch holds {first['stream']:.3g} distinct slides where uniform sampling has {first['uniform']:.3g}; "
+            f"{remedy} would mix better",
+        )
+
+
+def _named(records: list[dict[str, Any]]) -> str:
+    """The first few of some files with what is wrong with them."""
+    shown = [
+        f"{record.get('name') or record.get('file')} ({record['reason']})" for record in records[:_NAMED]
+    ]
+    return "; ".join([*shown, f"and {len(records) - _NAMED} more"] if len(records) > _NAMED else shown)

@@ -124,13 +124,19 @@ class OnlinePatchSource:
         self._make_units()
 
     @property
-    def is_capped(self) -> bool:
-        """Whether the number of distinct patches is limited."""
-        return self._max_patches > 0
+    def is_endless(self) -> bool:
+        """Whether the number of distinct patches has no limit."""
+        return self._max_patches == 0
+
+    @property
+    def summary(self) -> str:
+        """What is drawn, for the log."""
+        drawn = "patches without end" if self.is_endless else f"{self.num_rows:,} patches"
+        return f"{drawn} from {len(self.slide_list)} slides; {len(self.dropped)} slides are left out"
 
     def order(self, seed: int, lanes: int, block_rows: int) -> OnlineOrder | SampleOrder:
         """Patch after patch without end; with `max_patches`, each of them once per epoch, shuffled."""
-        if not self.is_capped:
+        if self.is_endless:
             return OnlineOrder(seed)
         return SampleOrder(self.unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
 

@@ -1,4 +1,4 @@
-"""What the footer of one Parquet shard says, and which of its columns are images and slides."""
+"""Footers of Parquet shards: their row groups, and which of their columns are images and slides."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.storage.base import Storage, StoredFile
+from dinov2.data.storage.base import LocalStorage, RangedFile, Storage, StoredFile
+from dinov2.data.storage.retry import RemoteError
 
 SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
+PAGE_BUFFER = 1 << 20  # pyarrow then reads page by page, not whole column chunks ...
+_REMOTE_PAGE_BUFFER = 1 << 24  # ... and so over a network, in fewer requests
 _THREADS = 32
 _TAIL = 1 << 16  # bytes read from the end of a shard; a longer footer takes a second read
 _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -20,22 +23,33 @@ _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
 Result = TypeVar("Result")
 
 
-class DamagedFooter(Exception):
+class CorruptFooter(Exception):
     """A file that has no readable footer, said in one line."""
 
 
-class Footer(NamedTuple):
-    """A file's metadata, their schema, and the digest of the bytes that they were read from."""
+class Unusable(NamedTuple):
+    """A file that cannot be read, and why."""
 
+    name: str
+    reason: str
+
+
+class WrongSchema(Unusable):
+    """A readable file that training refuses, and why."""
+
+
+class Footer(NamedTuple):
+    """The last bytes of a file, their digest, and what they say."""
+
+    data: bytes
+    digest: str
     metadata: pq.FileMetaData
     schema: pa.Schema
-    digest: str
 
 
 class Chunks(NamedTuple):
-    """One column in G row groups: where it begins, its bytes, those before compression (int64), how it is stored."""
+    """One column in G row groups: its bytes, those before compression, int64 (G,), and how it is stored."""
 
-    starts: np.ndarray
     sizes: np.ndarray
     plain_sizes: np.ndarray
     encodings: list[frozenset[str]]
@@ -45,37 +59,18 @@ class Chunks(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What the footer of a shard tells.
-
-    Attributes:
-        file: Its name and size.
-        columns: Type of each column.
-        image: Name of the image column.
-        slide: Name of the column that tells the slide; None if there is none or it is all null.
-        raw_size: Side in pixels of raw tiles, 0 for PNG and JPEG.
-        rows: Rows of each row group, int64 (G,).
-        images: The image column.
-        names: The slide column; None if there is none.
-        slides: The only slide of each row group; None where it holds several, or the footer does not tell.
-    """
+    """What the footer of a shard tells."""
 
     file: StoredFile
-    columns: dict[str, str]
-    image: str
-    slide: str | None
-    raw_size: int
-    rows: np.ndarray
+    columns: dict[str, str]  # type of each
+    image: str  # name of the image column
+    slide: str | None  # name of the column that tells the slide; None if there is none or it is all null
+    raw_size: int  # side in pixels of raw tiles, 0 for PNG and JPEG
+    rows: np.ndarray  # of each row group, int64 (G,)
     images: Chunks
-    names: Chunks | None
-    slides: list[str | None]
-
-
-@contextmanager
-def _damage_told() -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedFooter(in_one_line(error)) from error
+    slides: list[
+        str | None
+    ]  # the only one of each row group; None where there are several or the footer is silent
 
 
 def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
@@ -91,48 +86,98 @@ def read_footer(storage: Storage, file: StoredFile) -> Footer:
     """Read the footer of one file, in two requests at most.
 
     Raises:
-        DamagedFooter: If there is none that can be read.
-        OSError: If the storage fails.
+        CorruptFooter: if there is none that can be read.
+        OSError: if the storage fails.
     """
     length = min(_TAIL, file.size)
     tail = storage.read_range(file.name, file.size - length, length) if length else b""
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if tail.endswith(b"PAR1") and length < needed <= file.size:
         tail = storage.read_range(file.name, file.size - needed, needed - length) + tail
-    with _damage_told():
-        metadata = pq.read_metadata(pa.BufferReader(tail))
+    data = tail[-needed:]
+    metadata = parse_footer(data)
+    with _as_corruption():
         schema = metadata.schema.to_arrow_schema()
-    return Footer(metadata, schema, hashlib.blake2b(tail[-needed:], digest_size=16).hexdigest())
+    return Footer(data, hashlib.blake2b(data, digest_size=16).hexdigest(), metadata, schema)
 
 
-@_damage_told()
+def read_footers(
+    storage: Storage, files: Sequence[StoredFile], summarise: Callable[[StoredFile, Footer], Result]
+) -> list[Result | Unusable]:
+    """Read all footers by threads, under a progress bar, and keep a summary of each; not all fit into memory.
+
+    A file that is corrupt, or of which `summarise` raises ValueError, is named in place of its summary. RemoteError
+    is raised: a server that does not answer says nothing about its files.
+    """
+    from tqdm import tqdm
+
+    def one(file: StoredFile) -> Result | Unusable:
+        try:
+            return summarise(file, read_footer(storage, file))
+        except RemoteError:
+            raise
+        except (CorruptFooter, OSError) as error:
+            return Unusable(file.name, in_one_line(error))
+        except ValueError as error:
+            return WrongSchema(file.name, in_one_line(error))
+
+    results = for_each_file(files, one)
+    return list(tqdm(results, total=len(files), desc="footers", unit="file", disable=None, leave=False))
+
+
+def parse_footer(data: bytes) -> pq.FileMetaData:
+    """Parse the last bytes of a file; CorruptFooter if they are no footer."""
+    with _as_corruption():
+        return pq.read_metadata(pa.BufferReader(data))
+
+
 def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     """Find the columns of a shard and what they hold.
 
     Raises:
-        DamagedFooter: If the footer contradicts itself.
-        ValueError: If columns are missing or have another type, or raw tiles have no size.
+        CorruptFooter: if the footer contradicts itself or the file's size.
+        ValueError: if columns are missing or have another type, or raw tiles have no size.
     """
     path, metadata = storage.locate(file.name), footer.metadata
     image = image_column(path, footer.schema)
-    slide = slide_column(path, footer.schema, image)
-    size = raw_size(path, metadata.metadata or {})
-    leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    names = [group.column(leaves.index(slide)) for group in groups] if slide else []
-    # A shard without the column is one slide; nulls are of one that has no name.
-    alone = "" if SLIDE_COLUMN[image] in leaves else file.name
+    slide = _slide_column(path, footer.schema, image)
+    raw_size = _raw_size(path, metadata.metadata or {})
+    with _as_corruption():
+        leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        images = [group.column(leaves.index(image)) for group in groups]
+        names = [group.column(leaves.index(slide)) for group in groups] if slide else []
+        # A shard without the column is one slide; nulls are of one that has no name.
+        alone = "" if SLIDE_COLUMN[image] in leaves else file.name
+        slides = [_single_slide(chunk, image) for chunk in names] if slide else [alone] * len(groups)
+        for chunk in (*images, *names):
+            start, length = extent(chunk)
+            if chunk.num_values and length and not (4 <= start <= file.size - length and length > 0):
+                raise CorruptFooter(f"it places {length} bytes at {start}, but {file.size} are there")
     return Shard(
-        file,
-        {field.name: str(field.type) for field in footer.schema},
-        image,
-        slide,
-        size,
-        np.array([group.num_rows for group in groups], np.int64),
-        _chunks([group.column(leaves.index(image)) for group in groups]),
-        _chunks(names) if slide else None,
-        [_single_slide(chunk, image) for chunk in names] if slide else [alone] * len(groups),
+        file=file,
+        columns={field.name: str(field.type) for field in footer.schema},
+        image=image,
+        slide=slide,
+        raw_size=raw_size,
+        rows=np.array([group.num_rows for group in groups], np.int64),
+        images=Chunks(
+            sizes=np.array([chunk.total_compressed_size for chunk in images], np.int64),
+            plain_sizes=np.array([chunk.total_uncompressed_size for chunk in images], np.int64),
+            encodings=[frozenset(chunk.encodings) for chunk in images],
+            codecs=[chunk.compression for chunk in images],
+            has_dictionary=[chunk.has_dictionary_page for chunk in images],
+            has_page_index=[chunk.has_offset_index for chunk in images],
+        ),
+        slides=slides,
     )
+
+
+def extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Where a column chunk begins in its file, and its bytes."""
+    first = chunk.dictionary_page_offset if chunk.has_dictionary_page else 0
+    data = chunk.data_page_offset
+    return (first if first and 0 < first < data else data), chunk.total_compressed_size
 
 
 def image_column(path: str, schema: pa.Schema) -> str:
@@ -145,8 +190,33 @@ def image_column(path: str, schema: pa.Schema) -> str:
     return image
 
 
-def slide_column(path: str, schema: pa.Schema, image: str) -> str | None:
-    """Name the column that tells the slide, None where there is none; ValueError where it is not text."""
+def slide_of(name: str, image: str) -> str:
+    """The slide of a row: the name in the published schema, the folder of slide/x_y_level.jpg in nanopath's."""
+    return name.rpartition("/")[0] if image == "jpeg" else name
+
+
+def open_shard(storage: Storage, file: StoredFile) -> pq.ParquetFile:
+    """Open a file so that pages, not row groups, are what is held in memory."""
+    if isinstance(storage, LocalStorage):
+        return pq.ParquetFile(storage.locate(file.name), pre_buffer=False, buffer_size=PAGE_BUFFER)
+    ranged = RangedFile(storage, file.name, file.size)
+    return pq.ParquetFile(ranged, pre_buffer=False, buffer_size=_REMOTE_PAGE_BUFFER)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _as_corruption() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorruptFooter(in_one_line(error)) from error
+
+
+def _slide_column(path: str, schema: pa.Schema, image: str) -> str | None:
     name = SLIDE_COLUMN[image]
     if name not in schema.names or pa.types.is_null(schema.field(name).type):
         return None
@@ -154,7 +224,7 @@ def slide_column(path: str, schema: pa.Schema, image: str) -> str | None:
     return name
 
 
-def raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
+def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
     """Read the tile side of a shard of raw pixels from its schema metadata; 0 for PNG and JPEG shards."""
     texts = {key: value.decode(errors="replace") for key, value in metadata.items()}
     encoding = texts.get(b"image_encoding", "png")
@@ -169,31 +239,6 @@ def raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
             "a positive integer and uint8 are expected"
         )
     return int(size)
-
-
-def slide_of(name: str, image: str) -> str:
-    """The slide of a row: the name in the published schema, the folder of slide/x_y_level.jpg in nanopath's."""
-    return name.rpartition("/")[0] if image == "jpeg" else name
-
-
-def in_one_line(error: Exception) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
-
-
-def _chunks(chunks: Sequence[pq.ColumnChunkMetaData]) -> Chunks:
-    first_pages = [
-        (c.dictionary_page_offset if c.has_dictionary_page else 0, c.data_page_offset) for c in chunks
-    ]
-    return Chunks(
-        np.array([first if 0 < first < data else data for first, data in first_pages], np.int64),
-        np.array([chunk.total_compressed_size for chunk in chunks], np.int64),
-        np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64),
-        [frozenset(chunk.encodings) for chunk in chunks],
-        [chunk.compression for chunk in chunks],
-        [chunk.has_dictionary_page for chunk in chunks],
-        [chunk.has_offset_index for chunk in chunks],
-    )
 
 
 def _require_type(path: str, field: pa.Field, wanted: str, meaning: str = "") -> None:

@@ -1,16 +1,15 @@
-"""Which shards and row groups a Parquet dataset has, known without opening a single data page.
+"""The index of a Parquet dataset: its shards and row groups, known without opening a single data page.
 
-The index is one Arrow table with a row per shard and a list item per row group, kept as an Arrow file (the
-sidecar; a Parquet file takes several times as long to read) so that later starts need no footers. It holds where
-column chunks lie, so that reading needs none.
+It is one Arrow table with a row per shard and a list item per row group, kept as an Arrow file (the sidecar; a
+Parquet file takes several times as long to read) so that later starts need no footers.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dinov2.data.parquet.footer import (
-    Chunks,
-    DamagedFooter,
-    Footer,
-    Shard,
-    describe_shard,
-    for_each_file,
-    read_footer,
-)
-from dinov2.data.parquet.pages import CODECS, ENCODINGS
-from dinov2.data.storage.base import Storage, StoredFile
+from dinov2.data.parquet.footer import CorruptFooter, describe_shard, for_each_file, read_footer
+from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
+from dinov2.utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -39,43 +30,37 @@ _SCHEMA = pa.schema(
         *_LISTING,
         ("error", pa.string()),  # why the footer cannot be read; null where it can
         ("footer", pa.string()),  # digest of its bytes
+        ("footer_size", pa.int64()),
+        ("packed_footer", pa.binary()),  # the bytes, by zlib; null for local files, where they are at hand
         ("raw_size", pa.int32()),  # tile side in pixels where images are raw, else 0
         ("image_column", pa.string()),
-        ("image_codec", pa.string()),  # null where only pyarrow can read the column; so for slides
-        ("image_optional", pa.bool_()),
-        ("slide_codec", pa.string()),
-        ("slide_optional", pa.bool_()),
         ("slides", pa.list_(pa.string())),  # that fill row groups by themselves
         ("group_rows", _PER_GROUP),
         ("group_bytes", _PER_GROUP),  # of the image column, uncompressed
-        ("image_start", _PER_GROUP),  # of the column chunk in the file
-        ("image_length", _PER_GROUP),
-        ("slide_start", _PER_GROUP),
-        ("slide_length", _PER_GROUP),
         ("group_slide", _PER_GROUP),  # number in `slides`; -1 where the column must be read
     ]
 )
 _NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
-_FORMAT = {b"format": b"dinov2 shard index 2"}
-_PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a place: a commit, whose files never change
+_FORMAT = {b"format": b"dinov2 shard index 3"}
+_PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a location: a commit, whose files never change
 _REPORT_EVERY = 10.0  # seconds
 
 
 def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
-    """Index a dataset, from the sidecar if the listing, or the commit that the place names, is still the same.
+    """Index a dataset, from the sidecar if the listing, or the commit that the location names, is still the same.
 
     Args:
-        storage: Where the shards are.
-        sidecar: Where the index is kept between runs (in the run's output folder); None keeps nothing. With
+        storage: where the shards are.
+        sidecar: where the index is kept between runs (in the run's output folder); None keeps nothing. With
             several processes, let one write it before the others call.
 
     Returns:
         One row per shard, sorted by name (`_SCHEMA`).
 
     Raises:
-        FileNotFoundError: If there is no shard.
-        OSError: If a shard cannot be read.
-        ValueError: If a shard has the wrong schema, no shard can be read or all are empty.
+        FileNotFoundError: if there is no shard.
+        OSError: if a shard cannot be read.
+        ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
     """
     kept = _load_sidecar(sidecar) if sidecar else None
     place = storage.place.encode()
@@ -98,8 +83,8 @@ def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
 def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
     """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, units.
 
-    Places, modification times and versions are not part of it, so a dataset that was moved or copied still
-    resumes; a shard that was rewritten, added, removed or damaged does not.
+    Locations, modification times and versions are not part of it, so a dataset that was moved or copied still
+    resumes; one of which a shard was rewritten, added, removed or corrupted does not.
     """
     shards = index.select(["name", "size", "footer"]).to_pydict()  # a left out shard has no footer digest
     digest = hashlib.blake2b(json.dumps(shards).encode(), digest_size=16)
@@ -138,45 +123,20 @@ def _record(storage: Storage, file: StoredFile) -> dict[str, Any]:
     try:
         footer = read_footer(storage, file)
         shard = describe_shard(storage, file, footer)
-        stored = _stored("image", footer, shard, shard.image, shard.images)
-        if shard.names:
-            stored |= _stored("slide", footer, shard, shard.slide, shard.names)
-    except DamagedFooter as error:
+    except CorruptFooter as error:
         return {"error": str(error)}
     slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
     numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
-    nowhere = [0] * len(shard.rows)
     return {
         "footer": footer.digest,
+        "footer_size": len(footer.data),
+        "packed_footer": None if isinstance(storage, LocalStorage) else zlib.compress(footer.data),
         "raw_size": shard.raw_size,
         "image_column": shard.image,
         "slides": slides,
         "group_rows": shard.rows,
         "group_bytes": shard.images.plain_sizes,
         "group_slide": [numbers[name] for name in shard.slides],
-        "slide_start": nowhere,
-        "slide_length": nowhere,
-        **stored,
-    }
-
-
-def _stored(kind: str, footer: Footer, shard: Shard, name: str, chunks: Chunks) -> dict[str, Any]:
-    """How a column is stored and where; DamagedFooter if that is not within the file."""
-    schema, codecs = footer.metadata.schema, set(chunks.codecs)
-    leaf = next(column for column in map(schema.column, range(len(schema))) if column.path == name)
-    flat = leaf.physical_type == "BYTE_ARRAY" and leaf.max_repetition_level == 0
-    plain = all(map(ENCODINGS.issuperset, chunks.encodings))
-    known = flat and leaf.max_definition_level <= 1 and plain and len(codecs) == 1 and codecs <= CODECS.keys()
-    outside = (chunks.starts < 4) | (chunks.sizes < 0) | (chunks.starts > shard.file.size - chunks.sizes)
-    outside = np.flatnonzero(outside & (shard.rows > 0) & (chunks.sizes != 0))
-    if len(outside):
-        size, start = chunks.sizes[outside[0]], chunks.starts[outside[0]]
-        raise DamagedFooter(f"it places {size} bytes at {start}, but {shard.file.size} are there")
-    return {
-        f"{kind}_codec": codecs.pop() if known else None,
-        f"{kind}_optional": leaf.max_definition_level > 0,
-        f"{kind}_start": chunks.starts,
-        f"{kind}_length": chunks.sizes,
     }
 
 
@@ -206,15 +166,13 @@ def _load_sidecar(sidecar: Path) -> pa.Table | None:
 
 def write_sidecar(sidecar: Path, index: pa.Table) -> None:
     """Keep an index for the next start; where that cannot be done, it is only logged."""
-    beside = sidecar.with_name(f"{sidecar.name}.{os.getpid()}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with pa.ipc.new_file(str(beside), index.schema, options=options) as file:
-                file.write_table(index)
-            os.replace(beside, sidecar)
-        finally:
-            beside.unlink(missing_ok=True)
+        with (
+            replacing(sidecar) as partial,
+            pa.ipc.new_file(str(partial), index.schema, options=options) as file,
+        ):
+            file.write_table(index)
     except OSError as error:
         logger.warning("the index of the dataset is not kept for the next start (%s)", error)

@@ -1,47 +1,54 @@
 """A Parquet dataset, wherever it is stored, as a source of encoded rows."""
 
-from collections.abc import Sequence
+import math
+import os
+import re
+import shlex
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.decode import decode_image
-from dinov2.data.parquet.chunk_bytes import takes
-from dinov2.data.parquet.footer import SLIDE_COLUMN, slide_of
-from dinov2.data.parquet.giant import GiantChunk, GiantReader
+from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptFooter, extent, parse_footer, slide_of
 from dinov2.data.parquet.index import fingerprint, first_items, flatten, in_one, load_index
-from dinov2.data.parquet.pages import Column, read_rows
-from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.source import DecodeError, EncodedSample, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
 from dinov2.data.storage.locate import open_storage
 
-_BATCH_ROWS = 64  # that pyarrow decodes at a time; a whole giant row group would take three times its size
-_CUT_ROWS = 64  # of a unit of a giant row group, as many as repacking gives
-_GIANT_ROWS = 4 * _CUT_ROWS  # groups up to this many rows mix well enough whole ...
-_GIANT_BYTES = 1 << 25  # ... and up to this size are read at once without much memory
+GROUP_ROWS = 64  # rows of a row group after repacking
+OVERSIZED = 1 << 25  # bytes of images in a row group; 64 PNG tiles of 224 px take a fifth
+_REPACK_SPEED = 1.0e8, 1.6e8  # bytes per second and core, of slow and fast machines
+_BATCH_ROWS = (
+    64  # that pyarrow decodes at a time; a whole oversized row group would take three times its size
+)
+_GAP = 1 << 18  # bytes between two column chunks that cost less than a second request
+_WINDOW = 1 << 23  # bytes at a time of column chunks that are too long to be fetched whole
+_FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, whose footers are long
 
 
 class ParquetSource:
     """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema.
 
-    One unit is one row group; units are numbered shard by shard. Giant row groups of local files are cut into
-    units of 64 rows. Holds no open file and no lock, so it may be forked, pickled and used from several threads.
+    A unit is one row group; they are numbered shard by shard. Holds no open file and no lock, so it may be forked,
+    pickled and used from several threads.
 
     Attributes:
-        place: The dataset as a path or URL, with the commit where there is one.
+        place: the dataset as a path or URL, with the commit where there is one.
 
     Args:
-        dataset: A folder (searched with its subfolders), a glob, one Parquet file, a URL or a hub dataset.
-        sidecar: Where to keep the index for the next start; None reads all footers every time.
-        revision: Branch, tag or commit of a hub dataset; empty takes the newest.
-        attempts: How often a remote read is tried.
+        dataset: a folder (searched with its subfolders), a glob, one Parquet file, a URL or a hub dataset.
+        sidecar: where to keep the index for the next start; None reads all footers every time.
+        revision: branch, tag or commit of a hub dataset; empty takes the newest.
+        attempts: how often a remote read is tried.
 
     Raises:
-        FileNotFoundError: If there is no shard.
-        OSError: If a shard cannot be read.
-        ValueError: If a shard has the wrong schema, no shard can be read or all are empty.
+        FileNotFoundError: if there is no shard.
+        OSError: if a shard cannot be read.
+        ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
     """
 
     def __init__(
@@ -59,142 +66,189 @@ class ParquetSource:
     def _open(self, storage: Storage, sidecar: Path | None) -> None:
         index = load_index(storage, sidecar)
         self.place, self.is_remote = storage.place, not isinstance(storage, LocalStorage)
-        self._storage, self._giants = storage, GiantReader()
+        self._storage = storage
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
+        self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
-        self._columns = {kind: _columns(index, kind) for kind in ("image", "slide")}
-        self._starts = {kind: flatten(index[f"{kind}_start"]) for kind in ("image", "slide")}
-        self._lengths = {kind: flatten(index[f"{kind}_length"]) for kind in ("image", "slide")}
         self._first_group, self._first_slide = first_items(index["group_rows"]), first_items(index["slides"])
         self._slides = in_one(index["slides"]).flatten()
         self._group_slide = flatten(index["group_slide"])
-        self._cut(flatten(index["group_rows"]), flatten(index["group_bytes"]))
+        self.unit_rows, self.unit_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
         self.num_rows = int(self.unit_rows.sum())
         self.fingerprint = fingerprint(index, self.unit_rows)
-
-    def _cut(self, rows: np.ndarray, sizes: np.ndarray) -> None:
-        """Make units of the row groups."""
-        self._group_rows, self.unit_rows, self.unit_bytes = rows, rows, sizes
-        giant = np.flatnonzero((sizes > _GIANT_BYTES) & (rows > _GIANT_ROWS) & (not self.is_remote))
-        pieces = np.ones_like(rows)
-        pieces[giant] = -(-rows[giant] // _CUT_ROWS)
-        self._first_unit = np.cumsum(pieces) - pieces
-        if len(giant):
-            self.unit_rows = np.repeat(np.where(pieces > 1, _CUT_ROWS, rows), pieces)
-            last = self._first_unit[giant] + pieces[giant] - 1
-            self.unit_rows[last] = rows[giant] - (pieces[giant] - 1) * _CUT_ROWS
-            group = np.repeat(np.arange(len(rows)), pieces)
-            self.unit_bytes = -(-sizes[group] * self.unit_rows // np.maximum(rows, 1)[group])
-
-    def _find(self, unit: int) -> tuple[int, int, int]:
-        """Find the shard and the row group of a unit, and where in it the unit begins."""
-        group = int(np.searchsorted(self._first_unit, unit, side="right")) - 1
-        shard = int(np.searchsorted(self._first_group, group, side="right")) - 1
-        return shard, group, (int(unit) - int(self._first_unit[group])) * _CUT_ROWS
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
 
-        Nulls, and rows that damage hides, come as empty bytes.
+        Nulls, and rows that corruption hides, come as empty bytes.
 
         Raises:
-            OSError: If the shard cannot be read, or is shorter than it was.
+            OSError: if the shard cannot be read, or is not what it was.
         """
+        image = self._images[self._find(unit)[0]]
         slide = self._known_slide(unit)
         if slide is not None:
-            return [(slide, image) for image in self._values(unit, rows, ["image"])[0]]
-        images, names = self._values(unit, rows, ["image", "slide"])
-        return list(zip(self._slide_names(unit, names), images, strict=True))
+            return [(slide, data) for data in self._columns(unit, rows, [image])[0]]
+        images, names = self._columns(unit, rows, [image, SLIDE_COLUMN[image]])
+        return list(zip(_slide_names(names, image), images, strict=True))
 
     def slides(self, unit: int) -> list[str]:
         """Name the slide of every row of a unit, without reading images."""
-        slide, count = self._known_slide(unit), int(self.unit_rows[unit])
+        slide, rows = self._known_slide(unit), range(int(self.unit_rows[unit]))
         if slide is not None:
-            return [slide] * count
-        return self._slide_names(unit, self._values(unit, range(count), ["slide"])[0])
+            return [slide] * len(rows)
+        image = self._images[self._find(unit)[0]]
+        return _slide_names(self._columns(unit, rows, [SLIDE_COLUMN[image]])[0], image)
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Decode to uint8 (H, W, 3) RGB; raises DecodeError where the bytes are no image."""
         if not sample.data:
-            raise DecodeError("nothing is stored there (a null, or a damaged page of the shard)")
+            raise DecodeError("nothing is stored there (a null, or a corrupt page of the shard)")
         return decode_image(sample.data, self._raw_sizes[self._find(sample.unit)[0]])
 
     def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its rows as it is stored, for a message to the user."""
-        shard, group, first = self._find(unit)
-        path = self._storage.locate(self._names[shard])
-        named = f"row group {group - self._first_group[shard]} of shard '{path}'"
-        if row is not None:
-            return f"row {first + row} of {named}"
-        rows = int(self.unit_rows[unit])
-        return named if rows == self._group_rows[group] else f"rows {first} to {first + rows - 1} of {named}"
+        """Name a unit, or one of its rows, for a message to the user."""
+        shard, group = self._find(unit)
+        named = f"row group {group} of shard '{self._storage.locate(self._names[shard])}'"
+        return named if row is None else f"row {row} of {named}"
+
+    def repack_advice(self) -> str:
+        """See the function of this name."""
+        return repack_advice(self._storage, self.unit_rows, self.unit_bytes)
+
+    def _find(self, unit: int) -> tuple[int, int]:
+        """The shard of a unit, and which of its row groups it is."""
+        shard = int(np.searchsorted(self._first_group, unit, side="right")) - 1
+        return shard, int(unit - self._first_group[shard])
 
     def _known_slide(self, unit: int) -> str | None:
-        shard, group, _ = self._find(unit)
-        number = int(self._group_slide[group])
-        return self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
+        number = int(self._group_slide[unit])
+        return (
+            self._slides[int(self._first_slide[self._find(unit)[0]]) + number].as_py()
+            if number >= 0
+            else None
+        )
 
-    def _slide_names(self, unit: int, values: list[bytes]) -> list[str]:
-        image = self._images[self._find(unit)[0]]
-        return [slide_of(value.decode(errors="replace"), image) for value in values]
-
-    def _values(self, unit: int, rows: Sequence[int], kinds: list[str]) -> list[list[bytes]]:
-        """Read some rows of the image or slide columns."""
-        shard, group, first = self._find(unit)
-        name, num_rows = self._names[shard], int(self._group_rows[group])
-        rows = [first + row for row in rows]
-        columns = {kind: self._columns[kind][shard] for kind in kinds}
-        extents = {
-            kind: (int(self._starts[kind][group]), int(self._lengths[kind][group]))
-            for kind in kinds
-            if columns[kind]
-        }
-        found = {kind: self._read_by_arrow(shard, group, kind, rows) for kind in kinds if not columns[kind]}
-        if self.unit_rows[unit] < num_rows:
-            for kind, (start, length) in extents.items():
-                chunk = GiantChunk(self._storage.locate(name), start, length, num_rows, columns[kind])
-                found[kind] = self._giants.read_rows(chunk, rows)
-        else:
-            for kind, take in takes(self._storage, name, extents).items():
-                found[kind] = read_rows(take, extents[kind][1], num_rows, rows, columns[kind])
-        return [found[kind] for kind in kinds]
-
-    def _read_by_arrow(self, shard: int, group: int, kind: str, rows: list[int]) -> list[bytes]:
-        """Read rows of a column with encodings of which `parquet_pages` knows nothing."""
-        column = self._images[shard] if kind == "image" else SLIDE_COLUMN[self._images[shard]]
-        file = _WatchedFile(self._storage, self._names[shard], self._sizes[shard])
-        found, first = dict.fromkeys(rows, b""), 0
+    def _columns(self, unit: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
+        """Read some rows of one or two columns, with one request where the columns lie close together."""
+        shard, number = self._find(unit)
         try:
-            with pq.ParquetFile(file, pre_buffer=False) as opened:
-                number = int(group - self._first_group[shard])
-                for batch in opened.iter_batches(_BATCH_ROWS, [number], [column], use_threads=False):
-                    for row in found.keys() & range(first, first + len(batch)):
-                        value = batch[0][row - first].as_py() or b""
-                        found[row] = value.encode() if isinstance(value, str) else value
-                    first += len(batch)
-                    if first > max(rows):
-                        break
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
-            if file.failure:
-                raise file.failure from None
-        return [found[row] for row in rows]
+            metadata = _read_metadata(self, shard)
+            group = metadata.row_group(number)
+            changed = group.num_rows != self.unit_rows[unit]
+        except (CorruptFooter, IndexError):
+            changed = True
+        if changed:
+            raise OSError(f"{self.describe(unit)} is not what it was when the dataset was opened")
+        chunks = (group.column(leaf) for leaf in range(group.num_columns))
+        extents = [extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
+        file = _ShardFile(self._storage, self._names[shard], self._sizes[shard], extents)
+        with pq.ParquetFile(
+            file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False
+        ) as opened:
+            return [file.rows_of(opened, number, column, rows) for column in columns]
 
 
-class _WatchedFile(RangedFile):
-    """Tells a storage that fails from damage, both of which pyarrow reports as OSError."""
+def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
+    """Say what oversized row groups cost, and the command that makes them small and how long it takes.
 
-    failure: OSError | None = None
+    Args:
+        storage: where the dataset is.
+        rows: of its row groups, int64 (G,).
+        sizes: bytes of their images, int64 (G,).
+
+    Returns:
+        A sentence; empty where no row group is oversized.
+    """
+    oversized = (sizes > OVERSIZED) & (rows > GROUP_ROWS)
+    if not oversized.any():
+        return ""
+    source = getattr(storage, "pattern", storage.place)
+    name = source if isinstance(storage, LocalStorage) else re.split("[@?]", source.rpartition("/")[2])[0]
+    target = re.split(r"[*?\[]", name)[0].rstrip("/").removesuffix(".parquet") or "tiles"
+    cores = os.cpu_count() or 1
+    slowest, fastest = (math.ceil(sizes.sum() / speed / cores / 60) for speed in _REPACK_SPEED)
+    minutes = f"{fastest} to {slowest} minutes" if fastest < slowest else f"{slowest} min"
+    return (
+        f"row groups hold up to {sizes[oversized].max() / 1e6:.0f} MB of images, and each is fetched and held whole; "
+        f"python -m dinov2.data.repack {shlex.quote(source)} {shlex.quote(target + '-repacked')} rewrites them to "
+        f"{GROUP_ROWS} rows in about {minutes} on {cores} cores"
+    )
+
+
+@lru_cache(_FOOTERS_KEPT)
+def _read_metadata(source: ParquetSource, shard: int) -> pq.FileMetaData:
+    packed = source._footers[shard].as_py()
+    if packed is not None:
+        return parse_footer(zlib.decompress(packed))
+    name, length = source._names[shard], source._footer_sizes[shard]
+    return parse_footer(source._storage.read_range(name, source._sizes[shard] - length, length))
+
+
+def _slide_names(values: Iterable[bytes], image: str) -> list[str]:
+    return [slide_of(value.decode(errors="replace"), image) for value in values]
+
+
+class _ShardFile(RangedFile):
+    """A shard as pyarrow sees it while one row group is read.
+
+    What is needed is fetched here and beforehand: pyarrow's own `pre_buffer` fetches in threads of its own, of which
+    there are fewer than readers and whose pauses cannot be interrupted. Column chunks that are too long for that are
+    read in windows. Corruption is told from a storage that fails, both of which pyarrow reports as OSError.
+
+    Args:
+        extents: first byte and length of each column chunk.
+    """
+
+    def __init__(self, storage: Storage, name: str, size: int, extents: Sequence[tuple[int, int]]) -> None:
+        super().__init__(storage, name, size)
+        self._spans: list[tuple[int, memoryview]] = []
+        self._failure: OSError | None = None
+        spans = sorted((start, start + length) for start, length in extents)
+        if spans[-1][0] - spans[0][1] <= _GAP:
+            spans = [(spans[0][0], max(end for _, end in spans))]
+        for start, end in spans:
+            if end - start <= OVERSIZED:
+                self._spans.append((start, memoryview(storage.read_range(name, start, end - start))))
+        self.buffer_size = _WINDOW if len(self._spans) < len(spans) else 0
+
+    def read(self, size: int = -1) -> bytes | memoryview:
+        """Give the next bytes, without a copy where they were fetched before."""
+        for start, data in self._spans:
+            first = self._position - start
+            if size >= 0 and first >= 0 and first + size <= len(data):
+                self._position += size
+                return data[first : first + size]
+        return super().read(size)
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill the buffer as far as the file goes and return how far that is."""
         try:
             return super().readinto(buffer)
         except OSError as error:
-            self.failure = error
+            self._failure = error
             raise
 
+    def rows_of(self, opened: pq.ParquetFile, group: int, column: str, rows: Sequence[int]) -> list[bytes]:
+        """Decode some rows of a column of the row group; nulls, and rows that corruption hides, are empty bytes."""
+        found, first = dict.fromkeys(rows, b""), 0
+        try:
+            for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
+                values = _binary(batch[0])
+                for row in found.keys() & range(first, first + len(batch)):
+                    found[row] = values[row - first].as_py() or b""
+                first += len(batch)
+        except (pa.ArrowException, OSError, MemoryError):
+            if self._failure:
+                raise self._failure from None
+        else:
+            if first != opened.metadata.row_group(group).num_rows:  # a wrong count shifts rows unnoticed
+                return [b""] * len(rows)
+        return [found[row] for row in rows]
 
-def _columns(index: pa.Table, kind: str) -> list[Column | None]:
-    stored = zip(index[f"{kind}_codec"].to_pylist(), index[f"{kind}_optional"].to_pylist(), strict=True)
-    known: dict[tuple[str, bool], Column] = {}  # one object for each of the few ways
-    return [known.setdefault(how, Column(*how)) if how[0] else None for how in stored]
+
+def _binary(values: pa.Array) -> pa.Array:
+    """Text as its bytes, which need not be UTF-8."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    return values if pa.types.is_binary(values.type) else values.cast(pa.large_binary())

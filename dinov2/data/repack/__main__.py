@@ -1,6 +1,6 @@
 """Rewrite a Parquet dataset to small row groups, the image bytes unchanged: python -m dinov2.data.repack SRC DST
 
-Training fetches whole row groups, so a dataset with one giant row group per file mixes poorly or takes much
+Training fetches whole row groups, so a dataset with one oversized row group per file mixes poorly or takes much
 memory. DST gets files of the same names. A file gets its name only when it is whole and was read back, so a run
 that was stopped goes on where it was when the same command runs again. Files of SRC that cannot be read are
 listed in DST/failures.jsonl.
@@ -8,73 +8,67 @@ listed in DST/failures.jsonl.
 
 import argparse
 import errno
-import fcntl
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait as wait_for_connection
+from collections.abc import Sequence
 from pathlib import Path
 
-from dinov2.data.parquet.footer import Footer, image_column
-from dinov2.data.parquet.shard_footers import Unusable, read_footers
+from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_footers
 from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import open_storage
-from dinov2.utils.files import json_lines, write_text
+from dinov2.utils.cli import DONE, FAILURES, add_workers, run_command
+from dinov2.utils.files import json_lines, leftovers, locked, write_text
+from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("repack")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFRESH_SECONDS = 0.5
+_LOCK = ".repack.lock"
 
 
 def repack_dataset(source: str, destination: Path, layout: Layout, workers: int = 1) -> int:
     """Write the files that are missing, and `failures.jsonl` if some cannot be read.
 
     Returns:
-        Number of files that could not be read.
+        How many files could not be read.
 
     Raises:
-        FileNotFoundError: There is no such dataset.
-        FileExistsError: The destination holds something else than a part of this result.
-        ValueError: Source and destination overlap.
-        OSError: A file cannot be written.
-        RuntimeError: A process was killed from outside.
+        FileNotFoundError: if there is no such dataset.
+        FileExistsError: if the destination holds something else than a part of this result, or is being written to.
+        ValueError: if source and destination overlap.
+        OSError: if a file cannot be written, or a process was killed from outside.
     """
     start = time.monotonic()
     storage = open_storage(source)
     files = storage.list_files()
     _refuse_overlap(source, storage, destination)
-    _refuse_foreign_failures(destination / "failures.jsonl")
+    failure_list = destination / "failures.jsonl"
+    _refuse_foreign_failures(failure_list)
     destination.mkdir(parents=True, exist_ok=True)
-    with _only_one(destination):
+    busy = f"another repack is writing into '{destination}'; wait for it or stop it"
+    with locked(destination / _LOCK, busy=busy):
         jobs, failures = _plan(storage, files, destination, layout)
         finished = _finished(jobs, destination)
-        missing = [job for job in jobs.values() if job.file.name not in finished]
-        for job, reason in _run(missing, workers):
+        missing = [job for name, job in jobs.items() if name not in finished]
+        for folder in {job.destination.parent for job in missing}:
+            for _, partial in leftovers(folder):  # of a run that was killed
+                partial.unlink()
+        for number, reason in run_jobs(repack_shard, missing, workers, "file"):
             if reason:
-                failures.append(Unusable(job.file.name, reason))
-                logger.error("cannot read '%s': %s", storage.locate(job.file.name), reason)
+                failures.append(Unusable(missing[number].file.name, reason))
+                logger.error("cannot read '%s': %s", storage.locate(missing[number].file.name), reason)
         records = [{"file": name, "reason": reason} for name, reason in sorted(failures)]
         if records:
-            write_text(destination / "failures.jsonl", json_lines(records))
+            write_text(failure_list, json_lines(records))
         else:  # no other file then lies among the shards, which some readers of folders would trip over
-            (destination / "failures.jsonl").unlink(missing_ok=True)
-    bad = {failure.name for failure in failures}
-    _report([job for name, job in jobs.items() if name not in bad], finished, time.monotonic() - start)
-    if failures:
-        logger.error(
-            "%d of %d files cannot be read, see %s", len(bad), len(files), destination / "failures.jsonl"
-        )
-    return len(bad)
+            failure_list.unlink(missing_ok=True)
+    failed = {failure.name for failure in failures}
+    _report([job for name, job in jobs.items() if name not in failed], finished, time.monotonic() - start)
+    if failed:
+        logger.error("%d of %d files cannot be read, see %s", len(failed), len(files), failure_list)
+    return len(failed)
 
 
 def _plan(
@@ -96,7 +90,7 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
     """Names of the files that an earlier run of the same command finished.
 
     Raises:
-        FileExistsError: A Parquet file in the destination is none of these.
+        FileExistsError: if a Parquet file in the destination is none of these.
     """
     here = LocalStorage(str(destination))
     try:
@@ -116,69 +110,13 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
     return {file.name for file in files}
 
 
-def _run(jobs: Sequence[RepackJob], workers: int) -> Iterator[tuple[RepackJob, str]]:
-    """Repack in several processes, under a progress bar that follows the sizes of the files being written."""
-    from tqdm import tqdm
-
-    if not jobs:
-        return
-    total = sum(job.file.size for job in jobs)
-    with (
-        _executor(min(workers, len(jobs))) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        running = {pool.submit(repack_shard, job): job for job in jobs}
-        finished = 0
-        try:
-            while running:
-                done, _ = wait(running, _REFRESH_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    job = running.pop(future)
-                    finished += job.file.size
-                    yield job, future.result()
-                written = sum(_written(job) for future, job in running.items() if future.running())
-                bar.update(finished + written - bar.n)
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {workers} processes was killed, perhaps for want of memory; try fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _executor(workers: int) -> Executor:
-    if workers <= 1:
-        return ThreadPoolExecutor(1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([repack_shard.__module__])  # imported once, in memory that all share
-    return ProcessPoolExecutor(workers, context, initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it even where it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        wait_for_connection([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _written(job: RepackJob) -> int:
-    try:
-        return min(job.partial.stat().st_size, job.file.size)
-    except FileNotFoundError:
-        return 0
-
-
 def _refuse_overlap(source: str, storage: Storage, destination: Path) -> None:
     """Refuse a destination whose files would be, or become, files of the source."""
     if not isinstance(storage, LocalStorage):
         return
-    place, target = Path(storage.place).resolve(), destination.resolve()
-    below = place in target.parents and not Path(source).expanduser().is_file()
-    if target == place or target in place.parents or below:
+    folder, target = Path(storage.place).resolve(), destination.resolve()
+    below = folder in target.parents and not Path(source).expanduser().is_file()
+    if target == folder or target in folder.parents or below:
         raise ValueError(
             f"source '{source}' and destination '{destination}' overlap; give a folder apart from it"
         )
@@ -196,23 +134,6 @@ def _refuse_foreign_failures(path: Path) -> None:
         raise FileExistsError(
             f"'{path}' was not made by this command; give another destination or move it away"
         )
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep a second run off the folder; the lock goes with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise FileExistsError(f"another repack is writing into '{folder}'; wait for it or stop it") from error
-    except OSError:
-        logger.warning("'%s' cannot be locked; let no second repack write into it", folder)
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _report(jobs: Sequence[RepackJob], finished: set[str], seconds: float) -> None:
@@ -235,8 +156,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m dinov2.data.repack",
         description=__doc__.split(":")[0] + ".",
         epilog="Needs as much disk as SRC. Each process holds about three of SRC's pages besides 64 rows: some "
-        "0.5 GB for giant row groups of 100 kB images. Ctrl-C ends after the files being written; the same command "
-        "then goes on. Exit status: 0 done, 1 with a reason, 2 for wrong arguments.",
+        "0.5 GB for oversized row groups of 100 kB images. Ctrl-C ends after the files being written; the same "
+        "command then goes on. Exit status: 0 done, 1 done but some files cannot be read, 2 not done, with the reason.",
     )
     parser.add_argument(
         "source",
@@ -249,9 +170,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--compression", choices=("none", "snappy", "zstd", "lz4", "gzip"), default="none",
         help="codec of the image column (none: PNG and JPEG do not get smaller)",
     )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; default: one per core"
-    )
+    add_workers(parser)
     args = parser.parse_args(argv)
     for name in ("row_group_rows", "workers"):
         if getattr(args, name) < 1:
@@ -262,22 +181,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 0, or 1 with a one-sentence reason."""
+    """Run the command; see `dinov2.utils.cli.run_command`."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    layout = Layout(args.row_group_rows, args.compression)
-    try:
-        failed = repack_dataset(args.source, Path(args.destination).expanduser(), layout, args.workers)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        if getattr(error, "errno", None) in _FULL:
-            logger.error("no room left in '%s'; make some, then run the same command again", args.destination)
-        else:
-            logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("stopped; the same command goes on from here")
-        return 130
-    return 1 if failed else 0
+
+    def body() -> int:
+        try:
+            layout = Layout(args.row_group_rows, args.compression)
+            failed = repack_dataset(args.source, Path(args.destination).expanduser(), layout, args.workers)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(
+                f"no room left in '{args.destination}'; make some, then run the same command again"
+            ) from error
+        return FAILURES if failed else DONE
+
+    return run_command(body, logger, resumable=True)
 
 
 if __name__ == "__main__":

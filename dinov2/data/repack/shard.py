@@ -10,11 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import Footer, in_one_line
-from dinov2.data.parquet.shard_footers import PAGE_BUFFER, open_shard
+from dinov2.data.parquet.footer import PAGE_BUFFER, Footer, in_one_line, open_shard
 from dinov2.data.storage.base import Storage, StoredFile
 from dinov2.data.storage.retry import RemoteError
-from dinov2.utils.files import commit
+from dinov2.utils.files import commit, unfinished
 
 SOURCE_KEY = b"repack_source"  # footer key-value: which file the shard was made from, and how
 _ROWS_PER_BATCH = 64  # rows held at a time; more would only take more memory
@@ -42,11 +41,6 @@ class RepackJob:
     destination: Path
 
     @property
-    def partial(self) -> Path:
-        """Where the shard lies until it is whole; no search for Parquet files finds it."""
-        return self.destination.with_name(f".{self.destination.name}.part")
-
-    @property
     def identity(self) -> str:
         """What the shard keeps under `SOURCE_KEY`."""
         source = {"size": self.file.size, "footer": self.footer_digest}
@@ -59,7 +53,7 @@ class RepackJob:
 
 
 class _SourceError(Exception):
-    """The file to read from is damaged or cannot be had."""
+    """The file to read from is corrupt or cannot be had."""
 
 
 def repack_shard(job: RepackJob) -> str:
@@ -69,20 +63,17 @@ def repack_shard(job: RepackJob) -> str:
         Why the source cannot be read; an empty string when all is well.
 
     Raises:
-        OSError: The shard cannot be written, or reads back differently.
+        OSError: if the shard cannot be written, or reads back differently.
     """
     job.destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        written = _rewrite(job)
-        if _digest_of(job) != written:
-            raise OSError(
-                f"'{job.partial}' does not read back as it was written; check the disk and the memory"
-            )
-        commit(job.partial, job.destination)
-    except _SourceError as error:
-        return str(error)
-    finally:
-        job.partial.unlink(missing_ok=True)
+    with unfinished(job.destination) as partial:
+        try:
+            written = _rewrite(job, partial)
+        except _SourceError as error:
+            return str(error)
+        if _digest_of(partial, job.image) != written:
+            raise OSError(f"'{partial}' does not read back as it was written; check the disk and the memory")
+        commit(partial, job.destination)
     return ""
 
 
@@ -96,7 +87,7 @@ def _source_error() -> Iterator[None]:
         raise _SourceError(in_one_line(error)) from error
 
 
-def _rewrite(job: RepackJob) -> str:
+def _rewrite(job: RepackJob, partial: Path) -> str:
     """Write the partial file and return the digest of the images that were read."""
     digest = _ImageDigest()
     with _source_error():
@@ -108,7 +99,7 @@ def _rewrite(job: RepackJob) -> str:
     schema = schema.with_metadata(metadata)
     columns = _column_options(file.metadata, job.image, job.layout.compression)
     with file, pq.ParquetWriter(
-        job.partial, schema, write_page_index=True, write_batch_size=_ROWS_PER_BATCH, **columns
+        partial, schema, write_page_index=True, write_batch_size=_ROWS_PER_BATCH, **columns
     ) as writer:  # fmt: skip
         for table in _groups(file, job.layout.row_group_rows):
             digest.update(table[job.image])
@@ -141,28 +132,24 @@ def _groups(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
 
 def _column_options(metadata: pq.FileMetaData, image: str, compression: str) -> dict[str, object]:
     """Writer options: the image column plain, the others encoded and compressed as they are in the source."""
-    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-    plain = [path for path in paths if path != image]
-    if not metadata.num_row_groups:
-        return {"use_dictionary": plain, "write_statistics": plain, "compression": compression}
-    group = metadata.row_group(0)
-    chunks = [group.column(leaf) for leaf in range(metadata.num_columns)]
+    leaves = range(metadata.num_columns)
+    others = [path for path in (metadata.schema.column(leaf).path for leaf in leaves) if path != image]
+    chunks = [metadata.row_group(0).column(leaf) for leaf in leaves] if metadata.num_row_groups else []
     codecs = {chunk.path_in_schema: chunk.compression.replace("UNCOMPRESSED", "NONE") for chunk in chunks}
+    encoded = {chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page}
     return {
-        "use_dictionary": [
-            c.path_in_schema for c in chunks if c.has_dictionary_page and c.path_in_schema != image
-        ],
-        "write_statistics": plain,
+        "use_dictionary": [path for path in others if path in encoded],
+        "write_statistics": others,
         "compression": codecs | {image: compression},
     }
 
 
-def _digest_of(job: RepackJob) -> str:
+def _digest_of(partial: Path, image: str) -> str:
     """Digest of the images in the partial file, which must hold all rows."""
     digest = _ImageDigest()
-    with pq.ParquetFile(job.partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as written:
-        for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[job.image], use_threads=False):
-            digest.update(batch[job.image])
+    with pq.ParquetFile(partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as written:
+        for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[image], use_threads=False):
+            digest.update(batch[image])
     return digest.hexdigest()
 
 

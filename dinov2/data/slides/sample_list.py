@@ -213,7 +213,7 @@ class SlideListSource:
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist, "
-                f"the first is '{missing[0]}'; mount them or set train.slide_root."
+                f"the first is '{missing[0]}'; mount them or set data.slide_root."
             )
         self.num_rows = len(self._samples)
         starts = np.arange(0, self.num_rows, UNIT_LINES)

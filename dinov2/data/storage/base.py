@@ -1,4 +1,4 @@
-"""Where shards lie, and how their bytes are read: by ranges, whatever the place."""
+"""Storages: the files of a dataset, read by ranges wherever they lie."""
 
 import glob
 import io
@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 
 class StoredFile(NamedTuple):
-    """One file of a dataset: its name below the dataset's place, its bytes, and what changes when they do."""
+    """One file of a dataset: its name below the dataset's location, its bytes, and what changes when they do."""
 
     name: str
     size: int
@@ -19,7 +19,7 @@ class Storage(Protocol):
     """The Parquet files of one dataset; may be pickled, forked and used from several threads.
 
     Attributes:
-        place: The dataset as a path or URL, with the commit where there is one; equal places hold equal names.
+        place: the dataset as a path or URL, with the commit where there is one; equal ones hold equal names.
     """
 
     place: str
@@ -37,8 +37,11 @@ class Storage(Protocol):
 class LocalStorage:
     """The Parquet files of a folder (with its subfolders), of a glob, or one file; hidden ones are left out.
 
+    Attributes:
+        pattern: as the user named it.
+
     Raises:
-        FileNotFoundError: If there is no such place.
+        FileNotFoundError: if it does not exist.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -54,16 +57,14 @@ class LocalStorage:
             raise FileNotFoundError(
                 f"dataset '{pattern}' does not exist; give a folder of .parquet files, a glob or one file"
             )
-        self._pattern = pattern
+        self.pattern = pattern
 
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         found = glob.iglob(self._inside, root_dir=self.place or ".", recursive=True)
         names = sorted(name for name in found if os.path.isfile(self.locate(name)))
         if not names:
-            raise FileNotFoundError(
-                f"dataset '{self._pattern}' holds no Parquet file; at least one is expected"
-            )
+            raise no_files(self.pattern)
         stats = [os.stat(self.locate(name)) for name in names]
         return [StoredFile(n, s.st_size, str(s.st_mtime_ns)) for n, s in zip(names, stats, strict=True)]
 
@@ -90,6 +91,11 @@ def folder_of(path: str) -> str:
     parts = path.split("/")
     ends = (i for i, part in enumerate(parts) if glob.has_magic(part) or part.endswith(".parquet"))
     return "/".join(parts[: next(ends, len(parts))])
+
+
+def no_files(dataset: str) -> FileNotFoundError:
+    """The error of a dataset without files."""
+    return FileNotFoundError(f"dataset '{dataset}' holds no Parquet file; at least one is expected")
 
 
 def is_hidden(name: str) -> bool:

@@ -1,44 +1,66 @@
-"""Parquet files behind any fsspec URL: object stores, web servers."""
+"""Parquet files over a network: behind any fsspec URL (object stores, web servers), and on the Hugging Face hub.
+
+The hub is asked directly, not through `HfFileSystem`. A read is one request either way, but there each process first
+asks for the commit and for the listing of each folder, and failed requests are repeated by rules of its own, with
+pauses that can neither be interrupted nor shared between processes.
+"""
 
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from glob import has_magic
 from typing import Any
+from urllib.parse import quote
 
-from dinov2.data.storage.base import StoredFile, folder_of, is_hidden
-from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
+from dinov2.data.storage.base import StoredFile, folder_of, is_hidden, no_files
+from dinov2.data.storage.retry import Refusal, RemoteError, Retries, answer, reason
+from dinov2.data.storage.train_split import find_train_files
 
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
 VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONNECTIONS = 64  # of one process to one store; botocore's own 10 would make reader threads wait
 _LISTING_THREADS = 16
-_FLAT = (
-    "s3:",
-    "s3a:",
-    "gs:",
-    "gcs:",
-    "abfs:",
-    "az:",
-)  # stores that list a folder with its subfolders at once
+# Stores that list a folder with its subfolders at once.
+_FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")
+_CARD = "README.md"
 
 
-class ObjectStorage:
-    """The Parquet files of a folder (with its subfolders), of a glob, or one .parquet file; hidden ones are left out.
+class RemoteStorage:
+    """Reading of files over a network, one request for each range.
+
+    Subclasses list and locate files (see `Storage`), send requests (`_get_range`) and explain errors
+    (`_in_plain_words`).
+    """
+
+    place: str
+    _retries: Retries
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Read exactly `length` bytes of a file by one request; OSError where they cannot be had."""
+        if not length:
+            return b""
+        url = self.locate(name)
+        with self._in_plain_words(url):
+            return self._retries.call(url, partial(self._get_range, name, start, length))
+
+
+class ObjectStorage(RemoteStorage):
+    """The Parquet files of a folder (with its subfolders), of a glob, or one .parquet file.
 
     Endpoints and credentials are those of the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
 
     Args:
         url: scheme://...
-        retries: How long requests are repeated.
+        retries: how long requests are repeated.
 
     Raises:
-        ValueError: If the scheme is unknown.
-        ImportError: If the package for it is not installed.
+        ValueError: if the scheme is unknown.
+        ImportError: if the package for it is not installed.
     """
 
     def __init__(self, url: str, retries: Retries) -> None:
@@ -50,48 +72,37 @@ class ObjectStorage:
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         fs, folder = self._filesystem()
+        pattern = folder + self._url[len(self._folder) :]
         with self._in_plain_words(self.place):
             fs.invalidate_cache()
-            found = self._retries.call(self.place, partial(self._find, fs, folder))
+            found = self._retries.call(self.place, partial(self._find, fs, folder, pattern))
         inside = len(folder.rstrip("/")) + 1
-        files = {path[inside:]: info for path, info in found.items() if info["type"] == "file"}
-        names = sorted(name for name in files if name.endswith(".parquet") and not is_hidden(name))
+        names = {path[inside:]: found[path] for path in _select(found, pattern, inside)}
         if not names:
-            raise FileNotFoundError(f"dataset '{self.place}' holds no Parquet file; at least one is expected")
+            raise no_files(self.place)
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            return list(pool.map(lambda name: self._describe(name, files[name]), names))
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Read exactly `length` bytes of a file by one request; OSError where they cannot be had."""
-        if not length:
-            return b""
-        url = self.locate(name)
-        with self._in_plain_words(url):
-            return self._retries.call(url, partial(self._get_range, name, start, length))
+            return list(pool.map(self._describe, names, names.values()))
 
     def locate(self, name: str) -> str:
         """Give the URL of a file, without credentials."""
         return _public(f"{self._folder}/{name}")
 
     def _filesystem(self) -> tuple[Any, str]:
-        return connect(
-            os.getpid(), threading.get_ident(), self._folder, self._retries.connect_s, self._retries.read_s
-        )
+        times = self._retries.connect_s, self._retries.read_s
+        return connect(os.getpid(), threading.get_ident(), self._folder, *times)
 
-    def _find(self, fs: Any, folder: str) -> dict[str, dict[str, Any]]:
-        from fsspec.utils import glob_translate
-
-        path = folder + self._url[len(self._folder) :]
-        if path.endswith(".parquet") and not has_magic(path) and (info := fs.info(path))["type"] == "file":
-            return {path: info}
+    def _find(self, fs: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
+        """Files at and below a folder, by path."""
+        if pattern.endswith(".parquet") and not has_magic(pattern):
+            info = fs.info(pattern)
+            if info["type"] == "file":
+                return {pattern: info}
         if self._url.startswith(_FLAT):
             found = fs.find(folder, detail=True)
         else:  # `find` would go through the folders one by one, and leave out those that cannot be read
             walk = fs.walk(folder, detail=True, on_error="raise")
             found = {info["name"]: info for _, _, files in walk for info in files.values()}
-        if has_magic(path):
-            return {name: found[name] for name in found if re.match(glob_translate(path), name)}
-        return {name: found[name] for name in found if f"{name}/".startswith(f"{path.rstrip('/')}/")}
+        return {path: info for path, info in found.items() if info["type"] == "file"}
 
     def _describe(self, name: str, info: dict[str, Any]) -> StoredFile:
         """A file with its size and version, asked for where the listing had none (web servers)."""
@@ -108,14 +119,7 @@ class ObjectStorage:
     def _get_range(self, name: str, start: int, length: int) -> bytes:
         fs, folder = self._filesystem()
         data = fs.cat_file(f"{folder}/{name}", start=start, end=start + length)
-        if len(data) < length:
-            raise ConnectionError(f"{len(data)} of {length} bytes came")
-        if len(data) > length:
-            raise RemoteError(
-                f"'{self.locate(name)}' was asked for bytes {start} to {start + length - 1} and gave {len(data)}; "
-                "use a server that supports ranges, or a local copy"
-            )
-        return data
+        return _checked(data, self.locate(name), start, length, len(data) <= length)
 
     @contextmanager
     def _in_plain_words(self, url: str) -> Iterator[None]:
@@ -133,6 +137,162 @@ class ObjectStorage:
             if status == 404 or isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"'{url}' does not exist; check the name") from error
             raise RemoteError(f"'{url}' cannot be read ({reason(error)})") from error
+
+
+class HubStorage(RemoteStorage):
+    """Files of one commit on the Hugging Face hub, or on a server that speaks its protocol.
+
+    Only the repository, the commit and the path are kept, neither token nor connection. The server is `HF_ENDPOINT`
+    and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use.
+
+    Attributes:
+        commit: that commit.
+
+    Args:
+        repo: org/name.
+        revision: branch, tag or commit; the default branch if empty. It is resolved here, once; a full commit
+            needs no request.
+        path: folder (with its subfolders), glob or .parquet file; the training split if empty.
+        retries: how long requests are repeated.
+
+    Raises:
+        FileNotFoundError: if there is no such dataset, or it is hidden from this user.
+        PermissionError: if it may not be read.
+        ValueError: if there is no such revision.
+        RemoteError: if the hub does not answer.
+    """
+
+    def __init__(self, repo: str, revision: str, path: str, retries: Retries) -> None:
+        self._repo, self._path, self._retries = repo, path.strip("/"), retries
+        self._folder, self._revision = folder_of(self._path), revision
+        self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
+        self.commit = revision if COMMIT.fullmatch(revision) else self._resolve(revision)
+        self.place = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
+
+    def list_files(self) -> list[StoredFile]:
+        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
+        tree = {file.path: file for file in self._tree()}
+        shards = _select(tree, self._path)
+        if not self._path:
+            size = tree[_CARD].size if _CARD in tree else 0
+            card = self.read_range(_CARD, 0, size).decode(errors="replace")
+            shards = find_train_files(self._repo, shards, card)
+        if not shards:
+            raise no_files(self.place)
+        inside = len(self._folder) + 1 if self._folder else 0
+        return [
+            StoredFile(file.path[inside:], file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+            for file in (tree[name] for name in sorted(shards))
+        ]
+
+    def locate(self, name: str) -> str:
+        """Give the URL of a file."""
+        from huggingface_hub import hf_hub_url
+
+        path = f"{self._folder}/{name}" if self._folder else name
+        return hf_hub_url(self._repo, path, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
+
+    def _resolve(self, revision: str) -> str:
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=_endpoint())
+        request = partial(api.dataset_info, self._repo, revision=revision or None, timeout=self._timeout)
+        with self._in_plain_words("answer"):
+            return self._retries.call(f"{_endpoint()}/api/datasets/{self._repo}", request).sha
+
+    def _tree(self) -> Iterator[Any]:
+        """All files below the folder. Not by `list_repo_tree`: that waits for an answer without end."""
+        from huggingface_hub.hf_api import RepoFile
+
+        url = f"{_endpoint()}/api/datasets/{self._repo}/tree/{self.commit}"
+        page = f"{url}/{quote(self._folder)}?recursive=true" if self._folder else f"{url}?recursive=true"
+        with self._in_plain_words(f"folder '{self._folder}'"):
+            while page:
+                entries, page = self._retries.call(url, partial(self._get_page, page))
+                yield from (RepoFile(**entry) for entry in entries if entry["type"] == "file")
+
+    def _get_page(self, url: str) -> tuple[list[dict[str, Any]], str | None]:
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        request = {"headers": build_hf_headers(), "timeout": self._timeout, "follow_redirects": True}
+        response = get_session().get(url, **request)
+        if response.status_code != 200:
+            raise Refusal(response.status_code, response.headers)
+        return response.json(), response.links.get("next", {}).get("url")
+
+    def _get_range(self, name: str, start: int, length: int) -> bytes:
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        url, wanted = self.locate(name), f"bytes={start}-{start + length - 1}"
+        # Compressed bytes of a range are no bytes of the file.
+        headers = build_hf_headers(headers={"range": wanted, "accept-encoding": "identity"})
+        request = {"headers": headers, "timeout": self._timeout, "follow_redirects": True}
+        with get_session().stream("GET", url, **request) as response:
+            if response.status_code not in (200, 206):
+                raise Refusal(response.status_code, response.headers)
+            is_all = start == 0 and response.headers.get("content-length") == str(length)
+            is_range = response.headers.get("content-range", "").startswith(f"bytes {start}-")
+            given = is_range if response.status_code == 206 else is_all
+            data = response.read() if given else b""  # else perhaps the whole file
+        return _checked(data, url, start, length, given)
+
+    @contextmanager
+    def _in_plain_words(self, wanted: str) -> Iterator[None]:
+        """Say what an answer of the hub means, which is 401 or 404 for what it does not want to speak of."""
+        from huggingface_hub import get_token
+
+        try:
+            yield
+        except Exception as error:
+            status, headers = answer(error)
+            if isinstance(error, RemoteError) or (status is None and isinstance(error, OSError | ValueError)):
+                raise
+            dataset, code = f"dataset '{self._repo}'", headers.get("x-error-code")
+            token = "the token in use may not read it" if get_token() else "no token is set"
+            if code == "RevisionNotFound":
+                message = f"{dataset} on {_endpoint()} has no revision '{self._revision}'"
+                raise ValueError(f"{message}; a branch, a tag or a commit is expected") from error
+            if code == "EntryNotFound":
+                message = f"{dataset} on {_endpoint()} has no {wanted} at commit {self.commit}"
+                raise FileNotFoundError(message) from error
+            if code == "GatedRepo" or status == 403:
+                message = f"{dataset} on {_endpoint()} is private or gated and {token}"
+                advice = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
+                raise PermissionError(f"{message}; {advice}") from error
+            if status in (401, 404):
+                message = f"{_endpoint()} has no {dataset}, or it is private and {token}"
+                advice = "check the name, set HF_TOKEN or run `hf auth login`"
+                raise FileNotFoundError(f"{message}; {advice}") from error
+            raise RemoteError(f"{dataset} on {_endpoint()}: {wanted} gave {reason(error)}") from error
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
+    """Choose the Parquet files that a glob matches, or that are a file or lie in a folder; sorted.
+
+    Those that are hidden from character `inside` on are left out.
+    """
+    from fsspec.utils import glob_translate
+
+    folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
+    chosen = re.compile(glob_translate(pattern) if has_magic(pattern) else folder if pattern else ".*")
+    shards = (path for path in paths if path.endswith(".parquet") and not is_hidden(path[inside:]))
+    return sorted(filter(chosen.fullmatch, shards))
+
+
+def _checked(data: bytes, url: str, start: int, length: int, given: bool) -> bytes:
+    """Pass on the bytes of an answer; ConnectionError where some are missing, RemoteError where they are others."""
+    if not given:
+        raise RemoteError(
+            f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others; "
+            "use a server that supports ranges, or a local copy"
+        )
+    if len(data) != length:
+        raise ConnectionError(f"{len(data)} of {length} bytes came")
+    return data
 
 
 @cache

@@ -1,37 +1,34 @@
-"""From what a user calls a dataset to the place where its bytes are."""
+"""From the name of a dataset to its storage."""
 
 import os
 import re
 from urllib.parse import unquote
 
 from dinov2.data.storage.base import LocalStorage, Storage
-from dinov2.data.storage.fsspec import ObjectStorage
-from dinov2.data.storage.hub import HubStorage
+from dinov2.data.storage.fsspec import COMMIT, HubStorage, ObjectStorage
 from dinov2.data.storage.retry import Retries
 
 _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
-_TRIES_FOR_A_PATH = 3
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ATTEMPTS_FOR_A_PATH = 3
 
 
 def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage:
     """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `place`.
 
     Args:
-        dataset: A local folder, glob or file, which wins over a hub id; org/name or
+        dataset: a local folder, glob or file, which wins over a hub id; org/name or
             hf://datasets/org/name[@revision][/folder, glob or file] on the Hugging Face hub; or an fsspec URL
             (s3://, gs://, https://, ...).
-        revision: Branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
-        attempts: Tries of each request.
+        revision: branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
+        attempts: how often each request is sent at most.
 
     Raises:
-        FileNotFoundError: If there is no such dataset.
-        PermissionError: If it may not be read.
-        ValueError: If the name or the revision makes no sense.
-        ImportError: If the package for a scheme is not installed.
-        RemoteError: If the server does not answer.
+        FileNotFoundError, PermissionError, RemoteError: if there is no such dataset, it may not be read, or the
+            server does not answer.
+        ValueError: if the name or the revision makes no sense.
+        ImportError: if the package for a scheme is not installed.
     """
     retries = Retries(attempts)
     scheme, separator, rest = dataset.partition("://")
@@ -59,7 +56,7 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
         return storage
     try:
         # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
-        found = _open_hub(dataset, named, revision, Retries(min(attempts, _TRIES_FOR_A_PATH)))
+        found = _open_hub(dataset, named, revision, Retries(min(attempts, _ATTEMPTS_FOR_A_PATH)))
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
     return HubStorage(named["repo"], found.commit, "", retries)
@@ -68,7 +65,7 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
 def _open_hub(dataset: str, named: re.Match[str], revision: str, retries: Retries) -> HubStorage:
     parts = named.groupdict()
     own = unquote(parts["revision"] or "")
-    if own and revision and own != revision and not _COMMIT.fullmatch(revision):
+    if own and revision and own != revision and not COMMIT.fullmatch(revision):
         raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
     return HubStorage(parts["repo"], revision or own, parts.get("path") or "", retries)
 

@@ -2,11 +2,14 @@
 
 import errno
 import logging
+import os
 import re
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -14,34 +17,31 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from dinov2.data.storage.shared_pause import SharedPause
-
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _thread = threading.local()
 # Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
-_PASSING = {"ConnectionError", "TimeoutError", "gaierror", "SSLError"}  # Python, requests, botocore
-_PASSING |= {"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"}  # httpx
-_PASSING |= {"ClientConnectionError", "ClientPayloadError"}  # aiohttp
-_PASSING |= {
-    "HTTPClientError",
-    "IncompleteReadError",
-    "ResponseStreamingError",
-    "ResponseParserError",
-}  # botocore
-_PASSING |= {
-    "IncompleteRead",
-    "JSONDecodeError",
-    "ServiceRequestError",
-    "ServiceResponseError",
-}  # Python, azure
+_PASSING = {
+    *(
+        "ConnectionError",
+        "TimeoutError",
+        "gaierror",
+        "SSLError",
+        "IncompleteRead",
+        "JSONDecodeError",
+    ),  # Python
+    *("TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"),  # httpx
+    *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+    *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),  # botocore
+    *("ServiceRequestError", "ServiceResponseError"),  # azure
+}
 _LASTING = {"SSLCertVerificationError", "OfflineModeIsEnabled"}
 _NO_ROUTE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 
 
 class RemoteError(OSError):
-    """A server that cannot be read; its `errno` tells it from a damaged file."""
+    """A server that cannot be read; its `errno` tells it from a corrupt file."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class GivenUp(Exception):
 
 
 def give_up_when(nobody_waits: threading.Event) -> None:
-    """Let this thread's pauses between tries end with `GivenUp` as soon as the event is set."""
+    """Let this thread's pauses before retries end with `GivenUp` as soon as the event is set."""
     _thread.nobody_waits = nobody_waits
 
 
@@ -73,28 +73,55 @@ def _pause(seconds: float) -> None:
         raise GivenUp
 
 
-@dataclass(frozen=True)
-class Retries:
-    """How long a request is repeated. Waits double from try to try, with jitter, up to a bound.
+class SharedPause:
+    """A pause before a server is asked again, kept by all processes of one user on one machine.
 
-    Attributes:
-        attempts: Tries in all.
-        first_wait_s: Longest wait after the first try, in seconds.
-        longest_wait_s: Bound of the doubled waits.
-        longest_pause_s: Bound of the time that a server may ask to be left alone.
-        connect_s: Time a connection may take.
-        read_s: Time in which some bytes must come.
-        pause_folder: See `SharedPause`.
-        sleep: Waits a number of seconds.
+    It is the modification time of an empty file, in a folder or the machine's temporary one; nothing is locked and
+    nothing to clean up. Where the file cannot be written, the process that was told to wait still waits, only the
+    others do not.
     """
 
-    attempts: int = 8
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 300.0
-    longest_pause_s: float = 600.0
-    connect_s: float = 10.0
-    read_s: float = 60.0
-    pause_folder: str = ""
+    def __init__(self, server: str, longest_s: float, folder: str = "") -> None:
+        name = f"path-fm-pause-{os.getuid()}-{re.sub(r'[^A-Za-z0-9.-]', '_', server)}"
+        self._path, self._longest_s = os.path.join(folder or tempfile.gettempdir(), name), longest_s
+
+    def remaining_s(self) -> float:
+        """Seconds until the server may be asked again; 0 if it may be asked now."""
+        try:
+            stat = os.lstat(self._path)
+        except OSError:
+            return 0.0
+        left = stat.st_mtime - time.time()
+        # Farther than any pause noted here: somebody else's file, or the clock was set back.
+        foreign = stat.st_uid != os.getuid() or left > self._longest_s + 1
+        return 0.0 if foreign else max(0.0, left)
+
+    def extend(self, seconds: float) -> bool:
+        """Make the pause last `seconds` from now, unless it already does; return whether this made it longer."""
+        seconds = min(seconds, self._longest_s)
+        if (left := self.remaining_s()) and left > seconds - 1:
+            return False
+        until = time.time() + seconds
+        with suppress(OSError):
+            file = os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+            try:
+                os.utime(file, (until, until))
+            finally:
+                os.close(file)
+        return True
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How a request is repeated. Waits double from retry to retry, with jitter, up to a bound."""
+
+    attempts: int = 8  # requests in all, the first one and its retries
+    first_wait_s: float = 1.0  # longest wait before the first retry
+    longest_wait_s: float = 300.0  # bound of the doubled waits
+    longest_pause_s: float = 600.0  # bound of the time that a server may ask to be left alone
+    connect_s: float = 10.0  # that a connection may take
+    read_s: float = 60.0  # in which some bytes must come
+    pause_folder: str = ""  # see `SharedPause`
     sleep: Callable[[float], None] = _pause
 
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
@@ -103,12 +130,11 @@ class Retries:
         A 429 holds up all processes of this machine's user that ask the same server.
 
         Args:
-            url: What is asked for, in messages, so without credentials.
-            request: One try.
+            url: what is asked for, in messages, so without credentials.
+            request: sends it once.
 
         Raises:
-            RemoteError: If all tries failed.
-            Exception: What `request` raised, if trying again cannot help.
+            RemoteError: if all retries failed. What cannot pass is raised as it comes.
         """
         from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
@@ -128,10 +154,11 @@ class Retries:
             # While a pause is in force every thread runs into it; one line tells of it.
             news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
             if tried < self.attempts:
-                values = (url, reason(error), tried + 1, self.attempts, seconds)
-                logger.log(
-                    logging.WARNING if news else logging.DEBUG, "%s: %s; try %d of %d in %.1f s", *values
+                level, values = (
+                    logging.WARNING if news else logging.DEBUG,
+                    (tried, self.attempts - 1, seconds),
                 )
+                logger.log(level, "%s: %s; retry %d of %d in %.1f s", url, reason(error), *values)
             return seconds
 
         again, stop = retry_if_exception(is_transient), stop_after_attempt(self.attempts)
@@ -142,10 +169,9 @@ class Retries:
                 raise
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
-            tries = f"{self.attempts} tries" if self.attempts > 1 else "1 try"
             raise RemoteError(
-                f"'{url}' could not be read in {tries}, the last gave {reason(error)}; {advice}, "
-                "raise train.stream_attempts or train from a local copy"
+                f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)}); {advice}, "
+                "raise data.retries or train from a local copy"
             ) from error
 
     @staticmethod

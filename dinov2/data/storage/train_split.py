@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face dataset are its training split."""
+"""The training split of a Hugging Face dataset."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -16,10 +16,10 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
     Args:
         dataset: org/name, for messages.
         names: Parquet files, relative to the dataset.
-        card: Text of the dataset's README.md; may be empty.
+        card: text of the dataset's README.md; may be empty.
 
     Raises:
-        ValueError: If the card cannot be understood or leaves open what to read, or no split is called train.
+        ValueError: if the card cannot be understood or leaves open what to read, or no split is called train.
     """
     from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern, sanitize_patterns
 

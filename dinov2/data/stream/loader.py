@@ -10,7 +10,8 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2.data.source import EncodedSample, Sample, Source
+from dinov2.data.augment.collate import Sample
+from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.memory import Prefetch
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader

@@ -95,7 +95,7 @@ def fit_lanes(
     rows = int(source.unit_rows.sum())
     if lanes > rows:
         raise ValueError(
-            f"train.stream_lanes = {lanes} exceeds the {rows} rows of the dataset; at most {rows}, or 0 for a "
+            f"data.lanes = {lanes} exceeds the {rows} rows of the dataset; at most {rows}, or 0 for a "
             "number that fits, is accepted."
         )
     limit = limit_gib * GIB
@@ -111,14 +111,14 @@ def fit_lanes(
                 logger.warning(
                     "reading %d lanes side by side would hold up to %.1f GiB on each process, so it is %d, with "
                     "fewer slides per batch; row groups of 64 rows (python -m dinov2.data.repack) or a larger "
-                    "train.stream_memory_gib (%g) allow more", needed[0][0], needed[0][1] / GIB, candidate, limit_gib,
+                    "data.memory_gib (%g) allow more", needed[0][0], needed[0][1] / GIB, candidate, limit_gib,
                 )  # fmt: skip
             return candidate
         needed.append((candidate, bound))
     fewest, bound = needed[-1]
     raise ValueError(
         f"The dataset's row groups of up to {int(source.unit_bytes.max()) / GIB:.2g} GiB take {bound / GIB:.1f} GiB on "
-        f"each process even with {fewest} lanes, and train.stream_memory_gib = {limit_gib:g}; raise it, or rewrite "
+        f"each process even with {fewest} lanes, and data.memory_gib = {limit_gib:g}; raise it, or rewrite "
         "the dataset with python -m dinov2.data.repack."
     )
 

@@ -77,7 +77,7 @@ def split_by_patient(
         ValueError: Nothing is left to train on, or the share is not in [0, 1).
     """
     logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.unit_rows), dataset)
-    fates = _Fates(excluded, validation_share)
+    fates = Fates(excluded, validation_share)
     unit_fate, mixed = _look_up(source, fates)
     counts = _count(source, fates, unit_fate, mixed)
     if not counts[Fate.TRAINING].rows:
@@ -117,7 +117,7 @@ def describe_splits(
     return lines
 
 
-class _Fates(dict[str, int]):
+class Fates(dict[str, int]):
     """Fate of each slide, found when first asked for; threads that ask at once find the same."""
 
     def __init__(self, excluded: Sequence[str], share: float) -> None:
@@ -135,7 +135,7 @@ class _Fates(dict[str, int]):
         return self[slide]
 
 
-def _look_up(source: Source, fates: _Fates) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Find the fate of every unit, uint8 (U,), and of every row of those units that hold several fates."""
     total = len(source.unit_rows)
     step = max(1, min(_CHUNK, total // (4 * _THREADS)))
@@ -165,7 +165,7 @@ def _look_up(source: Source, fates: _Fates) -> tuple[np.ndarray, dict[int, np.nd
 
 
 def _count(
-    source: Source, fates: _Fates, unit_fate: np.ndarray, mixed: dict[int, np.ndarray]
+    source: Source, fates: Fates, unit_fate: np.ndarray, mixed: dict[int, np.ndarray]
 ) -> dict[Fate, Count]:
     counts = {}
     for fate in Fate:

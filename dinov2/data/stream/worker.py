@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from dinov2.data.source import DecodeError, EncodedSample, Sample, Source
+from dinov2.data.augment.collate import Sample
+from dinov2.data.source import DecodeError, EncodedSample, Source
 
 _UNITS_TRIED = 8  # row groups after one without any image; more in a row are no accident
 Transform = Callable[[np.ndarray, int], Any]

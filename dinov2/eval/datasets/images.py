@@ -11,8 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dinov2.data.decode import decode_image
-from dinov2.data.source import DecodeError, EncodedSample, Source
+from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image
 
 logger = logging.getLogger("dinov2")
 

@@ -61,7 +61,7 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
         ValueError: the attention backend has no kernel here, or FP8 does not fit the widths.
     """
     performance = arch.cfg.performance
-    compiler = _compiler(performance.compile_backend, arch) if compile else None
+    compiler = _compiler(arch.cfg.debug.compile_backend, arch) if compile else None
     copies: list[tuple[Tensor, Tensor]] = []
     for role, network in (("student", arch.student), ("teacher", arch.teacher)):
         backbone, trained = network.backbone, role == "student"
@@ -69,7 +69,7 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
         dtype = DTYPES[getattr(arch.cfg.compute_precision, role).backbone.mixed_precision.param_dtype]
         require_kernel(arch.cfg.student.attention_backend, head_width=width, dtype=dtype, device=arch.device)
         # Sharded weights are gathered in 16 bit anyway.
-        if performance.weight_copies and dtype != torch.float32 and get_global_size() == 1:
+        if arch.cfg.debug.weight_copies and dtype != torch.float32 and get_global_size() == 1:
             copies += keep_weight_copies(backbone, dtype)
         if performance.fp8 == "all" or (performance.fp8 == "teacher" and not trained):
             use_fp8(backbone.blocks, performance.fp8_scaling, backward=trained)
@@ -83,7 +83,7 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
                 if name != "backbone":
                     head.forward = compiler(head.forward)
     if compile:
-        arch.kernels = compiled_kernels(performance.compile_backend)
+        arch.kernels = compiled_kernels(arch.cfg.debug.compile_backend)
     return copies
 
 

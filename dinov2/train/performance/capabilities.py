@@ -160,7 +160,7 @@ def _triton_faults(config: Config, machine: Machine) -> Iterator[str]:
 
 
 def _compiles_without_triton(config: Config) -> bool:
-    return config.performance.compile_backend != "inductor"
+    return config.debug.compile_backend != "inductor"
 
 
 def _scales_losses(config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""What GPUs and links can do by their data sheets, and what an hour of one costs."""
+"""Peak rates of GPUs and links by their data sheets, and the rent of one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Gpu:
     """Peaks of one GPU, without sparsity.
 
     Attributes:
-        name: as it occurs in the driver's name of the device.
+        name: a word of the driver's name of the device.
         memory: bytes that PyTorch can see.
-        bf16: floating-point operations per second of matrix products in 16 bit.
+        bf16: floating-point operations per second of matmuls in 16 bit.
         fp32: the same in float32, TF32 off.
         bandwidth: of the memory, bytes per second.
         link: to the other GPUs of its node, bytes per second and direction.
@@ -36,13 +36,13 @@ GPUS = (
     Gpu("A100-SXM4-40GB", 39 * _GIB, 312e12, 19.5e12, 1.56e12, 300e9),
     Gpu("L40S", 44 * _GIB, 362e12, 91.6e12, 0.86e12, 32e9),
 )
-"""SXM modules where there are several kinds; the PCIe and NVL kinds of the same name are slower."""
+"""SXM modules where there are several kinds; the PCIe and NVL kinds of the same name are slower and not listed."""
 
 ASSUMED_GPU = "H200"
 """What a plan is made for where there is no GPU, or one that is not in the table."""
 
-ASSUMED_PEAK_SHARE = 0.5
-"""Share of the peak that the step's model FLOPs are assumed to reach; the published code reached 0.24."""
+ASSUMED_PEAK_FRACTION = 0.5
+"""Fraction of the peak that the step's model FLOPs are assumed to reach; the published code reached 0.24."""
 
 NETWORK_LINK = 50e9
 """Bytes per second, direction and GPU between nodes: one 400 Gb/s InfiniBand port per GPU."""
@@ -52,5 +52,8 @@ DOLLARS_PER_GPU_HOUR = 2.5
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The table's entry for a driver's device name such as "NVIDIA H200"; None where there is none."""
-    return next((gpu for gpu in GPUS if gpu.name in device_name), None)
+    """The table's entry for a driver's device name such as "NVIDIA H100 80GB HBM3"; None where there is none."""
+    words = device_name.split()
+    if {"PCIe", "NVL", "MIG"} & set(words):
+        return None
+    return next((gpu for gpu in GPUS if gpu.name in words), None)

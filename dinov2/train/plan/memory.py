@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,25 +9,20 @@ from torch import nn
 
 from dinov2.configs.schema import Config, ModulePrecisionConfig
 from dinov2.distributed import all_reduce_min
-from dinov2.train.plan.activations import (
-    ELEMENT,
-    block_temporaries,
-    blocks_saved,
-    ends_saved,
-    loss_temporaries,
-    pixels,
-)
-from dinov2.train.plan.flops import StepShape, linear_weights
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.layers.linear import Linear
+from dinov2.train.plan.measure import Cost, StepCosts
+from dinov2.utils.dtypes import DTYPES
 
 USABLE = 0.92
-"""Share of the free memory that ``auto`` plans for: the rest is for CUDA's and NCCL's own needs, for libraries'
+"""Fraction of the free memory that ``auto`` plans for: the rest is for CUDA's and NCCL's own needs, for libraries'
 workspaces and for pieces that the allocator cannot reuse."""
 
 REFUSED = 1.15
 """A fixed batch is refused where its prediction exceeds the GPU's memory by this factor."""
 
 _GIB = 2**30
+# Batches between and beyond which activations grow linearly. Of tens of crops stochastic depth keeps whole numbers.
+_MEASURED = (10, 30)
 _REMEDIES = (
     "performance.recompute = selective or full, more GPUs, or sharding_strategy = FULL_SHARD would lower it"
 )
@@ -41,12 +35,10 @@ class MemoryPrediction:
     Attributes:
         weights: fp32 student and teacher, this rank's shards.
         moments: AdamW's two.
-        copies: weights in the dtype of the products: kept, gathered, or cast and saved by autograd.
+        copies: low-precision weights: kept, gathered, or cast and saved by autograd.
         gradients: fp32, this rank's shards, all present when the backward ends.
-        blocks: what the student's blocks save for the backward.
-        ends: what patch embedding, final norm, heads and losses save, logits and targets included.
-        loss_peak: further bytes while the loss is differentiated.
-        block_peak: further bytes while a block is differentiated, the logits being freed.
+        saved: what the student's forward leaves for the backward.
+        peak: most that is allocated in forward and backward.
         batch: crops in float32, of this step and of the next.
     """
 
@@ -54,40 +46,128 @@ class MemoryPrediction:
     moments: int
     copies: int
     gradients: int
-    blocks: int
-    ends: int
-    loss_peak: int
-    block_peak: int
+    saved: int
+    peak: int
     batch: int
 
     @property
-    def states(self) -> int:
-        """What does not depend on the batch, gradients apart."""
-        return self.weights + self.moments + self.copies
-
-    @property
     def total(self) -> int:
-        """The peak: where the backward begins, in its first block, or where it has left gradients alone."""
-        start = self.blocks + self.ends + self.loss_peak
-        return self.states + self.batch + max(start, self.blocks + self.block_peak, self.gradients)
+        """The peak: in the backward, or where it has left gradients alone."""
+        return self.weights + self.moments + self.copies + self.batch + max(self.peak, self.gradients)
 
     def describe(self) -> str:
         """What the peak consists of, in GiB, on one line."""
         parts = {
             "fp32 weights": self.weights,
             "moments": self.moments,
-            "weights for products": self.copies,
-            "blocks": self.blocks,
-            "heads and losses": self.ends,
-            "backward": self.total - self.states - self.batch - self.blocks - self.ends,
+            "low-precision weights": self.copies,
             "crops": self.batch,
         }
-        if self.total == self.states + self.batch + self.gradients:
-            parts = {
-                name: parts[name] for name in ("fp32 weights", "moments", "weights for products", "crops")
-            }
+        if self.peak > self.gradients:
+            parts |= {"activations": self.saved, "backward": self.peak - self.saved}
+        else:
             parts["gradients"] = self.gradients
         return ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
+
+
+class MemoryModel:
+    """Memory of a configuration's step as a function of the batch.
+
+    States are sums over parameters; activations are measured at two batch sizes and linear in between.
+
+    Args:
+        costs: of the configuration's step.
+        world_size: processes.
+        gpus_per_node: over which ``HYBRID_SHARD`` shards.
+    """
+
+    def __init__(self, costs: StepCosts, world_size: int = 1, gpus_per_node: int = 8):
+        self._costs, self._world, self._node = costs, world_size, gpus_per_node
+
+    def __call__(self, images: int) -> MemoryPrediction:
+        """Predict the peak of a step on ``images`` images per process."""
+        return self._at(images, self._activations(images))
+
+    def exactly(self, images: int) -> MemoryPrediction:
+        """Predict it from activations measured at this very batch."""
+        return self._at(images, self._costs.activations(images))
+
+    def largest_batch(self, available: int) -> int:
+        """The largest even batch that is predicted to take at most ``available`` bytes; 0 where there is none."""
+        if self(2).total > available:
+            return 0
+        low, high = 1, 2  # pairs of images
+        while self(2 * high).total <= available:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self(2 * middle).total <= available else (low, middle)
+        return 2 * low
+
+    def _at(self, images: int, activations: Cost) -> MemoryPrediction:
+        config, student = self._costs.config, self._costs.student
+        weights = trained = 0
+        for name, module in student.items():
+            shards = self._shards(getattr(config.compute_precision.student, name))
+            weights += 2 * 4 * _numel(module) // shards
+            trained += _numel(module, trained_only=True) // shards
+        # Two whole blocks' gradients before they are reduced.
+        unreduced = 2 * 8 * max(map(_numel, student.backbone.blocks)) if self._world > 1 else 0
+        crops = config.crops
+        pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+        return MemoryPrediction(
+            weights=weights,
+            moments=8 * trained,
+            copies=self._copies(),
+            gradients=4 * trained,
+            saved=activations.saved,
+            peak=activations.peak + unreduced,
+            batch=2 * 4 * 3 * images * pixels,
+        )
+
+    def _activations(self, images: int) -> Cost:
+        (few, less), (many, more) = ((n, self._costs.activations(n)) for n in _MEASURED)
+        saved, peak = (
+            max(round(a + (b - a) * (images - few) / (many - few)), 0)
+            for a, b in ((less.saved, more.saved), (less.peak, more.peak))
+        )
+        return Cost(saved=saved, peak=peak)
+
+    def _shards(self, settings: ModulePrecisionConfig) -> int:
+        """Over how many ranks a module's fp32 states are split."""
+        if settings.sharding_strategy == "NO_SHARD":
+            return 1
+        return min(self._world, self._node) if settings.sharding_strategy == "HYBRID_SHARD" else self._world
+
+    def _copies(self) -> int:
+        """Weights in the dtype of the matmuls, of both networks.
+
+        One process: kept 16-bit copies of the blocks' matrices; without them the student's are cast and saved by
+        autograd, the teacher's freed one by one. Several: what FSDP keeps gathered, for the backward that is, so not
+        of frozen modules, and the few blocks that it gathers ahead.
+        """
+        config, total = self._costs.config, 0
+        for role in ("student", "teacher"):
+            for name, module in self._costs.student.items():
+                settings = getattr(getattr(config.compute_precision, role), name)
+                element = DTYPES[settings.mixed_precision.param_dtype].itemsize
+                units = list(module.blocks) if name == "backbone" else []
+                frozen = role == "teacher"
+                if self._world == 1:
+                    if element == 2 and (config.debug.weight_copies or not frozen):
+                        linear = (m for unit in units for m in unit.modules() if isinstance(m, Linear))
+                        total += element * sum(layer.weight.numel() for layer in linear)
+                    continue
+                if frozen and name != "backbone":
+                    continue
+                again = [
+                    _numel(unit)
+                    for unit in units
+                    if frozen or settings.sharding_strategy == "FULL_SHARD" or not _numel(unit, True)
+                ]
+                ahead = 2 + config.performance.prefetch_blocks
+                total += element * (_numel(module) - sum(sorted(again)[ahead:]))
+        return total
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -98,148 +178,55 @@ def free_memory(device: torch.device) -> int | None:
     return int(all_reduce_min(free))
 
 
-def predict_memory(
-    config: Config,
-    student: nn.ModuleDict,
-    images: int,
-    world_size: int = 1,
-    gpus_per_node: int = 8,
-    compiled: bool = True,
-) -> MemoryPrediction:
-    """Predict the peak of a training step.
-
-    In eager mode the saved bytes are those that autograd holds, to a few percent. Compiled, they are what the
-    min-cut partitioner keeps of each block today: matrix products' inputs and outputs in 16 bit, one float32
-    residual stream. Inductor may decide otherwise in another version, so that figure is an estimate.
-
-    Args:
-        config: validated configuration.
-        student: may be on the meta device, with frozen parts marked.
-        images: per process and step, even.
-        world_size: processes.
-        gpus_per_node: over which ``HYBRID_SHARD`` shards.
-        compiled: blocks run through torch.compile.
-    """
-    shape = StepShape.of(config, images)
-    precision, backbone = config.compute_precision.student, student.backbone
-    weights = trained = 0
-    for name, module in student.items():
-        shards = _shards(getattr(precision, name), world_size, gpus_per_node)
-        weights += 2 * 4 * _numel(module) // shards
-        trained += _numel(module, trained_only=True) // shards
-    blocks, recomputed = blocks_saved(config, backbone, shape, compiled)
-    heads_gradient = 4 * (_numel(student, True) - _numel(backbone, True))
-    whole_units = 2 * 8 * _numel(backbone.blocks[0]) if world_size > 1 else 0  # before gradients are reduced
-    return MemoryPrediction(
-        weights=weights,
-        moments=8 * trained,
-        copies=_copies(config, student, world_size),
-        gradients=4 * trained,
-        blocks=blocks,
-        ends=ends_saved(config, student, shape),
-        loss_peak=loss_temporaries(config, student, shape),
-        block_peak=heads_gradient + whole_units + recomputed + block_temporaries(config, backbone, shape),
-        batch=2 * 4 * pixels(config, shape),
-    )
-
-
-def largest_batch(predict: Callable[[int], int], available: int, multiple: int = 2) -> int:
-    """The largest multiple of ``multiple`` whose prediction is at most ``available`` bytes; 0 where none is.
-
-    Args:
-        predict: bytes for a number of images, growing with it.
-        available: bytes.
-        multiple: granularity.
-    """
-    if predict(multiple) > available:
-        return 0
-    low, high = 1, 2
-    while predict(high * multiple) <= available:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if predict(middle * multiple) <= available else (low, middle)
-    return low * multiple
-
-
-def resolve_batch(
-    config: Config, world_size: int, device_memory: int | None, gpus_per_node: int = 8, compiled: bool = True
-) -> int:
+def resolve_batch(config: Config, memory: MemoryModel, free: int | None) -> int:
     """Images per process: the configured number, or for ``auto`` the largest that `USABLE` memory holds.
 
     Args:
         config: validated configuration.
-        world_size: processes.
-        device_memory: bytes free on the GPU before anything is allocated; None without a GPU.
-        gpus_per_node: see `predict_memory`.
-        compiled: see `predict_memory`.
+        memory: of its step.
+        free: bytes free on the GPU before anything is allocated; None without a GPU.
 
     Raises:
-        ValueError: ``auto`` without a GPU, or where not even two images fit.
+        ValueError: if it is ``auto`` and there is no GPU, or not even two images fit.
     """
     if config.train.batch_size_per_gpu != "auto":
         return config.train.batch_size_per_gpu
-    if device_memory is None:
+    if free is None:
         raise ValueError(
             "train.batch_size_per_gpu = auto needs a GPU whose memory it can fill and there is none; give an even "
             "number of images."
         )
-    predict = _predictor(config, world_size, gpus_per_node, compiled)
-    batch = largest_batch(predict, int(USABLE * device_memory))
+    batch = memory.largest_batch(int(USABLE * free))
     if not batch:
         raise ValueError(
-            f"train.batch_size_per_gpu = auto finds no batch: 2 images are predicted to take {_gib(predict(2))} GiB "
-            f"of the {_gib(device_memory)} GiB free on the GPU; {_REMEDIES}."
+            f"train.batch_size_per_gpu = auto finds no batch: 2 images are predicted to take "
+            f"{_gib(memory(2).total)} GiB of the {_gib(free)} GiB free on the GPU; {_REMEDIES}."
         )
     return batch
 
 
-def check_fits(
-    config: Config,
-    images: int,
-    world_size: int,
-    device_memory: int,
-    gpus_per_node: int = 8,
-    compiled: bool = True,
-) -> str | None:
+def check_fits(images: int, memory: MemoryModel, free: int) -> str | None:
     """A sentence of warning where a batch is predicted not to fit; None where it is.
 
     Args:
-        config: validated configuration.
         images: per process and step.
-        world_size: processes.
-        device_memory: bytes free on the GPU before anything is allocated.
-        gpus_per_node: see `predict_memory`.
-        compiled: see `predict_memory`.
+        memory: of the step.
+        free: bytes free on the GPU before anything is allocated.
 
     Raises:
-        ValueError: the prediction exceeds the memory by more than `REFUSED`.
+        ValueError: if the prediction exceeds the memory by more than `REFUSED`.
     """
-    predict = _predictor(config, world_size, gpus_per_node, compiled)
-    predicted = predict(images)
-    if predicted <= device_memory:
+    predicted = memory.exactly(images).total
+    if predicted <= free:
         return None
-    largest = largest_batch(predict, int(USABLE * device_memory))
+    largest = memory.largest_batch(int(USABLE * free))
     fits = f"{largest} images would fit" if largest else "not even 2 images would fit"
-    figures = f"{_gib(predicted)} GiB of the {_gib(device_memory)} GiB free on the GPU"
-    if predicted > REFUSED * device_memory:
+    figures = f"{_gib(predicted)} GiB of the {_gib(free)} GiB free on the GPU"
+    if predicted > REFUSED * free:
         raise ValueError(
             f"train.batch_size_per_gpu = {images} is predicted to take {figures}; {fits}, and {_REMEDIES}."
         )
     return f"A batch of {images} images is predicted to take {figures} and may not fit; {fits}."
-
-
-def meta_student(config: Config) -> nn.ModuleDict:
-    """The student without its weights, frozen parts marked."""
-    with torch.device("meta"):
-        arch = SSLMetaArch(config)
-    arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
-    return arch.student
-
-
-def _predictor(config: Config, world_size: int, gpus_per_node: int, compiled: bool) -> Callable[[int], int]:
-    student = meta_student(config)
-    return lambda images: predict_memory(config, student, images, world_size, gpus_per_node, compiled).total
 
 
 def _gib(size: int) -> str:
@@ -248,38 +235,3 @@ def _gib(size: int) -> str:
 
 def _numel(module: nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
-
-
-def _shards(settings: ModulePrecisionConfig, world_size: int, gpus_per_node: int) -> int:
-    """Over how many ranks a module's fp32 states are split."""
-    if settings.sharding_strategy == "NO_SHARD":
-        return 1
-    return min(world_size, gpus_per_node) if settings.sharding_strategy == "HYBRID_SHARD" else world_size
-
-
-def _copies(config: Config, student: nn.ModuleDict, world_size: int) -> int:
-    """Weights in the dtype of the products, of both networks.
-
-    One process: kept 16-bit copies of the blocks' matrices; without them the student's are cast and saved by
-    autograd, the teacher's freed one by one. Several: what FSDP keeps gathered, for the backward that is, so not
-    of frozen modules, and the few blocks that it gathers ahead.
-    """
-    total = 0
-    precision = config.compute_precision
-    for network, kept in ((precision.student, True), (precision.teacher, config.performance.weight_copies)):
-        for name, module in student.items():
-            settings = getattr(network, name)
-            element = ELEMENT[settings.mixed_precision.param_dtype]
-            units = list(module.blocks) if name == "backbone" else []
-            if world_size == 1:
-                total += element * sum(map(linear_weights, units)) if kept and element == 2 else 0
-                continue
-            frozen = network is precision.teacher
-            again = [
-                unit
-                for unit in units
-                if frozen or settings.sharding_strategy == "FULL_SHARD" or not _numel(unit, True)
-            ]
-            transient = sorted(map(_numel, again))[2 + config.performance.prefetch_blocks :]
-            total += element * (0 if frozen and name != "backbone" else _numel(module) - sum(transient))
-    return total

@@ -1,4 +1,4 @@
-"""What a configuration amounts to on a number of GPUs: steps, learning rate, FLOPs, memory, time and cost."""
+"""A configuration on a number of GPUs: steps, learning rate, FLOPs, memory, time and cost."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
-
 from dinov2.configs.schema import Config
-from dinov2.train.plan.flops import step_flops
-from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_SHARE, DOLLARS_PER_GPU_HOUR, Gpu, find_gpu
-from dinov2.train.plan.memory import predict_memory
+from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_FRACTION, DOLLARS_PER_GPU_HOUR, Gpu, find_gpu
+from dinov2.train.plan.measure import StepCosts
+from dinov2.train.plan.memory import MemoryModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def make_plan(config: Config, world_size: int, global_batch: int | None = None) 
         global_batch: of the run being resumed, or of the batch that ``auto`` found; None takes the configured one.
 
     Raises:
-        ValueError: the batch does not divide into whole pairs of images per process.
+        ValueError: if the batch does not divide into whole pairs of images per process.
     """
     batch = global_batch or config.train.batch_size_per_gpu * world_size
     if batch % (2 * world_size):
@@ -81,10 +79,9 @@ def make_plan(config: Config, world_size: int, global_batch: int | None = None) 
 def describe_plan(
     config: Config,
     plan: RunPlan,
-    student: nn.ModuleDict,
+    costs: StepCosts,
     device_name: str | None = "",
     gpus_per_node: int = 8,
-    compiled: bool = True,
 ) -> str:
     """The plan as lines of text, for the start of a run and for ``--dry-run``.
 
@@ -93,14 +90,13 @@ def describe_plan(
     Args:
         config: validated configuration.
         plan: of the run.
-        student: may be on the meta device.
+        costs: of the configuration's step.
         device_name: the driver's name of the GPU; one that is unknown here gives way to `ASSUMED_GPU`, and None,
             for a run on a CPU, leaves the predictions out.
         gpus_per_node: of the launch.
-        compiled: blocks run through torch.compile.
     """
-    parameters = sum(p.numel() for p in student.parameters())
-    flops = step_flops(config, student, plan.local_batch)
+    parameters = sum(p.numel() for p in costs.student.parameters())
+    flops = costs.flops(plan.local_batch)
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
@@ -113,11 +109,11 @@ def describe_plan(
     ]
     if device_name is not None:
         known, gpu = find_gpu(device_name), find_gpu(device_name) or find_gpu(ASSUMED_GPU)
-        memory = predict_memory(config, student, plan.local_batch, plan.world_size, gpus_per_node, compiled)
+        memory = MemoryModel(costs, plan.world_size, gpus_per_node).exactly(plan.local_batch)
         lines += [
             f"Predicted, not measured, for {gpu.name if known else f'an assumed {gpu.name}'}:",
             f"  memory    {memory.total / 2**30:.1f} of {gpu.memory / 2**30:.0f} GiB per GPU, "
-            f"{'compiled' if compiled else 'eager'}",
+            f"{'compiled' if costs.compiled else 'eager'}",
             f"            {memory.describe()}",
             *_cost_lines(config, plan, max(flops.model, flops.hardware), gpu),  # recomputing takes time
         ]
@@ -127,12 +123,12 @@ def describe_plan(
 def _cost_lines(config: Config, plan: RunPlan, flops: int, gpu: Gpu) -> Iterator[str]:
     in_fp32 = config.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32"
     peak, name = (gpu.fp32, "fp32") if in_fp32 else (gpu.bf16, "16-bit")
-    seconds = flops / (ASSUMED_PEAK_SHARE * peak)
+    seconds = flops / (ASSUMED_PEAK_FRACTION * peak)
     hours = seconds * plan.total_steps / 3600
     gpu_hours = hours * plan.world_size
     yield (
         f"  time      {1e3 * seconds:.3g} ms per step, {plan.global_batch / seconds:.3g} images per second, if "
-        f"{ASSUMED_PEAK_SHARE:.0%} of the {name} peak is reached and data and links keep up"
+        f"{ASSUMED_PEAK_FRACTION:.0%} of the {name} peak is reached and data and links keep up"
     )
     yield (
         f"  cost      {hours:,.1f} h, {gpu_hours:,.1f} GPU-hours, {DOLLARS_PER_GPU_HOUR * gpu_hours:,.0f} dollars at "

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.source import Sample
 from dinov2.data.stream.loader import TrainLoader, make_train_loader, validate_stream_state
 from dinov2.data.stream.order import SampleOrder
 from tests.helpers import slow_order

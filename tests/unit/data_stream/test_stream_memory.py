@@ -52,14 +52,14 @@ def test_what_cannot_fit_is_refused_with_the_figures() -> None:
     giant = SizedSource(100, 2417, 4 * GIB)
     with pytest.raises(ValueError, match=r"up to 4 GiB take 3.\.. GiB on each process even with 3 lanes"):
         lanes_for(giant, limit=16)
-    with pytest.raises(ValueError, match=r"even with 384 lanes, and train.stream_memory_gib = 16"):
+    with pytest.raises(ValueError, match=r"even with 384 lanes, and data.memory_gib = 16"):
         lanes_for(giant, lanes=384)
 
 
 def test_lanes_asked_for_are_taken_or_refused() -> None:
     small = SizedSource(10, 10, 1000)
     assert lanes_for(small, lanes=100) == 100
-    with pytest.raises(ValueError, match=r"train.stream_lanes = 101 exceeds the 100 rows of the dataset"):
+    with pytest.raises(ValueError, match=r"data.lanes = 101 exceeds the 100 rows of the dataset"):
         lanes_for(small, lanes=101)
 
 

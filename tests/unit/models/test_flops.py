@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov2.train.plan.flops import step_flops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dinov2
 from dinov2.configs import load_config
 from dinov2.models.vision_transformer import vit_giant2
-from dinov2.train.plan.flops import step_flops
 from dinov2.train.plan.memory import meta_student
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -100,7 +100,7 @@ ATTENTION = {
 def test_training_step(pruned, monkeypatch):
     """Forward, losses and backward of the full recipe, counted operation by operation."""
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at the values
-    config = load_config(RECIPE, [f"performance.prune_last_block={str(pruned).lower()}"])
+    config = load_config(RECIPE, [f"debug.prune_last_block={str(pruned).lower()}"])
     images, masked = 48, 24 * 185
     counting = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True), counting as counter:

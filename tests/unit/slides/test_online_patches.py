@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from dinov2.data.augment.collate import Sample
 from dinov2.data.online.order import OnlineOrder
 from dinov2.data.online.positions import Geometry, Positions
 from dinov2.data.online.prepare import PatchOptions, load_plan, mpps_of
@@ -22,7 +23,7 @@ from dinov2.data.online.tissue_mask import TissueMask
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppTable
 from dinov2.data.slides.table import SlideRow, read_slide_table
-from dinov2.data.source import DecodeError, EncodedSample, Sample
+from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.stream.loader import make_train_loader
 from tests.unit.slides.conftest import damage_tile
 

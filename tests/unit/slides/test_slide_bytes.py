@@ -99,7 +99,7 @@ def test_only_what_failed_is_asked_for_again(server: Server, quick: Retries) -> 
 
 def test_lasting_faults_of_a_server_are_named(server: Server, quick: Retries) -> None:
     server.faults = ["busy"] * 4
-    with pytest.raises(RemoteError, match="could not be read in 4 tries, the last gave HTTP 503"):
+    with pytest.raises(RemoteError, match="HTTP 503"):
         read_ranges(server.url, [(0, 10)], quick)
     server.faults = ["gone"]
     with pytest.raises(OSError):

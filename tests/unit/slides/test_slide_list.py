@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
+from dinov2.data.augment.collate import Sample
 from dinov2.data.slides.sample_list import SlideListSource, locate_slide, read_sample_list
-from dinov2.data.source import DecodeError, EncodedSample, Sample
+from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.stream.loader import make_train_loader
 from dinov2.data.stream.order import SampleOrder
 from tests.unit.slides.conftest import MakeSlide, damage_tile

@@ -72,7 +72,7 @@ def test_triton_missing_where_it_was_asked_for():
     assert "not installed" in only_fault(NO_TRITON, "performance.fused_update=true")
     assert "needs a GPU" in only_fault(CPU, "performance.fused_update=true")
     assert capability_faults(config("performance.compile=true"), CPU) == []
-    without_kernels = config("performance.compile=true", "performance.compile_backend=aot_eager")
+    without_kernels = config("performance.compile=true", "debug.compile_backend=aot_eager")
     assert capability_faults(without_kernels, NO_TRITON) == []
 
 
@@ -83,7 +83,7 @@ def test_triton_missing_where_it_was_asked_for():
         (CPU, (), "bf16", (False, False), []),
         (HOPPER, (), "fp16", (True, False), ["loss scaling"]),
         (NO_TRITON, (), "bf16", (False, False), ["Triton", "Triton"]),
-        (NO_TRITON, ("performance.compile_backend=eager",), "bf16", (True, False), ["Triton"]),
+        (NO_TRITON, ("debug.compile_backend=eager",), "bf16", (True, False), ["Triton"]),
         (HOPPER, ("performance.compile=false", "performance.fused_update=false"), "bf16", (False, False), []),
         (CPU, ("performance.compile=true",), "bf16", (True, False), []),
     ],

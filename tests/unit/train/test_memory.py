@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dinov2.train.plan.activations import blocks_saved
+from dinov2.train.plan.flops import StepShape
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 import dinov2
 from dinov2.configs import Config, load_config
 from dinov2.layers.stochastic_depth import draw_orders
-from dinov2.train.plan.activations import blocks_saved
-from dinov2.train.plan.flops import StepShape
 from dinov2.train.plan.memory import check_fits, largest_batch, meta_student, predict_memory, resolve_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.helpers.runs import TINY
@@ -23,9 +23,9 @@ GIB = 2**30
 # 16-bit weights of the giant's blocks, which autograd saves where no copies are kept (a bare network keeps none).
 CASTS = 2 * 40 * (4 * 1536**2 + 3 * 1536 * 4096)
 PLAIN = (
-    "performance.inverse_gather=false",
-    "performance.factored_targets=false",
-    "performance.prune_last_block=false",
+    "debug.inverse_gather=false",
+    "debug.factored_targets=false",
+    "debug.prune_last_block=false",
 )
 BF16 = tuple(
     f"compute_precision.student.{module}.mixed_precision.param_dtype=bf16"
@@ -110,13 +110,13 @@ def test_saved_bytes_of_a_small_step(overrides, monkeypatch):
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("performance.inverse_gather=false",), ("student.ffn_layer=mlp", "student.drop_path_rate=0")],
+    [(), ("debug.inverse_gather=false",), ("student.ffn_layer=mlp", "student.drop_path_rate=0")],
     ids=["inverse", "index_add", "dense-mlp"],
 )
 def test_saved_bytes_of_compiled_blocks(overrides):
     """Inductor's partitioner chooses; a backend without code generation shares it."""
     changes = ("student.ffn_layer=swiglufused", "student.drop_path_rate=0.4", *BF16, *overrides)
-    config = load_config(None, [*TINY, "performance.prune_last_block=false", *changes])
+    config = load_config(None, [*TINY, "debug.prune_last_block=false", *changes])
     shape, student = StepShape.of(config, 32), SSLMetaArch(config).student
     block, width = student.backbone.blocks[0], student.backbone.embed_dim
     x = torch.randn(sum(b * n for b, n in shape.segments), width, requires_grad=True)

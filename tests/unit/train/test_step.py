@@ -70,13 +70,13 @@ def losses_and_gradients(*overrides: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("performance.inverse_gather=false",),
-        ("performance.factored_targets=false",),
-        ("performance.prune_last_block=false",),
+        ("debug.inverse_gather=false",),
+        ("debug.factored_targets=false",),
+        ("debug.prune_last_block=false",),
         ("performance.recompute=selective",),
         ("performance.recompute=full",),
         ("student.attention_backend=math",),
-        ("performance.packed_crops=false", "student.drop_path_rate=0"),
+        ("debug.packed_crops=false", "student.drop_path_rate=0"),
         (*OFF, "student.drop_path_rate=0", "train.centering=centering", "ibot.separate_head=false"),
     ],
     ids=lambda overrides: overrides[0].split(".")[1] if len(overrides) < 3 else "all-off",
@@ -99,7 +99,7 @@ def test_weight_copies_follow_the_weights():
     pairs = step.weight_update.copies
     assert len(pairs) == 2 * 4 * 4  # networks, blocks, linear maps
     assert all(torch.equal(weight.bfloat16(), copy) for weight, copy in pairs)
-    cast = after_two_steps(make_step(*in_precision("bf16"), "performance.weight_copies=false"))
+    cast = after_two_steps(make_step(*in_precision("bf16"), "debug.weight_copies=false"))
     for name in ("0/total_loss", "1/total_loss"):
         torch.testing.assert_close(with_copies[name], cast[name], rtol=1e-3, atol=0)
 
@@ -107,7 +107,7 @@ def test_weight_copies_follow_the_weights():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_compiled_step_equals_the_eager_one(dtype: str):
     compiled = ResolvedPerformance(compile=True, fused_update=False)
-    overrides = (*in_precision(dtype), "performance.compile_backend=aot_eager")
+    overrides = (*in_precision(dtype), "debug.compile_backend=aot_eager")
     expected, found = (after_two_steps(make_step(*overrides, performance=p)) for p in (EAGER, compiled))
     if dtype == "fp32":
         for name, value in expected.items():

@@ -120,7 +120,7 @@ def test_sidecar_replaces_the_footers(folder: Path, tmp_path: Path, monkeypatch:
     (folder / "0001.parquet").write_bytes(b"")
     fresh = ParquetSource(str(folder), sidecar)
     assert [path.name for path in sidecar.parent.iterdir()] == ["index.parquet"]
-    monkeypatch.setattr(pq, "read_metadata", None)
+    monkeypatch.setattr(parquet_index, "read_footer", None)
     monkeypatch.setattr(parquet_index, "write_sidecar", None)
     cached = ParquetSource(str(folder), sidecar)
     assert cached.fingerprint == fresh.fingerprint

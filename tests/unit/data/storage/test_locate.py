@@ -101,13 +101,13 @@ def test_what_can_only_be_local_is_not_sought_elsewhere(hub: HubServer, dataset:
             "http://127.0.0.1:1/tiles",
             "",
             OSError,
-            "could not be read in 1 try, the last gave ClientConnectorError",
+            "ClientConnectorError",
         ),
         (
             "http://127.0.0.1:1/a.parquet",
             "",
             OSError,
-            "could not be read in 1 try, the last gave ClientConnectorError",
+            "ClientConnectorError",
         ),
     ],
 )

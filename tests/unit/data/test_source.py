@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data.decode import decode_image
-from dinov2.data.source import DecodeError
+from dinov2.data.source import DecodeError, decode_image
 
 SMOOTH = np.asarray(
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((64, 48))

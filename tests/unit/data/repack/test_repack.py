@@ -1,14 +1,15 @@
-"""Repacking: same rows, smaller row groups; restarts, damage, refusals, full disks."""
+"""Repacking: same rows, smaller row groups; restarts, corruption, refusals, full disks."""
 
 import errno
-import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from dinov2.data.repack import shard as repacked_shard
 from dinov2.data.repack.__main__ import main
 from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, StoredFile
+from dinov2.utils.files import locked
 from tests.helpers.shards import encode, tile, write_dataset, write_nanopath, write_published
 
 
@@ -29,7 +31,7 @@ def run(source: Path | str, destination: Path | str, *options: str) -> int:
     return main([str(source), str(destination), "--workers", "1", *options])
 
 
-def write_giant(path: Path, rows: int = 200, **options: object) -> pa.Table:
+def write_oversized(path: Path, rows: int = 200, **options: object) -> pa.Table:
     """Write a file as the published builder does: one row group, dictionary pages, a codec."""
     rng = np.random.default_rng(rows)
     table = pa.table(
@@ -49,11 +51,11 @@ def failures(folder: Path) -> list[dict[str, str]]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".repack.lock")
 
 
-def test_a_giant_row_group_becomes_small_ones(tmp_path: Path) -> None:
-    table = write_giant(tmp_path / "in" / "a.parquet", 200, compression="snappy")
+def test_an_oversized_row_group_becomes_small_ones(tmp_path: Path) -> None:
+    table = write_oversized(tmp_path / "in" / "a.parquet", 200, compression="snappy")
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert names(tmp_path / "out") == ["a.parquet"]
     repacked = pq.read_table(tmp_path / "out" / "a.parquet")
@@ -148,7 +150,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     tables = {}
     for number in range(60):
         name = f"{number % 3}/{number:02d}.parquet"
-        tables[name] = write_giant(source / name, 700 + number)
+        tables[name] = write_oversized(source / name, 700 + number)
     command = [sys.executable, "-m", "dinov2.data.repack", str(source), str(destination), "--workers", "2"]
     environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
@@ -159,24 +161,15 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     finished = {path: path.stat().st_mtime_ns for path in destination.rglob("*.parquet")}
     assert 4 <= len(finished) < 60
-    (destination / "0" / ".00.parquet.part").write_bytes(b"left over")
+    (destination / "0" / f".00.parquet.{'0' * 32}.part").write_bytes(b"left over")
     assert run(source, destination) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     found = {str(path.relative_to(destination)) for path in destination.rglob("*") if path.is_file()}
-    assert found - {"0/.00.parquet.part"} == set(tables)
+    assert found - {".repack.lock"} == set(tables)
     assert all(pq.read_table(destination / name).equals(table) for name, table in tables.items())
 
 
-def test_a_left_over_partial_file_is_replaced(tmp_path: Path) -> None:
-    table = write_giant(tmp_path / "in" / "a.parquet")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".a.parquet.part").write_bytes(b"x" * 10_000_000)
-    assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == ["a.parquet"]
-    assert pq.read_table(tmp_path / "out" / "a.parquet").equals(table)
-
-
-def test_damaged_shards_are_listed_and_the_others_done(tmp_path: Path) -> None:
+def test_corrupt_shards_are_listed_and_the_others_done(tmp_path: Path) -> None:
     source, destination = write_dataset(tmp_path / "in", [8, 8, 8, 8]), tmp_path / "out"
     whole = {name: (source / name).read_bytes() for name in ("0000.parquet", "0001.parquet", "0002.parquet")}
     (source / "0000.parquet").write_bytes(whole["0000.parquet"][:-50])
@@ -223,7 +216,7 @@ def test_what_is_not_ours_is_not_touched(
     assert run(source, destination) == 0
     change(source, destination)
     before = {path: path.read_bytes() for path in destination.iterdir()}
-    assert run(source, destination) == 1
+    assert run(source, destination) == 2
     assert "was not made by this command" in caplog.text
     assert {path: path.read_bytes() for path in destination.iterdir()} == before
 
@@ -231,7 +224,7 @@ def test_what_is_not_ours_is_not_touched(
 def test_another_layout_does_not_mix_with_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_dataset(tmp_path / "in", [5, 6])
     assert run(source, tmp_path / "out") == 0
-    assert run(source, tmp_path / "out", "--row-group-rows", "32") == 1
+    assert run(source, tmp_path / "out", "--row-group-rows", "32") == 2
     assert "was not made by this command" in caplog.text
 
 
@@ -241,25 +234,35 @@ def test_source_and_destination_must_not_overlap(
 ) -> None:
     source = write_dataset(tmp_path / "in", [5])
     before = sorted(tmp_path.rglob("*"))
-    assert run(source, tmp_path / where) == 1
+    assert run(source, tmp_path / where) == 2
     assert "overlap" in caplog.text
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_one_file_may_be_repacked_into_a_folder_beside_it(tmp_path: Path) -> None:
-    table = write_giant(tmp_path / "a.parquet")
+    table = write_oversized(tmp_path / "a.parquet")
     assert run(tmp_path / "a.parquet", tmp_path / "out") == 0
     assert pq.read_table(tmp_path / "out" / "a.parquet").equals(table)
+
+
+def hold(path: Path, channel: Connection) -> None:
+    with locked(path):
+        channel.send("locked")
+        channel.recv()
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_dataset(tmp_path / "in", [5])
     (tmp_path / "out").mkdir()
-    other = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    assert run(source, tmp_path / "out") == 1
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=hold, args=(tmp_path / "out" / ".repack.lock", theirs))
+    other.start()
+    ours.recv()
+    assert run(source, tmp_path / "out") == 2
     assert "another repack is writing" in caplog.text
-    os.close(other)
+    ours.send("enough")
+    other.join()
     assert run(source, tmp_path / "out") == 0
 
 
@@ -272,9 +275,9 @@ def test_a_full_disk_is_said_so(
     source = write_dataset(tmp_path / "in", [5])
     with monkeypatch.context() as patch:
         patch.setattr(repacked_shard, "commit", full)
-        assert run(source, tmp_path / "out") == 1
+        assert run(source, tmp_path / "out") == 2
     assert "no room left in" in caplog.text
-    assert list((tmp_path / "out").iterdir()) == []
+    assert names(tmp_path / "out") == []
     assert run(source, tmp_path / "out") == 0
 
 
@@ -283,27 +286,27 @@ def test_what_does_not_read_back_gets_no_name(
 ) -> None:
     read_back = repacked_shard._digest_of
 
-    def flip_a_bit(job: repacked_shard.RepackJob) -> str:
-        content = bytearray(job.partial.read_bytes())
+    def flip_a_bit(partial: Path, image: str) -> str:
+        content = bytearray(partial.read_bytes())
         content[content.index(b"mark") + 5] ^= 1
-        job.partial.write_bytes(content)
-        return read_back(job)
+        partial.write_bytes(content)
+        return read_back(partial, image)
 
     write_nanopath(tmp_path / "in" / "a.parquet", [b"mark" + bytes(100)])
     monkeypatch.setattr(repacked_shard, "_digest_of", flip_a_bit)
-    assert run(tmp_path / "in", tmp_path / "out") == 1
+    assert run(tmp_path / "in", tmp_path / "out") == 2
     assert "does not read back as it was written" in caplog.text
-    assert list((tmp_path / "out").iterdir()) == []
+    assert names(tmp_path / "out") == []
 
 
-def test_rows_that_are_missing_count_as_damage(tmp_path: Path) -> None:
+def test_rows_that_are_missing_count_as_corruption(tmp_path: Path) -> None:
     path = write_published(tmp_path / "a.parquet", [b"x"] * 5)
     file = StoredFile(path.name, path.stat().st_size, "")
     job = RepackJob(
         LocalStorage(str(path)), file, "image_bytes", 9, 2, "", Layout(), tmp_path / "out" / "a.parquet"
     )
     assert repack_shard(job) == "5 rows could be read, but the footer promises 9"
-    assert list((tmp_path / "out").iterdir()) == []
+    assert names(tmp_path / "out") == []
 
 
 class Elsewhere:
@@ -323,14 +326,14 @@ class Elsewhere:
 
 
 def test_a_remote_source_is_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = write_giant(tmp_path / "in" / "sub" / "a.parquet")
+    table = write_oversized(tmp_path / "in" / "sub" / "a.parquet")
     monkeypatch.setattr(repack, "open_storage", lambda source: Elsewhere(tmp_path / "in"))
     assert run("org/name", tmp_path / "out") == 0
     assert pq.read_table(tmp_path / "out" / "sub" / "a.parquet").equals(table)
 
 
 def test_a_missing_source_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert run(tmp_path / "nothing", tmp_path / "out") == 1
+    assert run(tmp_path / "nothing", tmp_path / "out") == 2
     assert "nothing' does not exist" in caplog.text
     assert not (tmp_path / "out").exists()
 

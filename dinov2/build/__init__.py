@@ -1,0 +1,1 @@
+"""Parts of a run from its configuration: data, augmentation, networks."""

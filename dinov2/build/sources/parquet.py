@@ -1,0 +1,32 @@
+"""Tiles in Parquet shards."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from dinov2.build.sources import holds, is_url
+from dinov2.data.source import Source, SourceRequest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[^/]+(/(convert|pr)/[^/]+)?)?")
+_OTHERS = re.compile(r"\.(tar|tgz|tar\.gz|zip|txt|csv|json|jpe?g|png|svs|ndpi|mrxs|tiff?)$", re.IGNORECASE)
+
+
+class ParquetShards:
+    """Shards with a column of encoded images and one of slides."""
+
+    accepts = "Parquet shards (a folder, glob, file or URL of them, or a hub dataset as org/name)"
+
+    def recognises(self, path: str) -> bool:
+        """Whether there are shards, or a hub id or URL that does not name files of another kind."""
+        if is_url(path):
+            return not _OTHERS.search(path.rstrip("/"))
+        if os.path.exists(os.path.expanduser(path.removeprefix("file://"))) or path.startswith("file://"):
+            return holds(path, lambda name: name.endswith(".parquet"))
+        return bool(_HUB_ID.fullmatch(path)) or path.endswith(".parquet")
+
+    def open(self, request: SourceRequest) -> Source:
+        """Index the shards, or read the index that the run's folder keeps."""
+        from dinov2.data.parquet.source import ParquetSource
+
+        return ParquetSource(request.path, request.cache, request.revision, request.config.data.retries)

@@ -1,0 +1,67 @@
+"""Patches cut from slides at random positions while training, as section ``online`` says."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from pathlib import Path
+
+from dinov2.build.sources import first_line, holds
+from dinov2.data.source import Source, SourceRequest
+
+
+class Slides:
+    """Whole-slide images; what is drawn from them has no end, unless ``online.max_patches`` says how many."""
+
+    accepts = (
+        "slides (a folder of them, a text file of their paths, or a CSV with a column 'path' or 'slide')"
+    )
+
+    def recognises(self, path: str) -> bool:
+        """Whether there are slides, or a list of them."""
+        from dinov2.data.slides.find import SLIDE_SUFFIXES
+
+        def is_slide(name: str) -> bool:
+            return os.path.splitext(name.lower())[1] in SLIDE_SUFFIXES
+
+        if holds(path, is_slide):
+            return True
+        line = first_line(path)
+        if path.lower().endswith(".csv"):
+            return not {"path", "slide"}.isdisjoint(next(csv.reader([line], skipinitialspace=True), []))
+        return is_slide(line)
+
+    def open(self, request: SourceRequest) -> Source:
+        """Make the slides ready, which takes a while at the first start and nothing later."""
+        from dinov2.data.online.prepare import PatchOptions, mpps_of
+        from dinov2.data.online.random import OnlinePatchSource
+        from dinov2.data.slides.resolution import read_mpp_table
+        from dinov2.data.slides.table import read_slide_table
+
+        online, data = request.config.online, request.config.data
+        if online.cache_dir:
+            cache = Path(online.cache_dir)
+        else:
+            cache = (
+                request.cache.with_name("slide_cache") if request.cache else Path(tempfile.mkdtemp("path-fm"))
+            )
+        mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
+        weights = online.mpp_weights or (1.0,) * len(mpps)
+        table = read_mpp_table(data.mpp_file) if data.mpp_file else None
+        rows = read_slide_table(request.path, online.weight_column, mpp_table=table)
+        kept = [row for row in rows if request.keep(row.path)]
+        if not kept:
+            raise ValueError(
+                f"Of the {len(rows)} slides of '{request.path}' all are excluded or kept for validation; at least 1 "
+                "must be left to train on."
+            )
+        return OnlinePatchSource(
+            kept,
+            cache,
+            options=PatchOptions(mpps, weights, data.tile_size, online.min_foreground),
+            seed=request.config.train.seed,
+            slide_share=online.slide_fraction,
+            max_patches=online.max_patches,
+            workers=os.cpu_count() or 1,
+        )

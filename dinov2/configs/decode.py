@@ -1,0 +1,185 @@
+"""From plain values to the frozen dataclasses of the schema; every fault is collected, and none ends the decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dinov2.configs.fields import Key, accepted, key_of, shortened
+from dinov2.configs.older_keys import OLDER_KEYS
+
+
+class Decoder:
+    """Decodes sections; a value that cannot be used is named, and its default stands in.
+
+    Args:
+        spelled: spelling by the user of keys that are named otherwise today.
+
+    Attributes:
+        faults: one sentence per fault.
+        faulty: paths of the keys whose value is not the user's.
+    """
+
+    def __init__(self, spelled: Mapping[str, str]) -> None:
+        self.faults: list[str] = []
+        self.faulty: set[str] = set()
+        self._spelled = spelled
+
+    def section(self, section: type, user: Any, path: str = "") -> Any:
+        """Build a dataclass of keys from user values over its defaults."""
+        hints = get_type_hints(section)
+        if user is None:  # `section:` with nothing under it
+            user = {}
+        if not isinstance(user, Mapping):
+            self._fault(
+                path, f"{path} = {shortened(user)} is not a section; it holds the keys {', '.join(hints)}."
+            )
+            user = {}
+        for name in user:
+            if name not in hints:
+                self._unknown(path, str(name), list(hints))
+        values = {}
+        for field in dataclasses.fields(section):
+            child = f"{path}.{field.name}" if path else field.name
+            if field.name in user or dataclasses.is_dataclass(hints[field.name]):
+                value = self._value(hints[field.name], field, user.get(field.name), child)
+                if value is not _FAULTY:
+                    values[field.name] = value
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                self._fault(
+                    child, f"{child} is missing; expected {accepted(hints[field.name], key_of(field))}."
+                )
+        try:
+            return section(**values)
+        except TypeError:  # a key without a default, which has been named
+            return None
+        except ValueError as error:  # the options of a part have a rule of their own
+            self._fault(path, f"{path} cannot be used: {str(error).rstrip('.')}.")
+            return None
+
+    def _value(self, hint: Any, field: dataclasses.Field[Any], value: Any, path: str) -> Any:
+        key = key_of(field)
+        if dataclasses.is_dataclass(hint):
+            return self.section(hint, value, path)
+        if get_origin(hint) is Mapping and isinstance(value, Mapping | None):
+            return self._parts(value or {}, key, path)
+        entry = next(iter(get_args(hint)), None)
+        if dataclasses.is_dataclass(entry) and isinstance(value, (list, tuple)):
+            return tuple(self.section(entry, item, f"{path}[{number}]") for number, item in enumerate(value))
+        try:
+            converted = _convert(hint, value)
+            problem = "" if key.accepts(converted) else "out of range" if not key.registry else "unknown"
+        except (TypeError, ValueError, OverflowError):
+            problem = "not valid"
+        if not problem:
+            return converted
+        below = (
+            f", so {path}.{next(iter(value))} cannot be set" if isinstance(value, Mapping) and value else ""
+        )
+        named = f"{path} (given as {self._spelled[path]})" if path in self._spelled else path
+        problem = "not a section" if below else problem
+        self._fault(
+            path, f"{named} = {shortened(value)} is {problem}{below}; expected {accepted(hint, key)}."
+        )
+        return _FAULTY
+
+    def _parts(self, user: Mapping[str, Any], key: Key, path: str) -> dict[str, Any]:
+        """Decode the options of registered parts by name."""
+        if not key.registry:
+            return dict(user)
+        decoded = {}
+        for name, values in user.items():
+            child = f"{path}.{name}"
+            if problem := key.parts.problem(str(name)):
+                self._fault(child, f"Unknown config key {child}; {problem[0].lower()}{problem[1:]}")
+                continue
+            try:
+                options = getattr(key.parts[name], "Options", _NoOptions)
+            except (ImportError, AttributeError) as error:
+                self._fault(child, f"{child} cannot be used: {error}.")
+                continue
+            decoded[name] = self.section(options, values, child)
+        return decoded
+
+    def _unknown(self, path: str, name: str, known: list[str]) -> None:
+        prefix = f"{path}." if path else ""
+        older = [key[len(prefix) :] for key in OLDER_KEYS if prefix and key.startswith(prefix)]
+        near = difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.5)
+        if near:
+            hint = f"did you mean {prefix}{near[0]}?"
+            meant = OLDER_KEYS.get(f"{prefix}{near[0]}")
+            self.faulty.add(meant.new if meant else f"{prefix}{near[0]}")
+        else:
+            hint = f"known keys: {', '.join(known)}." if known else "there are no keys here."
+        name = name if len(name) <= 80 else f"{name[:80]}..."
+        self._fault(f"{prefix}{name}", f"Unknown config key {prefix}{name}; {hint}")
+
+    def _fault(self, path: str, sentence: str) -> None:
+        self.faulty.add(path)
+        self.faults.append(sentence)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoOptions:
+    """Of a part that takes none."""
+
+
+_FAULTY = object()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as the dicts and lists that YAML and JSON know."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def keys_of(value: Any, path: str = "") -> Iterator[tuple[str, Any, Key, Any]]:
+    """Path, type, key and value of every key of a section and those below it, registered parts included."""
+    hints = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        child, item = f"{path}.{field.name}" if path else field.name, getattr(value, field.name)
+        if not dataclasses.is_dataclass(item):
+            yield child, hints[field.name], key_of(field), item
+        below = item.items() if isinstance(item, Mapping) else [("", item)]
+        for name, section in below:
+            if dataclasses.is_dataclass(section):
+                yield from keys_of(section, f"{child}.{name}" if name else child)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Return ``value`` as the hinted type, without lossy coercion; raise TypeError or ValueError otherwise."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if not any(value == arg and type(value) is type(arg) for arg in args):  # 1 is not true
+            raise ValueError
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert(args[1] if isinstance(value, str) or value is None else args[0], value)
+    if hint is types.NoneType:
+        if value is not None:
+            raise TypeError
+        return None
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        if args[-1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(value) != len(args):
+            raise TypeError
+        return tuple(_convert(item_hint, item) for item_hint, item in zip(args, value, strict=True))
+    if hint is str and value is None:  # `key:` with nothing after it
+        return ""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise TypeError
+    if hint is float and not math.isfinite(value):
+        raise ValueError
+    return value

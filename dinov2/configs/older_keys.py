@@ -1,0 +1,204 @@
+"""Keys of Meta's, OpenMidnight's and older Path-FM files, and what has taken their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dinov2.configs.fields import shortened
+
+MODULES = tuple((n, m) for n in ("teacher", "student") for m in ("backbone", "dino_head", "ibot_head"))
+
+
+@dataclass(frozen=True)
+class OlderKey:
+    """What became of a key.
+
+    Attributes:
+        new: key that has taken its place.
+        ignored: why it decides nothing, where it is accepted without effect.
+        only: of a key without effect the values that are still accepted; empty accepts any.
+    """
+
+    new: str = ""
+    ignored: str = ""
+    only: tuple[Any, ...] = ()
+
+
+OLDER_KEYS = {
+    # Of these five, the two switches choose which path is the data; see `OlderKeys._choose_data`.
+    "train.streaming_from_hf": OlderKey("data.kind"),
+    "train.online_patching": OlderKey("data.kind"),
+    "train.streaming_dataset_path": OlderKey("data.path"),
+    "train.sample_list_path": OlderKey("data.path"),
+    "online.slides": OlderKey("data.path"),
+    "train.streaming_dataset_revision": OlderKey("data.revision"),
+    "train.datasets": OlderKey("data.datasets"),
+    "train.exclusion_file": OlderKey("data.exclusion_file"),
+    "train.validation_share": OlderKey("data.validation_fraction"),
+    "train.tile_size": OlderKey("data.tile_size"),
+    "train.slide_mpp_file": OlderKey("data.mpp_file"),
+    "train.slide_root": OlderKey("data.slide_root"),
+    "train.sample_list_columns": OlderKey("data.sample_list_columns"),
+    "train.stream_lanes": OlderKey("data.lanes"),
+    "train.stream_block_rows": OlderKey("data.block_rows"),
+    "train.stream_memory_gib": OlderKey("data.memory_gib"),
+    "train.stream_attempts": OlderKey("data.retries"),
+    "train.max_damaged_share": OlderKey("data.max_corrupt_fraction"),
+    "online.slide_share": OlderKey("online.slide_fraction"),
+    "performance.packed_crops": OlderKey("debug.packed_crops"),
+    "performance.inverse_gather": OlderKey("debug.inverse_gather"),
+    "performance.factored_targets": OlderKey("debug.factored_targets"),
+    "performance.prune_last_block": OlderKey("debug.prune_last_block"),
+    "performance.weight_copies": OlderKey("debug.weight_copies"),
+    "performance.compile_backend": OlderKey("debug.compile_backend"),
+    "dino.do_kde": OlderKey(ignored="dino.kde_loss_weight > 0 decides"),
+    "dino.do_koleo": OlderKey(ignored="dino.koleo_loss_weight > 0 decides"),
+    "train.saveckp_freq": OlderKey(ignored="train.checkpoint_period_iterations decides"),
+    "train.cache_dataset": OlderKey(ignored="the index of shards is always kept in the run's folder"),
+    "train.dataset_path": OlderKey(ignored="data.path names the data"),
+    "train.augmentation_device": OlderKey(ignored="the decode workers render the views", only=("cpu",)),
+    "augmentation.backend": OlderKey(ignored="there is one backend", only=("fast",)),
+    "optim.lr": OlderKey(ignored="the learning rate is optim.base_lr under optim.scaling_rule"),
+    "student.block_chunks": OlderKey(ignored="blocks are never chunked; weights saved in chunks still load"),
+    "compute_precision.*.*.mixed_precision.buffer_dtype": OlderKey(ignored="the networks have no buffers"),
+    "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
+        ignored="the teacher has no gradients to reduce"
+    ),
+}
+"""Every older key; ``*`` stands for any part of a path."""
+
+_SWITCHES = ("train.streaming_from_hf", "train.online_patching")
+
+
+class OlderKeys:
+    """Translates the layers of a configuration, in the order in which they are merged.
+
+    Attributes:
+        faults: one sentence per key that cannot be translated.
+        notices: one sentence per key that was given and has no effect.
+        spelled: the spelling of each key that was given by an older one.
+    """
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.notices: list[str] = []
+        self.spelled: dict[str, str] = {}
+        self._data: dict[str, Any] = {}  # switches and paths of all layers so far
+        self._chosen = False  # whether data.path and data.kind come from them
+
+    def translate(self, layer: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer in today's keys, in which ``precision`` is written out for every module.
+
+        Args:
+            layer: nested mapping of user values; left as it is.
+        """
+        layer = _copied(layer)
+        given: dict[str, Any] = {}
+        for pattern, entry in OLDER_KEYS.items():
+            for old, parent, name in list(_matches(layer, pattern.split("."))):
+                value = parent.pop(name)
+                if entry.ignored:
+                    self._ignore(old, value, entry)
+                elif entry.new in ("data.kind", "data.path"):
+                    given[old] = value
+                elif not _put(layer, entry.new, value):
+                    self.faults.append(f"{old} and {entry.new} are the same key; give one of the two.")
+                else:
+                    self.spelled[entry.new] = old
+        if given:
+            self._choose_data(layer, given)
+        elif (
+            isinstance(data := layer.get("data"), dict)
+            and {"path", "datasets"} & data.keys()
+            and self._chosen
+        ):
+            data.setdefault("kind", "auto")
+            self._chosen = False
+        _expand_precision(layer)
+        return layer
+
+    def _ignore(self, old: str, value: Any, entry: OlderKey) -> None:
+        if entry.only and value not in entry.only:
+            accepted = " or ".join(map(str, entry.only))
+            self.faults.append(
+                f"{old} = {shortened(value)} is not available: {entry.ignored}; {accepted} is accepted."
+            )
+        else:
+            self.notices.append(f"Config key {old} has no effect: {entry.ignored}.")
+
+    def _choose_data(self, layer: dict[str, Any], given: dict[str, Any]) -> None:
+        """Set data.kind and data.path as the switches say, from the older keys of this layer and those before."""
+        for switch in _SWITCHES:
+            if not isinstance(given.get(switch, True), bool):
+                value = given.pop(switch)
+                self.faults.append(f"{switch} = {shortened(value)} is not valid; expected true or false.")
+        self._data |= given
+        if self._data.get("train.online_patching", False):
+            kind, old = "slides", "online.slides"
+        elif self._data.get("train.streaming_from_hf", True):
+            kind, old = "parquet", "train.streaming_dataset_path"
+        else:
+            kind, old = "sample_list", "train.sample_list_path"
+        if not given.keys() & {*_SWITCHES, old}:
+            return
+        if old in self._data or self._chosen:  # the path of another kind is not this one's
+            if old in given and not _put(layer, "data.path", given[old]):
+                self.faults.append(f"{old} and data.path are the same key; give one of the two.")
+            _put(layer, "data.path", self._data.get(old, ""))
+        _put(layer, "data.kind", kind)
+        self.spelled["data.path"], self._chosen = old, True
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value, the upper one's counts."""
+    merged = dict(lower)
+    for name, value in upper.items():
+        below = merged.get(name)
+        merged[name] = (
+            merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged
+
+
+def _copied(section: Any) -> Any:
+    """Nested mappings anew, each by itself: of YAML's aliases several are one object."""
+    return (
+        {name: _copied(value) for name, value in section.items()} if isinstance(section, Mapping) else section
+    )
+
+
+def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Paths that fit a pattern, each with the mapping that holds its last name."""
+    if not isinstance(layer, dict):
+        return
+    for name in layer if pattern[0] == "*" else pattern[:1]:
+        here = f"{path}.{name}" if path else name
+        if name in layer and len(pattern) == 1:
+            yield here, layer, name
+        elif name in layer:
+            yield from _matches(layer[name], pattern[1:], here)
+
+
+def _put(layer: MutableMapping[str, Any], path: str, value: Any) -> bool:
+    """Set a nested key, unless it or a section above it has a value; returns whether it was set."""
+    *sections, name = path.split(".")
+    for section in sections:
+        below = layer.get(section)
+        if below is None:
+            below = layer[section] = {}
+        if not isinstance(below, dict):
+            return False
+        layer = below
+    if name in layer:
+        return False
+    layer[name] = value
+    return True
+
+
+def _expand_precision(layer: dict[str, Any]) -> None:
+    if layer.get("precision") not in ("bf16", "fp16", "fp32"):
+        return
+    for network, module in MODULES:
+        _put(layer, f"compute_precision.{network}.{module}.mixed_precision.param_dtype", layer["precision"])

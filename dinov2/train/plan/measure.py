@@ -1,0 +1,346 @@
+"""FLOPs and bytes of one training step, measured on tensors without values: any backbone, any loss.
+
+The step of a configuration runs once, forward and backward, under `FakeTensorMode` on the CPU, where nothing is
+computed or allocated, and every operation reports its shapes. Blocks of equal shape cost the same, so that one of
+each kind runs and the others pass their input on; the cost of a kind is measured beside the step, by a second run of
+the block on the input that it has there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from dinov2.configs import Config
+from dinov2.data.augment.masking import StratifiedMasks
+from dinov2.distributed import single_process
+from dinov2.layers.linear import keep_weight_copies
+from dinov2.layers.recompute import compiled_and_recomputed
+from dinov2.models.build import build_model_from_cfg
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.dtypes import DTYPES
+
+_ATEN = torch.ops.aten
+_TEACHER_TEMP = 0.07  # no cost depends on it
+# Inductor's choice of what a graph keeps for its backward, without its code generation.
+_PARTITIONER = "aot_eager_decomp_partition"
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Floating-point operations of one step on one process; a matmul of (n, a) by (a, b) counts 2nab.
+
+    Attributes:
+        model: what the method asks for, the figure for model FLOPs utilisation. The switches that change what is
+            executed are plain: ``prune_last_block`` and ``recompute`` are off, and attention keeps its scores
+            (backend ``math``), so that training is three forward passes of the samples that stochastic depth keeps.
+        hardware: what is executed: attention's backward recomputes its scores (2.5 forward passes in place of 2),
+            the last block is pruned and the forward repeated where the configuration says so.
+        dense: `model` without stochastic depth, for comparison with code that computes every sample.
+    """
+
+    model: int
+    hardware: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step or a block costs.
+
+    Attributes:
+        flops: of forward and backward.
+        saved: bytes that the forward leaves for the backward.
+        peak: bytes allocated at most, gradients included; weights, their low-precision copies and the batch are not.
+    """
+
+    flops: int = 0
+    saved: int = 0
+    peak: int = 0
+
+
+class StepCosts:
+    """Costs of a configuration's training step; each is measured when first asked for.
+
+    Args:
+        config: validated configuration.
+        compiled: blocks run through torch.compile: what they save is then what Inductor's min-cut partitioner
+            keeps in this version of PyTorch. Heads and losses are measured in eager mode.
+    """
+
+    def __init__(self, config: Config, compiled: bool = False):
+        self.config, self.compiled = config, compiled
+        self._steps: dict[int, tuple[Cost, Cost]] = {}
+
+    @cached_property
+    def student(self) -> nn.ModuleDict:
+        """The student without its weights, frozen parts marked."""
+        return self._arch.student
+
+    def flops(self, images: int) -> StepFlops:
+        """Count a step on ``images`` images, an even number."""
+        whole, blocks = self._step(images)
+        rest = whole.flops - blocks.flops
+        performance = dataclasses.replace(self.config.performance, prune_last_block=False, recompute="none")
+        plain = dataclasses.replace(
+            self.config,
+            performance=performance,
+            student=dataclasses.replace(self.config.student, attention_backend="math"),
+        )
+        dense = dataclasses.replace(plain, student=dataclasses.replace(plain.student, drop_path_rate=0.0))
+        return StepFlops(
+            rest + self._plain_blocks(plain, images), whole.flops, rest + self._plain_blocks(dense, images)
+        )
+
+    def activations(self, images: int) -> Cost:
+        """Measure `Cost.saved` and `Cost.peak` of a step on ``images`` images."""
+        return self._step(images)[0]
+
+    @cached_property
+    def _mode(self) -> FakeTensorMode:
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+    @cached_property
+    def _arch(self) -> SSLMetaArch:
+        """The networks as training computes them, on tensors without values.
+
+        The attention backend is PyTorch's choice, whose kernel on a CPU saves what a fused one on a GPU does.
+        """
+        student = dataclasses.replace(self.config.student, attention_backend="sdpa")
+        with torch.device("meta"):
+            arch = SSLMetaArch(dataclasses.replace(self.config, student=student)).train()
+        arch.freeze_all_but_last_blocks(self.config.train.unfreeze_last_n_blocks)
+        with self._mode:
+            arch.to_empty(device="cpu")
+            for role in ("student", "teacher"):
+                precision = getattr(self.config.compute_precision, role).backbone.mixed_precision
+                if precision.param_dtype != "fp32":
+                    keep_weight_copies(getattr(arch, role).backbone, DTYPES[precision.param_dtype])
+            for block in arch.student.backbone.blocks:
+                block.forward = compiled_and_recomputed(
+                    block.forward, self.config.performance.recompute, _partitioned if self.compiled else None
+                )
+        return arch
+
+    def _step(self, images: int) -> tuple[Cost, Cost]:
+        """Cost of the whole step, and of all its blocks."""
+        if images not in self._steps:
+            arch = self._arch
+            limit = 8 + 2 * len(arch.student.backbone.blocks)
+            with single_process(), self._mode, torch._dynamo.config.patch(recompile_limit=limit):
+                self._steps[images] = self._measure(arch, fake_batch(self.config, images))
+            if self.compiled:
+                torch.compiler.reset()  # graphs of tensors without values are of no further use
+        return self._steps[images]
+
+    def _measure(self, arch: SSLMetaArch, batch: dict[str, Any]) -> tuple[Cost, Cost]:
+        backbones = arch.student.backbone, arch.teacher.backbone
+        with _Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
+            loss = arch.compute_losses(batch, _TEACHER_TEMP)["total_loss"]
+            saved = meter.live
+            loss.backward()
+        arch.zero_grad(set_to_none=True)
+        more = _total((count - 1, cost) for count, cost in costs)
+        # Whenever the peak is, the student's blocks hold what they saved: it begins to go with the last one.
+        whole = Cost(meter.flops + more.flops, saved + more.saved, meter.peak + more.saved)
+        return whole, _total(costs)
+
+    def _plain_blocks(self, config: Config, images: int) -> int:
+        """FLOPs of all blocks of a step; other parts of it do not depend on the switches."""
+        with torch.device("meta"):
+            student, teacher, _ = build_model_from_cfg(config)
+        for ours, plain in zip(self.student.backbone.parameters(), student.parameters(), strict=True):
+            plain.requires_grad_(ours.requires_grad)
+        with self._mode:
+            networks = [network.to_empty(device="cpu") for network in (student.train(), teacher.eval())]
+            batch = fake_batch(config, images)
+            crops = [batch[name] for name in ("global_crops", "local_crops") if len(batch[name])]
+            with _Meter((networks, batch)) as meter, one_of_each_kind(meter, student, teacher) as costs:
+                student(crops, masks=[batch["masks"], None][: len(crops)], is_training=True)
+                with torch.no_grad():
+                    teacher(crops[:1], masks=[None], is_training=True)
+        return _total(costs).flops
+
+
+def fake_batch(config: Config, images: int) -> dict[str, Any]:
+    """A batch of the shapes that a configuration gives ``images`` images; see `MultiCropCollate`."""
+    crops, ibot = config.crops, config.ibot
+    side = crops.global_crops_size // config.student.patch_size
+    bound = StratifiedMasks(0, (side, side), ibot.mask_sample_probability, ibot.mask_ratio_min_max)
+    masked = images // 2 * bound.max_masked
+
+    def views(number: int, size: int) -> Tensor:
+        return torch.empty(number * images, 3, size, size)
+
+    return {
+        "global_crops": views(2, crops.global_crops_size),
+        "local_crops": views(crops.local_crops_number, crops.local_crops_size),
+        "masks": torch.zeros(2 * images, side**2, dtype=torch.bool),
+        "mask_indices": torch.zeros(masked, dtype=torch.int64),
+        "mask_weight": torch.zeros(masked),
+        "n_masked": torch.zeros((), dtype=torch.int64),
+        "indices": torch.zeros(images, dtype=torch.int64),
+        "slides": ["slide"] * images,
+        "slide_ids": torch.zeros(images, dtype=torch.int64),
+    }
+
+
+@contextlib.contextmanager
+def one_of_each_kind(
+    meter: _Meter, student: nn.Module, teacher: nn.Module
+) -> Iterator[list[tuple[int, Cost]]]:
+    """While open, only one block of each kind runs, and the last one; the others return their first argument.
+
+    Of a backbone without ``blocks`` everything runs.
+
+    Args:
+        meter: sees every operation.
+        student: backbone; its blocks tell the kinds, by class, parameters and rate of stochastic depth.
+        teacher: backbone with as many blocks.
+
+    Yields:
+        For each block that ran, of either network, the number of those like it and what one costs.
+    """
+    costs: list[tuple[int, Cost]] = []
+    blocks = list(getattr(student, "blocks", ()))
+    # The last of its kind, so that gradients go through its input where they do in most.
+    runs = {_kind(block): i for i, block in enumerate(blocks[:-1])}
+    kinds = [_kind(block) for block in blocks[:-1]]
+    counts = {i: kinds.count(kind) for kind, i in runs.items()} | {len(blocks) - 1: 1}
+    with contextlib.ExitStack() as undo:
+        for network in (student, teacher):
+            for i, block in enumerate(getattr(network, "blocks", ())):
+                if i in counts:
+
+                    def measure(
+                        block: nn.Module, args: Any, kwargs: Any, _: Any, count: int = counts[i]
+                    ) -> None:
+                        costs.append((count, meter.alone(block, args, kwargs)))
+
+                    undo.callback(block.register_forward_hook(measure, with_kwargs=True).remove)
+                else:
+                    undo.callback(setattr, block, "forward", block.forward)
+                    block.forward = _passing_on(block)
+        yield costs
+
+
+class _Meter(TorchDispatchMode):
+    """Counts FLOPs of the operations under it, and bytes of the storages that they allocate and free.
+
+    Args:
+        known: modules and tensors that exist already, in any nesting of modules, lists and dicts.
+    """
+
+    def __init__(self, known: Any):
+        super().__init__()
+        self.flops = self.live = self.peak = 0
+        self._storages: set[int] = set()
+        for entry in tree_leaves(known):
+            tensors = [*entry.parameters(), *entry.buffers()] if isinstance(entry, nn.Module) else [entry]
+            self._storages |= {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Leave torch.compile on."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = _ATTENTION.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+        if formula:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._allocate(tensor.untyped_storage())
+        return out
+
+    def alone(self, block: nn.Module, args: Any, kwargs: Any) -> Cost:
+        """Run a block on these arguments once more, forward and backward, and return what that takes."""
+        flops, live, peak = self.flops, self.live, self.peak
+        # A copy of the input, so that it counts where the block saves it, and no leaf, which the graph would hold.
+        inputs = tree_map_only(Tensor, _copy, (args, kwargs))
+        out = block.forward(*inputs[0], **inputs[1])
+        is_trained, scalar = out.requires_grad, out.sum()
+        del inputs, out
+        saved = self.live - live if is_trained else 0
+        if is_trained:
+            scalar.backward()
+            block.zero_grad(set_to_none=True)
+        cost = Cost(self.flops - flops, saved)
+        self.flops, self.peak = flops, peak
+        return cost
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.live -= size
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores and their product with the values; (B, H, N, d)."""
+    return 2 * query.numel() * key.shape[2] + 2 * math.prod(query.shape[:3]) * value.shape[2] * value.shape[3]
+
+
+def _attention_backward(grad: Tensor, *qkv: Any, **kwargs: Any) -> int:
+    """Scores again, and two products for each of them."""
+    return _attention(*qkv) * 5 // 2
+
+
+# The kernel of the CPU, which older versions of PyTorch do not count.
+_ATTENTION: dict[Any, Callable[..., int]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def _copy(argument: Tensor) -> Tensor:
+    if not argument.is_floating_point():
+        return argument
+    return argument.detach().requires_grad_(argument.requires_grad).clone()
+
+
+def _partitioned(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=_PARTITIONER, fullgraph=True, dynamic=False)
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    parameters = tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
+    return type(block), getattr(block, "drop_path_rate", 0.0), parameters
+
+
+def _passing_on(block: nn.Module) -> Callable[..., Tensor]:
+    """What stands for a block that does not run."""
+    is_trained = any(p.requires_grad for p in block.parameters())
+
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        if is_trained and torch.is_grad_enabled() and not x.requires_grad:
+            return x.detach().requires_grad_()  # the first trained block above frozen ones
+        return x
+
+    return forward
+
+
+def _total(costs: Sequence[tuple[int, Cost]] | Iterator[tuple[int, Cost]]) -> Cost:
+    costs = list(costs)
+    return Cost(sum(n * cost.flops for n, cost in costs), sum(n * cost.saved for n, cost in costs))
