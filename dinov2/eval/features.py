@@ -45,8 +45,7 @@ class Embedding:
         pooling: ``cls``, the class token (D), or ``cls_mean``, followed by the mean of the patch tokens (2 D).
         size: side in pixels to which the largest centred square of each tile is resized, bicubic.
         batch_size: tiles per forward pass and process.
-        mean: per channel, as in training.
-        std: per channel, as in training.
+        mean, std: per channel, as in training.
         autocast: dtype of autocast, or None for the weights' own.
         show_progress: draw a progress bar on rank 0.
 
@@ -73,15 +72,9 @@ class Embedding:
 def embed_tiles(
     backbone: Backbone, tiles: Sequence[np.ndarray], how: Embedding, device: torch.device | None = None
 ) -> Tensor:
-    """Embed tiles at the sizes that they have, float32 (N, D) or (N, 2 D) on the device, N > 0.
+    """Embed uint8 (H, W, 3) tiles at the sizes that they have, float32 (N, D) or (N, 2 D) on the device, N > 0.
 
     Tiles of one shape go through the network together; ``size`` and ``batch_size`` are the caller's business.
-
-    Args:
-        backbone: in evaluation mode.
-        tiles: uint8 (H, W, 3) RGB.
-        how: pooling, colours and precision.
-        device: of the backbone; None takes that of its parameters.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for place, tile in enumerate(tiles):
@@ -123,18 +116,15 @@ def embed_images(
     Args:
         model: from `dinov2.hub.load_teacher`.
         images: uint8 (H, W, 3) RGB arrays, or a Parquet dataset, read whole.
-        size: side in pixels to which the largest centred square of each image is resized.
-        batch_size: images per forward pass.
-        mean: per channel, as in training.
-        std: per channel, as in training.
+        size, batch_size, mean, std: see `Embedding`.
 
     Raises:
         FileNotFoundError, ValueError: if there are no images, or the dataset is of another format.
     """
-    how = Embedding("cls", size, batch_size, mean, std)
+    how, features = Embedding("cls", size, batch_size, mean, std), []
     if isinstance(images, (str, Path)):
         images = read_tiles(ParquetSource(str(images)))
-    squares, features = (centred_square(image, size) for image in images), []
+    squares = (centred_square(image, size) for image in images)
     while batch := list(islice(squares, batch_size)):
         features.append(embed_tiles(model, batch, how).cpu())
     if not features:

@@ -145,11 +145,9 @@ def _with_rows(
     present = set(image_names(root))
     absent = [name for name in names if name not in present]
     if absent:
-        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        raise ValueError(f"Labels '{source}' name {absent[0]!r}{more}, which is not in '{root}'.")
+        raise ValueError(f"Labels '{source}' name {_first_of(absent)}, which is not in '{root}'.")
     if unlabelled := sorted(present - set(names)):
-        more = f" (and {len(unlabelled) - 1} more)" if len(unlabelled) > 1 else ""
-        raise ValueError(f"Tile {unlabelled[0]!r}{more} of '{root}' has no label in '{source}'.")
+        raise ValueError(f"Tile {_first_of(unlabelled)} of '{root}' has no label in '{source}'.")
     values = {
         column: [rows[name].get(column) or "" for name in names] for column in ("slide", "patient", "split")
     }
@@ -162,14 +160,17 @@ def _of_slides(
 ) -> LabelledTiles:
     """Labels by slide; the paths tell patients."""
     if unlabelled := sorted(set(slides) - set(rows)):
-        more = f" (and {len(unlabelled) - 1} more)" if len(unlabelled) > 1 else ""
-        raise ValueError(f"Slide {unlabelled[0]!r}{more}, which has tiles, is not in '{source}'.")
+        raise ValueError(f"Slide {_first_of(unlabelled)}, which has tiles, is not in '{source}'.")
     if without := sorted(set(rows) - set(slides)):
         logger.warning("%d slides of '%s' have no tiles, %r for one.", len(without), source, without[0])
     values = {column: [rows[slide].get(column) or "" for slide in slides] for column in ("patient", "split")}
     labels = [rows[slide]["label"] for slide in slides]
     patients = values["patient"] if any(values["patient"]) else _patients(paths)
     return _build(images, labels, slides, patients or (), values["split"], per_slide=True)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _build(

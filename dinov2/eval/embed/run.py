@@ -54,8 +54,8 @@ class Output:
             about: further notes for the description.
 
         Raises:
-            FileExistsError: the folder is of another run, holds other files, or is in use.
-            OSError: it cannot be written.
+            FileExistsError: if the folder is of another run, holds other files, or is in use.
+            OSError: if it cannot be written.
         """
         description = self.folder / DESCRIPTION
         try:
@@ -113,8 +113,8 @@ def embed_parts(
         show_progress: draw a bar, where there is a terminal.
 
     Raises:
-        ValueError: a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
-        OSError: a shard cannot be read, or a file not written.
+        ValueError: if a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
+        OSError: if a shard cannot be read, or a file not written.
     """
     counts = Counts(unreadable=[] if skip_damaged else None)
     pieces = read_ahead(

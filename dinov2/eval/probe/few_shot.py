@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,46 +34,42 @@ class FewShot(Probe):
         least = min(count.min() for count in counts)
         if beyond := [shots for shots in self.options.shots if shots > least]:
             logger.warning("Few-shot with %s tiles per class is left out: a class has %d.", beyond, least)
-        results = []
-        for shots in self.options.shots:
+        seed, draws = task.probing.seed, self.options.draws
+        return [
+            result
+            for shots in self.options.shots
+            if shots <= least
+            # The nearest of few centroids ranks tiles poorly, and a hundred draws would take long.
+            for result in task.classify(
+                f"few_shot{shots}",
+                partial(few_shot_scores, shots=shots, draws=draws, seed=seed),
+                with_auroc=False,
+            )
+        ]
 
-            def scores(fold: Fold, shots: int = shots) -> Tensor:
-                draws, seed = self.options.draws, task.probing.seed + fold.number
-                return few_shot_scores(*fold.train, fold.test, fold.classes, shots, draws, seed)
 
-            if shots <= least:
-                # The nearest of few centroids ranks tiles poorly, and a hundred draws would take long.
-                results += task.classify(f"few_shot{shots}", scores, with_auroc=False)
-        return results
-
-
-def few_shot_scores(
-    train: Tensor, labels: Tensor, test: Tensor, classes: int, shots: int, draws: int = 100, seed: int = 0
-) -> Tensor:
+def few_shot_scores(fold: Fold, shots: int, draws: int = 100, seed: int = 0) -> Tensor:
     """Nearness of test rows to class centroids of a few drawn training rows, float32 (draws, M, C).
 
     SimpleShot (Wang et al. 2019, arXiv:1911.04623): the mean of all training rows, without their labels, is
     subtracted, and rows are scaled to length 1. ``score(c) = -|x - mean of the shots of c|^2``.
 
     Args:
-        train: features (N, D).
-        labels: class numbers, int64 (N,).
-        test: features (M, D), on the same device.
-        classes: C, each with at least `shots` training rows.
+        fold: each class has at least `shots` training rows.
         shots: rows drawn per class, without replacement.
         draws: how often.
-        seed: of the draws.
+        seed: of the draws of fold 0.
 
     Raises:
         ValueError: if a class has too few rows.
     """
-    numbers = labels.cpu().numpy()
-    of_class = [np.flatnonzero(numbers == number) for number in range(classes)]
+    train, numbers = fold.train[0].float(), fold.train[1].cpu().numpy()
+    of_class = [np.flatnonzero(numbers == number) for number in range(fold.classes)]
     if (least := min(map(len, of_class))) < shots:
         raise ValueError(f"{shots} shots per class cannot be drawn: a class has {least} training tiles.")
-    centre = train.float().mean(0)
-    train, test = normalize(train.float() - centre), normalize(test.float() - centre)
-    rng = np.random.default_rng(seed)
+    centre = train.mean(0)
+    train, test = normalize(train - centre), normalize(fold.test.float() - centre)
+    rng = np.random.default_rng(seed + fold.number)
     scores = []
     for _ in range(draws):
         drawn = np.stack([rng.choice(rows, shots, replace=False) for rows in of_class])

@@ -153,8 +153,7 @@ class TaskFeatures:
         count, runs = sum(len(part.target) for part in parts), sum(len(part.scores) for part in parts)
         metrics = estimate(parts, probing.resamples, probing.seed, with_auroc)
         return [
-            Result(self.name, probe, metric, e.value, e.low, e.high, e.sd, runs, count)
-            for metric, e in metrics.items()
+            Result(self.name, probe, metric, *figures, runs, count) for metric, figures in metrics.items()
         ]
 
     def _folds(self) -> Iterator[Fold]:

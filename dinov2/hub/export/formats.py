@@ -29,11 +29,7 @@ def resampled_by(target: str, num_registers: int) -> tuple[bool, float]:
 
 
 def files_for(
-    target: str,
-    model: nn.Module,
-    dtype: torch.dtype,
-    colours: Colours,
-    described: Mapping[str, Any],
+    target: str, model: nn.Module, dtype: torch.dtype, colours: Colours, described: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The files of an export by name: state dicts (.pth, .safetensors) in ``dtype``, and what goes into JSON.
 
@@ -45,7 +41,7 @@ def files_for(
         described: the JSON beside the teacher, or nothing.
 
     Raises:
-        ValueError: the format cannot express the architecture, or ``dtype`` the weights.
+        ValueError: if the format cannot express the architecture, or ``dtype`` the weights.
     """
     state = model.state_dict()
     if target == "meta":  # a backbone that is no ViT is written under its own names
@@ -67,7 +63,7 @@ def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any
     """timm's ``config.json``: the model's name and what ``create_model`` is to be told beside it.
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: if timm has no such model.
     """
     _require(arguments, "timm")
     if arguments["proj_bias"] != arguments["ffn_bias"]:
@@ -112,7 +108,7 @@ def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dic
     """Transformers' ``config.json``.
 
     Raises:
-        ValueError: transformers has no such model.
+        ValueError: if transformers has no such model.
     """
     _require(arguments, "transformers")
     if not (arguments["proj_bias"] and arguments["ffn_bias"]):

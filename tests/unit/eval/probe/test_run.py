@@ -22,7 +22,7 @@ from dinov2.eval.probe.knn import Knn, knn_scores
 from dinov2.eval.probe.options import Probing, options_for
 from dinov2.eval.probe.results import COLUMNS, Result, append_csv, as_metrics, as_table, write_json
 from dinov2.eval.probe.run import evaluate, run_probes
-from dinov2.eval.probe.task import Probe
+from dinov2.eval.probe.task import Fold, Probe
 from dinov2.extensions import PROBES
 
 WIDTH = 12
@@ -137,7 +137,7 @@ def test_labels_per_slide(aggregation):
         rows, row_slides = features, slides
     (division,) = divide(row_slides % 2, row_slides, np.where(row_slides >= 40, "test", "train"), 5)
     tensors = torch.from_numpy(rows[division.train]), torch.from_numpy(row_slides[division.train] % 2)
-    scores = knn_scores(*tensors, torch.from_numpy(rows[division.test]), 2, 5).numpy()
+    (scores,) = knn_scores(Fold(0, tensors, tensors, torch.from_numpy(rows[division.test]), 2), 5).numpy()
     tested = row_slides[division.test]
     by_slide = np.stack([scores[tested == s].mean(0) for s in range(40, 60)])
     target = np.arange(40, 60) % 2
