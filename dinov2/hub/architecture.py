@@ -20,7 +20,7 @@ _TRANSFORMERS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}  # settings that 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Constructor keywords that make a backbone's like again; ``arch`` among them names it where it is no ViT."""
-    return model.describe() if hasattr(model, "describe") else meta.vit_arguments(model)
+    return meta.vit_arguments(model) if meta.is_vit(model) else model.describe()
 
 
 def description(path: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ _DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "re
 
 
 def is_vit(model: nn.Module) -> bool:
-    """Whether a backbone has Meta's names."""
-    return isinstance(model, DinoVisionTransformer)
+    """Whether a backbone is Meta's ViT, and not one derived from it."""
+    return type(model) is DinoVisionTransformer
 
 
 def from_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
