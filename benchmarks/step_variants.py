@@ -15,9 +15,8 @@ from benchmarks.reference_parts import EagerStep, StepSpec
 from benchmarks.step_batches import Batch, Preset, host_batches, to_device
 from benchmarks.step_phases import Mark, around_forward
 from dinov2.configs import Config
-from dinov2.layers.fp8 import fp8_problem
 from dinov2.train.performance.apply import build_training_step
-from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.optim import build_optimizer
 from dinov2.train.update.schedules import ScheduleValues
@@ -157,7 +156,7 @@ def check(variant: Variant, preset: Preset, device: torch.device) -> GateResult:
 def our_step(arch: SSLMetaArch) -> TrainingStep:
     """Training's step on these networks; what their configuration asks for and this machine lacks raises."""
     config, device = arch.cfg, arch.device
-    performance = resolve_performance(config, Machine.of(device, fp8_problem(device)))
+    performance = resolve_performance(config, device)
     optim = config.optim
     optimizer = build_optimizer(arch.get_params_groups(), (optim.adamw_beta1, optim.adamw_beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=False)

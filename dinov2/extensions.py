@@ -5,7 +5,15 @@
 
 from dinov2.utils.registry import Registry
 
-LOSSES = Registry("loss", {})
+LOSSES = Registry(
+    "loss",
+    {
+        "dino": "dinov2.loss.dino:DINO",
+        "ibot": "dinov2.loss.ibot:IBOT",
+        "kde": "dinov2.loss.kde:KDE",
+        "koleo": "dinov2.loss.koleo:KoLeo",
+    },
+)
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""
 
 AUGMENTATIONS = Registry("augmentation step", {})

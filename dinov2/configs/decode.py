@@ -108,7 +108,7 @@ class Decoder:
     def _unknown(self, path: str, name: str, known: list[str]) -> None:
         prefix = f"{path}." if path else ""
         older = [key[len(prefix) :] for key in OLDER_KEYS if prefix and key.startswith(prefix)]
-        near = difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.6)
         if near:
             hint = f"did you mean {prefix}{near[0]}?"
             meant = OLDER_KEYS.get(f"{prefix}{near[0]}")

@@ -169,6 +169,15 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     return box[0]
 
 
+def gather_objects(obj: Any) -> list[Any]:
+    """Return every rank's picklable ``obj``, in order of the ranks. All ranks must call."""
+    if get_global_size() == 1:
+        return [obj]
+    box: list[Any] = [None] * get_global_size()
+    dist.all_gather_object(box, obj)
+    return box
+
+
 def on_main_process(action: Callable[[], _T]) -> _T:
     """Return on every rank what ``action`` (picklable result) returns on rank 0. All ranks must call.
 

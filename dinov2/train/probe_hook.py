@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -23,10 +22,8 @@ from dinov2.extensions import PROBES
 from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
+from dinov2.train.update.guard import FiniteGuard
 from dinov2.utils.dtypes import DTYPES
-
-if TYPE_CHECKING:
-    from dinov2.train.trainer import Trainer
 
 logger = logging.getLogger("dinov2")
 
@@ -74,11 +71,11 @@ class ProbeHook(PeriodicHook):
             evaluation.probes, options, limit=evaluation.probe_tiles, seed=config.train.seed
         )
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """Probe the starting weights of a new run."""
-        super().on_start(trainer)
-        if trainer.state.step == 0:
-            self.probe(trainer.state)
+        super().on_start(state, guard)
+        if state.step == 0:
+            self.probe(state)
 
     def probe(self, state: TrainState) -> None:
         """Embed, probe and record; all ranks must call."""

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.build.parts import build_arch
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
 from dinov2.train.performance.apply import build_training_step
-from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.performance.capabilities import resolve_performance
+from dinov2.train.run import build_arch
 from dinov2.train.update.optim import adam_state, build_optimizer
 from dinov2.train.update.schedules import ScheduleValues
 from tests.helpers.batches import random_batch
@@ -29,7 +29,7 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     arch = build_arch(config, CPU, from_checkpoint=False)
     optimizer = build_optimizer(arch.get_params_groups(), (0.9, 0.999))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    performance = resolve_performance(config, Machine.of(CPU))
+    performance = resolve_performance(config, CPU)
     step = build_training_step(arch, optimizer, scaler, performance, IMAGES)
     batch = random_batch(config, IMAGES, rank, get_global_size())
     values = ScheduleValues(lr=1e-3, last_layer_lr=1e-3, wd=0.04, mom=0.9, teacher_temp=0.05)

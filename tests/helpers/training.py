@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dinov2.build.parts import build_arch
 from dinov2.configs import Config, load_config
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.train.performance.apply import build_training_step
-from dinov2.train.performance.capabilities import Machine, resolve_performance
+from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.plan import make_plan
+from dinov2.train.run import build_arch
 from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import adam_state, build_optimizer
@@ -62,7 +62,7 @@ def make_trainer(
         arch.get_params_groups(), (config.optim.adamw_beta1, config.optim.adamw_beta2)
     )
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    performance = resolve_performance(config, Machine.of(CPU))
+    performance = resolve_performance(config, CPU)
     return Trainer(
         training_step=build_training_step(arch, optimizer, scaler, performance, plan.global_batch),
         schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),
@@ -77,7 +77,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all weights, centres and Adam moments by name, whole. All ranks must call."""
     arch, optimizer = trainer.training_step.arch, trainer.training_step.weight_update.optimizer
     found = dict(arch.state_dict())
-    for name, moments in adam_state(arch.student, optimizer).items():
+    for name, moments in adam_state(arch.trained, optimizer).items():
         found |= {f"adam.{name}.{key}": value for key, value in moments.items()}
     return {name: whole(tensor) for name, tensor in found.items()}
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2.build.parts import build_arch
 from dinov2.train.performance.apply import accelerate, build_training_step
 from dinov2.train.performance.capabilities import ResolvedPerformance
+from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.optim import build_optimizer
 from dinov2.train.update.schedules import ScheduleValues
@@ -96,7 +96,7 @@ def test_weight_copies_follow_the_weights():
     """In 16 bit, where they are kept, the copies of one process are those weights rounded, step after step."""
     step = make_step(*in_precision("bf16"))
     with_copies = after_two_steps(step)
-    pairs = step.weight_update.copies
+    pairs = step.weight_update.low_precision
     assert len(pairs) == 2 * 4 * 4  # networks, blocks, linear maps
     assert all(torch.equal(weight.bfloat16(), copy) for weight, copy in pairs)
     cast = after_two_steps(make_step(*in_precision("bf16"), "debug.weight_copies=false"))

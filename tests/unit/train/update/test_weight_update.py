@@ -41,7 +41,8 @@ def test_equals_the_librarys_clip_adamw_and_lerp():
             nn.utils.clip_grad_norm_(module.parameters(), 3.0)
         optimizer.step()
         with torch.no_grad():
-            for ours, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
+            for name, theirs in teacher.named_parameters():
+                ours = student.get_parameter(name)
                 theirs.lerp_(ours, 1 - step.momentum)
     expected = {f"student.{name}": p.detach() for name, p in student.named_parameters()}
     expected |= {f"teacher.{name}": p for name, p in teacher.named_parameters()}
@@ -50,9 +51,9 @@ def test_equals_the_librarys_clip_adamw_and_lerp():
 
 
 @pytest.mark.parametrize("bad", [0, 3])
-def test_an_unhealthy_step_changes_nothing(bad: int):
+def test_a_bad_step_changes_nothing(bad: int):
     script = steps()
-    script[bad] = dataclasses.replace(script[bad], healthy=0.0)
+    script[bad] = dataclasses.replace(script[bad], all_finite=0.0)
     found, expected = run(WeightUpdate, script), formula(script)
     assert_near(found, expected, ROUNDING)
     assert found["step.backbone.weight"] == len(script) - 1
@@ -61,7 +62,7 @@ def test_an_unhealthy_step_changes_nothing(bad: int):
 def test_a_gradient_that_is_not_finite_is_kept_out_by_the_flag():
     script = steps(2)
     poisoned = {name: None if g is None else g * float("nan") for name, g in script[1].gradients.items()}
-    script[1] = dataclasses.replace(script[1], gradients=poisoned, healthy=0.0)
+    script[1] = dataclasses.replace(script[1], gradients=poisoned, all_finite=0.0)
     found, before = run(WeightUpdate, script), run(WeightUpdate, script[:1])
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
     assert found["norm.1.backbone"].isnan()
@@ -90,11 +91,11 @@ def test_norms_are_taken_anew_for_every_step():
 
 
 def test_copies_are_rounded_weights_of_student_and_teacher():
-    def copies(student: nn.ModuleDict, teacher: nn.ModuleDict) -> list[tuple[Tensor, Tensor]]:
+    def low_precision(student: nn.ModuleDict, teacher: nn.ModuleDict) -> list[tuple[Tensor, Tensor]]:
         pairs = [(student["backbone"].weight, torch.bfloat16), (teacher["backbone"].weight, torch.float16)]
         return [(weight, torch.empty_like(weight, dtype=dtype)) for weight, dtype in pairs]
 
-    found = run(WeightUpdate, steps(2), copies=copies)
+    found = run(WeightUpdate, steps(2), low_precision=low_precision)
     assert torch.equal(found["copy.0"], found["student.backbone.weight"].bfloat16())
     assert torch.equal(found["copy.1"], found["teacher.backbone.weight"].half())
 

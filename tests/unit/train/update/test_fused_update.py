@@ -56,7 +56,7 @@ def interpreted() -> Iterator[Call]:
 
 
 def skipping(*bad: int) -> list[Step]:
-    return [dataclasses.replace(step, healthy=float(i not in bad)) for i, step in enumerate(steps())]
+    return [dataclasses.replace(step, all_finite=float(i not in bad)) for i, step in enumerate(steps())]
 
 
 def compare(script: list[Step], max_norm: float) -> None:
@@ -71,7 +71,7 @@ def test_equals_the_reference(interpreted: Call, max_norm: float):
 
 
 @pytest.mark.parametrize("bad", [(0,), (2, 4)])
-def test_an_unhealthy_step_changes_nothing(interpreted: Call, bad: tuple[int, ...]):
+def test_a_bad_step_changes_nothing(interpreted: Call, bad: tuple[int, ...]):
     interpreted(compare, skipping(*bad), 3.0)
 
 
@@ -96,7 +96,7 @@ def test_moving_average_at_both_ends(interpreted: Call):
     interpreted(compare_momentum)
 
 
-def sixteen_bit_copies(student: nn.ModuleDict, teacher: nn.ModuleDict) -> list[tuple[Tensor, Tensor]]:
+def sixteen_bit(student: nn.ModuleDict, teacher: nn.ModuleDict) -> list[tuple[Tensor, Tensor]]:
     """Of all weights, in both dtypes, so that some are written by the kernel and some after it; one transposed."""
     weights = [*student.parameters(), *teacher.parameters()]
     pairs = [(w, torch.zeros_like(w, dtype=d)) for i, w in enumerate(weights) for d in _in_turn(i)]
@@ -111,7 +111,7 @@ def _in_turn(i: int) -> list[torch.dtype]:
 
 def compare_copies() -> None:
     script = steps(3)
-    found = run(ManyChunks, script, copies=sixteen_bit_copies)
+    found = run(ManyChunks, script, low_precision=sixteen_bit)
     for i, (name, copy) in enumerate(_copied(found)):
         assert torch.equal(copy, found[name].to(copy.dtype)), (i, name)
 
@@ -217,14 +217,14 @@ def update_without_readback(kind: type[WeightUpdate]) -> None:
     set_rates(optimizer, student, step)
     for name, parameter in student.named_parameters():
         parameter.grad = step.gradients[name]
-    update = kind(optimizer, student, teacher, 3.0, sixteen_bit_copies(student, teacher))
+    update = kind(optimizer, student, teacher, 3.0, sixteen_bit(student, teacher))
     if isinstance(update, FusedWeightUpdate):  # without the kernel, whose interpreter itself reads tensors
         stub = defaultdict(lambda: lambda *_, **__: None)
         update._kernel = SimpleNamespace(**{**vars(update._kernel), "weight_update_kernel": stub})
-    healthy = torch.ones(())
+    all_finite = torch.ones(())
     with NoReadback():
         update.grad_norms()
-        update.apply(0.9, healthy)
+        update.apply(0.9, all_finite)
 
 
 @pytest.mark.parametrize("kind", [WeightUpdate, FusedWeightUpdate])
@@ -287,7 +287,7 @@ def test_it_compiles_for_a_gpu_to_vector_accesses(monkeypatch: pytest.MonkeyPatc
     from dinov2.train.update.kernel import weight_update_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    signature = {"table": "*i64", "rates": "*fp64", "chunks": "*i64", "clip": "*fp32", "healthy": "*fp32"}
+    signature = {"table": "*i64", "rates": "*fp64", "chunks": "*i64", "clip": "*fp32", "all_finite": "*fp32"}
     signature |= {"ema_weight": "fp32", "CHUNK": "constexpr", "BLOCK": "constexpr"}
     constants = {"CHUNK": FusedWeightUpdate.chunk, "BLOCK": BLOCK}
     source = ASTSource(weight_update_kernel, signature, constants)
@@ -303,8 +303,8 @@ def test_on_a_gpu_it_equals_the_reference():
     """A few roundings apart: the compiler fuses multiplications with additions."""
     for kind in (ManyChunks, FusedWeightUpdate):
         script = skipping(3)
-        found = run(kind, script, device="cuda", copies=sixteen_bit_copies)
-        expected = run(WeightUpdate, script, device="cuda", copies=sixteen_bit_copies)
+        found = run(kind, script, device="cuda", low_precision=sixteen_bit)
+        expected = run(WeightUpdate, script, device="cuda", low_precision=sixteen_bit)
         weights = [name for name in expected if not name.startswith("copy")]
         assert_near({n: found[n] for n in weights}, {n: expected[n] for n in weights}, 2e-6)
         for name, copy in _copied(found):
@@ -316,7 +316,7 @@ def test_on_a_gpu_the_host_waits_for_nothing():
     student, teacher = (network.cuda() for network in networks())
     optimizer = optimizer_of(student)
     update = FusedWeightUpdate(optimizer, student, teacher, 3.0)
-    healthy = torch.ones((), device="cuda")
+    all_finite = torch.ones((), device="cuda")
     for step in steps(3):
         set_rates(optimizer, student, step)
         for name, parameter in student.named_parameters():
@@ -325,6 +325,6 @@ def test_on_a_gpu_the_host_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("error" if step.lr > 1e-2 else "default")  # the first step compiles
         try:
             update.grad_norms()
-            update.apply(step.momentum, healthy)
+            update.apply(step.momentum, all_finite)
         finally:
             torch.cuda.set_sync_debug_mode("default")

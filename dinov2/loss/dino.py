@@ -1,14 +1,12 @@
 """DINO: the student's class tokens predict the teacher's, view against view."""
 
-from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from dinov2.loss.centering import TeacherCentering
 from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels
-from dinov2.loss.sinkhorn import sinkhorn_knopp
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
+from dinov2.loss.term import LossTerm, StepOutputs
 
 # Tensor dimensions below: V global views, L local views, B images, K prototypes.
 
@@ -69,38 +67,20 @@ def _mean_over_pairs(entropy: Tensor, num_views: int, num_local: int) -> Tensor:
     return entropy.mean(1).sum() / (num_views * num_local + num_views * (num_views - 1))
 
 
-class DINOLoss(TeacherCentering):
-    """Teacher targets and cross-entropy for class tokens under DINOv2's public name.
+class DINO(LossTerm):
+    """`dino_local_loss`, where there are local views, and `dino_global_loss`; section ``dino``."""
 
-    Training calls `dino_global_loss` and `dino_local_loss`; ``forward`` is the plain sum over pairs.
+    @classmethod
+    def options_of(cls, config: Any) -> LossTerm.Options:
+        """``dino.loss_weight``."""
+        return cls.Options(config.dino.loss_weight)
 
-    Args:
-        out_dim: K, number of prototypes.
-        student_temp: tau > 0.
-        center_momentum: see `TeacherCentering`.
-    """
-
-    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
-        super().__init__((1, out_dim), center_momentum)
-        self.student_temp = student_temp
-
-    def sinkhorn_knopp_teacher(
-        self, teacher_output: Tensor, teacher_temp: float | Tensor, n_iterations: int = 3
-    ) -> Tensor:
-        """Return the targets of (N, K) teacher logits; see `sinkhorn_knopp`. All ranks must call."""
-        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
-
-    def forward(
-        self, student_output_list: Iterable[Tensor], teacher_out_softmaxed_centered_list: Iterable[Tensor]
-    ) -> Tensor:
-        """Sum, over all pairs of a student and a teacher view, of the cross-entropy averaged over the batch.
-
-        Args:
-            student_output_list: logits, (B, K) each.
-            teacher_out_softmaxed_centered_list: probabilities, (B, K) each.
-
-        Returns:
-            0-d float32.
-        """
-        target = torch.stack(tuple(teacher_out_softmaxed_centered_list)).sum(0)
-        return sum(soft_cross_entropy(s, target, self.student_temp).mean() for s in student_output_list)
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return ``dino_local_crops_loss`` and ``dino_global_crops_loss``."""
+        targets, kernels = outputs.class_targets, outputs.kernels
+        views, others = outputs.class_logits.split([len(targets), len(outputs.class_logits) - len(targets)])
+        losses = {}
+        if len(others):
+            losses["dino_local_crops_loss"] = dino_local_loss(others, targets, kernels=kernels)
+        losses["dino_global_crops_loss"] = dino_global_loss(views, targets, len(others), kernels=kernels)
+        return losses
