@@ -14,12 +14,12 @@ from torch import nn
 from dinov2.configs import load_config
 from dinov2.export import main as export_command
 from dinov2.export import save_teacher
+from dinov2.extensions import BACKBONES
 from dinov2.hub import load_teacher
 from dinov2.hub.layouts.meta import HEADS
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
-from dinov2.models.vision_transformer import ARCHITECTURES, vit_demo, vit_small
-from dinov2.train.run import _architecture
+from dinov2.models.vision_transformer import vit_demo, vit_small
 from tests.helpers.backbones import chunked, randomise, transformers_weights
 from tests.helpers.runs import TINY
 
@@ -33,7 +33,7 @@ def export(folder: Path, *overrides: str) -> tuple[Path, nn.Module]:
     randomise(teacher).eval()
     modules = {"backbone": teacher, "dino_head": DINOHead(width, 16, hidden_dim=8, bottleneck_dim=4)}
     path = folder / "eval" / "training_7" / "teacher_checkpoint.pth"
-    metadata = {"architecture": _architecture(config), "step": 7, "samples": 56, "config": {}}
+    metadata = {"architecture": teacher.describe(), "step": 7, "samples": 56, "config": {}}
     save_teacher(path, {name: module.state_dict() for name, module in modules.items()}, metadata)
     return path, teacher
 
@@ -110,7 +110,7 @@ def test_position_grid_of_the_file_is_kept(tmp_path):
 
 def test_heads_are_those_of_the_architectures():
     with torch.device("meta"):
-        models = [make() for make in ARCHITECTURES.values()]
+        models = [BACKBONES[name]() for name in BACKBONES]
     assert {model.embed_dim: model.num_heads for model in models} == HEADS
 
 

@@ -15,7 +15,6 @@ from dinov2.eval.probe.__main__ import main, open_tasks
 from dinov2.export import save_teacher
 from dinov2.hub import trained_with
 from dinov2.models import build_model_from_cfg
-from dinov2.train.run import _architecture
 from tests.helpers.runs import TINY
 
 QUICK = [
@@ -42,7 +41,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     teacher, _ = build_model_from_cfg(config, only_teacher=True)
     path = tmp_path_factory.mktemp("run") / "teacher_checkpoint.pth"
-    metadata = {"architecture": _architecture(config), "step": 7, "samples": 56}
+    metadata = {"architecture": teacher.describe(), "step": 7, "samples": 56}
     metadata["config"] = {
         "crops": {"global_crops_size": 56},
         "augmentation": {"normalize_mean": [0.7, 0.6, 0.7]},
