@@ -48,5 +48,15 @@ BACKBONES = Registry(
 )
 """Networks that turn images into tokens: `dinov2.models.backbone.Backbone`."""
 
-PROBES = Registry("probe", {})
-"""Measures of a teacher's features: `dinov2.eval.probe.Probe`."""
+PROBES = Registry(
+    "probe",
+    {
+        "knn": "dinov2.eval.probe.knn:Knn",
+        "linear_eva": "dinov2.eval.probe.linear:LinearEva",
+        "linear_kaiko": "dinov2.eval.probe.linear:LinearKaiko",
+        "few_shot": "dinov2.eval.probe.few_shot:FewShot",
+        "rankme": "dinov2.eval.probe.spread:RankMe",
+        "odcorr": "dinov2.eval.probe.spread:ODCorr",
+    },
+)
+"""Measures of a teacher's features: `dinov2.eval.probe.task.Probe`."""

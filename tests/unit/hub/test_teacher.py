@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dinov2.configs import load_config
+from dinov2.export import main as export_command
 from dinov2.export import save_teacher
+from dinov2.extensions import BACKBONES
 from dinov2.hub import load_teacher
-from dinov2.hub.architecture import HEADS
+from dinov2.hub.layouts.meta import HEADS
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
-from dinov2.models.vision_transformer import ARCHITECTURES, vit_demo, vit_small
-from dinov2.train.run import _architecture
+from dinov2.models.vision_transformer import vit_demo, vit_small
 from tests.helpers.backbones import chunked, randomise, transformers_weights
 from tests.helpers.runs import TINY
 
@@ -31,7 +33,7 @@ def export(folder: Path, *overrides: str) -> tuple[Path, nn.Module]:
     randomise(teacher).eval()
     modules = {"backbone": teacher, "dino_head": DINOHead(width, 16, hidden_dim=8, bottleneck_dim=4)}
     path = folder / "eval" / "training_7" / "teacher_checkpoint.pth"
-    metadata = {"architecture": _architecture(config), "step": 7, "samples": 56, "config": {}}
+    metadata = {"architecture": teacher.describe(), "step": 7, "samples": 56, "config": {}}
     save_teacher(path, {name: module.state_dict() for name, module in modules.items()}, metadata)
     return path, teacher
 
@@ -108,7 +110,7 @@ def test_position_grid_of_the_file_is_kept(tmp_path):
 
 def test_heads_are_those_of_the_architectures():
     with torch.device("meta"):
-        models = [make() for make in ARCHITECTURES.values()]
+        models = [BACKBONES[name]() for name in BACKBONES]
     assert {model.embed_dim: model.num_heads for model in models} == HEADS
 
 
@@ -122,7 +124,7 @@ def test_heads_are_those_of_the_architectures():
             r"teacher.json' does not describe a teacher's architecture .*architecture.*; mend or remove it",
         ),
         ('{"architecture": {"arch": "vit_huge"}}', "names no arch out of vit_demo, vit_tiny, vit_small"),
-        ('{"architecture": {"arch": "vit_demo", "patches": 14}}', "does not describe a ViT .*'patches'"),
+        ('{"architecture": {"arch": "vit_demo", "patches": 14}}', "does not describe a backbone .*'patches'"),
         (
             '{"architecture": {"arch": "vit_tiny", "patch_size": 14}}',
             "do not fit the model: missing: blocks.10.attn",
@@ -174,7 +176,7 @@ def test_class_and_mean(tmp_path):
     images = torch.randn(2, 3, 56, 84)
     tokens = teacher.norm(teacher.forward_features(images)["x_prenorm"])
     expected = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], dim=1)
-    torch.testing.assert_close(load_teacher(path, output="cls_mean")(images), expected)
+    torch.testing.assert_close(load_teacher(path, pooling="cls_mean")(images), expected)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_class_and_mean(tmp_path):
     [
         ({}, "path is None and checkpoint_path None; one of them is expected"),
         ({"path": "a", "checkpoint_path": "b"}, "path is 'a' and checkpoint_path 'b'; one of them"),
-        ({"path": "a", "output": "mean"}, "output is 'mean'; one of cls, cls_mean is expected"),
+        ({"path": "a", "output": "mean"}, "pooling is 'mean'; one of cls, cls_mean is expected"),
         ({"path": "a", "output": "cls_mean", "feature_map": True}, "A feature map has no class token"),
     ],
 )
@@ -331,3 +333,50 @@ def test_torch_hub_from_elsewhere_needs_torch_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "set()\n"
+
+
+class Rotary(nn.Module):
+    """A backbone that is no ViT: no position grid, and a table that no file holds."""
+
+    def __init__(self, patch_size: int = 14, width: int = 32):
+        super().__init__()
+        self.patch_size, self.embed_dim = patch_size, width
+        self.stem = nn.Conv2d(3, width, patch_size, patch_size)
+        self.register_buffer("angles", torch.linspace(0, 1, width), persistent=False)
+        self.register_buffer("seen", torch.tensor(3))
+
+    def forward(self, x: torch.Tensor, is_training: bool = False):
+        patches = self.stem(x).flatten(2).transpose(1, 2) * self.angles.cos()
+        tokens = {"x_norm_clstoken": patches.mean(1), "x_norm_patchtokens": patches}
+        return tokens if is_training else tokens["x_norm_clstoken"]
+
+
+@pytest.fixture
+def rotary(monkeypatch):
+    """The module under a name that a JSON can state."""
+    module = ModuleType("rotary_backbone")
+    module.Rotary = Rotary
+    monkeypatch.setitem(sys.modules, "rotary_backbone", module)
+    monkeypatch.setattr(
+        Rotary, "describe", lambda self: {"arch": "rotary_backbone:Rotary", "width": 16}, raising=False
+    )
+    return randomise(Rotary(width=16)).eval()
+
+
+@torch.no_grad()
+def test_a_backbone_that_is_no_vit(rotary, tmp_path):
+    path, images = tmp_path / "teacher.pth", torch.randn(2, 3, 56, 28)
+    save_teacher(path, {"backbone": rotary.state_dict()}, {"architecture": rotary.describe(), "step": 3})
+    torch.testing.assert_close(load_teacher(path)(images), rotary(images), rtol=0, atol=0)
+    assert load_teacher(path, pooling="cls_mean")(images).shape == (2, 32)
+    command = ["--checkpoint", str(path), "--output", str(tmp_path / "out"), "--format"]
+    assert export_command([*command, "meta"]) == 0
+    torch.testing.assert_close(load_teacher(tmp_path / "out/backbone.pth")(images), rotary(images))
+    for rest in (["timm"], ["hf"], ["meta", "--verify"], ["meta", "--image-size", "56"]):
+        assert export_command([*command, *rest]) == 2
+
+
+@torch.no_grad()
+def test_the_older_name_of_the_pooling(tmp_path):
+    path, _ = export(tmp_path)
+    assert load_teacher(path, output="cls_mean")(torch.randn(1, 3, 56, 56)).shape == (1, 256)

@@ -22,7 +22,7 @@ from tests.helpers.backbones import SMALL, randomise
 from tests.helpers.embedding import contents, embed, expected, make_teacher, refused, rows_of
 from tests.helpers.shards import encode, write_groups
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

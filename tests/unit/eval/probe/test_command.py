@@ -15,7 +15,6 @@ from dinov2.eval.probe.__main__ import main, open_tasks
 from dinov2.export import save_teacher
 from dinov2.hub import trained_with
 from dinov2.models import build_model_from_cfg
-from dinov2.train.run import _architecture
 from tests.helpers.runs import TINY
 
 QUICK = [
@@ -42,7 +41,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     teacher, _ = build_model_from_cfg(config, only_teacher=True)
     path = tmp_path_factory.mktemp("run") / "teacher_checkpoint.pth"
-    metadata = {"architecture": _architecture(config), "step": 7, "samples": 56}
+    metadata = {"architecture": teacher.describe(), "step": 7, "samples": 56}
     metadata["config"] = {
         "crops": {"global_crops_size": 56},
         "augmentation": {"normalize_mean": [0.7, 0.6, 0.7]},
@@ -140,13 +139,13 @@ def test_normalisation_and_size_are_those_of_training(checkpoint):
         (["--data", "bach={crops}"], "BACH is not in '{crops}'; ICIAR2018_BACH_Challenge/Photos/"),
         (["--data", "{crops}", "{crops}/."], "Two tasks are called '{name}'"),
         (["--data", "{crops}", "a={crops}", "--labels", "x.csv"], "Labels 'x.csv' are given for 2 roots"),
-        (["--data", "{crops}", "--probes", "svm"], "Probe 'svm' is none of knn"),
+        (["--data", "{crops}", "--probes", "svm"], "There is no probe 'svm'"),
         (["--data", "{crops}", "--output", "probes.txt"], "ends neither in .csv nor in .json"),
         (["--data", "{crops}", "--output", "{checkpoint}.json"], "exists; name a new file"),
         (["--data", "{crops}", "--folds", "500"], "150 groups cannot be divided into 500 folds"),
         (["--data", "{crops}", "--group", "patient"], "Nothing tells the patient of a tile"),
         (["--data", "{crops}", "--device", "tpu9"], "Device 'tpu9' is unknown; cpu, cuda or cuda:N is expected"),
-        (["--data", "{crops}", "--device", "cuda:64"], "Device 'cuda:64' is not there: PyTorch sees"),
+        (["--data", "{crops}", "--device", "cuda:64"], "Device 'cuda:64' is unavailable: PyTorch sees"),
         (["--data", "{crops}", "--size", "50"], "50"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2.eval.probe.knn import knn_scores
+from dinov2.eval.probe.task import Fold
 
 
 def clouds(rng, count, classes=3, width=16, spread=1.5):
@@ -23,7 +24,8 @@ def test_shares_of_the_vote(k, temperature):
     reference = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(
         train, labels
     )
-    scores = knn_scores(*map(torch.from_numpy, (train, labels, test)), 3, (k,), temperature)[k]
+    train, labels, test = map(torch.from_numpy, (train, labels, test))
+    (scores,) = knn_scores(Fold(0, (train, labels), (train, labels), test, 3), k, temperature)
     np.testing.assert_allclose(
         scores, reference.predict_proba(test), atol=2e-3 if temperature == 1e-3 else 1e-5
     )
@@ -31,5 +33,5 @@ def test_shares_of_the_vote(k, temperature):
 
 def test_more_neighbours_than_tiles():
     train, labels = torch.eye(3), torch.tensor([0, 1, 1])
-    scores = knn_scores(train, labels, torch.ones(1, 3), 2, (20,), None)[20]
+    (scores,) = knn_scores(Fold(0, (train, labels), (train, labels), torch.ones(1, 3), 2), 20, None)
     torch.testing.assert_close(scores, torch.tensor([[1 / 3, 2 / 3]]))

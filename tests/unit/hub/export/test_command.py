@@ -16,11 +16,12 @@ from safetensors import safe_open
 import dinov2.hub.export.command as command
 import dinov2.hub.export.formats as formats
 from dinov2.export import main, save_teacher
-from dinov2.hub.architecture import arguments_of
+from dinov2.hub.layouts.meta import vit_arguments
 from dinov2.models.vision_transformer import vit_demo
+from dinov2.utils.cli import USER_ERROR
 from tests.helpers.backbones import randomise, transformers_weights
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 FILES = {
     "meta": {"backbone.pth", "backbone.json"},
     "timm": {"model.safetensors", "config.json"},
@@ -51,7 +52,7 @@ def refusal(caplog, path: Path, target: str = "hf", *options: str) -> str:
         logging.getLogger("dinov2").addHandler(caplog.handler)
         original, command.setup_logging = command.setup_logging, lambda: None
         try:
-            assert run(path, target, *options) == command.USER_ERROR
+            assert run(path, target, *options) == USER_ERROR
         finally:
             command.setup_logging = original
             logging.getLogger("dinov2").removeHandler(caplog.handler)
@@ -340,6 +341,6 @@ def test_arguments_make_the_same_model():
     options = {"mlp_ratio": 2.6, "ffn_layer": "swiglufused", "num_register_tokens": 3, "init_values": None}
     with torch.device("meta"):
         model = vit_demo(patch_size=14, img_size=42, **options)
-        again = type(model)(**arguments_of(model))
+        again = type(model)(**vit_arguments(model))
     shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, again)]
     assert shapes[0] == shapes[1]

@@ -166,14 +166,14 @@ def test_bad_input(teacher, slides, tmp_path, capsys, monkeypatch):
     assert "--tile-size is 60, but the network takes multiples of its patch size 14" in say(
         slides, "--tile-size", 60
     )
-    assert "--resize is 30, but it must be a positive multiple" in say(slides, "--resize", 30)
+    assert "--image-size is 30, but it must be a positive multiple" in say(slides, "--resize", 30)
     assert "--min-tissue is 2" in say(slides, "--min-tissue", 2)
     assert "There is no mpp table" in say(slides, "--mpp-file", tmp_path / "none.csv")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
     assert "hold no backbone" in refused((tmp_path / "other.pth",), capsys, slides, out)
     assert "does not exist" in refused((tmp_path / "none.pth",), capsys, slides, out)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "PyTorch sees no GPU; --device cpu" in say(slides, "--device", "cuda")
+    assert "PyTorch sees no GPUs; --device cpu" in say(slides, "--device", "cuda")
     monkeypatch.setitem(sys.modules, "h5py", None)
     assert "needs h5py, which is not installed" in say(slides, "--format", "hdf5")
     assert not out.exists()

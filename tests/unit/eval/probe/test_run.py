@@ -4,19 +4,26 @@ import csv
 import json
 import math
 import random
+import sys
+from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from dinov2.configs.fields import key
 from dinov2.eval import odcorr, rankme
 from dinov2.eval.datasets.labelled import LabelledTiles
-from dinov2.eval.feature_extraction import Embedding
-from dinov2.eval.probe.knn import knn_scores
-from dinov2.eval.probe.options import PROBES, Probing
+from dinov2.eval.features import Embedding
+from dinov2.eval.probe.__main__ import parse_args
+from dinov2.eval.probe.knn import Knn, knn_scores
+from dinov2.eval.probe.options import Probing, options_for
 from dinov2.eval.probe.results import COLUMNS, Result, append_csv, as_metrics, as_table, write_json
 from dinov2.eval.probe.run import evaluate, run_probes
+from dinov2.eval.probe.task import Fold, Probe
+from dinov2.extensions import PROBES
 
 WIDTH = 12
 EMBEDDING = Embedding(size=2, batch_size=50, mean=(0, 0, 0), std=(1 / 255,) * 3)
@@ -55,7 +62,7 @@ def made_up(count=400, signal=60, seed=0, **columns):
     return LabelledTiles(Pixels(levels.clip(0, 255)), labels, ("a", "b"), **columns)
 
 
-QUICK = Probing(steps=600, runs=2, draws=20, resamples=200, folds=3)
+QUICK = Probing(options=options_for(steps=600, runs=2, draws=20), resamples=200, folds=3)
 SPLITS = {"splits": ("train",) * 200 + ("val",) * 50 + ("test",) * 150}
 
 
@@ -92,10 +99,11 @@ def test_patients_never_help():
     labels = rng.integers(0, 2, 60)[patients]
     levels = (rng.normal(128, 40, (60, WIDTH))[patients] + rng.normal(0, 3, (600, WIDTH))).clip(0, 255)
     tiles = LabelledTiles(Pixels(levels), labels, ("a", "b"), patients=tuple(map(str, patients)))
-    quick = Probing(("knn",), ks=(5,), resamples=200)
+    knn5 = options_for(neighbours=(5,))
+    quick = Probing(("knn",), knn5, resamples=200)
     by_patient = evaluate(Flatten(), {"task": tiles}, EMBEDDING, quick)
     by_tile = evaluate(
-        Flatten(), {"task": tiles}, EMBEDDING, Probing(("knn",), ks=(5,), resamples=200, group="tile")
+        Flatten(), {"task": tiles}, EMBEDDING, Probing(("knn",), knn5, resamples=200, group="tile")
     )
     key = "task/knn5/balanced_accuracy"
     assert by_tile[key] > 0.95
@@ -114,7 +122,7 @@ def test_labels_per_slide(aggregation):
     tiles = LabelledTiles(
         Pixels(levels), labels, ("a", "b"), slides=tuple(f"s{s:02}" for s in slides), splits=splits, per_slide=True
     )  # fmt: skip
-    settings = Probing(("knn",), ks=(5,), aggregation=aggregation, resamples=50)
+    settings = Probing(("knn",), options_for(neighbours=(5,)), aggregation=aggregation, resamples=50)
     results = {
         r.metric: r for r in run_probes(Flatten(), {"task": tiles}, EMBEDDING, settings) if r.probe == "knn5"
     }
@@ -129,7 +137,7 @@ def test_labels_per_slide(aggregation):
         rows, row_slides = features, slides
     (division,) = divide(row_slides % 2, row_slides, np.where(row_slides >= 40, "test", "train"), 5)
     tensors = torch.from_numpy(rows[division.train]), torch.from_numpy(row_slides[division.train] % 2)
-    scores = knn_scores(*tensors, torch.from_numpy(rows[division.test]), 2, (5,))[5].numpy()
+    (scores,) = knn_scores(Fold(0, tensors, tensors, torch.from_numpy(rows[division.test]), 2), 5).numpy()
     tested = row_slides[division.test]
     by_slide = np.stack([scores[tested == s].mean(0) for s in range(40, 60)])
     target = np.arange(40, 60) % 2
@@ -165,13 +173,18 @@ def test_same_seed_same_result_and_nothing_global_changes():
     assert first == again and model.training
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     np.testing.assert_array_equal(states[2], np.random.get_state()[1])
-    other = evaluate(model, {"task": made_up(120, 10)}, EMBEDDING, Probing(("few_shot",), shots=(1,), seed=1))
+    other = evaluate(
+        model, {"task": made_up(120, 10)}, EMBEDDING, Probing(("few_shot",), options_for(shots=(1,)), seed=1)
+    )
     assert other["task/few_shot1/accuracy"] != first["task/few_shot1/accuracy"]
 
 
 def test_shots_that_a_class_cannot_give_are_left_out(caplog):
     metrics = evaluate(
-        Flatten(), {"task": made_up(20)}, EMBEDDING, Probing(("few_shot",), folds=2, shots=(1, 16))
+        Flatten(),
+        {"task": made_up(20)},
+        EMBEDDING,
+        Probing(("few_shot",), options_for(shots=(1, 16)), folds=2),
     )
     assert {key.split("/")[1] for key in metrics} == {"few_shot1"}
     assert "Few-shot with [16] tiles per class is left out" in caplog.text
@@ -182,12 +195,13 @@ def test_shots_that_a_class_cannot_give_are_left_out(caplog):
     [
         (
             {"probes": ("svm",)},
-            "Probe 'svm' is none of knn, linear_eva, linear_kaiko, few_shot, rankme, odcorr, li",
+            "no probe 'svm'; known are knn, linear_eva, linear_kaiko, few_shot, rankme, odcorr",
         ),
         ({"aggregation": "max"}, "Aggregation 'max' is none of features, probabilities"),
         ({"group": "hospital"}, "Group 'hospital' is none of patient, slide, tile"),
         ({"folds": 1}, "folds is 1; at least 2 is needed"),
-        ({"ks": (0,)}, "ks, shots and limit must be at least 1"),
+        ({"options": {"knn": Knn.Options((5, 0))}}, r"neighbours is \(5, 0\); at least 1 is needed"),
+        ({"limit": 0}, "limit is 0; at least 1 is needed"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -235,3 +249,52 @@ def test_metrics_csv_and_json(tmp_path):
     lines = as_table(results).splitlines()
     assert "0.2500 - 0.7500" in lines[1] and "3.0000" in lines[2] and len({len(line) for line in lines}) == 1
     assert math.isnan(results[1].low) and set(PROBES) >= {"rankme"}
+
+
+class Length(Probe):
+    """A probe of a file of its own: the mean length of the features, to a power."""
+
+    needs_labels = False
+
+    @dataclass(frozen=True)
+    class Options:
+        power: int = key(1, "of the length", least=1)
+
+    def measure(self, task):
+        lengths = np.linalg.norm(task.sample, axis=1) ** self.options.power
+        return [Result(task.name, "length", "value", float(lengths.mean()), count=len(lengths))]
+
+
+@pytest.fixture
+def length(monkeypatch):
+    """Registered as one line in `dinov2.extensions` does it."""
+    module = ModuleType("a_probe")
+    module.Length = Length
+    monkeypatch.setitem(sys.modules, "a_probe", module)
+    monkeypatch.setitem(PROBES._targets, "length", "a_probe:Length")
+
+
+def test_a_registered_probe_needs_nothing_else(length, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (300, WIDTH))
+    probing = Probing(("length", "knn"), options_for(power=2))
+    results = run_probes(Flatten(), {"bare": Pixels(levels)}, EMBEDDING, probing)
+    expected = np.square(levels - 128.0).sum(1).mean()
+    assert as_metrics(results) == {"bare/length/value": pytest.approx(expected, rel=1e-5)}
+    append_csv(tmp_path / "probes.csv", results, 3)
+    assert "3,bare,length,value," in (tmp_path / "probes.csv").read_text()
+    assert "length" in as_table(results)
+    arguments = parse_args(["--checkpoint", "T", "--data", "D", "--probes", "length", "--power", "3"])
+    assert (arguments.power, arguments.runs, arguments.shots) == (3, 5, (1, 4, 16))
+    with pytest.raises(ValueError, match="power is 0; at least 1 is needed"):
+        Probing(("length",), options_for(power=0))
+
+
+def test_a_probe_that_fails_in_its_own_way_fails_the_run(length, monkeypatch):
+    monkeypatch.setattr(Length, "measure", lambda self, task: [][0])
+    with pytest.raises(IndexError):
+        run_probes(Flatten(), {"task": made_up(20)}, EMBEDDING, Probing(("length",)))
+
+
+def test_options_that_no_probe_has():
+    with pytest.raises(TypeError, match="No probe has the option 'depth'; known are neighbours, runs, steps"):
+        options_for(depth=3)

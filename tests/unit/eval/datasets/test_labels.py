@@ -109,6 +109,48 @@ def test_shards_with_a_csv_of_slides(tmp_path):
     assert tiles.labels.tolist() == [0, 1, 0, 1, 0, 1] and tiles.patients == tuple("pqpqpq")
 
 
+def shard_of(path, slides, **columns):
+    """One grey tile of each slide."""
+    data = [cv2.imencode(".png", np.full((2, 2, 3), n, np.uint8))[1].tobytes() for n in range(len(slides))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"slide_path": list(slides), "image_bytes": pa.array(data, pa.binary()), **columns}
+    pq.write_table(pa.table(table), path)
+
+
+SCANS = [f"slides/TCGA-AA-{patient:04}/scan_{scan}.svs" for patient in (1, 2, 3, 4) for scan in (1, 2)]
+
+
+@pytest.mark.parametrize("layout", ["label column", "slides by path", "slides by name", "folders"])
+def test_folds_keep_patients_whole_as_the_training_split_does(layout, tmp_path):
+    """Folders, not file names, tell the patients."""
+    root, csv = tmp_path / "tiles", None
+    classes = [number // 2 % 2 for number in range(8)]
+    if layout == "label column":
+        shard_of(root / "a.parquet", SCANS, label=classes)
+    elif layout == "slides by path":
+        shard_of(root / "a.parquet", SCANS)
+        csv = "\n".join(["slide_id,label", *(f"{s},{c}" for s, c in zip(SCANS, classes, strict=True))])
+    else:
+        scans = [f"{slide.removesuffix('.svs')}_{n}" for n, slide in enumerate(SCANS)]  # one name, one slide
+        if layout == "folders":
+            for number, slide in enumerate(scans):
+                write(root / slide / "tile.png", number)
+        else:
+            shard_of(root / "a.parquet", [f"{slide}.svs" for slide in scans])
+        names = [slide.rpartition("/")[2] for slide in scans]
+        csv = "\n".join(["slide_id,label", *(f"{s},{c}" for s, c in zip(names, classes, strict=True))])
+    tiles = open_labelled_tiles(root, csv and csv_file(tmp_path, csv))
+    assert tiles.groups().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert tiles.groups("patient").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_slides_of_one_name_are_one_patient_as_in_the_training_split(tmp_path):
+    shard_of(tmp_path / "a.parquet", ["x/1.svs", "y/1.svs", "x/2.svs", "y/3.svs"], label=[0, 0, 1, 1])
+    assert open_labelled_tiles(tmp_path).groups().tolist() == [0, 0, 1, 2]
+    shard_of(tmp_path / "a.parquet", ["x/1.svs", "y/4.svs", "x/2.svs", "y/3.svs"], label=[0, 0, 1, 1])
+    assert open_labelled_tiles(tmp_path).patients is None
+
+
 def test_some_rows_of_shards(tmp_path):
     from dinov2.data.parquet.source import ParquetSource
 
