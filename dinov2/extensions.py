@@ -26,8 +26,11 @@ AUGMENTATIONS = Registry(
         "blur": "dinov2.data.augment.steps.blur:Blur",
     },
 )
-"""Steps of the augmentation: `dinov2.data.augment.step.AugmentationStep`. Those above are always in use, in this order;
-further ones where ``augmentation.steps`` names them."""
+"""Steps of the augmentation after the crop: `dinov2.data.augment.step.AugmentationStep`."""
+
+BUILT_IN_STEPS = ("flips", "hed", "jitter", "grayscale", "blur")
+"""Those of the published recipe in their order of application, set by keys of the section ``augmentation`` itself;
+``augmentation.steps`` names further ones."""
 
 SOURCES = Registry(
     "kind of data",
