@@ -23,7 +23,7 @@ from dinov2.utils.files import write_text
 
 DEFAULTS = Path(__file__).with_name("ssl_default_config.yaml")
 PAGE = Path(__file__).parents[2] / "docs/config.md"
-_LINK = re.compile(r"\[(.*?)\]\(.*?\)")
+_MARKUP = re.compile(r"[\[\]`]|\(\w+\.md\)")  # of Markdown
 _MARK = "<!-- Written by python -m dinov2.configs --write -->"
 
 
@@ -83,7 +83,7 @@ def _yaml(section: Any, indent: str = "") -> Iterator[str]:
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            about = "" if indent else f"  # {_LINK.sub(r'\1', _sentence(type(value))).replace('`', '')}"
+            about = "" if indent else f"  # {_MARKUP.sub('', _sentence(type(value)))}"
             yield from ([] if indent else [""])
             yield f"{indent}{field.name}:{about}"
             yield from _yaml(value, f"{indent}  ")
