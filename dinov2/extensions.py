@@ -26,8 +26,11 @@ AUGMENTATIONS = Registry(
         "blur": "dinov2.data.augment.steps.blur:Blur",
     },
 )
-"""Steps of the augmentation: `dinov2.data.augment.step.AugmentationStep`. Those above are always in use, in this order;
-further ones where ``augmentation.steps`` names them."""
+"""Steps of the augmentation after the crop: `dinov2.data.augment.step.AugmentationStep`."""
+
+BUILT_IN_STEPS = ("flips", "hed", "jitter", "grayscale", "blur")
+"""Those of the published recipe in their order of application, set by keys of the section ``augmentation`` itself;
+``augmentation.steps`` names further ones."""
 
 SOURCES = Registry(
     "kind of data",
@@ -48,5 +51,15 @@ BACKBONES = Registry(
 )
 """Networks that turn images into tokens: `dinov2.models.backbone.Backbone`."""
 
-PROBES = Registry("probe", {})
-"""Measures of a teacher's features: `dinov2.eval.probe.Probe`."""
+PROBES = Registry(
+    "probe",
+    {
+        "knn": "dinov2.eval.probe.knn:Knn",
+        "linear_eva": "dinov2.eval.probe.linear:LinearEva",
+        "linear_kaiko": "dinov2.eval.probe.linear:LinearKaiko",
+        "few_shot": "dinov2.eval.probe.few_shot:FewShot",
+        "rankme": "dinov2.eval.probe.spread:RankMe",
+        "odcorr": "dinov2.eval.probe.spread:ODCorr",
+    },
+)
+"""Measures of a teacher's features: `dinov2.eval.probe.task.Probe`."""

@@ -10,9 +10,9 @@ import torch
 from dinov2.configs import Config
 from dinov2.configs.schema import AugmentationConfig
 from dinov2.data import MultiCropAugmentation, MultiCropCollate, normalize
-from dinov2.data.augment.step import BUILT_IN_STEPS, AugmentationStep
+from dinov2.data.augment.step import AugmentationStep
 from dinov2.data.stream.to_device import DeviceBatches
-from dinov2.extensions import AUGMENTATIONS
+from dinov2.extensions import AUGMENTATIONS, BUILT_IN_STEPS
 
 
 def build_steps(augmentation: AugmentationConfig) -> dict[str, AugmentationStep]:
@@ -20,16 +20,7 @@ def build_steps(augmentation: AugmentationConfig) -> dict[str, AugmentationStep]
 
     The built-in ones are followed by those of ``augmentation.steps`` in the order given there, but for those that
     name a built-in step to stand in front of.
-
-    Raises:
-        ValueError: if ``augmentation.steps`` names a built-in step.
     """
-    for name in augmentation.steps:
-        if name in BUILT_IN_STEPS:
-            raise ValueError(
-                f"augmentation.steps.{name} is not accepted: the step is built in, and set by the keys of the section "
-                "augmentation itself."
-            )
     added = {name: AUGMENTATIONS[name](options) for name, options in augmentation.steps.items()}
     steps: dict[str, AugmentationStep] = {}
     for built_in in BUILT_IN_STEPS:

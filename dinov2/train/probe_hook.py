@@ -14,10 +14,11 @@ from dinov2.eval.datasets.benchmarks import BENCHMARKS
 from dinov2.eval.datasets.images import ParquetTiles, TileImages
 from dinov2.eval.datasets.labelled import LabelledTiles
 from dinov2.eval.datasets.labels import open_labelled_tiles
-from dinov2.eval.feature_extraction import Embedding
-from dinov2.eval.probe.options import Probing
+from dinov2.eval.features import Embedding
+from dinov2.eval.probe.options import Probing, options_for, probe_names
 from dinov2.eval.probe.results import append_csv, as_metrics
 from dinov2.eval.probe.run import run_probes
+from dinov2.extensions import PROBES
 from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
@@ -27,9 +28,9 @@ from dinov2.utils.dtypes import DTYPES
 logger = logging.getLogger("dinov2")
 
 HELD_OUT = "held_out"
-"""Name of the tiles of validation patients, on which RankMe and ODCorr need no labels."""
+"""Name of the tiles of validation patients, for probes that need no labels."""
 _HELD_OUT_TILES = 2048
-_RUNS = 2
+_RUNS = 2  # of linear heads, where evaluation.probe_options does not say
 
 
 class ProbeHook(PeriodicHook):
@@ -65,8 +66,9 @@ class ProbeHook(PeriodicHook):
             std=augmentation.normalize_std,
             autocast=None if dtype == "fp32" else DTYPES[dtype],
         )
+        options = options_for(runs=_RUNS) | dict(evaluation.probe_options)
         self._probing = Probing(
-            probes=evaluation.probes, runs=_RUNS, limit=evaluation.probe_tiles, seed=config.train.seed
+            evaluation.probes, options, limit=evaluation.probe_tiles, seed=config.train.seed
         )
 
     def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
@@ -89,7 +91,7 @@ def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | Tile
     """The tiles that section ``evaluation`` names, and those of validation patients, by name.
 
     Raises:
-        FileNotFoundError, ValueError: a folder does not hold what is expected, or two tasks have one name.
+        FileNotFoundError, ValueError: if a folder does not hold what is expected, or two tasks have one name.
     """
     evaluation = config.evaluation
     tasks: dict[str, LabelledTiles | TileImages] = {}
@@ -105,6 +107,6 @@ def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | Tile
             raise ValueError(f"evaluation.labelled names two tasks {name!r}; give each a name of its own.")
         tasks[name] = open_labelled_tiles(entry.path, entry.labels or None)
     held_out = [source for source in data.held_out if source]
-    if held_out and {"rankme", "odcorr"} & set(evaluation.probes):
+    if held_out and not all(PROBES[name].needs_labels for name in probe_names(evaluation.probes)):
         tasks[HELD_OUT] = ParquetTiles(held_out, _HELD_OUT_TILES)
     return tasks

@@ -21,7 +21,7 @@ class SampleList:
 
     def open(self, request: SourceRequest) -> Source:
         """Read the list and open its slides."""
-        from dinov2.data.slides.sample_list import SlideListSource
+        from dinov2.data.online.from_list import SlideListSource
 
         refuse_revision(request)
         data = request.config.data

@@ -7,9 +7,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-BUILT_IN_STEPS = ("flips", "hed", "jitter", "grayscale", "blur")
-"""The steps of the published recipe in their order of application; the crop precedes them."""
-
 
 class View(NamedTuple):
     """One of the views of a sample, before anything is drawn for it.

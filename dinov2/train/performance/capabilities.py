@@ -70,15 +70,16 @@ def resolve_performance(
     faults, problems = [*_faults(config, device)], {}
     if not faults and get_local_rank() == 0:
         wanted = [name for name in checks if on[name] and (on_gpu or name != "compile")]
-        problems = {name: checks[name].problem(config, device) for name in wanted}
+        tried = {name: checks[name].problem(config, device) for name in wanted}
+        problems = {name: problem for name, problem in tried.items() if problem}
     # What one node cannot do none does; the lowest rank tells why.
     everywhere = reduce(lambda first, other: other | first, gather_objects(problems))
     for name, problem in everywhere.items():
         check, value = checks[name], str(settings[name]).lower()
-        if problem and value in ("auto", "sdpa"):
+        if value in ("auto", "sdpa"):
             on[name] = False
             notes.append(f"{check.key} = {value} takes the slower plain path, since {problem}.")
-        elif problem:
+        else:
             faults.append(f"{check.key} = {value} cannot be used, since {problem}; {check.remedy}.")
     if faults:
         raise ValueError(" ".join(faults))

@@ -173,6 +173,6 @@ def _dtype(config: Config) -> torch.dtype:
 
 @contextlib.contextmanager
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if torch.cuda.is_available() and device.type == "cuda" else []):
         torch.manual_seed(0)
         yield

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,11 @@ from dinov2.utils.dtypes import DTYPES
 
 _ATEN = torch.ops.aten
 _TEACHER_TEMP = 0.07  # no cost depends on it
+# Older versions of PyTorch do not count the attention of a CPU.
+_COUNTED_AS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
 # Inductor's choice of what a graph keeps for its backward, without its code generation.
 _PARTITIONER = "aot_eager_decomp_partition"
 
@@ -81,6 +85,8 @@ class StepCosts:
             keeps in this version of PyTorch. Heads and losses are measured in eager mode.
     """
 
+    attention_backend = "sdpa"  # PyTorch's choice: on a CPU it saves what the fused kernels of a GPU do
+
     def __init__(self, config: Config, compiled: bool = False):
         self.config, self.compiled = config, compiled
         self._steps: dict[int, tuple[Cost, Cost]] = {}
@@ -112,11 +118,8 @@ class StepCosts:
 
     @cached_property
     def _arch(self) -> SSLMetaArch:
-        """The networks as training computes them, on tensors without values.
-
-        The attention backend is PyTorch's choice, whose kernel on a CPU saves what a fused one on a GPU does.
-        """
-        student = dataclasses.replace(self.config.student, attention_backend="sdpa")
+        """The networks as training computes them, on tensors without values."""
+        student = dataclasses.replace(self.config.student, attention_backend=self.attention_backend)
         with torch.device("meta"):
             arch = SSLMetaArch(dataclasses.replace(self.config, student=student)).train()
         arch.freeze_all_but_last_blocks(self.config.train.unfreeze_last_n_blocks)
@@ -257,7 +260,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = _ATTENTION.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+        formula = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
         if formula:
             self.flops += formula(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
@@ -292,23 +295,6 @@ class _Meter(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._storages.discard(key)
         self.live -= size
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values; (B, H, N, d)."""
-    return 2 * query.numel() * key.shape[2] + 2 * math.prod(query.shape[:3]) * value.shape[2] * value.shape[3]
-
-
-def _attention_backward(grad: Tensor, *qkv: Any, **kwargs: Any) -> int:
-    """Scores again, and two products for each of them."""
-    return _attention(*qkv) * 5 // 2
-
-
-# The kernel of the CPU, which older versions of PyTorch do not count.
-_ATTENTION: dict[Any, Callable[..., int]] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 def _copy(argument: Tensor) -> Tensor:

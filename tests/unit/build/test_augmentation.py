@@ -7,9 +7,9 @@ import torch
 from skimage.data import immunohistochemistry
 
 from dinov2.build.augmentation import build_augmentation, build_collate, build_steps, device_batches
-from dinov2.configs import load_config
+from dinov2.configs import ConfigError, load_config, validate
 from dinov2.configs.schema import AugmentationConfig
-from dinov2.data.augment.step import BUILT_IN_STEPS
+from dinov2.extensions import BUILT_IN_STEPS
 from tests.helpers.augmentation import DEFAULTS, Tint
 
 TINT, EARLY = "tests.helpers.augmentation:Tint", "tests.helpers.augmentation:EarlyTint"
@@ -32,8 +32,16 @@ def test_further_steps_come_last_or_where_they_say() -> None:
 
 
 def test_a_built_in_step_is_not_set_twice() -> None:
-    with pytest.raises(ValueError, match=r"augmentation\.steps\.hed"):
-        build_steps(with_steps(hed=Tint.Options()))
+    config = load_config(None, ["data.path=x", "augmentation.steps={hed: {}}"])
+    with pytest.raises(ConfigError, match=r"augmentation\.steps\.hed"):
+        validate(config, 1)
+
+
+def test_further_steps_are_configured_by_their_own_keys() -> None:
+    config = load_config(None, [f"augmentation.steps={{'{TINT}': {{prob: 0.25}}}}"])
+    assert build_steps(config.augmentation)[TINT].options == Tint.Options(0.25)
+    with pytest.raises(ConfigError, match="prob"):
+        load_config(None, [f"augmentation.steps={{'{TINT}': {{prob: 1.25}}}}"])
 
 
 def test_a_further_step_takes_effect_and_leaves_the_others() -> None:

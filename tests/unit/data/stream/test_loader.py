@@ -217,7 +217,9 @@ def test_damaged_rows_give_way_to_the_next_good_row_of_their_group(
 
 def test_too_much_damage_stops_with_the_first_rows_named(tmp_path: Path) -> None:
     source = damaged_source(tmp_path, [1, 2, 7])
-    assert len(list(islice(make_loader(source, max_corrupt_fraction=0.0013), 2))) == 2  # 12 of the first 10,000
+    assert (
+        len(list(islice(make_loader(source, max_corrupt_fraction=0.0013), 2))) == 2
+    )  # 12 of the first 10,000
     loader = make_loader(source, max_corrupt_fraction=0.0011)
     with pytest.raises(
         ValueError, match=r"12 of 48 samples \(25.00%\) are corrupt, where 0.11% is allowed: row"

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov2.data.augment.collate import Sample
+from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.slides.sample_list import SlideListSource
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.loader import make_train_loader
 from dinov2.data.stream.mixture import make_order, make_source

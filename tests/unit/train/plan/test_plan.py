@@ -1,0 +1,59 @@
+"""Derived figures of a run against the published arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dinov2
+from dinov2.configs import load_config
+from dinov2.train.plan.measure import Cost, StepFlops
+from dinov2.train.plan.plan import describe_plan, make_plan
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+RECIPE = Path(dinov2.__file__).parent / "configs" / "train" / "vitg14_reg4.yaml"
+
+
+def test_batch_steps_and_images():
+    plan = make_plan(load_config(RECIPE), 8)
+    assert (plan.global_batch, plan.local_batch) == (384, 48)
+    assert (plan.total_steps, plan.schedule_steps) == (250_000, 10_000_000)
+    assert plan.total_images == 96_000_000
+
+
+def test_a_resumed_run_keeps_its_global_batch():
+    config = load_config(RECIPE)
+    plan = make_plan(config, 4, global_batch=384)
+    assert (plan.global_batch, plan.local_batch) == (384, 96)
+    assert plan.peak_lr == make_plan(config, 8).peak_lr
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="384 images does not divide into pairs over 5 processes"):
+        make_plan(load_config(RECIPE), 5, global_batch=384)
+
+
+def test_described_plan_names_its_assumptions():
+    config = load_config(RECIPE)
+    costs = SimpleNamespace(
+        config=config,
+        compiled=True,
+        student=SSLMetaArch(config, weights_device="meta").student,
+        flops=lambda images: StepFlops(250 * 10**12, 245 * 10**12, 377 * 10**12),
+        activations=lambda images: Cost(saved=66 * 2**30, peak=67 * 2**30),
+    )
+    plan = make_plan(config, 8)
+    text = describe_plan(config, plan, costs)
+    assert "Predicted, not measured, for an assumed H200:" in text
+    assert "250 TFLOP per step and process (245 executed, 377 without stochastic depth)" in text
+    seconds = 250e12 / (0.5 * 989.4e12)
+    gpu_hours = 8 * 250_000 * seconds / 3600
+    assert f"{1e3 * seconds:.3g} ms per step" in text
+    assert f"{gpu_hours:,.1f} GPU-hours, {2.5 * gpu_hours:,.0f} dollars" in text
+    assert "activations 66.0, backward 1.4" in text  # a GiB of it measured, the rest two blocks' gradients
+    hopper = describe_plan(config, plan, costs, "NVIDIA H100 80GB HBM3")
+    assert "for H100:" in hopper and "of 79 GiB" in hopper
+    assert "an assumed H200" in describe_plan(config, plan, costs, "NVIDIA GeForce GTX 1080")
+    assert "Predicted" not in describe_plan(config, plan, costs, None)
