@@ -46,7 +46,7 @@ class Key:
         if isinstance(value, (list, tuple)):
             return all(map(self.accepts, value))
         if self.registry and isinstance(value, str):
-            return value in self.also or value in self.parts or not self.parts
+            return value in self.also or value in self.parts
         if isinstance(value, (bool, str, Mapping)) or value is None or dataclasses.is_dataclass(value):
             return True
         return (
