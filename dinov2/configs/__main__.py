@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -22,6 +23,7 @@ from dinov2.utils.files import write_text
 
 DEFAULTS = Path(__file__).with_name("ssl_default_config.yaml")
 PAGE = Path(__file__).parents[2] / "docs/config.md"
+_MARKUP = re.compile(r"[\[\]`]|\(\w+\.md\)")  # of Markdown
 _MARK = "<!-- Written by python -m dinov2.configs --write -->"
 
 
@@ -81,7 +83,7 @@ def _yaml(section: Any, indent: str = "") -> Iterator[str]:
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            about = "" if indent else f"  # {_sentence(type(value)).replace('`', '')}"
+            about = "" if indent else f"  # {_MARKUP.sub('', _sentence(type(value)))}"
             yield from ([] if indent else [""])
             yield f"{indent}{field.name}:{about}"
             yield from _yaml(value, f"{indent}  ")
@@ -103,7 +105,7 @@ def _rows(section: type, path: str, names: Sequence[str] = ()) -> Iterator[str]:
         for field in group:
             key, default = key_of(field), field.default
             default = {} if default is dataclasses.MISSING else default
-            yield f"| `{prefix}{field.name}` | {accepted(hint, key)} | `{_flow(default)}` | {key.doc} |"
+            yield f"| `{prefix}{field.name}` | {accepted(hint, key, listed=False)} | `{_flow(default)}` | {key.doc} |"
 
 
 def _sentence(section: type) -> str:

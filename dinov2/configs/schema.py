@@ -86,7 +86,9 @@ class DataConfig:
     """The tiles that are trained on; see [data.md](data.md)."""
 
     path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
-    kind: str = key("auto", "what it is; auto: recognised by what is there", **_KIND)
+    kind: str = key(
+        "auto", "parquet, sample_list, slides or a further one; auto: as it is recognised", **_KIND
+    )
     revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
     datasets: tuple[DatasetConfig, ...] = key(
         (), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]"
@@ -229,7 +231,9 @@ class AugmentationConfig:
 class StudentConfig:
     """The backbone; the teacher's is the same, without stochastic depth."""
 
-    arch: str = key("vit_large", "backbone", registry="BACKBONES")
+    arch: str = key(
+        "vit_large", "vit_demo, vit_tiny, vit_small, vit_base, vit_large, vit_giant2", registry="BACKBONES"
+    )
     options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
     patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
@@ -329,7 +333,7 @@ class LabelledConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Export of the teacher, and the probes that it goes through; see [probes.md](probes.md)."""
+    """Export of the teacher and its probes, see [probes.md](probes.md)."""
 
     eval_period_iterations: int = key(12500, "between teacher exports and between probes", **_STEPS)
     bach_root: str = key("", "this benchmark's folder: probed on while training")
@@ -339,7 +343,10 @@ class EvaluationConfig:
         (), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]"
     )
     probes: tuple[str, ...] = key(
-        _PROBES, "rankme and odcorr also on validation patients", registry="PROBES", also=("linear",)
+        _PROBES,
+        "of knn, linear, linear_eva, linear_kaiko, few_shot, rankme, odcorr",
+        registry="PROBES",
+        also=("linear",),
     )
     probe_options: Mapping[str, Any] = key({}, "options of probes: {name: {...}}", registry="PROBES")
     probe_tiles: int = key(2000, "tiles of each split that are used, at most", least=1, most=1e9)
@@ -351,7 +358,7 @@ class LoggingConfig:
 
     period_iterations: int = key(10, "steps per record of console, metrics.jsonl and W&B", **_STEPS)
     samples: bool = key(False, "true: logs/samples.rankN.jsonl says which samples each step consumed")
-    wandb: bool = key(True, "Weights & Biases; offline in the run's folder unless logged in; never prompts")
+    wandb: bool = key(True, "Weights & Biases; offline unless logged in; never prompts")
     wandb_project: str = key("path-fm", "its project")
 
 

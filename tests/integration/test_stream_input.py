@@ -120,10 +120,10 @@ def test_patches_cut_while_training_go_on_where_a_run_stopped(
     ("overrides", "message"),
     [
         (["train.online_patching=true", "data.path="], "data.path is empty"),
-        (["train.online_patching=true", "online.slides=/nowhere"], "There are no slides at '/nowhere'"),
+        (["train.online_patching=true", "online.slides=/nowhere"], "'/nowhere' does not exist"),
         (["train.online_patching=true", "online.slides=x", "online.mpp=[0.5,0.5]"], "not a list of different numbers"),
         (["train.online_patching=true", "online.slides=x", "online.mpp_weights=[1]"], "does not give each of"),
-        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "(given as online.slide_share) = 0 is out of"),
+        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "slide_share) = 0 is out of"),
         (["train.stream_lanes=91"], "data.lanes = 91 exceeds the 90 rows of the dataset"),
         (["train.stream_memory_gib=1.0e-6"], "and data.memory_gib = 1e-06; raise it"),
         (["train.exclusion_file=/nowhere.txt"], "/nowhere.txt"),

@@ -164,7 +164,7 @@ def places(tmp_path: Path) -> dict[str, str]:
      ("{shards}/shard-00000.parquet", "parquet"), ("org/name", "parquet"), ("org/name@v1", "parquet"),
      ("hf://datasets/org/name/train", "parquet"), ("s3://bucket/tiles", "parquet"), ("{slides}", "slides"),
      ("{list4.txt}", "sample_list"), ("{list6.txt}", "sample_list"), ("{slides.txt}", "slides"),
-     ("{slides.csv}", "slides")],
+     ("{slides.csv}", "slides"), ("{slides}/sub/A.SVS", "slides"), ("https://host/a%20b.svs", "slides")],
 )  # fmt: skip
 def test_kinds_are_recognised(places: dict[str, str], path: str, kind: str) -> None:
     for name, place in places.items():
