@@ -168,7 +168,7 @@ class KoLeoLoss(nn.Module):
 
 def forward_backward(arch: SSLMetaArch, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
     """Losses of a batch from ``collate_data_and_cast``, whose gradients are added to the student's."""
-    batch = {ours: images[metas].to(arch.device, non_blocking=True) for ours, metas in _BATCH.items()}
+    batch = {name: images[key].to(arch.device, non_blocking=True) for name, key in _BATCH.items()}
     losses = arch.compute_losses(batch, teacher_temp)
     losses["total_loss"].backward()
     return losses

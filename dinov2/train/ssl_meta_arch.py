@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config, config_from_mapping
-from dinov2.distributed import get_global_size, is_main_process
+from dinov2.distributed import broadcast_object, get_global_size, is_main_process
 from dinov2.fsdp import load_full_state_dict, shard
 from dinov2.layers import DINOHead
 from dinov2.loss import (
@@ -143,6 +143,7 @@ class SSLMetaArch(nn.Module):
             for network, precision in self._networks():
                 for name, module in network.items():
                     whole = module.state_dict() if is_main_process() else {}
+                    tables = _buffers_outside_the_state_dict(module)
                     module.to("meta")
                     settings = getattr(precision, name)
                     shard(
@@ -156,6 +157,8 @@ class SSLMetaArch(nn.Module):
                     )
                     module.to_empty(device=device)
                     load_full_state_dict(module, whole)
+                    for buffer_name, value in tables.items():
+                        module.get_buffer(buffer_name).copy_(value)
             self._distribute_terms(device)
         self.to(device)
 
@@ -319,3 +322,9 @@ class SSLMetaArch(nn.Module):
     def _networks(self) -> tuple[tuple[nn.ModuleDict, Any], ...]:
         precision = self.cfg.compute_precision
         return (self.student, precision.student), (self.teacher, precision.teacher)
+
+
+def _buffers_outside_the_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Rank 0's tables that are computed when a module is built, such as those of rotary positions; all must call."""
+    saved = module.state_dict().keys()
+    return broadcast_object({name: t.clone() for name, t in module.named_buffers() if name not in saved})

@@ -18,6 +18,7 @@ logger = logging.getLogger("dinov2")
 # Keys whose change would make the saved weights, optimiser state or data order mean something else.
 _FIXED_KEYS = (
     "student.arch",
+    "student.options",
     "student.patch_size",
     "student.ffn_layer",
     "student.num_register_tokens",
@@ -118,9 +119,10 @@ def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; fixed keys that hold a mapping stay whole, so that a name more or less is a change."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in _FIXED_KEYS:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     setup_logging()
     errors = DeviceError, NonFiniteError
-    return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
+    try:
+        return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
+    finally:
+        destroy_process_group()  # may wait for the other ranks: after the error has been said
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -84,8 +87,6 @@ def _run(args: argparse.Namespace) -> int:
             ". ".join(str(error).split(". ")[:2]),
         )
         return USER_ERROR
-    finally:
-        destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -178,4 +178,4 @@ def test_gpus_can_from_ada_on(monkeypatch, capability, can):
 def test_other_devices_and_old_torch_cannot(monkeypatch):
     assert "not implemented for mps" in fp8_problem("mps")
     monkeypatch.delattr(torch, "_scaled_mm")
-    assert "has no FP8 products" in fp8_problem("cpu")
+    assert "has no FP8 matmuls" in fp8_problem("cpu")
