@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -37,6 +36,7 @@ from dinov2.eval.embed.run import DESCRIPTION, Counts, Output, embed_parts
 from dinov2.eval.embed.slides import Grid
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.architecture import arguments_of
+from dinov2.hub.pretrained import local_weights
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.dtypes import DTYPES
@@ -229,10 +229,7 @@ def _colours(args: argparse.Namespace, logger: logging.Logger) -> tuple[list[flo
 
 
 def _sha256(checkpoint: str) -> str:
-    path = Path(checkpoint)
-    if "://" in checkpoint:  # load_teacher has put it there
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(checkpoint).path).name)
-    with path.open("rb") as file:
+    with local_weights(checkpoint).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
