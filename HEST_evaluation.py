@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 
-from dinov2.hub import load_teacher, trained_with
+from dinov2.hub import load_teacher
+from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
+from dinov2.utils import cli
+from dinov2.utils.files import replacing, write_text
 
 DATASETS = ("IDC", "PRAD", "PAAD", "SKCM", "COAD", "READ", "CCRCC", "LUNG", "LYMPH_IDC")
 """The nine tasks of the published averages; HEST has HCC, too."""
@@ -33,9 +36,6 @@ PUBLISHED = {
     "OpenMidnight, cls": 0.390,  # Kaplan et al. 2025 (sophont.med/blog/openmidnight)
 }
 """Published averages over `DATASETS`."""
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-USER_ERROR = 2
-"""Exit status where one sentence has said what the user can mend."""
 _INSTALL = "scripts/install_hest.sh installs mahmoodlab/HEST into .venv-hest, to be run with its Python"
 
 logger = logging.getLogger("dinov2")
@@ -44,24 +44,21 @@ logger = logging.getLogger("dinov2")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="HEST_evaluation.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="any file that dinov2.hub.load_teacher opens")
-    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="(%(default)s)")
-    parser.add_argument(
+    cli.add_checkpoint(parser)
+    add = parser.add_argument
+    add("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="(%(default)s)")
+    add(
         "--bench-data", type=Path, default=Path("data/hest_bench"), metavar="DIR",
         help="where the benchmark's data are or go (%(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("output_hest"), metavar="DIR", help="a new folder (%(default)s)"
-    )
-    parser.add_argument("--embedding", choices=("cls", "cls_mean"), default="cls", help="(%(default)s)")
-    parser.add_argument(
-        "--latent-dim", type=int, default=256, help="of the PCA before the ridge; 0: none (%(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--num-workers", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--offline", action="store_true", help="use what --bench-data has; download nothing")
+    add("--output", type=Path, default=Path("output_hest"), metavar="DIR", help="a new folder (%(default)s)")
+    cli.add_pooling(parser)
+    add("--latent-dim", type=int, default=256, help="of the PCA before the ridge; 0: none (%(default)s)")
+    add("--batch-size", type=int, default=128, help="(%(default)s)")
+    cli.add_workers(parser, 1)
+    add("--offline", action="store_true", help="use what --bench-data has; download nothing")
     args = parser.parse_args(argv)
-    for name, least in (("latent_dim", 0), ("batch_size", 1), ("num_workers", 0)):
+    for name, least in (("latent_dim", 0), ("batch_size", 1), ("workers", 0)):
         if getattr(args, name) < least:
             parser.error(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least {least}"
@@ -70,32 +67,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     args = parse_arguments(argv)
     setup_logging()
-    try:
-        _check_folders(args)
-        model, transform = _encoder(args)
-        if args.offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-        module = find_benchmark()
-        results = run(module, model, transform, args)
-        text = as_markdown(results, f"HEST: {Path(args.checkpoint).name}")
-        (args.output / "hest.md").write_text(text)
-        write_csv(args.output / "hest.csv", results)
-    except (ImportError, OSError, ValueError) as error:
-        logger.error("%s", error)
-        logger.debug("Raised here:", exc_info=True)
-        return USER_ERROR
+    return cli.run_command(lambda: _evaluate(args), logger)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _check_folders(args)
+    model, transform = _encoder(args)
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+    module = find_benchmark()
+    results = run(module, model, transform, args)
+    text = as_markdown(results, f"HEST: {Path(args.checkpoint).name}")
+    write_csv(args.output / "hest.csv", results)
+    write_text(args.output / "hest.md", text)
     sys.stdout.write(text)
-    return 0
 
 
 def find_benchmark() -> ModuleType:
     """HEST's module ``hest.bench.benchmark``. (As an attribute of `hest.bench` that name is the function.)
 
     Raises:
-        ImportError: HEST is not there, is another package of that name, or lacks a requirement.
+        ImportError: if HEST is not there, is another package of that name, or lacks a requirement.
     """
     try:
         is_there = importlib.util.find_spec("hest.bench") is not None
@@ -125,7 +120,7 @@ def run(
     """Benchmark through keyword arguments; returns ``dataset``, ``mean`` and ``sd`` over folds per task.
 
     Raises:
-        OSError: HEST left no results.
+        OSError: if HEST left no results.
     """
     # Neither the registry of weights, which only an editable installation has, nor the weights of other encoders, many
     # gigabytes, are of use to an encoder of one's own.
@@ -142,7 +137,7 @@ def run(
         model, transform, torch.float32,
         datasets=args.datasets, encoders=[],
         dimreduce="PCA" if args.latent_dim else "none", latent_dim=args.latent_dim or None,
-        batch_size=args.batch_size, num_workers=args.num_workers, exp_code="teacher",
+        batch_size=args.batch_size, num_workers=args.workers, exp_code="teacher",
         bench_data_root=str(args.bench_data.resolve()), weights_root=str(folders["weights"]),
         embed_dataroot=str(folders["embeddings"]), results_dir=str(folders["results"]),
     )  # fmt: skip
@@ -173,7 +168,7 @@ def as_markdown(results: Sequence[dict[str, Any]], title: str) -> str:
 
 def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """One line per task."""
-    with path.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("dataset", "mean", "sd"))
         writer.writeheader()
         writer.writerows(results)
@@ -198,21 +193,15 @@ def _encoder(args: argparse.Namespace) -> tuple[torch.nn.Module, Callable[[Any],
     """The teacher, (B, 3, 224, 224) to features, and what makes its input of HEST's images."""
     from torchvision.transforms import Compose, Normalize, ToTensor
 
-    model = load_teacher(args.checkpoint, output=args.embedding)
-    width = _width(model)
+    model = load_teacher(args.checkpoint, pooling=args.pooling)
+    with torch.inference_mode():
+        width = model(torch.zeros(1, 3, 224, 224)).shape[-1]
     if args.latent_dim > width:
         raise ValueError(
-            f"--latent-dim {args.latent_dim} exceeds the {width} features of {args.embedding}; lower it, or 0: no PCA."
+            f"--latent-dim {args.latent_dim} exceeds the {width} features of {args.pooling}; lower it, or 0: no PCA."
         )
-    trained = trained_with(args.checkpoint)
-    mean, std = (trained.get(name, value) for name, value in zip(("mean", "std"), IMAGENET, strict=True))
+    mean, std, _ = normalisation(args.checkpoint)
     return model, Compose([ToTensor(), Normalize(mean, std)])
-
-
-def _width(model: torch.nn.Module) -> int:
-    """Features of a teacher per image."""
-    with torch.inference_mode():
-        return model(torch.zeros(1, 3, 224, 224)).shape[-1]
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import cpu_ms, describe_machine
 from dinov2.data.prepare.draw import Sampling, SlideJob, draw_from_slide
-from dinov2.data.slides.blocks import Region, assemble, index_slide, ranges
+from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.ranges import read_ranges
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tiff import index_slide
 from dinov2.data.slides.tissue import TissueRule
 from prepatching_scripts.build_parquet_sample_dataset import main as build
 from prepatching_scripts.make_demo_slide import render_haematoxylin_eosin

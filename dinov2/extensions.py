@@ -5,11 +5,32 @@
 
 from dinov2.utils.registry import Registry
 
-LOSSES = Registry("loss", {})
+LOSSES = Registry(
+    "loss",
+    {
+        "dino": "dinov2.loss.dino:DINO",
+        "ibot": "dinov2.loss.ibot:IBOT",
+        "kde": "dinov2.loss.kde:KDE",
+        "koleo": "dinov2.loss.koleo:KoLeo",
+    },
+)
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""
 
-AUGMENTATIONS = Registry("augmentation step", {})
-"""Steps of the augmentation, in the order of application: `dinov2.data.augment.step.AugmentationStep`."""
+AUGMENTATIONS = Registry(
+    "augmentation step",
+    {
+        "flips": "dinov2.data.augment.steps.flips:Flips",
+        "hed": "dinov2.data.augment.steps.hed:Hed",
+        "jitter": "dinov2.data.augment.steps.jitter:Jitter",
+        "grayscale": "dinov2.data.augment.steps.grayscale:Grayscale",
+        "blur": "dinov2.data.augment.steps.blur:Blur",
+    },
+)
+"""Steps of the augmentation after the crop: `dinov2.data.augment.step.AugmentationStep`."""
+
+BUILT_IN_STEPS = ("flips", "hed", "jitter", "grayscale", "blur")
+"""Those of the published recipe in their order of application, set by keys of the section ``augmentation`` itself;
+``augmentation.steps`` names further ones."""
 
 SOURCES = Registry(
     "kind of data",
@@ -30,5 +51,15 @@ BACKBONES = Registry(
 )
 """Networks that turn images into tokens: `dinov2.models.backbone.Backbone`."""
 
-PROBES = Registry("probe", {})
-"""Measures of a teacher's features: `dinov2.eval.probe.Probe`."""
+PROBES = Registry(
+    "probe",
+    {
+        "knn": "dinov2.eval.probe.knn:Knn",
+        "linear_eva": "dinov2.eval.probe.linear:LinearEva",
+        "linear_kaiko": "dinov2.eval.probe.linear:LinearKaiko",
+        "few_shot": "dinov2.eval.probe.few_shot:FewShot",
+        "rankme": "dinov2.eval.probe.spread:RankMe",
+        "odcorr": "dinov2.eval.probe.spread:ODCorr",
+    },
+)
+"""Measures of a teacher's features: `dinov2.eval.probe.task.Probe`."""

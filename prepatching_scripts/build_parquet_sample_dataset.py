@@ -36,9 +36,11 @@ import pyarrow.parquet as pq
 from dinov2.data.prepare.cut import Cutting, Encoding, Patches
 from dinov2.data.prepare.shard import ROWS_PER_GROUP, ShardJob, build_shard
 from dinov2.data.prepare.shuffle import Order, clear_work, shuffled_shards
+from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule
+from dinov2.utils.cli import DONE, FAILURES, add_mpp_file, add_workers, run_command
 from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.provenance import package_versions
@@ -104,8 +106,8 @@ class Build:
         slide_root: folder that holds the listed slides, if they have moved.
 
     Raises:
-        FileNotFoundError: there is no such list or mpp table.
-        ValueError: one of them is malformed, or the list was drawn for another tile size.
+        FileNotFoundError: if there is no such list or mpp table.
+        ValueError: if one of them is malformed, or the list was drawn for another tile size.
     """
 
     def __init__(self, list_path: Path, options: BuildOptions, slide_root: Path | None = None) -> None:
@@ -118,9 +120,17 @@ class Build:
         table = read_mpp_table(options.mpp_file) if options.mpp_file else None
         given = [table.get(name) if table else None for name in samples.slides]
         mpps = [options.mpp if mpp is None else mpp for mpp in given]
-        rule = _tissue_rule(list_path, drawn)
+        try:
+            drawn_by = drawn.get("rule") or asdict(TissueRule())
+            rule = TissueRule(tuple(drawn_by["lower"]), tuple(drawn_by["upper"]), drawn_by["min_fraction"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
+            ) from error
         self.options, self.samples = options, samples
-        self.patches = Patches(samples, [locate_slide(name, slide_root) for name in samples.slides], mpps)
+        self.patches = Patches(
+            samples, [locate_slide(name, slide_root, list_path) for name in samples.slides], mpps
+        )
         self.cutting = Cutting(options.encoding, rule, options.tile_size, options.max_slide_failures)
         self.metadata = {
             "schema_version": "1",
@@ -142,11 +152,13 @@ class Build:
         }
         build_id = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16)
         self.metadata["build_id"] = build_id.hexdigest()
+        with list_path.open("rb") as file:
+            list_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.description = {
             "build": self.identity,
             "build_id": build_id.hexdigest(),
             "list": os.path.abspath(list_path),
-            "list_sha256": _sha256(list_path),
+            "list_sha256": list_sha256,
             "num_patches": len(samples),
             "num_slides": len(samples.slides),
             "num_shards": len(self.rows),
@@ -181,8 +193,8 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
         Number of patches in the share, and of those that could not be read.
 
     Raises:
-        FileExistsError: the folder holds another build, or another process writes the same shards.
-        OSError: a file cannot be written.
+        FileExistsError: if the folder holds another build, or another process writes the same shards.
+        OSError: if a file cannot be written.
     """
     mine = share.shards(len(build.rows))
     report = output / share.named("failures", ".jsonl")
@@ -191,7 +203,8 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
         _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / DESCRIPTION, build.description)
-    with locked(output / DESCRIPTION, mine.start, len(mine)):
+    busy = f"Another builder is writing some of these shards into '{output}'; wait for it or stop it."
+    with locked(output / DESCRIPTION, mine.start, len(mine), busy):
         names = {_name(number) for number in mine} | ({DESCRIPTION} if share.num_parts == 1 else set())
         for name, partial in leftovers(output):
             if name in names:
@@ -247,7 +260,7 @@ def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[
     """Which of some shards are there already, with the failures that they keep.
 
     Raises:
-        FileExistsError: the folder holds a Parquet file of another build.
+        FileExistsError: if the folder holds a Parquet file of another build.
     """
     numbers = {_name(number): number for number in range(len(build.rows))}
     finished = {}
@@ -260,7 +273,7 @@ def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[
         except pa.ArrowException as error:
             if number is not None:
                 raise FileExistsError(
-                    f"'{shard}' is damaged ({error}); move it away to have it made again."
+                    f"'{shard}' is corrupt ({error}); move it away to have it made again."
                 ) from error
         if number is None or metadata.get(b"build_id", b"").decode() != build.metadata["build_id"]:
             raise FileExistsError(
@@ -283,23 +296,6 @@ def _refuse_foreign_report(path: Path) -> None:
         )
 
 
-def _tissue_rule(list_path: Path, drawn: dict[str, Any]) -> TissueRule:
-    if not drawn:
-        return TissueRule()
-    try:
-        rule = drawn["rule"]
-        return TissueRule(tuple(rule["lower"]), tuple(rule["upper"]), rule["min_fraction"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
-        ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -314,15 +310,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--jpeg-quality", type=int, default=95, metavar="1..100")
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a patch in px (224)")
-    add("--mpp", type=float, help="um per level-0 px of slides that do not say")
-    add("--mpp-file", type=Path, help="CSV with columns slide,mpp for such slides; goes before --mpp")
+    add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
+    add_mpp_file(parser)
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
     add("--shuffle", action="store_true", help="mix the slides; takes the dataset's disk space twice")
     add("--seed", type=int, default=0, help="of --shuffle (0)")
     add("--memory-gib", type=float, default=1.0, help="images that a process of --shuffle may hold, raw (1)")
     add("--num-parts", type=int, default=1, help="machines that share the work (1)")
     add("--part", type=int, default=0, help="which of them this is, from 0")
-    add("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    add_workers(parser)
     add("--max-slide-failures", type=int, default=100, help="undecodable patches that give a slide up (100)")
     add("--max-failed-share", type=float, default=0.01, help="exit 1 if more patches fail (0.01)")
     args = parser.parse_args(argv)
@@ -344,7 +340,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 0, 1 with a one-sentence reason, or 130 after Ctrl-C."""
+    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = BuildOptions(
@@ -352,22 +348,25 @@ def main(argv: list[str] | None = None) -> int:
         args.columns, args.rows_per_shard, args.seed if args.shuffle else None, args.max_slide_failures,
     )  # fmt: skip
     share = Share(args.part, args.num_parts, args.workers, args.memory_gib)
-    try:
-        total, failed = build_dataset(Build(args.sample_list, options, args.slide_root), args.output, share)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        if getattr(error, "errno", None) in _FULL:
-            logger.error("No room left in '%s'; make some, then run the same command again.", args.output)
-        else:
-            logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("Stopped; the same command goes on from here.")
-        return 130
-    if failed > args.max_failed_share * total:
+
+    def body() -> int:
+        try:
+            total, failed = build_dataset(
+                Build(args.sample_list, options, args.slide_root), args.output, share
+            )
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(
+                f"No room left in '{args.output}'; make some, then run the same command again."
+            ) from error
+        if failed <= args.max_failed_share * total:
+            return DONE
         report = args.output / share.named("failures", ".jsonl")
         logger.error("%d of %d patches failed, see %s.", failed, total, report)
-        return 1
-    return 0
+        return FAILURES
+
+    return run_command(body, logger, errors=(SlideError,), resumable=True)
 
 
 if __name__ == "__main__":

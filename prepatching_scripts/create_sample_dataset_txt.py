@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.files import json_lines, write_new
+from dinov2.utils.cli import DONE, FAILURES, add_mpp_file, add_workers, run_command
+from dinov2.utils.files import json_lines, leftovers, write_new
 from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("create_sample_dataset_txt")
@@ -49,10 +49,10 @@ def create_sample_list(
         Number of slides, and of slides that failed.
 
     Raises:
-        FileExistsError: one of the three files exists, or a file in `preview` would be replaced that is none.
-        FileNotFoundError: there is no slide, or no `mpp_file`.
-        ValueError: the `mpp_file` is malformed.
-        OSError: something cannot be written.
+        FileExistsError: if one of the three files exists, or a file in `preview` would be replaced that is none.
+        FileNotFoundError: if there is no `source` or no `mpp_file`.
+        ValueError: if there is no slide, or the `mpp_file` is malformed.
+        OSError: if something cannot be written.
     """
     meta, failures = (output.with_name(output.name + ending) for ending in (".meta.json", ".failures.jsonl"))
     options = json.dumps([PARTS_VERSION, asdict(sampling)], sort_keys=True).encode()
@@ -60,23 +60,20 @@ def create_sample_list(
     for path in (output, meta, failures):
         if path.exists() and not parts.is_dir():  # else an earlier run of this command was placing them
             raise FileExistsError(f"'{path}' exists already; give another --output or move it away.")
-    found = find_slides(source)
-    if found.duplicates:
-        again, first = found.duplicates[0]
-        logger.warning(
-            "%d paths lead to slides that count already; the first is '%s', the same file as '%s'.",
-            len(found.duplicates), again, first,
-        )  # fmt: skip
-    table = read_mpp_table(mpp_file) if mpp_file is not None else None
-    given = [table.get(path) if table is not None else None for path, _ in found.slides]
+    found = find_slides(source, mpp_table=None if mpp_file is None else read_mpp_table(mpp_file))
     pictures = _pictures(found, preview)
     parts.mkdir(parents=True, exist_ok=True)
+    finals = {output, meta, failures, *filter(None, pictures)}
+    for folder in {path.parent for path in finals}:
+        for name, partial in leftovers(folder):
+            if folder / name in finals:
+                partial.unlink(missing_ok=True)
     jobs = [
-        PartJob(SlideJob(path, key, sampling, mpp), parts, picture)
-        for (path, key), mpp, picture in zip(found.slides, given, pictures, strict=True)
+        PartJob(SlideJob(row.path, row.key, sampling, row.mpp), parts, picture)
+        for row, picture in zip(found.slides, pictures, strict=True)
     ]
-    made = dict(run_jobs(make_part, jobs, workers, "slide"))
-    made = [made[i] for i in range(len(jobs))]
+    finished = dict(run_jobs(make_part, jobs, workers, "slide"))
+    made = [finished[number] for number in range(len(jobs))]
     unseen = [part.preview_failure for part in made if part.preview_failure]
     if unseen:
         logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
@@ -98,21 +95,21 @@ def _pictures(found: FoundSlides, preview: Path | None) -> list[Path | None]:
     """Where each slide's preview goes; slides of one name get a digest of their path behind it."""
     if preview is None:
         return [None] * len(found.slides)
-    times = Counter(key for _, key in found.slides)
+    times = Counter(row.key for row in found.slides)
     pictures = []
-    for path, key in found.slides:
-        digest = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-        pictures.append(preview / (f"{key}.png" if times[key] == 1 else f"{key}.{digest}.png"))
+    for row in found.slides:
+        digest = hashlib.blake2b(row.path.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+        pictures.append(preview / (f"{row.key}.png" if times[row.key] == 1 else f"{row.key}.{digest}.png"))
         preview_mark(pictures[-1])  # raises where another file is in the way
     return pictures
 
 
 def _failures(found: FoundSlides, made: list[Part]) -> Iterator[dict[str, Any]]:
-    for (path, _), part in zip(found.slides, made, strict=True):
+    for row, part in zip(found.slides, made, strict=True):
         if part.draw.failure:
-            yield {"slide": path, "reason": part.draw.failure}
+            yield {"slide": row.path, "reason": part.draw.failure}
         for mpp, reason in part.draw.skipped.items():
-            yield {"slide": path, "mpp": mpp, "reason": reason}
+            yield {"slide": row.path, "mpp": mpp, "reason": reason}
 
 
 def _lines(found: FoundSlides, made: list[Part], sampling: Sampling, digest: Any) -> Iterator[str]:
@@ -123,7 +120,7 @@ def _lines(found: FoundSlides, made: list[Part], sampling: Sampling, digest: Any
     if sampling.mpps:
         ends = [f" {mpp:g} {mpp:g}" for mpp in np.concatenate([part.draw.mpp for part in made]).tolist()]
     for i in np.random.Generator(np.random.Philox(key=sampling.seed)).permutation(len(rows)):
-        line = f"{found.slides[slide[i]][0]} {rows[i, 0]} {rows[i, 1]} {rows[i, 2]}{ends[i]}\n"
+        line = f"{found.slides[slide[i]].path} {rows[i, 0]} {rows[i, 1]} {rows[i, 2]}{ends[i]}\n"
         digest.update(line.encode(errors="surrogateescape"))
         yield line
 
@@ -144,7 +141,7 @@ def _description(found: FoundSlides, made: list[Part], sampling: Sampling, diges
         "num_patches_by_level": {str(level): n for level, n in sorted(levels.items())},
         "num_patches_by_mpp": {f"{mpp:g}": n for mpp, n in sorted(mpps.items())},
         # what slides were told their mpp to be, so that training needs no table
-        "slide_mpp": {path: part.draw.given_mpp for (path, _), part in given if part.draw.given_mpp},
+        "slide_mpp": {row.path: part.draw.given_mpp for row, part in given if part.draw.given_mpp},
         "sha256": digest.hexdigest(),
     }
     yield json.dumps(description, indent=2) + "\n"
@@ -155,7 +152,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     rule = TissueRule()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("slides", type=Path, help="folder (with subfolders), text file of paths, or one slide")
+    add("slides", type=Path, help="folder (with subfolders), text or .csv file of paths, or one slide")
     add("--output", type=Path, required=True, help="list to write; must not exist")
     add("--levels", type=int, nargs="+", help="pyramid levels; default: all of each slide")
     add("--mpp", type=float, nargs="+", default=[], help="um per px of the patches, instead of levels")
@@ -164,14 +161,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--per-mpp", type=int, help="patches per slide and mpp (500)")
     add("--per-slide", type=int, help="at most so many patches per slide, shared over its levels or mpp")
     add("--tile-size", type=int, default=224, help="side of a patch in px of its level or mpp (224)")
-    add("--mpp-file", type=Path, help="CSV 'slide,mpp' for slides that do not say theirs")
+    add_mpp_file(parser)
     add("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
     add("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
     add("--min-tissue", type=float, default=rule.min_fraction, help="share to exceed (0.6)")
     add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
     add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and patches")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
+    add_workers(parser)
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")
     args = parser.parse_args(argv)
     for name in ("per_level", "per_mpp", "per_slide", "tile_size", "workers"):
@@ -198,21 +195,21 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns 0, or 1 with a one-sentence reason."""
+    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def body() -> int:
         total, failed = create_sample_list(
             args.slides, args.output, sampling_of(args),
             workers=args.workers, mpp_file=args.mpp_file, preview=args.preview,
         )  # fmt: skip
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        logger.error("%s", error)
-        return 1
-    if failed > args.max_failed_share * total:
+        if failed <= args.max_failed_share * total:
+            return DONE
         logger.error("%d of %d slides failed, see %s.failures.jsonl.", failed, total, args.output)
-        return 1
-    return 0
+        return FAILURES
+
+    return run_command(body, logger, resumable=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dinov2.utils.cli import run_command
+from dinov2.utils.files import replacing
+
 logger = logging.getLogger("make_demo_slide")
 
 TRAIN_ROWS, HOLDOUT_ROWS = slice(0, 336), slice(344, 512)  # rows of the micrograph, a gap between them
@@ -63,7 +66,7 @@ def set_on_canvas(tissue: np.ndarray) -> np.ndarray:
 def write_aperio_slide(path: Path, image: np.ndarray) -> None:
     """Write a uint8 (H, W, 3) RGB image as a pyramidal Aperio-style SVS with JPEG tiles.
 
-    The file is written beside and renamed. Page 1 is the stripped thumbnail that readers of SVS expect.
+    The file is whole or absent. Page 1 is the stripped thumbnail that readers of SVS expect.
     """
     from tifffile import TiffWriter
 
@@ -82,8 +85,7 @@ def write_aperio_slide(path: Path, image: np.ndarray) -> None:
         "software": None,
     }
     scale = f"AppMag = {OBJECTIVE_POWER}|MPP = {MPP_UM}"
-    partial = path.with_name(path.name + ".part")
-    with TiffWriter(partial, bigtiff=True) as tiff:
+    with replacing(path) as partial, TiffWriter(partial, bigtiff=True) as tiff:
         for index, level in enumerate(levels):
             size = "" if index == 0 else f" -> {level.shape[1]}x{level.shape[0]}"
             description = f"{tiled}{size} JPEG/RGB Q={JPEG_QUALITY}|{scale}"
@@ -91,14 +93,13 @@ def write_aperio_slide(path: Path, image: np.ndarray) -> None:
             if index == 0:
                 size = f" -> {thumbnail.shape[1]}x{thumbnail.shape[0]}"
                 tiff.write(thumbnail, rowsperstrip=16, description=f"{source}{size} - |{scale}", **jpeg)
-    partial.rename(path)
 
 
 def make_demo_slides(output_dir: Path) -> tuple[Path, Path]:
     """Write `demo_train.svs` and `demo_holdout.svs` into a folder, replacing none.
 
     Raises:
-        FileExistsError: one of the two files is there already.
+        FileExistsError: if one of the two files is there already.
     """
     from skimage.data import immunohistochemistry
 
@@ -115,17 +116,16 @@ def make_demo_slides(output_dir: Path) -> tuple[Path, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: `make_demo_slide.py --output-dir DIR`."""
+    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the two slides")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def body() -> None:
         make_demo_slides(args.output_dir)
-    except OSError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+
+    return run_command(body, logger)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   scripts/run_eva.sh CHECKPOINT OUTPUT [tasks...]        (all twelve if none is named)
 #
 #   DATA_ROOT            folder that has one folder per data set; docs/evaluation.md says which
-#   EMBEDDING            cls (default) or cls_mean: class token, or it and the mean patch token
+#   POOLING              cls (default) or cls_mean: class token, or it and the mean patch token (older: EMBEDDING)
 #   DOWNLOAD_DATA=true   lets eva fetch the data sets that it can fetch
 #   KEEP_EMBEDDINGS=1    keeps the embeddings of tasks that succeeded
 #   PATHFM_EVA_PYTHON    Python that has kaiko-eva (default: the one of .venv)
@@ -16,7 +16,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PATHFM_EVA_PYTHON:-$root/.venv/bin/python}
 tasks=(bach bracs breakhis crc gleason mhist pcam pcam_10 consep monusac cam16_small panda_small)
-settings=(EMBEDDING MODEL_NAME MODEL_EXTRA_KWARGS IN_FEATURES MAP_FEATURES OUT_INDICES RESIZE_DIM NORMALIZE_MEAN
+settings=(POOLING EMBEDDING MODEL_NAME MODEL_EXTRA_KWARGS IN_FEATURES MAP_FEATURES OUT_INDICES RESIZE_DIM NORMALIZE_MEAN
     NORMALIZE_STD N_RUNS MAX_STEPS MAX_EPOCHS PATIENCE BATCH_SIZE LR_VALUE N_PATCHES CHECKPOINT_TYPE MONITOR_METRIC
     MONITOR_METRIC_MODE EVA_GLOBAL_SEED)
 

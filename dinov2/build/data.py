@@ -13,15 +13,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.source import Source, SourceRequest
+from dinov2.data.stream.loader import TrainLoader, make_train_loader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.mixture import describe_shares, make_order, make_source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.patient_split import Fate, Fates, PatientSplit, describe_splits, split_by_patient
 from dinov2.data.stream.patients import read_exclusions
+from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
 
 _SHARED_MEMORY = "/dev/shm"
@@ -226,6 +231,42 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
                 "raise it (docker run --shm-size) or lower train.num_workers or train.prefetch_factor"
             )
     return "\n".join(lines)
+
+
+def build_loader(
+    config: Config,
+    plan: Workload,
+    data: OpenData,
+    start_sample: int,
+    order: dict[str, int],
+    device: torch.device,
+) -> TrainLoader:
+    """Build this rank's training loader.
+
+    Args:
+        config: validated configuration.
+        plan: of the run.
+        data: from `open_data`.
+        start_sample: samples consumed so far.
+        order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
+        device: where batches go.
+    """
+    source = data.source
+    return make_train_loader(
+        source,
+        build_augmentation(config),
+        build_collate(config),
+        global_batch=plan.global_batch,
+        rank=get_global_rank(),
+        world_size=get_global_size(),
+        start_sample=start_sample,
+        order=data.order(**order),
+        num_workers=config.train.num_workers,
+        prefetch=prefetch_for(config, source),
+        prefetch_factor=config.train.prefetch_factor,
+        pin_memory=device.type == "cuda",
+        max_corrupt_fraction=config.data.max_corrupt_fraction,
+    )
 
 
 def _datasets(config: Config) -> tuple[DatasetConfig, ...]:

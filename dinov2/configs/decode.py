@@ -42,7 +42,7 @@ class Decoder:
         for name in user:
             if name not in hints:
                 self._unknown(path, str(name), list(hints))
-        values = {}
+        values, missing = {}, False
         for field in dataclasses.fields(section):
             child = f"{path}.{field.name}" if path else field.name
             if field.name in user or dataclasses.is_dataclass(hints[field.name]):
@@ -50,13 +50,11 @@ class Decoder:
                 if value is not _FAULTY:
                     values[field.name] = value
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                self._fault(
-                    child, f"{child} is missing; expected {accepted(hints[field.name], key_of(field))}."
-                )
+                expected = accepted(hints[field.name], key_of(field))
+                self._fault(child, f"{child} is missing; expected {expected}.")
+            missing |= field.name not in values and field.default is field.default_factory
         try:
-            return section(**values)
-        except TypeError:  # a key without a default, which has been named
-            return None
+            return None if missing else section(**values)
         except ValueError as error:  # the options of a part have a rule of their own
             self._fault(path, f"{path} cannot be used: {str(error).rstrip('.')}.")
             return None
@@ -108,7 +106,7 @@ class Decoder:
     def _unknown(self, path: str, name: str, known: list[str]) -> None:
         prefix = f"{path}." if path else ""
         older = [key[len(prefix) :] for key in OLDER_KEYS if prefix and key.startswith(prefix)]
-        near = difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.6)
         if near:
             hint = f"did you mean {prefix}{near[0]}?"
             meant = OLDER_KEYS.get(f"{prefix}{near[0]}")
@@ -162,18 +160,10 @@ def _convert(hint: Any, value: Any) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert(args[1] if isinstance(value, str) or value is None else args[0], value)
-    if hint is types.NoneType:
-        if value is not None:
-            raise TypeError
+    if hint is types.NoneType and value is None:
         return None
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        if args[-1] is Ellipsis:
-            args = (args[0],) * len(value)
-        if len(value) != len(args):
-            raise TypeError
-        return tuple(_convert(item_hint, item) for item_hint, item in zip(args, value, strict=True))
+        return _convert_items(args, value)
     if hint is str and value is None:  # `key:` with nothing after it
         return ""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -183,3 +173,11 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is float and not math.isfinite(value):
         raise ValueError
     return value
+
+
+def _convert_items(hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    if hints[-1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    return tuple(_convert(hint, item) for hint, item in zip(hints, value, strict=True))

@@ -61,23 +61,14 @@ class Key:
         """The registry that `registry` names."""
         return getattr(extensions, self.registry)
 
-    def bounds(self) -> str:
-        """The bounds in words, to be read after "a number"; empty where there are none."""
-        low = (
-            None
-            if self.least is None and self.above is None
-            else (self.above, self.least)[self.above is None]
+    def interval(self) -> str:
+        """The bounds as `` in [0, 1)``; empty where there are none."""
+        least, above, most, below = (
+            None if end is None else _number(end) for end in (self.least, self.above, self.most, self.below)
         )
-        high = (
-            None if self.most is None and self.below is None else (self.below, self.most)[self.below is None]
-        )
-        if low is not None and high is not None:
-            return f" in {'(['[self.above is None]}{_number(low)}, {_number(high)}{')]'[self.below is None]}"
-        if low is not None:
-            return f" above {_number(low)}" if self.above is not None else f" of {_number(low)} or more"
-        if high is not None:
-            return f" below {_number(high)}" if self.below is not None else f" of at most {_number(high)}"
-        return ""
+        low = f"[{least}" if least else f"({above}" if above else ""
+        high = f"{most}]" if most else f"{below})" if below else ""
+        return f" in {low or '(-inf'}, {high or 'inf)'}" if low or high else ""
 
 
 def key(default: Any, doc: str, **accepted: Any) -> Any:
@@ -116,7 +107,7 @@ def accepted(hint: Any, key: Key) -> str:
         return names if hint is str else f"a mapping from names ({names}) to options"
     if origin is not None or hint is Mapping:
         return "a mapping"
-    return _KINDS[hint] + (key.bounds() if hint in (int, float) else "")
+    return _KINDS.get(hint, str(hint)) + (key.interval() if hint in (int, float) else "")
 
 
 def shortened(value: Any, most: int = 80) -> str:
@@ -131,9 +122,7 @@ def _either(names: list[str]) -> str:
 
 def _number(value: float) -> str:
     return (
-        str(value)
-        if isinstance(value, int)
-        else str(int(value))
-        if value == int(value) and abs(value) < 1e15
+        str(value if isinstance(value, int) else int(value))
+        if abs(value) >= 1 and value == int(value)
         else f"{value:g}"
     )

@@ -96,6 +96,10 @@ class OlderKeys:
         """
         layer = _copied(layer)
         given: dict[str, Any] = {}
+        data = layer.get("data")
+        for new in [new for new in self.spelled if any(_matches(layer, new.split(".")))]:
+            del self.spelled[new]
+        names_data = isinstance(data, dict) and ("path" in data or "datasets" in data)
         for pattern, entry in OLDER_KEYS.items():
             for old, parent, name in list(_matches(layer, pattern.split("."))):
                 value = parent.pop(name)
@@ -109,12 +113,8 @@ class OlderKeys:
                     self.spelled[entry.new] = old
         if given:
             self._choose_data(layer, given)
-        elif (
-            isinstance(data := layer.get("data"), dict)
-            and {"path", "datasets"} & data.keys()
-            and self._chosen
-        ):
-            data.setdefault("kind", "auto")
+        elif names_data and self._chosen:
+            _put(layer, "data.kind", "auto")
             self._chosen = False
         _expand_precision(layer)
         return layer

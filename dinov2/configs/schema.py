@@ -24,13 +24,15 @@ _STEPS = {"least": 1, "most": 1e12}
 _SIDE = {"least": 1, "most": 8192}
 _RATE = {"least": 0, "most": 1000}
 _STRENGTH = {"least": 0, "most": 100}
+_KIND = {"registry": "SOURCES", "also": ("auto",)}
+_PROBES = ("knn", "linear", "rankme", "odcorr")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Starting weights under Meta's name."""
 
-    WEIGHTS: str = key("", "teacher export to start from: the backbone, and each head that it holds")
+    WEIGHTS: str = key("", "teacher export to start from: backbone, and each head that it holds")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ class ModulePrecisionConfig:
     """Sharding and dtypes of one module (backbone or head)."""
 
     sharding_strategy: ShardingStrategy = key(
-        "SHARD_GRAD_OP",
-        "FULL_SHARD: weights gathered again for the backward; HYBRID_SHARD: sharded inside a node; NO_SHARD: replicas",
+        "SHARD_GRAD_OP", "FULL_SHARD gathers weights again for the backward"
     )
     mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
 
@@ -75,7 +76,7 @@ class DatasetConfig:
     """One entry of ``data.datasets``: a dataset of a mixture and its fraction of the samples."""
 
     path: str = key("", "as data.path")
-    kind: str = key("auto", "as data.kind", registry="SOURCES", also=("auto",))
+    kind: str = key("auto", "as data.kind", **_KIND)
     weight: float = key(1.0, "fraction of the samples, up to a common factor", above=0, most=1e9)
     revision: str = key("", "as data.revision")
 
@@ -84,40 +85,24 @@ class DatasetConfig:
 class DataConfig:
     """The tiles that are trained on; see [data.md](data.md)."""
 
-    path: str = key("", "folder, glob, file, hub dataset (org/name) or URL of what is trained on")
-    kind: str = key(
-        "auto", "what it is; auto: recognised by what is there", registry="SOURCES", also=("auto",)
-    )
-    revision: str = key("", "branch, tag or commit of a hub dataset; a resumed run keeps its commit")
+    path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
+    kind: str = key("auto", "what it is; auto: recognised by what is there", **_KIND)
+    revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
     datasets: tuple[DatasetConfig, ...] = key(
-        (), "in place of one path, a mixture: [{path: a, weight: 3}, {path: b, weight: 1, kind: slides}]"
+        (), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]"
     )
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
-    exclusion_file: str = key("", "text file of patients or slides, one per line, that are never trained on")
-    validation_fraction: float = key(
-        0.0,
-        "fraction of patients that is never trained on, chosen by a hash of the patient",
-        least=0,
-        below=1,
-    )
+    exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
+    validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
-    mpp_file: str = key("", "CSV `slide,mpp` with the resolution of slides that do not say theirs")
-    slide_root: str = key("", "folder that a sample list's slides were moved to; empty: the paths as listed")
+    mpp_file: str = key("", "CSV slide,mpp for slides that do not say theirs")
+    slide_root: str = key("", "where a sample list's slides were moved; empty: as listed")
     sample_list_columns: Literal[0, 4, 6] = key(0, "of a sample list; 0: as its .meta.json says, else 4")
-    lanes: int = key(
-        0,
-        "V, read streams of the shuffled data that are interleaved; 0: 8 x global batch or fewer",
-        least=0,
-        most=1e8,
-    )
+    lanes: int = key(0, "V, interleaved read streams; 0: 8 x global batch or fewer", least=0, most=1e8)
     block_rows: int = key(64, "R, rows shuffled together inside a row group", least=1, most=1e8)
-    memory_gib: float = key(
-        16.0, "most that the reader of one process may hold; more is refused", above=0, most=1e6
-    )
+    memory_gib: float = key(16.0, "most that the reader of one process may hold", above=0, most=1e6)
     retries: int = key(8, "of each remote read before training stops", least=1, most=1000)
-    max_corrupt_fraction: float = key(
-        0.001, "training stops above this fraction of undecodable rows", **_PROBABILITY
-    )
+    max_corrupt_fraction: float = key(0.001, "of undecodable rows; training stops above it", **_PROBABILITY)
 
 
 @dataclass(frozen=True)
@@ -125,22 +110,13 @@ class OnlineConfig:
     """Patches cut from slides at random positions while training (``data.kind: slides``)."""
 
     weight_column: str = key("", "column of a CSV of slides by which they are drawn; empty: all alike")
-    mpp: tuple[float, ...] = key(
-        (0.25, 0.5, 1.0, 2.0), "um per px of the patches: 40x, 20x, 10x, 5x", above=0, most=1e4
-    )
+    mpp: tuple[float, ...] = key((0.25, 0.5, 1.0, 2.0), "um per px of the patches", above=0, most=1e4)
     mpp_weights: tuple[float, ...] = key((), "how often each is drawn; empty: all alike", above=0, most=1e9)
-    magnifications: tuple[float, ...] = key(
-        (), "in place of online.mpp: 10 / magnification, as 40, 20, 10, 5", above=0, most=1e4
-    )
+    magnifications: tuple[float, ...] = key((), "in place of mpp: 10 / magnification", above=0, most=1e4)
     min_foreground: float = key(0.4, "least fraction of tissue in a patch", **_PROBABILITY)
-    slide_fraction: float = key(
-        1.0,
-        "of the slides that is used, chosen by a hash; smaller ones are parts of larger ones",
-        above=0,
-        most=1,
-    )
-    max_patches: int = key(0, "number of distinct patches; 0: without end", least=0, most=2**30)
-    cache_dir: str = key("", "where tissue masks and tile indexes are kept; empty: in the run's folder")
+    slide_fraction: float = key(1.0, "of the slides, chosen by hash of the seed", above=0, most=1)
+    max_patches: int = key(0, "distinct patches; 0: without end", least=0, most=2**30)
+    cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder")
 
 
 @dataclass(frozen=True)
@@ -148,18 +124,11 @@ class TrainConfig:
     """Batch, steps, checkpoints."""
 
     batch_size_per_gpu: int | Literal["auto"] = key(
-        64,
-        "images per process, even; auto: as many as the GPU holds; fixed at the first launch",
-        least=2,
-        most=1e6,
+        64, "images per process, even; auto: as many as the GPU holds", least=2, most=1e6
     )
     output_dir: str = key(".", "the run's folder where --output-dir is not given")
-    seed: int = key(
-        0, "of weights, sample order, augmentation, masks, stochastic depth", least=0, most=2**64 - 1
-    )
-    num_workers: int = key(
-        10, "decode and augmentation processes per training process; 0: none", least=0, most=1024
-    )
+    seed: int = key(0, "of everything random", least=0, most=2**64 - 1)
+    num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
     prefetch_factor: int = key(4, "batches that each worker prepares ahead", least=1, most=1024)
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules", least=1, most=1e9)
     centering: Literal["centering", "sinkhorn_knopp"] = key(
@@ -167,7 +136,7 @@ class TrainConfig:
     )
     use_pretrained: bool = key(False, "start from Meta's published DINOv2 weights of this architecture")
     unfreeze_last_n_blocks: int = key(
-        0, "n > 0: train only the last n blocks, the final norm and the heads", least=0, most=1000
+        0, "n > 0: only the last n blocks, final norm and heads learn", least=0, most=1000
     )
     skip_checkpointer: bool | None = key(False, "true: no checkpoints, so no resume")
     checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
@@ -175,14 +144,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DinoConfig:
-    """The CLS-token loss, its head, and the regularisers of the CLS token."""
+class HeadConfig:
+    """What a projection head is made of."""
 
-    loss_weight: float = key(1.0, "of the CLS-token cross-entropies, local and global", **_WEIGHT)
     head_n_prototypes: int = key(65536, "prototypes, the head's outputs", least=1, most=2**22)
     head_bottleneck_dim: int = key(256, "width before the prototypes", least=1, most=2**14)
     head_nlayers: int = key(3, "layers of the head's MLP", least=1, most=32)
     head_hidden_dim: int = key(2048, "width of its hidden layers", least=1, most=2**14)
+
+
+@dataclass(frozen=True)
+class DinoConfig(HeadConfig):
+    """The CLS-token loss, its head, and the regularisers of the CLS token."""
+
+    loss_weight: float = key(1.0, "of the CLS-token cross-entropies, local and global", **_WEIGHT)
     koleo_loss_weight: float = key(0.1, "of KoLeo, summed over the global views; 0: off", **_WEIGHT)
     koleo_gather: bool = key(False, "true: nearest neighbours among the rows of all processes")
     kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
@@ -194,23 +169,17 @@ class DinoConfig:
 
 
 @dataclass(frozen=True)
-class IbotConfig:
+class IbotConfig(HeadConfig):
     """The masked-patch loss, its masks and its head."""
 
     loss_weight: float = key(1.0, "of the masked-patch cross-entropy", **_WEIGHT)
-    mask_sample_probability: float = key(
-        0.5, "fraction of global crops that are masked, a multiple of 0.25", **_PROBABILITY
-    )
+    mask_sample_probability: float = key(0.5, "of global crops masked, a multiple of 0.25", **_PROBABILITY)
     mask_ratio_min_max: tuple[float, float] = key(
-        (0.1, 0.5), "range of the masked fraction of such a crop's patches", **_PROBABILITY
+        (0.1, 0.5), "masked fraction of such a crop's patches", **_PROBABILITY
     )
     separate_head: bool = key(
         False, "true: patches have a head of their own; false: the DINO head serves both"
     )
-    head_n_prototypes: int = key(65536, "prototypes, the head's outputs", least=1, most=2**22)
-    head_bottleneck_dim: int = key(256, "width before the prototypes", least=1, most=2**14)
-    head_nlayers: int = key(3, "layers of the head's MLP", least=1, most=32)
-    head_hidden_dim: int = key(2048, "width of its hidden layers", least=1, most=2**14)
 
 
 @dataclass(frozen=True)
@@ -263,15 +232,11 @@ class StudentConfig:
     arch: str = key("vit_large", "backbone", registry="BACKBONES")
     options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
     patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
-    drop_path_rate: float = key(
-        0.3, "fraction of samples that each residual branch leaves out, student only", least=0, below=1
-    )
+    drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
     layerscale: float = key(1.0e-05, "initial gain of each residual branch", least=0, most=1000)
     drop_path_uniform: bool = key(True, "false: the rate grows linearly from 0 in the first block")
     pretrained_weights: str = key("", "path or URL of backbone weights to start from")
-    pretrained_pos_embed: bool = key(
-        True, "whether their position grid is taken; false: it starts from noise"
-    )
+    pretrained_pos_embed: bool = key(True, "take their position grid; false: start from noise")
     ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = key(
         "mlp", "swiglufused: two thirds as wide, as published"
     )
@@ -281,7 +246,7 @@ class StudentConfig:
     num_register_tokens: int = key(0, "registers after the CLS token", least=0, most=1024)
     interpolate_antialias: bool = key(True, "antialias where the position grid is resized to a crop")
     interpolate_offset: float = key(
-        0.0, "added to the target grid size in that resizing; older DINOv2 code: 0.1", least=-10, most=10
+        0.0, "added to the target grid's side; older DINOv2 code: 0.1", least=-10, most=10
     )
     attention_backend: Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"] = key(
         "sdpa", "sdpa: PyTorch's choice"
@@ -303,20 +268,16 @@ class TeacherConfig:
 class OptimConfig:
     """AdamW, its schedules and parameter groups. Epochs are of ``train.OFFICIAL_EPOCH_LENGTH`` steps."""
 
-    epochs: float = key(
-        100.0, "span of the schedules, and of the training unless stopped early", above=0, most=1e9
-    )
+    epochs: float = key(100.0, "span of the schedules, and of training", above=0, most=1e9)
     early_stop: float | None = key(
-        None, "epochs after which training ends, schedules unchanged; null: optim.epochs", above=0, most=1e9
+        None, "training ends here, schedules unchanged; null: optim.epochs", above=0, most=1e9
     )
     weight_decay: float = key(0.04, "at the start of its cosine", **_RATE)
     weight_decay_end: float = key(0.4, "at the end", **_RATE)
     base_lr: float = key(0.004, "peak learning rate at a global batch of 1024", above=0, most=1000)
     warmup_epochs: float = key(10.0, "linear warm-up of the learning rate from 0", **_EPOCHS)
     min_lr: float = key(1.0e-06, "learning rate at the end of its cosine", **_RATE)
-    clip_grad: float = key(
-        3.0, "largest gradient norm of the backbone and of each head; 0: off", least=0, most=1e9
-    )
+    clip_grad: float = key(3.0, "largest gradient norm, backbone and each head; 0: off", least=0, most=1e9)
     freeze_last_layer_epochs: float = key(1.0, "in which the heads' last layers do not learn", **_EPOCHS)
     scaling_rule: Literal["sqrt_wrt_1024", "none"] = key(
         "sqrt_wrt_1024", "peak = base_lr x sqrt(global batch / 1024); none: base_lr"
@@ -331,19 +292,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PerformanceConfig:
-    """How a step is computed, not what; only ``fp8`` changes results beyond rounding. See [performance.md](performance.md)."""
+    """How a step is computed; only ``fp8`` changes results beyond rounding. See [performance.md](performance.md)."""
 
     compile: Switch = key("auto", "blocks and losses by torch.compile; auto: on a GPU with Triton")
-    fused_update: Switch = key(
-        "auto", "clip, AdamW, EMA, 16-bit copies in one Triton pass; auto: on a GPU, unscaled"
-    )
+    fused_update: Switch = key("auto", "clip, AdamW, EMA, copies in one Triton pass; auto: on a GPU")
     fp8: Literal["none", "teacher", "all"] = key("none", "matrix products of the blocks in 8 bit")
     fp8_scaling: Literal["tensor", "row"] = key("tensor", "what shares one scale; tensor is fastest")
-    recompute: Literal["none", "selective", "full"] = key(
-        "none", "activations computed again in the backward; selective: all but products and attention"
-    )
+    recompute: Literal["none", "selective", "full"] = key("none", "selective: all but products and attention")
     prefetch_blocks: int = key(
-        1, "several processes: blocks gathered ahead; 0: FSDP's choice", least=0, most=1000
+        1, "blocks gathered ahead by several processes; 0: FSDP's choice", least=0, most=1000
     )
 
 
@@ -351,21 +308,13 @@ class PerformanceConfig:
 class DebugConfig:
     """Switches that only serve to trace a wrong or slow step to its cause; each can be turned off alone."""
 
-    packed_crops: bool = key(
-        True, "all crop sizes go through the blocks as one matrix; false: one pass per size"
-    )
-    inverse_gather: bool = key(
-        True, "rows kept by stochastic depth addressed both ways, without atomics; false: index_add"
-    )
-    factored_targets: bool = key(
-        True, "Sinkhorn's patch targets stay two scaling vectors; false: written out"
-    )
+    packed_crops: bool = key(True, "all crop sizes as one matrix; false: one pass per size")
+    inverse_gather: bool = key(True, "rows of stochastic depth addressed both ways; false: index_add")
+    factored_targets: bool = key(True, "Sinkhorn's targets as two scaling vectors; false: written out")
     prune_last_block: bool = key(True, "last block only for the tokens that a loss reads")
-    weight_copies: bool = key(
-        True, "one process: 16-bit copies of the blocks' weights; false: cast at each use"
-    )
+    weight_copies: bool = key(True, "one process: 16-bit copies of weights; false: cast at each use")
     compile_backend: Literal["inductor", "aot_eager", "eager"] = key(
-        "inductor", "the last two show whether tracing or kernels are at fault"
+        "inductor", "the others show whether tracing or kernels err"
     )
 
 
@@ -382,19 +331,16 @@ class LabelledConfig:
 class EvaluationConfig:
     """Export of the teacher, and the probes that it goes through; see [probes.md](probes.md)."""
 
-    eval_period_iterations: int = key(
-        12500, "steps between teacher exports, and probes; one more at the end", **_STEPS
-    )
-    bach_root: str = key("", "folder of this benchmark: the teacher is probed on it while training")
+    eval_period_iterations: int = key(12500, "between teacher exports and between probes", **_STEPS)
+    bach_root: str = key("", "this benchmark's folder: probed on while training")
     breakhis_root: str = key("", "the same for BreakHis")
     pcam_root: str = key("", "the same for PatchCamelyon")
     labelled: tuple[LabelledConfig, ...] = key(
-        (), "further labelled tiles: [{path: tiles/, name: subtype, labels: labels.csv}]"
+        (), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]"
     )
     probes: tuple[str, ...] = key(
-        ("knn", "linear", "rankme", "odcorr"), "rankme and odcorr also on validation patients",
-        registry="PROBES", also=("linear",),
-    )  # fmt: skip
+        _PROBES, "rankme and odcorr also on validation patients", registry="PROBES", also=("linear",)
+    )
     probe_options: Mapping[str, Any] = key({}, "options of probes: {name: {...}}", registry="PROBES")
     probe_tiles: int = key(2000, "tiles of each split that are used, at most", least=1, most=1e9)
 
@@ -415,7 +361,7 @@ class Config:
 
     MODEL: ModelConfig = ModelConfig()
     precision: Literal["bf16", "fp16", "fp32", "mixed"] = key(
-        "bf16", "of the matrix products of every module; mixed: as compute_precision says"
+        "bf16", "of all matrix products; mixed: as compute_precision says"
     )
     compute_precision: ComputePrecisionConfig = ComputePrecisionConfig()
     data: DataConfig = DataConfig()
@@ -423,9 +369,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     dino: DinoConfig = DinoConfig()
     ibot: IbotConfig = IbotConfig()
-    losses: Mapping[str, Any] = key(
-        {}, "further registered losses: {name: {weight: 0.1, ...}}", registry="LOSSES"
-    )
+    losses: Mapping[str, Any] = key({}, "further losses: {name: {weight: 0.1, ...}}", registry="LOSSES")
     crops: CropsConfig = CropsConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     student: StudentConfig = StudentConfig()

@@ -10,6 +10,7 @@ from dinov2.configs.decode import keys_of
 from dinov2.configs.fields import accepted, shortened
 from dinov2.configs.older_keys import MODULES
 from dinov2.configs.schema import Config
+from dinov2.extensions import BUILT_IN_STEPS
 
 _MOST_PATCHES = 1 << 16  # of one view
 _MOST_WEIGHTS = 1 << 31  # of one layer of a head
@@ -90,6 +91,8 @@ def _crop_faults(config: Config) -> Iterator[_Fault]:
     key, (low, high) = "augmentation.blur_sigma_min_max", config.augmentation.blur_sigma_min_max
     if low > high:
         yield _Fault(key, f"{key} = [{low}, {high}] is not a range; expected 0 < min <= max.")
+    for key in (f"augmentation.steps.{name}" for name in BUILT_IN_STEPS if name in config.augmentation.steps):
+        yield _Fault(key, f"{key} is a built-in step, which keys of augmentation itself set; leave it out.")
     key, kernel = "augmentation.blur_kernel_size", config.augmentation.blur_kernel_size
     if kernel % 2 == 0:
         yield _Fault(key, f"{key} = {kernel} is not an odd number of 1 or more.")

@@ -30,8 +30,8 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > _MOST_BYTES:
         raise YamlError(f"it has {len(text):,} characters; at most {_MOST_BYTES:,} are expected")
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         value = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -55,27 +55,25 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Compose a node, unless it is too deep or holds too much."""
-        mark, self._level = self.peek_event().start_mark, self._level + 1
+        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self._level += 1
         if self._level > _MOST_LEVELS:
             raise yaml.MarkedYAMLError(
                 problem=f"it is nested more than {_MOST_LEVELS} deep", problem_mark=mark
             )
         node = super().compose_node(parent, index)
         self._level -= 1
-        if id(node) not in self._values:
-            self._values[id(node)] = 1 + sum(self._count(child, mark) for child in _children(node))
+        if not is_alias:
+            self._values[id(node)] = 1 + sum(self._values[id(child)] for child in _children(node))
             if isinstance(node, yaml.MappingNode):
                 self._find_duplicates(node)
+        elif id(node) not in self._values:
+            raise yaml.MarkedYAMLError(problem="an alias refers to what it stands in", problem_mark=mark)
         if self._values[id(node)] > _MOST_VALUES:
             raise yaml.MarkedYAMLError(
                 problem=f"it holds more than {_MOST_VALUES:,} values", problem_mark=mark
             )
         return node
-
-    def _count(self, node: yaml.Node, mark: yaml.Mark) -> int:
-        if id(node) not in self._values:  # an alias within what it stands for
-            raise yaml.MarkedYAMLError(problem="an alias refers to what it stands in", problem_mark=mark)
-        return self._values[id(node)]
 
     def _find_duplicates(self, node: yaml.MappingNode) -> None:
         lines: dict[str, int] = {}

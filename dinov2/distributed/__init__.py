@@ -6,6 +6,7 @@ rank, number 0, and every collective returns what it was given.
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
@@ -15,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov2.utils.cli import ToldElsewhere
+
 # Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
 _TIMEOUT = timedelta(minutes=30)
 _T = TypeVar("_T")
 _alone = ContextVar("alone", default=False)
 
 
-class MainProcessError(RuntimeError):
+class MainProcessError(ToldElsewhere):
     """Rank 0 failed at what the others waited for; the cause is raised there."""
 
 
@@ -80,6 +83,23 @@ def init_process_group(device: torch.device) -> None:
     device = torch.device("cuda", get_local_rank() if device.index is None else device.index)
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Belong to the process group that torchrun describes, if there is one, within the block.
+
+    A rank that ends because of rank 0 waits a second before: torchrun ends all processes as soon as one has left,
+    and rank 0 has something to say.
+    """
+    init_process_group(device)
+    try:
+        yield
+    except MainProcessError:
+        time.sleep(1)
+        raise
+    finally:
+        destroy_process_group()
 
 
 def destroy_process_group() -> None:

@@ -1,7 +1,7 @@
 """Evaluation of teachers: features of tiles, and what the features are worth."""
 
-from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
-from dinov2.eval.probe.odcorr import odcorr
-from dinov2.eval.probe.rankme import mean_cosine, rankme
+from dinov2.eval.datasets.images import read_tiles
+from dinov2.eval.features import embed_images, patch_feature_map
+from dinov2.eval.probe.spread import mean_cosine, odcorr, rankme
 
 __all__ = ["embed_images", "mean_cosine", "odcorr", "patch_feature_map", "rankme", "read_tiles"]

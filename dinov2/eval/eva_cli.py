@@ -19,30 +19,33 @@ import torch
 from torch import nn
 
 from dinov2.hub import load_teacher, trained_with
+from dinov2.hub.teacher import POOLINGS
 from dinov2.logging import setup_logging
+from dinov2.utils.cli import DONE, run_command
 
 BACKBONE = "pathfm/teacher"
-USER_ERROR = 2
-"""Exit status where one sentence has said what the user can mend."""
 _CONFIGS = Path(__file__).parents[2] / "eval_configs"
 
 logger = logging.getLogger("dinov2")
 
 
-def teacher(checkpoint_path: str, output: str = "cls", out_indices: int | None = None) -> nn.Module:
+def teacher(
+    checkpoint_path: str, pooling: str | None = None, out_indices: int | None = None, output: str = "cls"
+) -> nn.Module:
     """The backbone as eva's registry makes it. (No ``**kwargs``: eva passes on what the signature names.)
 
     Args:
         checkpoint_path: any file that `dinov2.hub.load_teacher` opens.
-        output: "cls" for embeddings (B, D), "cls_mean" for (B, 2D).
+        pooling: "cls" (the default) for embeddings (B, D), "cls_mean" for (B, 2D).
         out_indices: 1 for what segmentation needs: a list with the un-normalised map (B, D, H/p, W/p) of the last
-            block, whatever ``output`` says.
+            block, whatever ``pooling`` says.
+        output: an older name of ``pooling``.
 
     Raises:
-        ValueError: another number of maps.
+        ValueError: if another number of maps is asked for.
     """
     if out_indices is None:
-        return load_teacher(checkpoint_path, output=output)
+        return load_teacher(checkpoint_path, pooling=pooling or output)
     if int(out_indices) != 1:
         raise ValueError(
             f"OUT_INDICES is {out_indices}; a teacher gives the map of its last block, so 1 is expected."
@@ -53,13 +56,14 @@ def teacher(checkpoint_path: str, output: str = "cls", out_indices: int | None =
 def fill_in(environment: MutableMapping[str, str]) -> None:
     """Set what the configurations read and the user left out.
 
-    From ``CHECKPOINT_PATH`` and ``EMBEDDING`` ("cls", "cls_mean") follow MODEL_NAME, MODEL_EXTRA_KWARGS, IN_FEATURES
-    (width of an embedding), MAP_FEATURES (width of a feature map), and NORMALIZE_MEAN and NORMALIZE_STD where the JSON
-    beside the file states them. With another MODEL_NAME, or with MODEL_EXTRA_KWARGS set, nothing is filled in.
+    From ``CHECKPOINT_PATH`` and ``POOLING`` ("cls", "cls_mean"; ``EMBEDDING`` is an older name) follow MODEL_NAME,
+    MODEL_EXTRA_KWARGS, IN_FEATURES (width of an embedding), MAP_FEATURES (width of a feature map), and NORMALIZE_MEAN
+    and NORMALIZE_STD where the JSON beside the file states them. With another MODEL_NAME, or with MODEL_EXTRA_KWARGS
+    set, nothing is filled in.
 
     Raises:
-        ValueError: a variable is missing or has no meaning, or the checkpoint holds no teacher.
-        OSError: there is no such checkpoint.
+        ValueError: if a variable is missing or has no meaning, or the checkpoint holds no teacher.
+        OSError: if there is no such checkpoint.
     """
     accelerator = environment.get("ACCELERATOR", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -68,32 +72,30 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
         )
     if environment.setdefault("MODEL_NAME", BACKBONE) != BACKBONE or "MODEL_EXTRA_KWARGS" in environment:
         return
-    path, output = environment.get("CHECKPOINT_PATH"), environment.get("EMBEDDING", "cls")
+    path = environment.get("CHECKPOINT_PATH")
     if not path:
         raise ValueError("CHECKPOINT_PATH is not set; name a teacher's file.")
-    if output not in ("cls", "cls_mean"):
-        raise ValueError(f"EMBEDDING={output} is neither cls nor cls_mean.")
+    given = {name: environment[name] for name in ("POOLING", "EMBEDDING") if environment.get(name)}
+    pooling = next(iter(given.values()), "cls")
+    for name, value in given.items():
+        if value not in POOLINGS or value != pooling:
+            raise ValueError(f"{name}={value} is not {' or '.join(POOLINGS)}, or not the same as POOLING.")
     width = load_teacher(path).embed_dim
     path = path if "://" in path else str(Path(path).resolve())
-    found = {
-        "MODEL_EXTRA_KWARGS": json.dumps({"checkpoint_path": path, "output": output}),
-        "IN_FEATURES": str(width * (2 if output == "cls_mean" else 1)),
-        "MAP_FEATURES": str(width),
-    }
-    trained = trained_with(path)
-    found |= {
-        f"NORMALIZE_{key.upper()}": json.dumps(trained[key]) for key in ("mean", "std") if key in trained
-    }
-    for name, value in found.items():
-        environment.setdefault(name, value)
+    environment.setdefault("MODEL_EXTRA_KWARGS", json.dumps({"checkpoint_path": path, "pooling": pooling}))
+    environment.setdefault("IN_FEATURES", str(width * (2 if pooling == "cls_mean" else 1)))
+    environment.setdefault("MAP_FEATURES", str(width))
+    for key, value in trained_with(path).items():
+        if key in ("mean", "std"):
+            environment.setdefault(f"NORMALIZE_{key.upper()}", json.dumps(value))
 
 
 def check_inputs(arguments: Sequence[str], environment: MutableMapping[str, str]) -> None:
     """Look whether the configuration and the data are there before eva is loaded.
 
     Raises:
-        FileNotFoundError: there is no such configuration or folder of data.
-        ValueError: ``DATA_ROOT`` is not set.
+        FileNotFoundError: if there is no such configuration or folder of data.
+        ValueError: if ``DATA_ROOT`` is not set.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[])
@@ -114,22 +116,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run eva; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging()
-    try:
-        if arguments and not {"-h", "--help", "--version"} & set(arguments):
-            if arguments != ["check"]:
-                check_inputs(arguments, os.environ)
-            fill_in(os.environ)
-        run = _registered()
-    except (ImportError, OSError, ValueError) as error:
-        logger.error("%s", error)
-        logger.debug("Raised here:", exc_info=True)
-        return USER_ERROR
+    if status := run_command(lambda: _prepare(arguments), logger):
+        return status
     if arguments == ["check"]:
         logger.info("Evaluating on the %s.", "GPU" if torch.cuda.is_available() else "CPU: no GPU is usable")
-        return 0
+        return DONE
     sys.argv = ["eva", *arguments]  # eva's callbacks read the configuration's name there, too
-    run()
-    return 0
+    _registered()()
+    return DONE
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    if arguments and not {"-h", "--help", "--version"} & set(arguments):
+        if arguments != ["check"]:
+            check_inputs(arguments, os.environ)
+        fill_in(os.environ)
+    _registered()
 
 
 def _registered() -> Callable[[], None]:

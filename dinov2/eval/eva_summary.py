@@ -18,6 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from dinov2.logging import setup_logging
+from dinov2.utils.cli import run_command
+from dinov2.utils.files import replacing, write_text
 
 TASKS = (
     "pcam_10", "bach", "bracs", "breakhis", "crc", "gleason", "mhist", "pcam", "cam16_small", "panda_small",
@@ -45,7 +47,6 @@ METRICS = {
 DONE = "done"
 STATUS_FILE = "status.tsv"
 """``task status seconds``, separated by tabs; the last line of a task counts."""
-USER_ERROR = 2
 
 logger = logging.getLogger("dinov2")
 
@@ -79,7 +80,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Metric, split, mean, sd and runs of eva's ``results.json``.
 
     Raises:
-        ValueError: it is none, or has none of `METRICS`.
+        ValueError: if it is none, or has none of `METRICS`.
     """
     try:
         metrics = json.loads(path.read_text())["metrics"]
@@ -107,8 +108,8 @@ def collect(output: Path) -> list[Row]:
     A task's figures are those of the newest ``<task>/results/*/results.json``.
 
     Raises:
-        FileNotFoundError: the folder has no `STATUS_FILE`.
-        ValueError: a file in it is damaged.
+        FileNotFoundError: if the folder has no `STATUS_FILE`.
+        ValueError: if a file in it is damaged.
     """
     status = output / STATUS_FILE
     if not status.is_file():
@@ -158,7 +159,7 @@ def as_markdown(rows: Sequence[Row], title: str) -> str:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The same, one line per task, figures in full, empty where there are none."""
-    with path.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*Row.__dataclass_fields__, *PUBLISHED])
         for row in rows:
@@ -167,23 +168,22 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0]
     )
     parser.add_argument("output", type=Path, help="folder that scripts/run_eva.sh wrote")
     output = parser.parse_args(argv).output
     setup_logging()
-    try:
-        rows = collect(output)
-        text = as_markdown(rows, f"eva: {output.name}")
-        (output / "summary.md").write_text(text)
-        write_csv(output / "summary.csv", rows)
-    except (OSError, ValueError) as error:
-        logger.error("%s", error)
-        return USER_ERROR
+    return run_command(lambda: _summarise(output), logger)
+
+
+def _summarise(output: Path) -> None:
+    rows = collect(output)
+    text = as_markdown(rows, f"eva: {output.name}")
+    write_csv(output / "summary.csv", rows)
+    write_text(output / "summary.md", text)
     sys.stdout.write(text)
-    return 0
 
 
 def _published(task: str) -> list[float]:

@@ -1,8 +1,8 @@
 """Save, find, load and retain sharded training checkpoints.
 
 A checkpoint is a folder ``checkpoints/step_XXXXXXX`` holding one file of tensors per rank and ``state.json``. It
-is written beside under a temporary name and renamed when complete, so a folder with the final name is whole;
-``last_checkpoint`` names the newest. Tensors are addressed by name, so any number of ranks can read them.
+is written beside under a temporary name, brought to the disk and renamed when complete, so a folder with the final
+name is whole; ``last_checkpoint`` names the newest. Tensors are addressed by name: any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import pickle
 import shutil
 import time
@@ -24,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dinov2.distributed import MainProcessError, is_main_process, on_main_process
+from dinov2.utils import files
 
 logger = logging.getLogger("dinov2")
 
@@ -56,7 +56,7 @@ class Checkpointer:
         """The small JSON beside the tensors.
 
         Raises:
-            ValueError: the file is not a JSON object or says another step.
+            ValueError: if the file is not a JSON object or says another step.
         """
         path = self.path(step) / _STATE_FILE
         try:
@@ -80,7 +80,7 @@ class Checkpointer:
             state: JSON-serialisable rest; its ``step`` is ``step``.
 
         Raises:
-            OSError: the checkpoint cannot be written; earlier ones are as they were.
+            OSError: if the checkpoint cannot be written; earlier ones are as they were.
         """
         final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
 
@@ -89,11 +89,11 @@ class Checkpointer:
             beside.mkdir(parents=True)
 
         def finish() -> None:
-            (beside / _STATE_FILE).write_text(json.dumps(state, indent=1))
+            files.write_text(beside / _STATE_FILE, json.dumps(state, indent=1))
             if final.exists():  # without its state, or it would have been resumed from
                 final.rename(final.with_name(f"{final.name}.damaged.{time.time_ns()}"))
-            beside.rename(final)
-            _write_atomically(self.output_dir / "last_checkpoint", final.name)
+            files.commit(beside, final)
+            files.write_text(self.output_dir / "last_checkpoint", final.name)
             self._retain()
 
         try:
@@ -117,19 +117,17 @@ class Checkpointer:
         """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
 
         Raises:
-            ValueError: a file is missing or damaged, or names or shapes differ from those saved.
+            ValueError: if a file is missing or corrupt, or names or shapes differ from those saved.
         """
         reader = _RestrictedReader(self.path(step))
         try:
             reader.read_metadata()  # torch would report what is wrong with it as a traceback of its own
             with _one_process_is_meant():
                 dcp.load(tensors, storage_reader=reader)
-        except (
-            dcp.api.CheckpointException,
-            Exception,
-        ) as error:  # damaged bytes lead to whatever they lead to
+        # Corrupt bytes lead to whatever they lead to; CheckpointException is no Exception.
+        except (dcp.api.CheckpointException, Exception) as error:
             raise ValueError(
-                f"Checkpoint {str(self.path(step))!r} is damaged or does not fit this model ({_cause(error)}); resume "
+                f"Checkpoint {str(self.path(step))!r} is corrupt or does not fit this model ({_cause(error)}); resume "
                 f"with the configuration it was saved with, or {self._way_out(step)}"
             ) from error
 
@@ -197,9 +195,3 @@ def _one_process_is_meant() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    beside.write_text(text)
-    beside.replace(path)

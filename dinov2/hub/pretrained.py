@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,9 +12,9 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
+from dinov2.hub.layouts import meta
 from dinov2.hub.layouts.timm import from_timm, is_timm_layout
 from dinov2.hub.layouts.transformers import from_transformers, is_transformers_layout
-from dinov2.models.positions import resample_positions
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
 _WRAPPERS = ("model", "state_dict", "teacher")
@@ -25,16 +24,10 @@ _SHOWN = 6  # keys named in an error
 
 
 def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
-    """Address of Meta's weights of an architecture.
-
-    Args:
-        arch: "vit_small", "vit_base", "vit_large" or "vit_giant2".
-        patch_size: in pixels.
-        num_register_tokens: 0 or 4.
-        ffn_layer: of the model that the weights are for; None leaves it unchecked.
+    """Address of Meta's weights of an architecture; without a feed-forward layer that is left unchecked.
 
     Raises:
-        ValueError: none are published for it, or the published ones have another feed-forward layer.
+        ValueError: if none are published for it, or the published ones have another feed-forward layer.
     """
     if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
         raise ValueError(
@@ -74,9 +67,9 @@ def read_checkpoint(path_or_url: str) -> Any:
     """Read a weights file on the CPU, see `local_weights`. Only tensors and plain data load.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        IsADirectoryError: it is a folder.
-        ValueError: the file holds something else, or is damaged; or the address cannot be read.
+        FileNotFoundError: if there is no such file.
+        IsADirectoryError: if it is a folder.
+        ValueError: if the file holds something else, or is corrupt; or the address cannot be read.
     """
     is_url = re.match(r"(https?|file)://", path_or_url)
     if not is_url and Path(path_or_url).is_dir():
@@ -112,10 +105,8 @@ def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
         return {}
     state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in state):
-            state = {
-                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-            }
+        inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        state = inside or state
     return state
 
 
@@ -138,7 +129,13 @@ def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
         return from_transformers(state)
     if layout(state) == "timm":
         return from_timm(state)
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    return meta.from_chunks(state)
+
+
+def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
+    """Find the backbone in a checkpoint under the names of a model: as they are where they fit, else Meta's."""
+    state = unwrapped(checkpoint)
+    return state if state.keys() == model.state_dict().keys() else backbone_state_dict(checkpoint)
 
 
 def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) -> None:
@@ -146,19 +143,14 @@ def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) 
 
     Args:
         model: the backbone.
-        path_or_url: the file.
+        path_or_url: see `read_checkpoint`.
         positions: whether to take the position grid; otherwise the model keeps its own.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or its keys or shapes do not fit; see `check_fit`.
+        FileNotFoundError, ValueError: if the file cannot be read, or its keys or shapes do not fit.
     """
-    state = backbone_state_dict(read_checkpoint(path_or_url))
-    grid, side = state.get("pos_embed"), math.isqrt(model.pos_embed.shape[1] - 1)
-    if not positions:
-        state["pos_embed"] = model.pos_embed.detach()
-    elif grid is not None and _is_square_grid(grid):
-        state["pos_embed"] = resample_positions(grid, (side, side))
+    state = weights_for(model, read_checkpoint(path_or_url))
+    state = meta.with_grid_of(model, state, own=not positions)
     check_fit(model, state, path_or_url)
     model.load_state_dict(state)
 
@@ -170,39 +162,25 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     fresh ones nor their absence would leave the features as they were trained.
 
     Raises:
-        ValueError: it has not; says which are missing, unknown or of another shape.
+        ValueError: if it has not; says which are missing, unknown or of another shape.
     """
     own = model.state_dict()
-    registers = [_num_registers(state), _num_registers(own)]
+    registers = [meta.num_registers(state), meta.num_registers(own)]
     shapes = {
-        key: f"{tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()
         if state[key].shape != own[key].shape
     }
-    faults = [
-        *_list("missing", own.keys() - state.keys()),
-        *_list("unknown", state.keys() - own.keys()),
-        *_list("of another shape", [f"{key} {difference}" for key, difference in shapes.items()]),
-    ]
-    if registers[0] != registers[1]:
-        faults.insert(0, f"they have {registers[0]} registers and the model {registers[1]}")
+    misfits = {
+        "missing": own.keys() - state.keys(),
+        "unknown": state.keys() - own.keys(),
+        "of another shape": shapes,
+    }
+    faults = (
+        [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
+    )
+    for what, found in misfits.items():
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        faults += [f"{what}: {', '.join(sorted(found)[:_SHOWN])}{more}"] if found else []
     if faults:
         raise ValueError(f"Weights {source!r} do not fit the model: {'; '.join(faults)}.")
-
-
-def _num_registers(state: Mapping[str, Tensor]) -> int:
-    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
-
-
-def _is_square_grid(positions: Tensor) -> bool:
-    return (
-        positions.ndim == 3 and math.isqrt(max(positions.shape[1] - 1, 0)) ** 2 == positions.shape[1] - 1 > 0
-    )
-
-
-def _list(what: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    if not names:
-        return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"]

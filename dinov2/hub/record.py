@@ -1,11 +1,13 @@
-"""How a teacher was trained, as far as the JSON beside it says."""
+"""The JSON beside a teacher: how it was trained, and how its images are normalised."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 _PLACES = {
     "step": ("step",),
@@ -15,17 +17,51 @@ _PLACES = {
 }
 
 
-def trained_with(checkpoint: str) -> dict[str, Any]:
-    """``step``, ``size`` of global crops in px, ``mean`` and ``std`` of the normalisation; what is unknown left out."""
+def read_record(checkpoint: str) -> Any:
+    """Content of the JSON of a teacher's name; None where there is none. Raises ValueError."""
     beside = Path(checkpoint).with_suffix(".json")
     if not beside.is_file():
-        return {}
+        return None
     try:
-        record = json.loads(beside.read_text())
+        return json.loads(beside.read_text())
     except ValueError as error:
         raise ValueError(f"{str(beside)!r} is not JSON ({error}); mend or remove it.") from error
+
+
+def trained_with(checkpoint: str) -> dict[str, Any]:
+    """``step``, ``size`` of global crops in px, ``mean`` and ``std`` of the normalisation; what is unknown left out."""
+    record = read_record(checkpoint)
     found = {key: _look_up(record, place) for key, place in _PLACES.items()}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def normalisation(
+    checkpoint: str, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and deviation of a teacher's images, per channel: those asked for, or of training, or ImageNet's.
+
+    Returns:
+        Both, of values in [0, 1], and where they are from in words.
+
+    Raises:
+        ValueError: if they do not normalise three channels of such values.
+    """
+    trained, chosen, words = trained_with(checkpoint), {}, []
+    for key, asked, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        origins = {"as asked": asked, "of training": trained.get(key), "of ImageNet": imagenet}
+        origin = next(name for name, value in origins.items() if value)
+        chosen[key] = origins[origin]
+        words.append(f"{key} {chosen[key]} {origin}")
+    try:
+        mean, std = (tuple(map(float, chosen[key])) for key in ("mean", "std"))
+        fit = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True)) and len(mean) > 0
+    except (TypeError, ValueError):
+        fit = False
+    if not fit:
+        raise ValueError(
+            f"{', '.join(words)} does not normalise values in [0, 1]; a mean and a positive std of such are expected."
+        )
+    return mean, std, ", ".join(words)
 
 
 def _look_up(record: Any, place: tuple[str, ...]) -> Any:

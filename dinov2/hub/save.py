@@ -1,17 +1,44 @@
-"""Files of an export, none of which replaces one that is there."""
+"""Teachers and exports as files that are whole or absent, each named after its contents are on the disk."""
 
 from __future__ import annotations
 
 import filecmp
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
+
+from dinov2.utils.files import commit, replacing, unfinished
+
+
+def save_teacher(
+    path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]
+) -> None:
+    """Write ``{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}`` in fp32, then the JSON that vouches for it.
+
+    Args:
+        path: target ``.pth``; the JSON has the same name with ``.json``.
+        modules: whole state dict of each module by name.
+        metadata: JSON-serialisable: ``architecture`` (the backbone's constructor arguments), ``step``,
+            ``samples``, ``config``.
+
+    Raises:
+        OSError: if the files cannot be written.
+    """
+    teacher = {
+        f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
+        for module, state in modules.items()
+        for key, tensor in state.items()
+    }
+    with _readable_errors(f"Teacher {str(path)!r}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, path.with_suffix(".json")) as (weights, described):
+            _write(weights, ".pth", {"teacher": teacher})
+            _write(described, ".json", metadata)
 
 
 def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -23,44 +50,48 @@ def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
             as tensors.
 
     Raises:
-        FileExistsError: one of them is there with other contents.
-        OSError: they cannot be written.
+        FileExistsError: if one of them is there with other contents.
+        OSError: if they cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Output {str(folder)!r} is a file; name a new or empty folder.")
-    unfinished = None
-    try:
+    with _readable_errors(f"Output {str(folder)!r}"), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
-        for name, content in files.items():
-            _write(unfinished / name, content)
-        there = [name for name in files if (folder / name).exists()]
-        for name in there:
-            if not filecmp.cmp(folder / name, unfinished / name, shallow=False):
+        partials = {folder / name: stack.enter_context(unfinished(folder / name)) for name in files}
+        for (path, partial), content in zip(partials.items(), files.values(), strict=True):
+            _write(partial, path.suffix, content)
+        missing = [path for path in partials if not path.exists()]
+        for path in partials.keys() - set(missing):
+            if not filecmp.cmp(path, partials[path], shallow=False):
                 raise FileExistsError(
-                    f"{str(folder / name)!r} exists and differs from this export; name a new or empty folder."
+                    f"{str(path)!r} exists and differs from this export; name a new or empty folder."
                 )
-        for name in files.keys() - set(there):
-            (unfinished / name).rename(folder / name)
-        return len(there) < len(files)
+        for path in missing:
+            commit(partials[path], path)
+        return bool(missing)
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    try:
+        yield
     except FileExistsError:
         raise
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
-        raise OSError(
-            f"Output {str(folder)!r} cannot be written ({error}); make room or mend the folder."
-        ) from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{what} cannot be written ({error}); make room or mend the folder.") from error
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    if path.suffix == ".json":
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    elif path.suffix == ".safetensors":
+def _write(path: Path, suffix: str, content: Mapping[str, Any]) -> None:
+    if suffix == ".json":
+        path.write_text(json.dumps(dict(content), indent=1) + "\n")
+    elif suffix == ".safetensors":
+        from safetensors.torch import save_file
+
         path.touch()
         mode = path.stat().st_mode
         save_file(dict(content), path, metadata={"format": "pt"})
         path.chmod(mode)  # safetensors lets nobody but the owner read
     else:
-        torch.save(dict(content), path)
+        # An open file has no name that torch would store in it: equal weights are equal bytes.
+        with path.open("wb") as file:
+            torch.save(dict(content), file)

@@ -7,11 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.architecture import build
-from dinov2.hub.pretrained import backbone_state_dict, check_fit, layout, read_checkpoint, unwrapped
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.hub.architecture import inferred_backbone, stated_backbone
+from dinov2.hub.layouts import meta
+from dinov2.hub.pretrained import (
+    backbone_state_dict,
+    check_fit,
+    layout,
+    read_checkpoint,
+    unwrapped,
+    weights_for,
+)
 
-OUTPUTS = ("cls", "cls_mean")
+POOLINGS = ("cls", "cls_mean")
 """What a teacher may return per image: the class token, or it and the mean patch token."""
 
 
@@ -22,7 +29,7 @@ class FeatureMap(nn.Module):
         backbone: a teacher.
     """
 
-    def __init__(self, backbone: DinoVisionTransformer):
+    def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
 
@@ -38,13 +45,13 @@ class ClassAndMean(nn.Module):
         backbone: a teacher.
     """
 
-    def __init__(self, backbone: DinoVisionTransformer):
+    def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, 2D)."""
-        tokens = self.backbone.forward_features(x)
+        tokens = self.backbone(x, is_training=True)
         return torch.cat([tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(1)], dim=1)
 
 
@@ -53,45 +60,59 @@ def load_teacher(
     feature_map: bool = False,
     output: str = "cls",
     checkpoint_path: str | Path | None = None,
+    *,
+    pooling: str | None = None,
 ) -> nn.Module:
     """Open a backbone in evaluation mode, float32, on the CPU: (B, C, H, W) to class tokens (B, D).
 
-    Files: our exports, the released OpenMidnight and Midnight teachers, Meta's, transformers' and timm's backbones;
-    tensors are found by name, see `backbone_state_dict`. The architecture is that of the JSON beside the file (same
-    name, key ``architecture``) or, without one, follows from the tensors and a ``config.json``. The position grid
-    stays as the file has it and is resampled to the images as they come.
+    Files: our exports, of any registered backbone; the released OpenMidnight and Midnight teachers, Meta's,
+    transformers' and timm's backbones; tensors are found by name, see `backbone_state_dict`. The architecture is that
+    of the JSON beside the file (same name, key ``architecture``) or, without one, follows from the tensors and a
+    ``config.json``. The position grid stays as the file has it and is resampled to the images as they come.
 
     Args:
         path: file, or a URL, which goes through torch.hub's cache.
         feature_map: return a `FeatureMap` of the backbone.
-        output: "cls", or "cls_mean" for a `ClassAndMean`.
+        output: an older name of ``pooling``.
         checkpoint_path: another name of ``path``.
+        pooling: "cls" (the default), or "cls_mean" for a `ClassAndMean`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        IsADirectoryError: it is a folder.
-        ValueError: it cannot be read, holds no backbone, or does not fit the architecture; or wrong arguments.
+        FileNotFoundError: if there is no such file.
+        IsADirectoryError: if it is a folder.
+        ValueError: if it cannot be read, holds no backbone, or does not fit the architecture; or for wrong arguments.
     """
     if (path is None) == (checkpoint_path is None):
         raise ValueError(
             f"path is {path!r} and checkpoint_path {checkpoint_path!r}; one of them is expected."
         )
-    if output not in OUTPUTS:
-        raise ValueError(f"output is {output!r}; one of {', '.join(OUTPUTS)} is expected.")
-    if feature_map and output != "cls":
+    pooling = pooling or output
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; one of {', '.join(POOLINGS)} is expected.")
+    if feature_map and pooling != "cls":
         raise ValueError(
-            f"A feature map has no class token; output = {output!r} goes with feature_map = False."
+            f"A feature map has no class token; pooling = {pooling!r} goes with feature_map = False."
         )
     model = _load(str(checkpoint_path if path is None else path))
     if feature_map:
         return FeatureMap(model).eval()
-    return ClassAndMean(model).eval() if output == "cls_mean" else model
+    return ClassAndMean(model).eval() if pooling == "cls_mean" else model
 
 
-def _load(path: str) -> DinoVisionTransformer:
+def _load(path: str) -> nn.Module:
     checkpoint = read_checkpoint(path)
-    state = backbone_state_dict(checkpoint)
-    model = build(path, state, layout(unwrapped(checkpoint)))
+    model = stated_backbone(path)
+    if model is None:
+        state = backbone_state_dict(checkpoint)
+        model = inferred_backbone(path, state, layout(unwrapped(checkpoint)))
+    else:
+        state = weights_for(model, checkpoint)
+        if meta.is_vit(model):
+            meta.require_vit(path, state)
+            meta.take_grid(model, state)
     check_fit(model, state, path)
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    model.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()},
+        assign=True,
+    )
     return model.eval()

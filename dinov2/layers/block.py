@@ -64,47 +64,47 @@ class Block(nn.Module):
         x: Tensor,
         segments: Segments,
         orders: Sequence[Tensor] | None = None,
-        wanted: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:
         """Transform a residual stream.
 
         Args:
             x: packed rows (T, D), float32 or float64.
             segments: images and tokens of each crop size in ``x``.
-            orders: per segment int64 (2, 2, B), each branch's share of `draw_orders`; None computes every image.
-            wanted: int64 (S,), the rows to return; None returns all. What is not needed for them is not computed.
+            orders: per segment int64 (2, 2, B), each branch's part of `draw_orders`; None computes every image.
+            selected: int64 (S,), the rows to return; None returns all. What is not needed for them is not computed.
         """
         first, second = ([order[branch] for order in orders] if orders else None for branch in (0, 1))
-        if wanted is not None:
-            return self._wanted_rows(x, segments, first, second, wanted)
+        if selected is not None:
+            return self._selected_rows(x, segments, first, second, selected)
         drop = (self.drop_path_rate, self.inverse_gather)
         x = add_branch(x, self._attention, segments, first, *drop)
         return add_branch(x, self._feed_forward, segments, second, *drop)
 
-    def _wanted_rows(
+    def _selected_rows(
         self,
         x: Tensor,
         segments: Segments,
         first: Sequence[Tensor] | None,
         second: Sequence[Tensor] | None,
-        wanted: Tensor,
+        selected: Tensor,
     ) -> Tensor:
-        """Rows ``wanted`` of `forward`: every row is a key, but projection and feed-forward see the wanted alone.
+        """Rows ``selected`` of `forward`: every row is a key, but projection and feed-forward see the selected alone.
 
         How many of them lie in kept images depends on the draw, so all are computed and the others weighted by 0.
         """
-        rows = x.index_select(0, wanted)
+        rows = x.index_select(0, selected)
         if first is None or self.drop_path_rate == 0:
-            mixed = self.attn.mix(self.norm1(x), segments).index_select(0, wanted)
+            mixed = self.attn.mix(self.norm1(x), segments).index_select(0, selected)
             attention_scale = feed_forward_scale = 1.0
         else:
             kept, also_kept = (
                 kept_rows(segments, orders, self.drop_path_rate, x.dtype) for orders in (first, second)
             )
-            mixed = self.attn.mix(self.norm1(take_rows(x, kept.rows, kept.places)), kept.segments)
-            place, attention_scale = kept.of(wanted)
-            mixed = mixed.index_select(0, place)
-            _, feed_forward_scale = also_kept.of(wanted)
+            mixed = self.attn.mix(self.norm1(take_rows(x, kept.rows, kept.inverse)), kept.segments)
+            number, attention_scale = kept.of(selected)
+            mixed = mixed.index_select(0, number)
+            _, feed_forward_scale = also_kept.of(selected)
         rows = rows + attention_scale * self.ls1(self.attn.proj(mixed)).to(rows.dtype)
         return rows + feed_forward_scale * self._feed_forward(rows, ())
 

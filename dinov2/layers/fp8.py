@@ -1,4 +1,4 @@
-"""Products in FP8 with scales taken from the operands themselves (formats: arXiv:2209.05433)."""
+"""Matmuls in FP8 with scales taken from the operands themselves (formats: arXiv:2209.05433)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MIN_CAPABILITY = (8, 9)
 
 
 def fp8_problem(device: torch.device | str, per_row: bool = False) -> str | None:
-    """Why FP8 products cannot be used on a device, in one sentence; None where they can.
+    """Say why FP8 matmuls cannot be used on a device, in one sentence; None where they can.
 
     Args:
         device: of the operands.
@@ -23,13 +23,13 @@ def fp8_problem(device: torch.device | str, per_row: bool = False) -> str | None
     """
     device = torch.device(device)
     if not hasattr(torch, "_scaled_mm") or not hasattr(torch, "float8_e4m3fn"):
-        return f"PyTorch {torch.__version__} has no FP8 products; 2.11 or newer has them."
+        return f"PyTorch {torch.__version__} has no FP8 matmuls; 2.11 or newer has them."
     if device.type == "cpu":
         if per_row and not _scales_rows_on_cpu():
-            return f"PyTorch {torch.__version__} has no FP8 products with scales per row on a CPU; use one per tensor."
+            return f"PyTorch {torch.__version__} has no FP8 matmuls with scales per row on a CPU; use one per tensor."
         return None
     if device.type != "cuda" or torch.version.hip:
-        return f"FP8 products are not implemented for {device}; an NVIDIA GPU or the CPU can do them."
+        return f"FP8 matmuls are not implemented for {device}; an NVIDIA GPU or the CPU can do them."
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
         return (
@@ -70,7 +70,7 @@ def quantise(matrix: Tensor, per_row: bool, dtype: torch.dtype = _E4M3) -> tuple
     return (values / scale).to(dtype).contiguous(), scale
 
 
-def fp8_product(a: Tensor, b: Tensor, per_row: bool, bias: Tensor | None = None) -> Tensor:
+def fp8_matmul(a: Tensor, b: Tensor, per_row: bool, bias: Tensor | None = None) -> Tensor:
     """a b^T + bias, both factors in e4m3: (M, K), (N, K), bfloat16 (N,) -> bfloat16 (M, N).
 
     K and N must divide by `WIDTH_MULTIPLE`. On Hopper the tensor cores' short accumulator is kept.

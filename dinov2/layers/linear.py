@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers.fp8 import COMPUTE_DTYPE, WIDTH_MULTIPLE, fp8_input_gradient, fp8_product
+from dinov2.layers.fp8 import COMPUTE_DTYPE, WIDTH_MULTIPLE, fp8_input_gradient, fp8_matmul
 
 _SCALINGS = ("tensor", "row")
 
@@ -23,8 +23,8 @@ class Fp8(NamedTuple):
 class Linear(nn.Linear):
     """x W^T + b for x (..., I), computed in one of three ways.
 
-    By default as `nn.Linear` does, under whatever autocast is active. After `keep_weight_copies`, from a 16-bit copy
-    of the weight: the result has the copy's dtype and is bit for bit that of autocast to this dtype, without
+    By default as `nn.Linear` does, under whatever autocast is active. After `keep_low_precision_weights`, with a 16-bit
+    copy of the weight: the result has its dtype and is bit for bit that of autocast to this dtype, without
     the cast of the weight. After `use_fp8`, in FP8 with a bfloat16 result. The last two take any floating x, ignore
     autocast, and give parameters gradients in the parameters' own dtype.
     """
@@ -32,39 +32,39 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
         self.fp8: Fp8 | None = None
-        self.register_buffer("weight_copy", None, persistent=False)
+        self.register_buffer("low_precision_weight", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each row."""
-        if self.fp8 is None and self.weight_copy is None:
+        if self.fp8 is None and self.low_precision_weight is None:
             return super().forward(x)
-        dtype = self.weight_copy.dtype if self.fp8 is None else COMPUTE_DTYPE
+        dtype = self.low_precision_weight.dtype if self.fp8 is None else COMPUTE_DTYPE
         rows = x.to(dtype).reshape(-1, self.in_features)
-        out = _Product.apply(rows, self.weight, self.weight_copy, self.bias, self.fp8)
+        out = _Matmul.apply(rows, self.weight, self.low_precision_weight, self.bias, self.fp8)
         return out.reshape(*x.shape[:-1], self.out_features)
 
 
-def keep_weight_copies(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
-    """Let every `Linear` below a module multiply with a copy of its weight in ``dtype``.
+def keep_low_precision_weights(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
+    """Let every `Linear` below a module multiply with a second weight in ``dtype``, the first one rounded.
 
-    The copies are buffers outside the state dict. Whoever changes a weight must copy it again.
+    It is a buffer outside the state dict. Whoever changes a weight must round it again.
     Call on the final device, on whole (not sharded) weights.
 
     Returns:
-        Each weight with its copy.
+        Each weight with its low-precision weight.
     """
     pairs = []
     for layer in module.modules():
         if isinstance(layer, Linear):
-            layer.weight_copy = layer.weight.detach().to(dtype, copy=True)
-            pairs.append((layer.weight, layer.weight_copy))
+            layer.low_precision_weight = layer.weight.detach().to(dtype, copy=True)
+            pairs.append((layer.weight, layer.low_precision_weight))
     return pairs
 
 
 def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool) -> None:
     """Let every `Linear` below a module multiply in FP8 (e4m3); see `fp8_problem` for where this works.
 
-    The weight's gradient stays a bfloat16 product: its sum runs over the rows, whose number need not divide by 16.
+    The weight's gradient stays a bfloat16 matmul: its sum runs over the rows, whose number need not divide by 16.
 
     Args:
         module: holds the layers.
@@ -72,7 +72,7 @@ def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool
         backward: the input gradient in FP8 as well, otherwise in bfloat16.
 
     Raises:
-        ValueError: unknown scaling, or a layer's widths do not divide by 16; no layer has been changed.
+        ValueError: if the scaling is unknown, or a layer's widths do not divide by 16; no layer has been changed.
     """
     if scaling not in _SCALINGS:
         raise ValueError(f"FP8 scaling {scaling!r} is unknown; use {' or '.join(map(repr, _SCALINGS))}.")
@@ -88,14 +88,14 @@ def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool
         layer.fp8 = fp8
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b with W the weight or its copy; only x (M, I) and W are kept for the backward pass."""
+class _Matmul(torch.autograd.Function):
+    """x W^T + b with W the weight or its low-precision weight; only x (M, I) and W are kept for the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, fp8: Fp8 | None
+        ctx: Any, x: Tensor, weight: Tensor, low: Tensor | None, bias: Tensor | None, fp8: Fp8 | None
     ) -> Tensor:
-        operand = weight if copy is None else copy
+        operand = weight if low is None else low
         ctx.save_for_backward(x, operand)
         ctx.fp8, ctx.weight_dtype = fp8, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -103,7 +103,7 @@ class _Product(torch.autograd.Function):
             bias = None if bias is None else bias.to(x.dtype)
             if fp8 is None:
                 return F.linear(x, operand, bias)
-            return fp8_product(x, operand, fp8.per_row, bias)
+            return fp8_matmul(x, operand, fp8.per_row, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

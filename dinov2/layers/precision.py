@@ -1,4 +1,4 @@
-"""The precision of everything in a network that is not a matrix product."""
+"""The precision of everything in a network that is not a matmul."""
 
 import torch
 from torch import Tensor

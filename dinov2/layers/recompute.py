@@ -32,11 +32,11 @@ def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
     Args:
         forward: a pure function that draws no random numbers and changes nothing in place, such as a block's
             ``forward``. Weights that FSDP gathers have to be gathered around it.
-        mode: ``none``; ``selective`` keeps the arguments and the outputs of matrix products and attention kernels,
+        mode: ``none``; ``selective`` keeps the arguments and the outputs of matmuls and attention kernels,
             and repeats norms, gates, gathers and casts; ``full`` keeps the arguments only.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: if the mode is unknown.
     """
     if mode == "none":
         return forward

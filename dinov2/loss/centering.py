@@ -1,4 +1,4 @@
-"""Teacher centering, the alternative to Sinkhorn-Knopp that the DINO and iBOT losses share."""
+"""Centering, the alternative to Sinkhorn-Knopp for the teacher's targets."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from dinov2.distributed import all_reduce_sum
 from dinov2.loss.precision import at_least_float32
 
 
-class TeacherCentering(nn.Module):
+class Centering(nn.Module):
     """Keep a running mean of the teacher's logits and subtract it before the softmax.
 
     DINO (arXiv:2104.14294, section 3.1, equation 4), with t the teacher's logits, T its temperature, c the
@@ -24,14 +24,14 @@ class TeacherCentering(nn.Module):
 
     center: Tensor
 
-    def __init__(self, center_shape: tuple[int, ...], center_momentum: float) -> None:
+    def __init__(self, center_shape: tuple[int, ...], center_momentum: float = 0.9) -> None:
         super().__init__()
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(center_shape))
 
-    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float | Tensor) -> Tensor:
+    def probs(self, logits: Tensor, temp: float | Tensor) -> Tensor:
         """Return softmax((t - c) / T) of (..., K) logits of any float dtype, in float32."""
-        return ((teacher_output.detach() - self.center.flatten()) / teacher_temp).softmax(-1)
+        return ((logits.detach() - self.center.flatten()) / temp).softmax(-1)
 
     def update_center(self, teacher_output: Tensor, row_weight: Tensor | None = None) -> None:
         """Move the centre towards the mean of this step's teacher logits; call it after the softmax.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Dimensions below: (..., N, K) matrices, K prototypes; (..., N) numbers per row. Scales 1/T are 0-d tensors.
-# A target is (probabilities,), or Sinkhorn's factors (logits, row_max, u, v, inverse_temp).
+# A target is (probabilities,), or Sinkhorn's factors (logits, row_shift, column_shift, u, v, inverse_temp).
 
 # Elements of a tile of rows. Temporaries of the eager passes are tiles: 16 MiB each in float32, at most three at
 # a time; a single row, where that is longer. Small enough for caches, large enough to hide launches.
@@ -21,8 +21,10 @@ _TILE_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class PrototypeKernels:
-    """One implementation of the passes; see `column_sums` and its siblings for their arguments."""
+    """One implementation of the passes; see `column_max` and its siblings for their arguments."""
 
+    column_max: Callable[..., Tensor]
+    row_max: Callable[..., Tensor]
     column_sums: Callable[..., Tensor]
     row_sums: Callable[..., Tensor]
     cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -36,24 +38,57 @@ def inverse(temp: float | Tensor, like: Tensor) -> Tensor:
     return like.new_full((), temp).reciprocal()
 
 
-def scaled_exp(logits: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return a new exp((l_nk - shift_n) scale), (..., N, K) in the dtype of ``shift`` (..., N)."""
-    return (logits - shift[..., None]).mul_(scale).exp_()
+def shifted_exp(logits: Tensor, row_shift: Tensor, column_shift: Tensor, scale: Tensor) -> Tensor:
+    """Return a new E_nk = exp((l_nk - c_k - r_n) scale), (..., N, K) in the dtype of the shifts.
+
+    Args:
+        logits: (..., N, K) l, any float dtype.
+        row_shift: (..., N) r.
+        column_shift: (K,) c.
+        scale: 0-d.
+    """
+    # The column's shift first: `row_max` is of this very difference, so that the larger of the two cancels exactly.
+    return (logits - column_shift).sub_(row_shift[..., None]).mul_(scale).exp_()
 
 
-def column_sums(logits: Tensor, row_max: Tensor, v: Tensor, inverse_temp: Tensor) -> Tensor:
-    """Return sum_n v_n E_nk, (K,), for E = exp((l - row_max) / T) of (N, K) logits."""
-    # Multiplied and summed, not a product of matrices: that would not fuse, and autocast would round it.
+def column_max(logits: Tensor, weight: Tensor) -> Tensor:
+    """Return max_n l_nk over the rows of (N, K) logits whose weight (N,) is not 0: (K,) in their dtype.
+
+    Minus infinity where there is none.
+    """
+    shown = (weight > 0)[:, None]
+    result = logits.new_full(logits.shape[-1:], -torch.inf)
+    for rows in _tiles(logits):
+        if logits.shape[0]:  # an empty dimension has no maximum
+            result = torch.maximum(result, logits[rows].where(shown[rows], -torch.inf).amax(0))
+    return result
+
+
+def row_max(logits: Tensor, column_shift: Tensor) -> Tensor:
+    """Return max_k (l_nk - c_k), (N,) in the dtype of the shift (K,)."""
+    return torch.cat([(logits[rows] - column_shift).amax(1) for rows in _tiles(logits)])
+
+
+def column_sums(
+    logits: Tensor, row_shift: Tensor, column_shift: Tensor, v: Tensor, inverse_temp: Tensor
+) -> Tensor:
+    """Return sum_n v_n E_nk, (K,), with E of `shifted_exp` from (N, K) logits."""
+    # Multiplied and summed, not a matmul: that would not fuse, and autocast would round it.
     return sum(
-        scaled_exp(logits[rows], row_max[rows], inverse_temp).mul_(v[rows, None]).sum(0)
+        shifted_exp(logits[rows], row_shift[rows], column_shift, inverse_temp).mul_(v[rows, None]).sum(0)
         for rows in _tiles(logits)
     )
 
 
-def row_sums(logits: Tensor, row_max: Tensor, u: Tensor, inverse_temp: Tensor) -> Tensor:
-    """Return sum_k E_nk u_k, (N,); E as in `column_sums`."""
+def row_sums(
+    logits: Tensor, row_shift: Tensor, column_shift: Tensor, u: Tensor, inverse_temp: Tensor
+) -> Tensor:
+    """Return sum_k E_nk u_k, (N,), with E of `shifted_exp` from (N, K) logits."""
     return torch.cat(
-        [scaled_exp(logits[rows], row_max[rows], inverse_temp).mul_(u).sum(1) for rows in _tiles(logits)]
+        [
+            shifted_exp(logits[rows], row_shift[rows], column_shift, inverse_temp).mul_(u).sum(1)
+            for rows in _tiles(logits)
+        ]
     )
 
 
@@ -103,7 +138,7 @@ def cross_entropy_grad(
     return result
 
 
-_PASSES = column_sums, row_sums, cross_entropy, cross_entropy_grad
+_PASSES = column_max, row_max, column_sums, row_sums, cross_entropy, cross_entropy_grad
 EAGER = PrototypeKernels(*_PASSES)
 
 
@@ -134,6 +169,6 @@ def _tiles(matrix: Tensor) -> list[slice]:
 def _target_rows(target: tuple[Tensor, ...], rows: slice) -> Tensor:
     if len(target) == 1:
         return target[0][..., rows, :]
-    logits, row_max, u, v, inverse_temp = target
-    kernel = scaled_exp(logits[..., rows, :], row_max[..., rows], inverse_temp)
+    logits, row_shift, column_shift, u, v, inverse_temp = target
+    kernel = shifted_exp(logits[..., rows, :], row_shift[..., rows], column_shift, inverse_temp)
     return kernel.mul_(u).mul_(v[..., rows, None])

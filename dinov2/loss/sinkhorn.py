@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum
@@ -11,7 +10,8 @@ from dinov2.loss.assignments import Assignments
 from dinov2.loss.precision import at_least_float32
 from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, inverse
 
-# Keeps 1/sum, and sums of up to 1e8 such terms, inside float32's range.
+# Keeps 1/sum, and sums of up to 1e8 such terms, inside float32's range; see `sinkhorn_assignments` for when a sum
+# can be as small.
 _SMALLEST_SUM = 1e-30
 
 
@@ -49,21 +49,22 @@ def sinkhorn_assignments(
     number of rows need not be known. E is not kept: each half of an iteration derives it from the logits anew,
     because reading 16 bits and taking exp costs less than reading 32.
 
-    exp cannot overflow: E is taken relative to each row's largest logit, and v begins as exp of that one's
-    distance from the largest logit of all ranks, which leaves P as it was. A prototype whose every logit lies
-    more than about 69 T below that largest one (2.8 at T = 0.04; logits of unit vectors span 2) gets less
-    than its share; rows sum to 1 regardless.
+    The range of the logits does not matter, although exp alone would overflow: E is taken relative to a shift of
+    each prototype, c_k = max_n l_nk over the rows of all ranks, and of each row, r_n = max_k (l_nk - c_k), and v
+    begins as exp(r_n / T), which leaves P as it was. No entry of E is then above 1, and each row and each prototype
+    has an entry of 1: where l_nk = c_k, r_n is 0. So the first sums are between 1 and N, each later one is at most
+    K or N times smaller or larger than the one before, and none of three iterations leaves float32's range.
 
     Args:
         logits: (N, K) teacher outputs, any float dtype; finite, padded rows included. N may differ
             between ranks and be 0. The result keeps them: leave them as they are.
         teacher_temp: T > 0; a 0-d tensor spares recompilation of a caller under ``torch.compile``.
-        n_iterations: at least 1. One all-reduce of K values each, after one of a scalar; all ranks must call.
+        n_iterations: at least 1. One all-reduce of K values each, after one for c; all ranks must call.
         row_weight: (N,) 1 for rows that count, 0 for padding; None when all count.
         kernels: implementation of the passes over the logits.
 
     Raises:
-        ValueError: ``n_iterations`` is less than 1.
+        ValueError: if ``n_iterations`` is less than 1.
     """
     return sinkhorn_assignments_of([logits], teacher_temp, n_iterations, [row_weight], kernels)[0]
 
@@ -83,19 +84,22 @@ def sinkhorn_assignments_of(
         row_weights: (N_i,) or None for each; None when all rows of all count.
     """
     if n_iterations < 1:
-        raise ValueError(f"n_iterations is {n_iterations}; Sinkhorn-Knopp needs at least 1")
-    row_max = [at_least_float32(logits.amax(1)) for logits in batches]
+        raise ValueError(f"n_iterations is {n_iterations}; Sinkhorn-Knopp needs at least 1.")
     weights = [
-        torch.ones_like(top) if weight is None else weight.to(top.dtype)
-        for top, weight in zip(row_max, row_weights or [None] * len(batches), strict=True)
+        at_least_float32(logits.new_ones(len(logits))) if weight is None else weight
+        for logits, weight in zip(batches, row_weights or [None] * len(batches), strict=True)
     ]
-    scale = inverse(teacher_temp, row_max[0])
-    largest = all_reduce_max(torch.stack([_largest(*rows) for rows in zip(row_max, weights, strict=True)]))
-    v = [
-        ((top - shared) * scale).exp().where(weight > 0, 0.0)
-        for top, weight, shared in zip(row_max, weights, largest.unbind(), strict=True)
-    ]
-    matrices = list(zip(batches, row_max, strict=True))
+    tops = torch.cat([kernels.column_max(*rows) for rows in zip(batches, weights, strict=True)])
+    tops = all_reduce_max(at_least_float32(tops))
+    columns = tops.where(tops > -torch.inf, 0.0).split([logits.shape[1] for logits in batches])
+    scale = inverse(teacher_temp, tops)
+    weights = [weight.to(tops.dtype) for weight in weights]
+    matrices = []
+    v = []
+    for logits, column_shift, weight in zip(batches, columns, weights, strict=True):
+        row_shift = kernels.row_max(logits, column_shift)
+        matrices.append((logits, row_shift, column_shift))
+        v.append((row_shift * scale).exp().where(weight > 0, 0.0))
     for _ in range(n_iterations):
         sums = [kernels.column_sums(*m, v_, scale) for m, v_ in zip(matrices, v, strict=True)]
         scaling = all_reduce_sum(torch.cat(sums)).clamp_min_(_SMALLEST_SUM).reciprocal_()
@@ -103,8 +107,3 @@ def sinkhorn_assignments_of(
         sums = [kernels.row_sums(*m, u_, scale) for m, u_ in zip(matrices, u, strict=True)]
         v = [weight / total for weight, total in zip(weights, sums, strict=True)]
     return [Assignments(*m, u_, v_, scale) for m, u_, v_ in zip(matrices, u, v, strict=True)]
-
-
-def _largest(row_max: Tensor, weight: Tensor) -> Tensor:
-    """The largest of the rows that count, 0-d; padded, because a rank without rows has no maximum."""
-    return F.pad(row_max.where(weight > 0, -torch.inf), (0, 1), value=-torch.inf).amax()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.layers import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFNFused
+from dinov2.layers.attention_backends import require_kernel
 from dinov2.layers.packing import Segments, pack, unpack
 from dinov2.layers.stochastic_depth import draw_orders
+from dinov2.models.backbone import Backbone
 from dinov2.models.positions import resample_positions
 
 # Tensor dimensions below: B images, C channels, N patches, R registers, T packed rows of all images, D width.
@@ -23,7 +26,7 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-class DinoVisionTransformer(nn.Module):
+class DinoVisionTransformer(Backbone):
     """ViT (Dosovitskiy et al., arXiv:2010.11929) as DINOv2 (arXiv:2304.07193) uses it, with optional registers
     (Darcet et al., arXiv:2309.16588). State-dict keys and constructor keywords are those of Meta's class.
 
@@ -49,8 +52,11 @@ class DinoVisionTransformer(nn.Module):
         inverse_gather: see `dinov2.layers.stochastic_depth.add_branch`.
 
     Raises:
-        ValueError: an unknown feed-forward layer or attention backend, or an offset out of range.
+        ValueError: if the feed-forward layer or attention backend is unknown, or an offset out of range.
     """
+
+    supports_patch_index: ClassVar[bool] = True
+    compiled_methods: ClassVar[tuple[str, ...]] = ("prepare_tokens_with_masks",)
 
     def __init__(
         self,
@@ -86,7 +92,25 @@ class DinoVisionTransformer(nn.Module):
                 f"interpolate_offset is {interpolate_offset}; a number from 0 to below 1 is expected."
             )
         self.embed_dim = self.num_features = embed_dim
+        self.num_prefix_tokens = 1 + num_register_tokens
+        self.attention_backend = attention_backend
         self.n_blocks = depth
+        self.arch = ""
+        """Name in `dinov2.extensions.BACKBONES`, where the sizes are those of that name."""
+        self._options = {
+            "ffn_layer": ffn_layer,
+            "qkv_bias": qkv_bias,
+            "proj_bias": proj_bias,
+            "ffn_bias": ffn_bias,
+            "init_values": init_values,
+        }
+        self._sizes = {
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+        }
         self.num_heads = num_heads
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
@@ -141,11 +165,6 @@ class DinoVisionTransformer(nn.Module):
             elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale)):
                 module.reset_parameters()
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """`forward_features` in training; otherwise its class token (B, D)."""
-        outputs = self.forward_features(*args, **kwargs)
-        return outputs if is_training else self.head(outputs["x_norm_clstoken"])
-
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None
     ) -> Any:
@@ -166,6 +185,34 @@ class DinoVisionTransformer(nn.Module):
             return self._forward_crops([x], [masks], patch_index)[0]
         return self._forward_crops(x, masks if masks is not None else [None] * len(x), patch_index)
 
+    def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
+        """`forward_features` of one batch."""
+        return self._forward_crops([images], [masks])[0]
+
+    def describe(self) -> dict[str, Any]:
+        """As of `Backbone`; the sizes only where no name stands for them."""
+        named = (
+            {"arch": self.arch}
+            if self.arch
+            else {"arch": f"{__name__}:{DinoVisionTransformer.__name__}", **self._sizes}
+        )
+        return (
+            named
+            | self._options
+            | {
+                "img_size": math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size,
+                "patch_size": self.patch_size,
+                "num_register_tokens": self.num_register_tokens,
+                "interpolate_antialias": self.interpolate_antialias,
+                "interpolate_offset": self.interpolate_offset,
+            }
+        )
+
+    def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As of `Backbone`: the attention backend."""
+        width = self.embed_dim // self.num_heads
+        require_kernel(self.attention_backend, head_width=width, dtype=dtype, device=device)
+
     def forward_features_list(
         self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
     ) -> list[dict]:
@@ -179,12 +226,12 @@ class DinoVisionTransformer(nn.Module):
         patch_index: Tensor | None = None,
     ) -> list[dict[str, Any]]:
         x, segments = self._pack(crops, masks)
-        wanted = None if patch_index is None else self._wanted_rows(segments, patch_index)
+        selected = None if patch_index is None else self._selected_rows(segments, patch_index)
         orders = self._draw_orders(segments, x.device)
         for i, block in enumerate(self.blocks):
-            mine = [order[2 * i : 2 * i + 2] for order in orders] if orders else None
-            x = block(x, segments, mine, wanted if i == self.n_blocks - 1 else None)
-        if wanted is not None:
+            of_block = [order[2 * i : 2 * i + 2] for order in orders] if orders else None
+            x = block(x, segments, of_block, selected if i == self.n_blocks - 1 else None)
+        if selected is not None:
             *class_tokens, patches = self.norm(x).split([*(batch for batch, _ in segments), len(patch_index)])
             outputs = [{"x_norm_clstoken": tokens} for tokens in class_tokens]
             outputs[0]["x_norm_indexedtokens"] = patches
@@ -205,7 +252,7 @@ class DinoVisionTransformer(nn.Module):
             )
         return outputs
 
-    def _wanted_rows(self, segments: Segments, patch_index: Tensor) -> Tensor:
+    def _selected_rows(self, segments: Segments, patch_index: Tensor) -> Tensor:
         """Packed rows of every image's class token, segment by segment, then of the first segment's patches."""
         rows, start = [], 0
         for batch, tokens in segments:
@@ -268,14 +315,14 @@ class DinoVisionTransformer(nn.Module):
             return_class_token: pair each with its class token (B, D).
             norm: apply the final norm.
         """
-        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        numbers = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
         rows, segments = self._pack([x], [None])
         outputs = []
         for i, block in enumerate(self.blocks):
             rows = block(rows, segments)
-            if i in wanted:
+            if i in numbers:
                 outputs.append(unpack(self.norm(rows) if norm else rows, segments)[0])
-        if len(outputs) != len(wanted):
+        if len(outputs) != len(numbers):
             raise ValueError(f"n is {n}, but the blocks are numbered 0 to {self.n_blocks - 1}.")
         class_tokens = [out[:, 0] for out in outputs]
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
@@ -293,40 +340,43 @@ def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *a
             state[f"{prefix}blocks.{'.'.join(parts[1:])}"] = state.pop(key)
 
 
-def _vit(embed_dim: int, depth: int, num_heads: int, **kwargs: Any) -> DinoVisionTransformer:
-    return DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **kwargs)
+def _vit(arch: str, embed_dim: int, depth: int, num_heads: int, **options: Any) -> DinoVisionTransformer:
+    model = DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **options)
+    model.arch = arch
+    return model
 
 
-def vit_demo(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+def vit_demo(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
     """128 wide, 4 blocks: for the demo and tests only."""
-    return _vit(128, 4, 4, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+    return _vit("vit_demo", 128, 4, 4, **options)
 
 
-def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
     """ViT-Ti: 192 wide, 12 blocks, 3 heads (DeiT, arXiv:2012.12877)."""
-    return _vit(192, 12, 3, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+    return _vit("vit_tiny", 192, 12, 3, **options)
 
 
-def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
     """ViT-S: 384 wide, 12 blocks, 6 heads."""
-    return _vit(384, 12, 6, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+    return _vit("vit_small", 384, 12, 6, **options)
 
 
-def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
     """ViT-B: 768 wide, 12 blocks, 12 heads."""
-    return _vit(768, 12, 12, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+    return _vit("vit_base", 768, 12, 12, **options)
 
 
-def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
     """ViT-L: 1024 wide, 24 blocks, 16 heads."""
-    return _vit(1024, 24, 16, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+    return _vit("vit_large", 1024, 24, 16, **options)
 
 
-def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
     """ViT-g as in DINOv2: 1536 wide, 40 blocks, 24 heads of 64."""
-    return _vit(1536, 40, 24, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
-
-
-ARCHITECTURES: dict[str, Callable[..., DinoVisionTransformer]] = {
-    maker.__name__: maker for maker in (vit_demo, vit_tiny, vit_small, vit_base, vit_large, vit_giant2)
-}
+    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+    return _vit("vit_giant2", 1536, 40, 24, **options)

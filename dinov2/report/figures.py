@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,13 @@ from torch import Tensor
 MASK_GREY = 110
 MAX_LOCAL_CROPS = 6  # shown per tile
 PCA_PAIRS_PER_ROW = 4
+
+
+def as_png(figure: Figure) -> bytes:
+    """A drawing as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
 
 
 def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from dinov2.train.state import TrainState
-
-if TYPE_CHECKING:
-    from dinov2.train.trainer import Trainer
+from dinov2.train.update.guard import FiniteGuard
 
 
 class Hook(Protocol):
-    """Called by the trainer in the order given; every rank calls every hook."""
+    """Called by the trainer in the order given; every rank calls every hook.
 
-    def on_start(self, trainer: Trainer) -> None:
+    Whoever writes something of the weights flushes the guard first, so that a bad step is not written as a good one.
+    """
+
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """Before the first step of this process."""
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
         """After each step, with the state already advanced."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         """After the last step of a run that ended well."""
 
     def close(self) -> None:
@@ -41,27 +42,27 @@ class PeriodicHook:
         self.action = action
         self._last: int | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """The step that a run resumes from has been acted on."""
-        self._last = trainer.state.step
+        self._last = state.step
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
         """Act when due."""
-        if trainer.state.step % self.period == 0:
-            self._act(trainer)
+        if state.step % self.period == 0:
+            self._act(state, guard)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         """Act unless the last step already did."""
-        self._act(trainer)
+        self._act(state, guard)
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _act(self, trainer: Trainer) -> None:
-        if self._last != trainer.state.step:
-            trainer.guard.flush()  # a bad step must not be written as a good one
-            self.action(trainer.state)
-            self._last = trainer.state.step
+    def _act(self, state: TrainState, guard: FiniteGuard) -> None:
+        if self._last != state.step:
+            guard.flush()
+            self.action(state)
+            self._last = state.step
 
 
 class GarbageHook:
@@ -70,17 +71,17 @@ class GarbageHook:
     def __init__(self, period: int = 500):
         self.period = period
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """Take over from the automatic collector."""
         gc.disable()
         gc.collect()
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
         """Collect when due."""
-        if trainer.state.step % self.period == 0:
+        if state.step % self.period == 0:
             gc.collect()
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         """Nothing to do."""
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,24 +14,23 @@ from dinov2.eval.datasets.benchmarks import BENCHMARKS
 from dinov2.eval.datasets.images import ParquetTiles, TileImages
 from dinov2.eval.datasets.labelled import LabelledTiles
 from dinov2.eval.datasets.labels import open_labelled_tiles
-from dinov2.eval.feature_extraction import Embedding
-from dinov2.eval.probe.options import Probing
+from dinov2.eval.features import Embedding
+from dinov2.eval.probe.options import Probing, options_for, probe_names
 from dinov2.eval.probe.results import append_csv, as_metrics
 from dinov2.eval.probe.run import run_probes
+from dinov2.extensions import PROBES
 from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
+from dinov2.train.update.guard import FiniteGuard
 from dinov2.utils.dtypes import DTYPES
-
-if TYPE_CHECKING:
-    from dinov2.train.trainer import Trainer
 
 logger = logging.getLogger("dinov2")
 
 HELD_OUT = "held_out"
-"""Name of the tiles of validation patients, on which RankMe and ODCorr need no labels."""
+"""Name of the tiles of validation patients, for probes that need no labels."""
 _HELD_OUT_TILES = 2048
-_RUNS = 2
+_RUNS = 2  # of linear heads, where evaluation.probe_options does not say
 
 
 class ProbeHook(PeriodicHook):
@@ -68,15 +66,16 @@ class ProbeHook(PeriodicHook):
             std=augmentation.normalize_std,
             autocast=None if dtype == "fp32" else DTYPES[dtype],
         )
+        options = options_for(runs=_RUNS) | dict(evaluation.probe_options)
         self._probing = Probing(
-            probes=evaluation.probes, runs=_RUNS, limit=evaluation.probe_tiles, seed=config.train.seed
+            evaluation.probes, options, limit=evaluation.probe_tiles, seed=config.train.seed
         )
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """Probe the starting weights of a new run."""
-        super().on_start(trainer)
-        if trainer.state.step == 0:
-            self.probe(trainer.state)
+        super().on_start(state, guard)
+        if state.step == 0:
+            self.probe(state)
 
     def probe(self, state: TrainState) -> None:
         """Embed, probe and record; all ranks must call."""
@@ -92,7 +91,7 @@ def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | Tile
     """The tiles that section ``evaluation`` names, and those of validation patients, by name.
 
     Raises:
-        FileNotFoundError, ValueError: a folder does not hold what is expected, or two tasks have one name.
+        FileNotFoundError, ValueError: if a folder does not hold what is expected, or two tasks have one name.
     """
     evaluation = config.evaluation
     tasks: dict[str, LabelledTiles | TileImages] = {}
@@ -108,6 +107,6 @@ def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | Tile
             raise ValueError(f"evaluation.labelled names two tasks {name!r}; give each a name of its own.")
         tasks[name] = open_labelled_tiles(entry.path, entry.labels or None)
     held_out = [source for source in data.held_out if source]
-    if held_out and {"rankme", "odcorr"} & set(evaluation.probes):
+    if held_out and not all(PROBES[name].needs_labels for name in probe_names(evaluation.probes)):
         tasks[HELD_OUT] = ParquetTiles(held_out, _HELD_OUT_TILES)
     return tasks

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from dinov2.build.data import describe_stream, open_data, order_parameters
-from dinov2.build.parts import build_arch, build_loader, device_batches, starting_weights
+from dinov2.build.augmentation import device_batches
+from dinov2.build.data import build_loader, describe_stream, open_data, order_parameters
+from dinov2.build.networks import load_starting_weights, starting_weights
 from dinov2.configs import Config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -28,7 +29,8 @@ from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resol
 from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.sample_log import SampleLog
-from dinov2.train.state import TrainState, check_resumable, describe_state
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.state import TrainState, check_loss_modules, check_resumable, describe_state
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import adam_state, build_optimizer
 from dinov2.train.update.schedules import Schedules
@@ -46,8 +48,8 @@ class Run:
         eval_only: export a teacher and train nothing; needs a checkpoint and no data.
 
     Raises:
-        ValueError, FileNotFoundError: configuration, data, weights or checkpoint do not fit.
-        MainProcessError: that is so, and rank 0 says it.
+        ValueError, FileNotFoundError: if configuration, data, weights or checkpoint do not fit.
+        MainProcessError: if that is so, and rank 0 says it.
     """
 
     def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
@@ -74,6 +76,7 @@ class Run:
             device.type, enabled=in_fp16 and config.compute_precision.grad_scaler
         )
         if saved:
+            check_loss_modules(saved, self._loss_modules())
             self.checkpointer.load(self.state.step, self._tensors())
             if saved["scaler"]:  # empty where nothing computed in fp16 before
                 self.scaler.load_state_dict(saved["scaler"])
@@ -83,7 +86,7 @@ class Run:
         """Train to the end of the plan; all ranks must call.
 
         Raises:
-            NonFiniteError: the loss or a gradient was not finite.
+            NonFiniteError: if the loss or a gradient was not finite.
         """
         if self.state.step >= self.plan.total_steps:
             logger.info(
@@ -120,6 +123,7 @@ class Run:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
         described |= {"scaler": self.scaler.state_dict(), "places": self._places}
+        described["loss_modules"] = list(self._loss_modules())
         self.checkpointer.save(state.step, self._tensors(), described)
 
     def export_teacher(self, state: TrainState) -> None:
@@ -129,7 +133,7 @@ class Run:
 
         def write() -> None:
             metadata = {
-                "architecture": _architecture(self.config),
+                "architecture": self.arch.teacher.backbone.describe(),
                 "step": state.step,
                 "samples": state.samples,
                 "config": dataclasses.asdict(self.config),
@@ -188,13 +192,19 @@ class Run:
 
     def _tensors(self) -> dict[str, Any]:
         """Every tensor of the run by name; loading a checkpoint fills them in place."""
-        return {
+        tensors = {
             "student": self.arch.student.state_dict(),
             "teacher": self.arch.teacher.state_dict(),
-            "optimizer": adam_state(self.arch.student, self.optimizer),
+            "optimizer": adam_state(self.arch.trained, self.optimizer),
             "dino_loss": self.arch.dino_loss.state_dict(),
             "ibot_patch_loss": self.arch.ibot_patch_loss.state_dict(),
         }
+        return tensors | ({"losses": modules} if (modules := self._loss_modules()) else {})
+
+    def _loss_modules(self) -> dict[str, dict[str, Any]]:
+        """State of the terms of the loss that have one."""
+        states = {name: term.state_dict() for name, term in self.arch.losses.items()}
+        return {name: state for name, state in states.items() if state}
 
     def _hooks(self, sinks: list[Sink]) -> list[Hook]:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
@@ -217,6 +227,33 @@ class Run:
         return sinks
 
 
+def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:
+    """Student and teacher with their starting weights, sharded over the ranks, on ``device``.
+
+    The starting weights depend on the seed alone, whatever the number of ranks. All ranks must call.
+
+    Args:
+        config: validated configuration.
+        device: of this rank.
+        from_checkpoint: a checkpoint will be loaded over them, so no published weights are needed.
+
+    Raises:
+        FileNotFoundError, ValueError: if weights are missing or do not fit.
+    """
+    torch.manual_seed(config.train.seed)
+    arch = SSLMetaArch(config, weights_device="cpu" if is_main_process() else "meta")
+    arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
+
+    def start() -> None:
+        load_starting_weights(arch.student, config)
+        arch.copy_student_to_teacher()
+
+    if not from_checkpoint:
+        on_main_process(start)
+    arch.prepare_for_distributed_training(device)
+    return arch.train()
+
+
 def dry_run(config: Config, world_size: int) -> str:
     """Check configuration and data, and describe the plan without allocating weights."""
     validate(config, world_size)
@@ -235,14 +272,3 @@ def dry_run(config: Config, world_size: int) -> str:
     starting_weights(config)
     described = describe_plan(config, plan, costs, name, local_world_size())
     return f"{described}\n{parameter_table(costs)}\n{stream}"
-
-
-def _architecture(config: Config) -> dict[str, Any]:
-    """The backbone's constructor arguments, as `dinov2.hub.load_teacher` reads them."""
-    student = dataclasses.asdict(config.student)
-    keys = ("arch", "patch_size", "ffn_layer", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias",
-            "interpolate_antialias", "interpolate_offset")  # fmt: skip
-    return {key: student[key] for key in keys} | {
-        "init_values": student["layerscale"],
-        "img_size": config.crops.global_crops_size,
-    }

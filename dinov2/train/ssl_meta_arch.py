@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,13 +17,10 @@ from dinov2.layers import DINOHead
 from dinov2.loss import (
     EAGER,
     Assignments,
-    DINOLoss,
-    KDELoss,
-    KoLeoLoss,
-    dino_global_loss,
-    dino_local_loss,
-    ibot_loss,
-    iBOTPatchLoss,
+    Centering,
+    LossContext,
+    StepOutputs,
+    build_terms,
     sinkhorn_assignments_of,
 )
 from dinov2.models import build_model_from_cfg
@@ -29,12 +28,22 @@ from dinov2.train.update.optim import parameter_groups
 from dinov2.train.update.weight_update import ema_update
 from dinov2.utils.dtypes import DTYPES
 
-# Tensor dimensions below: V = 2 global views, L local views, B images, D width, K prototypes, M masked rows.
+# Tensor dimensions below: V = 2 global views, L local views, B images, N patches, D width, K prototypes, M masked rows.
 _VIEWS = 2
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """Of one network, views and images in one dimension; class tokens and patches are those of the global views."""
+
+    class_tokens: Tensor
+    class_logits: Tensor
+    patch_logits: Tensor
+    patch_tokens: Tensor | None
+
+
 class SSLMetaArch(nn.Module):
-    """Student and teacher (``backbone``, ``dino_head`` and, where separate, ``ibot_head``) with their losses.
+    """Student and teacher (``backbone``, ``dino_head`` and, where separate, ``ibot_head``) with the terms of the loss.
 
     The teacher starts as a copy of the student, is never trained, and follows it by `update_teacher`
     (DINOv2, arXiv:2304.07193, section 4; iBOT, arXiv:2111.07832).
@@ -55,12 +64,17 @@ class SSLMetaArch(nn.Module):
         self.copy_student_to_teacher()
         self.teacher.requires_grad_(False)
         self.teacher.eval()
-        ibot_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else cfg.dino.head_n_prototypes
-        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
-        self.ibot_patch_loss = iBOTPatchLoss(ibot_prototypes)
-        self.koleo_loss = KoLeoLoss(gather=cfg.dino.koleo_gather)
+        patch_prototypes = (cfg.ibot if cfg.ibot.separate_head else cfg.dino).head_n_prototypes
+        context = LossContext(self.embed_dim, cfg.dino.head_n_prototypes, patch_prototypes)
+        self.losses = build_terms(cfg, context)
+        if clashing := self.student.keys() & self.losses.keys():
+            raise ValueError(
+                f"losses.{min(clashing)} has the name of a network's module; give the term another."
+            )
+        # Named and shaped as Meta's, whose checkpoints hold them.
+        self.dino_loss = Centering((1, context.class_prototypes))
+        self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
         self.kernels = EAGER
-        self.kde_loss = KDELoss(cfg.dino.kde_kappa, cfg.dino.kde_reference_sign, cfg.dino.kde_gather)
 
     def _network(self, backbone: nn.Module) -> nn.ModuleDict:
         modules = {"backbone": backbone, "dino_head": self._head(self.cfg.dino)}
@@ -80,7 +94,17 @@ class SSLMetaArch(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.student.backbone.cls_token.device
+        return next(self.student.parameters()).device
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """What the optimiser updates, by name: the student's modules, and terms with parameters of their own."""
+        terms = {
+            name: term
+            for name, term in self.losses.items()
+            if any(parameter.requires_grad for parameter in term.parameters())
+        }
+        return {**self.student, **terms}
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Set the student's mode; the teacher always stays in evaluation mode."""
@@ -96,7 +120,7 @@ class SSLMetaArch(nn.Module):
         """Train only the last ``n`` backbone blocks, the final norm and the heads; 0 leaves all trainable.
 
         Raises:
-            ValueError: there are fewer than ``n`` blocks.
+            ValueError: if there are fewer than ``n`` blocks.
         """
         backbone = self.student.backbone
         if n > len(backbone.blocks):
@@ -106,9 +130,8 @@ class SSLMetaArch(nn.Module):
             )
         if n == 0:
             return
-        backbone.requires_grad_(False)
-        for module in (*backbone.blocks[len(backbone.blocks) - n :], backbone.norm):
-            module.requires_grad_(True)
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(backbone.layer_of(name) > len(backbone.blocks) - n)
 
     def prepare_for_distributed_training(self, device: torch.device | None = None) -> None:
         """Move to ``device`` and, with more than one process, give every rank its shard of rank 0's weights.
@@ -133,118 +156,131 @@ class SSLMetaArch(nn.Module):
                     )
                     module.to_empty(device=device)
                     load_full_state_dict(module, whole)
+            self._distribute_terms(device)
         self.to(device)
 
+    def _distribute_terms(self, device: torch.device) -> None:
+        """Shard the terms' parameters and give every rank rank 0's start, buffers included."""
+        for name, term in self.losses.items():
+            state = {key: value.clone() for key, value in term.state_dict().items()}
+            if not state:
+                continue
+            term.to(device)
+            if name in self.trained:
+                shard(
+                    term,
+                    (),
+                    device=device,
+                    strategy="SHARD_GRAD_OP",
+                    param_dtype=torch.float32,
+                    reduce_dtype=torch.float32,
+                )
+            load_full_state_dict(term, state if is_main_process() else {})
+
     def get_params_groups(self) -> list[dict]:
-        """The student's parameter groups; see `parameter_groups`."""
+        """Parameter groups of all that is `trained`; see `parameter_groups`."""
         return parameter_groups(
-            self.student, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
+            self.trained, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
         )
 
     def compute_losses(self, batch: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """The losses of one batch; all ranks must call.
 
-        ::
-
-            total = dino.loss_weight * (L_local + L_global) + ibot.loss_weight * L_iBOT
-                    + sum over the two global views of kde_loss_weight * L_KDE + koleo_loss_weight * L_KoLeo
-
         Args:
             batch: on the networks' device: normalised ``global_crops`` (2B, 3, S, S) and ``local_crops``
                 (L*B, 3, s, s), view-major; ``masks`` bool (2B, N); ``mask_indices`` (M,) and ``mask_weight``
-                (M,), 0 on padding.
+                (M,), 0 on padding; ``slides``, ``slide_ids`` and ``indices`` (B,) where a term asks for them.
             teacher_temp: temperature of the teacher's targets.
 
         Returns:
-            0-d float32 tensors: ``total_loss`` and its terms, unweighted. A term of weight 0 is left out.
+            0-d float32 tensors: ``total_loss``, the sum of all terms times their weights, and the terms,
+            unweighted. A term of weight 0 is left out.
         """
-        cfg = self.cfg
-        cls_targets, patch_targets = self._teacher_targets(batch, teacher_temp)
-        cls_tokens, cls_logits, patch_logits = self._student_outputs(batch)
+        outputs = self._outputs(batch, teacher_temp)
         losses: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
-        if cfg.dino.loss_weight > 0:
-            num_local = len(cls_logits) - _VIEWS
-            if num_local:
-                losses["dino_local_crops_loss"] = dino_local_loss(
-                    cls_logits[_VIEWS:], cls_targets, kernels=self.kernels
-                )
-            losses["dino_global_crops_loss"] = dino_global_loss(
-                cls_logits[:_VIEWS], cls_targets, num_local, kernels=self.kernels
-            )
-            weights |= dict.fromkeys(losses, cfg.dino.loss_weight)
-        if cfg.ibot.loss_weight > 0:
-            crops = len(batch["global_crops"])
-            weight = batch["mask_weight"]
-            losses["ibot_loss"] = ibot_loss(patch_logits, patch_targets, weight, crops, kernels=self.kernels)
-            weights["ibot_loss"] = cfg.ibot.loss_weight
-        for name, weight, regulariser in (
-            ("kde_loss", cfg.dino.kde_loss_weight, self.kde_loss),
-            ("koleo_loss", cfg.dino.koleo_loss_weight, self.koleo_loss),
-        ):
-            if weight > 0:
-                losses[name] = sum(regulariser(view) for view in cls_tokens)
-                weights[name] = weight
-        return {"total_loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+        total: Tensor | int = 0
+        for name, term in self.losses.items():
+            values = term(outputs)
+            values = values if isinstance(values, dict) else {f"{name}_loss": values}
+            total = total + sum(term.options.weight * value for value in values.values())
+            losses |= values
+        return {"total_loss": total, **losses}
 
-    @torch.no_grad()
-    def _teacher_targets(
-        self, batch: Mapping[str, Any], teacher_temp: float
-    ) -> tuple[Tensor, Tensor | Assignments]:
-        """Probabilities of the global views' CLS tokens (V, B, K) and of the masked patches (M, K)."""
-        (cls_tokens,), patches = self._read_tokens(self.teacher, [batch["global_crops"]], [None], batch)
-        cls_logits, patch_logits = self._apply_heads(self.teacher, cls_tokens, patches)
-        row_weight = (batch["mask_weight"] > 0).float()
-        if self.cfg.train.centering == "sinkhorn_knopp":
-            both, weights = [cls_logits, patch_logits], [None, row_weight]
-            of_cls, patch_targets = sinkhorn_assignments_of(both, teacher_temp, 3, weights, self.kernels)
-            cls_targets = of_cls.probs()
-            if not self.cfg.debug.factored_targets:
-                patch_targets = patch_targets.probs()
-        else:
-            cls_targets = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
-            patch_targets = self.ibot_patch_loss.softmax_center_teacher(patch_logits, teacher_temp)
-            self.dino_loss.update_center(cls_logits)
-            self.ibot_patch_loss.update_center(patch_logits, row_weight)
-        return cls_targets.unflatten(0, (_VIEWS, -1)), patch_targets
-
-    def _student_outputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """CLS tokens of the global views (V, B, D), CLS logits of all views (V+L, B, K), patch logits (M, K)."""
+    def _outputs(self, batch: Mapping[str, Any], teacher_temp: float) -> StepOutputs:
+        """Run teacher and student, and make the targets."""
         crops, masks = [batch["global_crops"]], [batch["masks"]]
+        with torch.no_grad():
+            teacher = self._run(self.teacher, crops, [None], batch["mask_indices"])
+            class_targets, patch_targets = self._targets(teacher, batch["mask_weight"], teacher_temp)
         if len(batch["local_crops"]):
             crops, masks = [*crops, batch["local_crops"]], [*masks, None]
-        cls_tokens, patches = self._read_tokens(self.student, crops, masks, batch)
-        cls_logits, patch_logits = self._apply_heads(self.student, torch.cat(cls_tokens), patches)
+        student = self._run(self.student, crops, masks, batch["mask_indices"])
         images = len(batch["global_crops"]) // _VIEWS
-        return (
-            cls_tokens[0].unflatten(0, (_VIEWS, images)),
-            cls_logits.unflatten(0, (-1, images)),
-            patch_logits,
+
+        def by_view(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.unflatten(0, (-1, images))
+
+        return StepOutputs(
+            class_tokens=by_view(student.class_tokens),
+            teacher_class_tokens=by_view(teacher.class_tokens),
+            class_logits=by_view(student.class_logits),
+            class_targets=by_view(class_targets),
+            patch_logits=student.patch_logits,
+            patch_targets=patch_targets,
+            masks=batch["masks"],
+            mask_indices=batch["mask_indices"],
+            mask_weight=batch["mask_weight"],
+            teacher_temp=teacher_temp,
+            kernels=self.kernels,
+            patch_tokens=by_view(student.patch_tokens),
+            teacher_patch_tokens=by_view(teacher.patch_tokens),
+            slides=batch.get("slides", ()),
+            slide_ids=batch.get("slide_ids"),
+            indices=batch.get("indices"),
         )
 
-    def _read_tokens(
-        self,
-        network: nn.ModuleDict,
-        crops: list[Tensor],
-        masks: list[Tensor | None],
-        batch: Mapping[str, Any],
-    ) -> tuple[list[Tensor], Tensor]:
-        """All that the losses read: class tokens (C, D) of each crop size, masked patches (M, D) of the first."""
-        debug, index = self.cfg.debug, batch["mask_indices"]
-        packed = [(crops, masks)]
-        passes = packed if debug.packed_crops else [([c], [m]) for c, m in zip(crops, masks, strict=True)]
+    def _targets(
+        self, teacher: _Outputs, mask_weight: Tensor, temp: float
+    ) -> tuple[Tensor, Tensor | Assignments]:
+        """Probabilities of the global views' class tokens (V*B, K) and of the masked patches (M, K)."""
+        row_weight = (mask_weight > 0).float()
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            both, weights = [teacher.class_logits, teacher.patch_logits], [None, row_weight]
+            of_classes, of_patches = sinkhorn_assignments_of(both, temp, 3, weights, self.kernels)
+            factored = self.cfg.debug.factored_targets
+            return of_classes.probs(), of_patches if factored else of_patches.probs()
+        targets = (
+            self.dino_loss.probs(teacher.class_logits, temp),
+            self.ibot_patch_loss.probs(teacher.patch_logits, temp),
+        )
+        self.dino_loss.update_center(teacher.class_logits)
+        self.ibot_patch_loss.update_center(teacher.patch_logits, row_weight)
+        return targets
+
+    def _run(
+        self, network: nn.ModuleDict, crops: list[Tensor], masks: list[Tensor | None], mask_indices: Tensor
+    ) -> _Outputs:
+        """Tokens and logits of one network for all crop sizes, the global views first."""
+        debug, backbone = self.cfg.debug, network.backbone
+        all_patches = any("patch_tokens" in term.needs for term in self.losses.values())
+        prune = debug.prune_last_block and backbone.supports_patch_index and not all_patches
+        passes = [(crops, masks)]
+        if not debug.packed_crops:
+            passes = [([crop], [mask]) for crop, mask in zip(crops, masks, strict=True)]
         outputs: list[dict[str, Tensor]] = []
         with self._autocast(self._precision(network).backbone):
-            for some, their in passes:
-                wanted = index[:0] if outputs else index
-                if not debug.prune_last_block:
-                    wanted = None
-                outputs += network.backbone(some, masks=their, is_training=True, patch_index=wanted)
-        if debug.prune_last_block:
-            patches = outputs[0]["x_norm_indexedtokens"]
+            for crops_of_pass, masks_of_pass in passes:
+                # Masked patches are those of the global views, which are in the first pass.
+                selected = {"patch_index": mask_indices[:0] if outputs else mask_indices} if prune else {}
+                outputs += backbone(crops_of_pass, masks=masks_of_pass, is_training=True, **selected)
+        patch_tokens = None if prune else outputs[0]["x_norm_patchtokens"]
+        if prune:
+            masked = outputs[0]["x_norm_indexedtokens"]
         else:
-            patches = outputs[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, index)
-        return [out["x_norm_clstoken"] for out in outputs], patches
+            masked = patch_tokens.flatten(0, 1).index_select(0, mask_indices)
+        class_tokens = [output["x_norm_clstoken"] for output in outputs]
+        class_logits, patch_logits = self._apply_heads(network, torch.cat(class_tokens), masked)
+        return _Outputs(class_tokens[0], class_logits, patch_logits, patch_tokens if all_patches else None)
 
     def _apply_heads(
         self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor
@@ -267,32 +303,19 @@ class SSLMetaArch(nn.Module):
         dtype = DTYPES[settings.mixed_precision.param_dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def update_teacher(self, m: float, healthy: Tensor | float = 1.0) -> None:
+    def update_teacher(self, m: float, all_finite: Tensor | float = 1.0) -> None:
         """Move the teacher towards the student: ``t <- m t + (1 - m) s``; no communication.
 
         Args:
             m: momentum in [0, 1].
-            healthy: 1, or a 0-d tensor that is 0 to leave the teacher as it is.
+            all_finite: 1, or a 0-d tensor that is 0 to leave the teacher as it is.
         """
-        ema_update(self.student, self.teacher, (1 - m) * healthy)
+        ema_update(self.student, self.teacher, (1 - m) * all_finite)
 
     def forward_backward(self, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
-        """DINOv2's public step on a batch from ``collate_data_and_cast``: losses, with gradients accumulated."""
-        losses = self.compute_losses(_from_meta_batch(images, self.device), teacher_temp)
-        losses["total_loss"].backward()
-        return losses
+        """DINOv2's public step; see `dinov2.compat.loss.forward_backward`."""
+        return import_module("dinov2.compat.loss").forward_backward(self, images, teacher_temp)
 
     def _networks(self) -> tuple[tuple[nn.ModuleDict, Any], ...]:
         precision = self.cfg.compute_precision
         return (self.student, precision.student), (self.teacher, precision.teacher)
-
-
-def _from_meta_batch(images: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    names = {
-        "global_crops": "collated_global_crops",
-        "local_crops": "collated_local_crops",
-        "masks": "collated_masks",
-        "mask_indices": "mask_indices_list",
-        "mask_weight": "masks_weight",
-    }
-    return {ours: images[theirs].to(device, non_blocking=True) for ours, theirs in names.items()}

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
         config: of the launch.
 
     Raises:
-        ValueError: fixed keys changed; all are named with both values.
+        ValueError: if fixed keys changed; all are named with both values.
     """
     before, now = (
         _flatten(saved_config(saved["config"])),
@@ -95,6 +96,25 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
         )
     for key in changed:
         logger.info("Resuming with %s = %r (was %r).", key, now[key], before.get(key))
+
+
+def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
+    """Refuse to resume where other terms of the loss have weights or buffers than the checkpoint holds.
+
+    Args:
+        saved: JSON part of the checkpoint.
+        terms: names of the terms that have.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    before, now = sorted(saved.get("loss_modules", ())), sorted(terms)
+    if before != now:
+        raise ValueError(
+            "The run in this output folder cannot go on with other terms that have weights of their own: the "
+            f"checkpoint holds {', '.join(before) or 'none'}, section losses now has {', '.join(now) or 'none'}; "
+            "restore the section, or start in another output folder."
+        )
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,8 +6,8 @@ Started alone it trains in one process; under ``torchrun`` it shards over all of
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from dinov2.logging import setup_logging
 from dinov2.train.output_folder import hold_output_dir, require_checkpoint
 from dinov2.train.run import Run, dry_run
 from dinov2.train.update.guard import NonFiniteError
+from dinov2.utils.cli import DONE, USER_ERROR, run_command
 from dinov2.utils.environment import DeviceError, select_device
 
-USER_ERROR = 2
-"""Exit status where one sentence has said what the user can mend."""
+logger = logging.getLogger("dinov2")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,37 +44,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="override configuration values"
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand before, between and after flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (2 for what the user can mend)."""
+    """Run the command; returns its exit status, see `run_command`."""
     args = parse_args(argv)
-    logger = setup_logging()
+    setup_logging()
+    errors = DeviceError, NonFiniteError
+    return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        config = load_config(args.config_file, args.overrides)
+        sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
+        return DONE
+    device = select_device()
+    init_process_group(device)
     try:
-        if args.dry_run:
-            config = load_config(args.config_file, args.overrides)
-            sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
-            return 0
-        device = select_device()
-        init_process_group(device)
         config = on_main_process(lambda: load_config(args.config_file, args.overrides))
         output_dir = Path(args.output_dir or config.train.output_dir)
         if args.eval_only:
             require_checkpoint(output_dir)
         with hold_output_dir(output_dir, resume=not args.no_resume):
-            logger = setup_logging(output_dir)
+            setup_logging(output_dir)
             run = Run(config, output_dir, device, args.eval_only)
             if args.eval_only:
                 run.export_teacher(run.state)
             else:
                 run.train()
+        return DONE
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
-        return USER_ERROR
-    except (ValueError, OSError, ImportError, DeviceError, NonFiniteError) as error:
-        logger.error("%s", error)
-        logger.debug("Raised here:", exc_info=True)
         return USER_ERROR
     except torch.OutOfMemoryError as error:
         logger.error(
@@ -82,12 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ". ".join(str(error).split(". ")[:2]),
         )
         return USER_ERROR
-    except KeyboardInterrupt:
-        logger.error("Interrupted; the same command resumes from the last checkpoint.")
-        return 128 + signal.SIGINT
     finally:
         destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ class Trainer:
         """Train to the plan's last step; all ranks must call.
 
         Raises:
-            NonFiniteError: a loss or gradient was not finite; no update was made from that step on.
+            NonFiniteError: if a loss or gradient was not finite; no update was made from that step on.
         """
         with contextlib.ExitStack() as stack:
             for closable in reversed((*self._hooks, *self._sinks)):
                 stack.callback(closable.close)
             for hook in self._hooks:
-                hook.on_start(self)
+                hook.on_start(self.state, self.guard)
             batches = iter(self._batches)
             self._period = _Period(self.state.step)
             while self.state.step < self.plan.total_steps:
@@ -82,10 +82,10 @@ class Trainer:
                 self._period.waited += time.perf_counter() - asked
                 self.train_step(batch)
                 for hook in self._hooks:
-                    hook.after_step(self)
+                    hook.after_step(self.state, self.guard)
             self.guard.flush()
             for hook in self._hooks:
-                hook.on_end(self)
+                hook.on_end(self.state, self.guard)
 
     def train_step(self, batch: dict[str, Any]) -> None:
         """One optimiser step on one batch (device tensors); all ranks must call."""

@@ -22,6 +22,10 @@ class Terminated(BaseException):
     """SIGTERM arrived; like `KeyboardInterrupt`, it unwinds the stack so that what is unfinished is removed."""
 
 
+class ToldElsewhere(RuntimeError):
+    """What ended this process is said by another one of the same command."""
+
+
 def run_command(
     body: Callable[[], int | None],
     logger: logging.Logger,
@@ -50,6 +54,8 @@ def run_command(
     previous = _on_sigterm()
     try:
         return body() or DONE
+    except ToldElsewhere:
+        return USER_ERROR
     except (ValueError, OSError, ImportError, *errors) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)
@@ -93,20 +99,30 @@ def add_pooling(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def add_dtype(parser: argparse._ActionsContainer) -> None:
-    """``--dtype``: of the network's matrix products."""
-    parser.add_argument(
-        "--dtype", "--autocast", choices=("fp32", "bf16", "fp16"),
-        help="of the matrix products (default: bf16 on a GPU, fp32 on the CPU)",
-    )  # fmt: skip
+def add_dtype(
+    parser: argparse._ActionsContainer,
+    default: str | None = None,
+    what: str = "of the matrix products (default: bf16 on a GPU, fp32 on the CPU)",
+) -> None:
+    """``--dtype``: of the network's matrix products, or of what is written."""
+    parser.add_argument("--dtype", "--autocast", choices=("fp32", "bf16", "fp16"), default=default, help=what)
 
 
-def add_image_size(parser: argparse._ActionsContainer) -> None:
+def add_image_size(
+    parser: argparse._ActionsContainer,
+    what: str = "side of the network's input (default: as trained, else 224)",
+) -> None:
     """``--image-size``: side of the network's input."""
-    parser.add_argument(
-        "--image-size", "--size", "--resize", type=int, metavar="PX",
-        help="side of the network's input (default: as trained, else 224)",
-    )  # fmt: skip
+    parser.add_argument("--image-size", "--size", "--resize", type=int, metavar="PX", help=what)
+
+
+def add_colours(parser: argparse._ActionsContainer) -> None:
+    """``--mean``, ``--std``: of the normalisation."""
+    for name in ("--mean", "--std"):
+        parser.add_argument(
+            name, type=float, nargs=3, metavar=("R", "G", "B"),
+            help="to normalise images with (default: as trained, else ImageNet's)",
+        )  # fmt: skip
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,15 +23,21 @@ class DeviceError(RuntimeError):
     """The machine has a GPU that this process cannot use."""
 
 
-def select_device() -> torch.device:
+def select_device(name: str | None = None) -> torch.device:
     """Device of this process: its own GPU where one is usable, the CPU where the machine has none.
 
     The GPU is ``cuda:LOCAL_RANK``. An empty ``CUDA_VISIBLE_DEVICES`` chooses the CPU.
 
+    Args:
+        name: ``cpu``, ``cuda`` for the process's own GPU, or ``cuda:N``, where the choice is not left to the machine.
+
     Raises:
-        DeviceError: the machine has a GPU that this process cannot use; the message holds the remedy.
-            ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
+        DeviceError: if the machine has a GPU that this process cannot use, or not the one that is named; the message
+            holds the remedy. ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
+        ValueError: if the name is none of a device.
     """
+    if name is not None:
+        return _named_device(name)
     if _gpus_hidden():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -39,6 +47,30 @@ def select_device() -> torch.device:
     if os.environ.get(ALLOW_CPU) == "1":
         return torch.device("cpu")
     raise DeviceError(f"{problem} ({ALLOW_CPU}=1 runs on the CPU instead.)")
+
+
+def _named_device(name: str) -> torch.device:
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"Device {name!r} is unknown; cpu, cuda or cuda:N is expected.")
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device(name) if match[1] else select_device()
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"Device {name!r} is unavailable: PyTorch sees {torch.cuda.device_count() or 'no'} GPUs; --device cpu runs "
+            "on the processor."
+        )
+    return device
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Turn a GPU's lack of memory within the block into a DeviceError of one sentence, which ends in advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{'. '.join(str(error).split('. ')[:2])}; {advice}.") from error
 
 
 def gpu_problem(index: int = 0) -> str | None:

@@ -67,7 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
-    """Write several new texts, which get their names together, the last one first.
+    """Write several new texts in order, which get their names together, the last one first.
 
     A kill in between leaves some of them in place; called again with the same contents, it adds the rest.
 
@@ -79,7 +79,8 @@ def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
     """
     paths = tuple(reversed(contents))
     with replacing(*paths) as partials:
-        for path, partial in zip(paths, partials if len(paths) > 1 else (partials,), strict=True):
+        partials = partials if len(paths) > 1 else (partials,)
+        for path, partial in zip(reversed(paths), reversed(partials), strict=True):
             with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
                 file.writelines(contents[path])
             if path.exists() and not filecmp.cmp(path, partial, shallow=False):

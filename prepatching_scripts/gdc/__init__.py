@@ -1,0 +1,1 @@
+"""The Genomic Data Commons, from which download_tcga.py takes slides."""

@@ -1,51 +1,50 @@
-"""One file of the GDC to disk: resumed, verified, and named only when whole."""
+"""Files of the GDC to disk: resumed, verified, and named only when whole."""
 
-import fcntl
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
 
-from dinov2.data.storage.retry import RemoteError
-from prepatching_scripts.gdc.bandwidth import Bandwidth
+from dinov2.utils.files import locked
 from prepatching_scripts.gdc.manifest import GdcFile
-from prepatching_scripts.gdc.query import ContentChanged, Gdc
+from prepatching_scripts.gdc.query import BrokenAnswer, Gdc
 
-# So many bytes gained buy another round of tries; a server that gives less is given up.
-_PROGRESS = 8 << 20
+_PROGRESS = (
+    8 << 20
+)  # so many bytes gained buy another round of attempts; a server that gives less is given up
 _BLOCK = 1 << 20
+_BURST_S = 0.5  # seconds' worth of bytes that may come at once
 
 
 class Stopped(Exception):
     """The download was told to stop; what came so far is kept."""
 
 
-@dataclass(frozen=True)
 class Downloads:
     """Fetches files into `<path>.part`, which the next run continues, and renames them once the md5 is right.
 
     May be used by several threads for different files. Another process at the same file is noticed.
 
-    Attributes:
-        gdc: The server.
-        bandwidth: Bound on all threads together.
-        stop: Ends all transfers when set.
-        progress: Called with bytes gained, on disk or from the server; negative where they proved wrong.
-        verify: Whether files that are there are read again; otherwise their size tells.
-        redownload: Whether a wrong file that is there is put aside as `<path>.bad-N`, and fetched.
+    Args:
+        gdc: the server.
+        stop: ends all transfers when set.
+        progress: called with bytes gained, on disk or from the server; negative where they proved wrong.
+        limit: bytes per second of all threads together; None is no limit.
+        verify: files that are there are read again; otherwise their size tells.
+        redownload: a wrong file that is there is put aside as `<path>.bad-N`, and fetched.
     """
 
-    gdc: Gdc
-    bandwidth: Bandwidth
-    stop: threading.Event
-    progress: Callable[[int], object]
-    verify: bool = False
-    redownload: bool = False
+    def __init__(
+        self, gdc: Gdc, stop: threading.Event, progress: Callable[[int], object],
+        limit: float | None = None, verify: bool = False, redownload: bool = False,
+    ) -> None:  # fmt: skip
+        self.stop, self.gdc, self.progress, self._limit = stop, gdc, progress, limit
+        self._verify, self._redownload = verify, redownload
+        self._lock, self._paid_until = threading.Lock(), 0.0
 
     def fetch(self, file: GdcFile, path: Path) -> bool:
         """Bring a file to `path`.
@@ -54,70 +53,82 @@ class Downloads:
             Whether it was fetched; False if it was there.
 
         Raises:
-            Stopped: If `stop` was set.
-            FileExistsError: If another file is at `path`; it is left alone.
-            BlockingIOError: If another process fetches it.
-            OSError: If it cannot be fetched (see `Gdc.call`) or stored, or proves wrong.
+            Stopped: if `stop` was set.
+            FileExistsError: if another file is at `path`, which is left alone, or another process fetches it.
+            OSError: if it cannot be fetched (see `Gdc.call`) or stored, or proves wrong.
         """
         if self._is_there(file, path):
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(path)
-        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as target:
-            _lock(target, part)
-            if path.exists():  # another process was faster
-                return False
-            transfer = _Transfer(self, file, target)
+        # Closing the file drops the lock, so it stays open until the part has its name.
+        with (
+            locked(part, busy=f"'{part}' is being written by another process."),
+            part.open("r+b", 0) as target,
+        ):
             try:
-                transfer.run()
+                if path.exists():  # another process was faster
+                    return False
+                _Transfer(self, file, target).run()
                 os.fsync(target.fileno())
                 part.rename(path)
-            except OSError:
-                if not os.fstat(target.fileno()).st_size:
+            finally:
+                if part.exists() and not os.fstat(target.fileno()).st_size:
                     part.unlink()
                     if path.parent.name == file.id:
                         with suppress(OSError):  # other files are in it
                             path.parent.rmdir()
-                raise
         return True
-
-    def _is_there(self, file: GdcFile, path: Path) -> bool:
-        if not path.exists():
-            return False
-        if not path.is_file():
-            raise FileExistsError(f"'{path}' is not a file; move it away")
-        size = path.stat().st_size
-        wrong = f"{size} bytes in place of {file.size}" if size != file.size else ""
-        if self.verify and not wrong:
-            md5 = self._md5(path)
-            wrong = f"md5 {md5} in place of {file.md5}" if md5 != file.md5 else ""
-        if not wrong:
-            self.progress(file.size)
-            return True
-        if not self.redownload:
-            raise FileExistsError(f"'{path}' has {wrong}; --redownload puts it aside and fetches it anew")
-        _put_aside(path)
-        return False
-
-    def _md5(self, path: Path) -> str:
-        digest = hashlib.md5(usedforsecurity=False)
-        with path.open("rb") as source:
-            while block := source.read(_BLOCK):
-                self.check()
-                digest.update(block)
-        return digest.hexdigest()
 
     def check(self) -> None:
         """Raise Stopped if it is time."""
         if self.stop.is_set():
             raise Stopped
 
+    def pace(self, num_bytes: int) -> None:
+        """Wait until the limit allows the next bytes after these, which came."""
+        if self._limit is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._paid_until = max(self._paid_until, now - _BURST_S) + num_bytes / self._limit
+            wait = self._paid_until - now
+        self.stop.wait(max(0.0, wait))
+
+    def _is_there(self, file: GdcFile, path: Path) -> bool:
+        if not path.exists():
+            return False
+        if not path.is_file():
+            raise FileExistsError(f"'{path}' is not a file; move it away.")
+        size = path.stat().st_size
+        wrong = f"{size} bytes in place of {file.size}" if size != file.size else ""
+        if self._verify and not wrong:
+            digest = hashlib.md5(usedforsecurity=False)
+            with path.open("rb") as content:
+                while block := content.read(_BLOCK):
+                    self.check()
+                    digest.update(block)
+            if digest.hexdigest() != file.md5:
+                wrong = f"md5 {digest.hexdigest()} in place of {file.md5}"
+        if not wrong:
+            self.progress(file.size)
+            return True
+        if not self._redownload:
+            raise FileExistsError(f"'{path}' has {wrong}; --redownload puts it aside and fetches it anew.")
+        number = 1
+        while (aside := path.with_name(f"{path.name}.bad-{number}")).exists():
+            number += 1
+        path.rename(aside)
+        return False
+
 
 class _Transfer:
     """The bytes of one file, on disk up to `position` and in the digest."""
 
     def __init__(self, downloads: Downloads, file: GdcFile, target: BinaryIO) -> None:
-        self._all, self._file, self._target = downloads, file, target
+        self._downloads, self._gdc = downloads, downloads.gdc
+        self._file, self._target = file, target
+        self._url = f"{self._gdc.endpoint}/data/{file.id}"
         self.position, self._digest = 0, hashlib.md5(usedforsecurity=False)
 
     def run(self) -> None:
@@ -127,89 +138,61 @@ class _Transfer:
             self._restart()
             there = 0
         while self.position < there and (block := self._target.read(_BLOCK)):
-            self._all.check()
+            self._downloads.check()
             self._advance(block)
-        self._fetch_rest()
-        if self._digest.hexdigest() != self._file.md5:
+        for _ in range(2):
+            while self.position < self._file.size:
+                before = self.position
+                try:
+                    self._gdc.call(self._url, self._attempt)
+                except ConnectionError:
+                    if self.position < before + _PROGRESS:
+                        raise
+            if (md5 := self._digest.hexdigest()) == self._file.md5:
+                return
             self._restart()
-            self._fetch_rest()
-        if (md5 := self._digest.hexdigest()) != self._file.md5:
-            self._restart()
-            url = self._all.gdc.locate(self._file)
-            raise RemoteError(
-                f"'{url}' has md5 {md5} in place of {self._file.md5}, twice; make a new manifest"
-            )
-
-    def _fetch_rest(self) -> None:
-        url = self._all.gdc.locate(self._file)
-        while self.position < self._file.size:
-            before = self.position
-            try:
-                self._all.gdc.call(url, self._attempt)
-            except RemoteError:
-                if self.position < before + _PROGRESS:
-                    raise
+        raise ConnectionError(
+            f"'{self._url}' has md5 {md5} in place of {self._file.md5}, twice; make a new manifest."
+        )
 
     def _attempt(self) -> None:
-        self._all.check()
-        size = self._file.size
-        try:
-            with self._all.gdc.stream(self._file, self.position) as response:
-                if self.position and response.status_code == HTTPStatus.OK:  # the server has no ranges
+        """Ask once for what is missing; keeps what came."""
+        self._downloads.check()
+        start, size = self.position, self._file.size
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        with self._gdc.client.stream("GET", self._url, headers=headers) as response:
+            response.raise_for_status()
+            resumed = response.status_code == 206
+            length, expected = response.headers.get("content-length"), size - resumed * start
+            if length not in (None, str(expected)):
+                raise BrokenAnswer(f"{length} bytes are offered, {expected} are expected")
+            if start and not resumed:  # the server has no ranges
+                self._restart()
+            for block in response.iter_raw():
+                self._downloads.check()
+                if self.position + len(block) > size:
                     self._restart()
-                for block in response.iter_raw():
-                    self._all.check()
-                    if self.position + len(block) > size:
-                        raise ContentChanged(f"more than {size} bytes came")
-                    self._write(block)
-                    self._all.bandwidth.take(len(block))
-        except ContentChanged:
-            self._restart()
-            raise
+                    raise BrokenAnswer(f"more than {size} bytes came")
+                rest = memoryview(block)  # unbuffered, so that a kill loses nothing; a full disk takes a part
+                while rest:
+                    rest = rest[self._target.write(rest) :]
+                self._advance(block)
+                self._downloads.pace(len(block))
         if self.position < size:
-            raise ConnectionError(f"{self.position} of {size} bytes came")
-
-    def _write(self, block: bytes) -> None:
-        # Without a buffer, so that a kill loses nothing; a disk that fills up takes a part.
-        rest = memoryview(block)
-        while rest:
-            rest = rest[self._target.write(rest) :]
-        self._advance(block)
+            raise BrokenAnswer(f"{self.position} of {size} bytes came")
 
     def _advance(self, block: bytes) -> None:
         self._digest.update(block)
         self.position += len(block)
-        self._all.progress(len(block))
+        self._downloads.progress(len(block))
 
     def _restart(self) -> None:
-        self._all.progress(-self.position)
+        self._downloads.progress(-self.position)
         self._target.seek(0)
         self._target.truncate()
         self.position, self._digest = 0, hashlib.md5(usedforsecurity=False)
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is while it is fetched."""
+    """Name a file while it is fetched."""
     return path.with_name(f"{path.name}.part")
-
-
-def _lock(target: BinaryIO, part: Path) -> None:
-    busy = f"'{part}' is being written by another process"
-    try:
-        fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(busy) from error
-    except OSError:
-        return  # a file system without locks
-    # Between opening and locking another process may have finished and renamed it.
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(target.fileno()), part.stat()):
-            return
-    raise BlockingIOError(busy)
-
-
-def _put_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.bad-{number}")).exists():
-        number += 1
-    path.rename(aside)

@@ -10,15 +10,16 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 from dinov2.eval.datasets.labels import open_labelled_tiles
-from dinov2.eval.feature_extraction import Embedding, extract_features
-from dinov2.eval.probe.options import Probing
+from dinov2.eval.features import Embedding, extract_features
+from dinov2.eval.probe.options import Probing, options_for
 from dinov2.eval.probe.run import evaluate
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise
 from tests.helpers.spawn import run_ranks
 
 EMBEDDING = Embedding(size=56, batch_size=4)
-PROBING = Probing(ks=(3,), shots=(2,), draws=3, runs=2, steps=20, folds=2, resamples=20)
+OPTIONS = options_for(neighbours=(3,), shots=(2,), draws=3, runs=2, steps=20)
+PROBING = Probing(options=OPTIONS, folds=2, resamples=20)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ TARGETS = {
     "dino targets": 1,
     "ibot targets": 0,
     "targets of uneven batches": 0,
+    "targets of a wide range": 0,
     "targets at once": 0,
     "targets of uneven batches at once": 0,
 }
@@ -95,6 +96,7 @@ def evaluate(x: dict[str, Tensor]) -> dict[str, Tensor]:
         "dino targets": cls_targets,
         "ibot targets": patch_targets,
         "targets of uneven batches": sinkhorn_knopp(x["uneven"], TEMP),
+        "targets of a wide range": sinkhorn_knopp(5 * x["uneven"], 0.04),
         "targets at once": patches_at_once.probs(),
         "targets of uneven batches at once": uneven_at_once.probs(),
     }

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from dinov2.build.parts import build_arch
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
+from dinov2.train.run import build_arch
 from dinov2.train.update.optim import adam_state, build_optimizer
 from dinov2.train.update.schedules import ScheduleValues
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 from tests.helpers.spawn import run_ranks
+from tests.helpers.toys import Discriminator
 from tests.helpers.training import CPU, whole
 
 IMAGES = 8
+TERM = "tests.helpers.toys:Discriminator"
 EXACT = ("student.drop_path_rate=0", "optim.clip_grad=0.5", "dino.kde_gather=true", "dino.koleo_gather=true",
          "train.streaming_dataset_path=unused")  # fmt: skip
 
 
 def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     """Losses, gradients, weights, moments and teacher of two optimiser steps, as whole tensors."""
-    config = load_config(None, [*TINY, *EXACT, *overrides])
+    config = load_config(None, [*TINY, *EXACT, *(item for item in overrides if item != TERM)])
+    if TERM in overrides:
+        options = Discriminator.Options(weight=0.7, width=5)
+        config = dataclasses.replace(config, losses={TERM: options})
     arch = build_arch(config, CPU, from_checkpoint=False)
     optimizer = build_optimizer(arch.get_params_groups(), (0.9, 0.999))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -41,7 +48,7 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
         if number == 0:
             seen |= {
                 f"grad/{name}": whole(p.grad)
-                for name, p in arch.student.named_parameters()
+                for name, p in (*arch.student.named_parameters(), *arch.losses.named_parameters())
                 if p.grad is not None
             }
         norms = step.update(number, losses, values)
@@ -50,7 +57,8 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
         seen |= {f"{number}/norm/{name}": norm.clone() for name, norm in norms.items()}
     seen |= {f"student/{name}": whole(p) for name, p in arch.student.named_parameters()}
     seen |= {f"teacher/{name}": whole(p) for name, p in arch.teacher.named_parameters()}
-    for name, state in adam_state(arch.student, optimizer).items():
+    seen |= {f"losses/{name}": whole(tensor) for name, tensor in arch.losses.state_dict().items()}
+    for name, state in adam_state(arch.trained, optimizer).items():
         seen |= {f"adam/{name}/{key}": whole(value) for key, value in state.items()}
     return seen
 
@@ -65,8 +73,9 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
          "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD"),
         ("performance.compile=true", "debug.compile_backend=aot_eager", "performance.recompute=selective",
          "performance.prefetch_blocks=2"),
+        (TERM,),
     ],
-    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled"],
+    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled", "term-with-weights"],
 )  # fmt: skip
 def test_two_processes_equal_one(overrides: tuple[str, ...]):
     one = two_steps(0, overrides)

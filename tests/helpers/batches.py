@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dinov2.build.parts import build_collate
+from dinov2.build.augmentation import build_collate
 from dinov2.configs import Config
 from dinov2.data import MultiCrops, Sample, normalize
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from skimage.data import immunohistochemistry
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 TINY = (
     "student.arch=vit_demo",
@@ -73,3 +75,20 @@ def write_tissue_shards(folder: Path, shards: int = 3, rows: int = 30, size: int
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The records of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint_tensors(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name, read with torch's own converter."""
+    file = output_dir / f"flat_{step}.pt"
+    dcp_to_torch_save(output_dir / "checkpoints" / f"step_{step:07d}", file)
+    flat: dict[str, torch.Tensor] = {}
+
+    def visit(prefix: str, node: object) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(f"{prefix}/{key}", value)
+        else:
+            flat[prefix] = node
+
+    visit("", torch.load(file, weights_only=True))
+    return flat

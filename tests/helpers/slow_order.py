@@ -29,17 +29,17 @@ def key(*words: int) -> int:
 def epoch_order(
     unit_rows: Sequence[int], seed: int, lanes: int, block_rows: int, epoch: int
 ) -> list[tuple[int, int]]:
-    """List (unit, row) of every sample of an epoch, by building the tape and dealing out its lanes."""
-    tape = []
+    """List (unit, row) of every sample of an epoch, by building the permutation and dealing out its read streams."""
+    permuted = []
     for unit in sorted(range(len(unit_rows)), key=lambda unit: key(seed, epoch, unit)):
         rows = range(unit_rows[unit])
         for start in range(0, len(rows), block_rows):
             block = sorted(rows[start : start + block_rows], key=lambda row: key(seed, epoch, unit, row))
-            tape += [(unit, row) for row in block]
-    length, longer = divmod(len(tape), lanes)
-    pieces, start = [], 0
-    for lane in range(lanes):
-        end = start + length + (lane < longer)
-        pieces.append(tape[start:end])
+            permuted += [(unit, row) for row in block]
+    length, longer = divmod(len(permuted), lanes)
+    streams, start = [], 0
+    for number in range(lanes):
+        end = start + length + (number < longer)
+        streams.append(permuted[start:end])
         start = end
-    return [sample for turn in zip_longest(*pieces) for sample in turn if sample is not None]
+    return [sample for turn in zip_longest(*streams) for sample in turn if sample is not None]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dinov2.build.parts import build_arch
 from dinov2.configs import Config, load_config
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.plan import make_plan
+from dinov2.train.run import build_arch
 from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import adam_state, build_optimizer
@@ -77,7 +77,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all weights, centres and Adam moments by name, whole. All ranks must call."""
     arch, optimizer = trainer.training_step.arch, trainer.training_step.weight_update.optimizer
     found = dict(arch.state_dict())
-    for name, moments in adam_state(arch.student, optimizer).items():
+    for name, moments in adam_state(arch.trained, optimizer).items():
         found |= {f"adam.{name}.{key}": value for key, value in moments.items()}
     return {name: whole(tensor) for name, tensor in found.items()}
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from dinov2.train.update.weight_update import WeightUpdate
 
 BETAS, EPS = (0.9, 0.95), 1e-8
-# One block of the kernel and more, no multiple of four, one element, none; the last is the last layer.
+# One block of the kernel and more, no multiple of four, one element, none; the last of the head is the last layer. The
+# term of the loss has no teacher.
 SHAPES = {
     "backbone": {"weight": (64, 40), "bias": (37,), "gain": (), "empty": (0, 3), "grid": (3, 5, 7)},
     "dino_head": {"mlp": (129, 8), "bias": (8,), "last_layer": (16, 9)},
+    "term": {"weight": (8, 4), "bias": (3,)},
 }
 MODULES = list(SHAPES)
 
@@ -29,7 +31,7 @@ class Step:
     last_layer_lr: float
     wd: float
     momentum: float
-    healthy: float = 1.0
+    all_finite: float = 1.0
 
     def rates(self, name: str) -> tuple[float, float]:
         """Learning rate and weight decay of a parameter."""
@@ -52,6 +54,7 @@ def networks() -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Student and teacher with different random weights; the same at every call."""
     torch.manual_seed(0)
     student, teacher = (nn.ModuleDict({n: _Module(s) for n, s in SHAPES.items()}) for _ in range(2))
+    del teacher["term"]
     return student, teacher.requires_grad_(False)
 
 
@@ -89,22 +92,22 @@ def run(
     max_norm: float = 3.0,
     *,
     device: str = "cpu",
-    copies: Callable[[nn.ModuleDict, nn.ModuleDict], list[tuple[Tensor, Tensor]]] = lambda *_: [],
+    low_precision: Callable[[nn.ModuleDict, nn.ModuleDict], list[tuple[Tensor, Tensor]]] = lambda *_: [],
     adapt: Callable[[nn.Parameter, Tensor], Tensor] = lambda _, gradient: gradient,
 ) -> dict[str, Tensor]:
-    """Weights, optimiser state, copies and each step's norms after the script, by name.
+    """Weights, optimiser state, low-precision weights and each step's norms after the script, by name.
 
     Args:
         kind: the class under test.
         script: steps to take.
         max_norm: of the clipping.
         device: of the networks.
-        copies: makes the pairs of weight and copy from student and teacher.
+        low_precision: makes the pairs of a weight and its low-precision weight from student and teacher.
         adapt: changes a parameter's gradient before it is set.
     """
     student, teacher = (network.to(device) for network in networks())
     optimizer = optimizer_of(student)
-    pairs = copies(student, teacher)
+    pairs = low_precision(student, teacher)
     update = kind(optimizer, student, teacher, max_norm, pairs)
     found: dict[str, Tensor] = {}
     for i, step in enumerate(script):
@@ -113,7 +116,7 @@ def run(
             gradient = step.gradients[name]
             parameter.grad = None if gradient is None else adapt(parameter, gradient.to(device, copy=True))
         found |= {f"norm.{i}.{name}": norm for name, norm in update.grad_norms().items()}
-        update.apply(step.momentum, torch.tensor(step.healthy, device=device))
+        update.apply(step.momentum, torch.tensor(step.all_finite, device=device))
     found |= {f"copy.{i}": copy for i, (_, copy) in enumerate(pairs)}
     return found | dict(_tensors(student, teacher, optimizer))
 
@@ -141,7 +144,7 @@ def formula(script: list[Step], max_norm: float = 3.0) -> dict[str, Tensor]:
             norm = sum(g.double().square().sum() for g in own) ** 0.5
             found[f"norm.{i}.{module}"] = norm
             factors[module] = min(1.0, max_norm / (norm.item() + 1e-6)) if max_norm else 1.0
-        if not step.healthy:
+        if not step.all_finite:
             continue
         for name, gradient in step.gradients.items():
             theta = student[name]
@@ -153,7 +156,8 @@ def formula(script: list[Step], max_norm: float = 3.0) -> dict[str, Tensor]:
                 moments[name] = (m, v, t)
                 m_hat, v_hat = m / (1 - BETAS[0] ** t), v / (1 - BETAS[1] ** t)
                 student[name] = theta - lr * m_hat / (v_hat.sqrt() + EPS) - lr * wd * theta
-            teacher[name] = step.momentum * teacher[name] + (1 - step.momentum) * student[name]
+            if name in teacher:
+                teacher[name] = step.momentum * teacher[name] + (1 - step.momentum) * student[name]
     for name, (m, v, t) in moments.items():
         if t:
             steps_made = torch.tensor(float(t))

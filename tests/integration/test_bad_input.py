@@ -25,7 +25,7 @@ CHECKPOINT = "checkpoints/step_0000003"
 
 
 def train(shards: Path | str, output_dir: Path | str, *overrides: str, flags: tuple[str, ...] = ()) -> int:
-    data = f"train.streaming_dataset_path={shards}"
+    data = f"data.path={shards}"
     return main(["--output-dir", str(output_dir), *flags, *TINY, data, *overrides])
 
 
@@ -40,14 +40,14 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
     ("overrides", "message"),
     [
         (["train.batch_size_per_gpu=auto"], "train.batch_size_per_gpu = auto needs a GPU"),
-        (["train.batch_size_per_gpu=automatic"], "expected a whole number of at most 64 bits or auto"),
+        (["train.batch_size_per_gpu=automatic"], "train.batch_size_per_gpu = 'automatic' is not valid"),
         (
             ["performance.compile=maybe"],
-            "performance.compile = 'maybe' is not valid; expected one of auto, true, false",
+            "performance.compile = 'maybe' is not valid",
         ),
         (
             ["performance.compile=1"],
-            "performance.compile = 1 is not valid; expected one of auto, true, false",
+            "performance.compile = 1 is not valid",
         ),
         (["performance.fused_update=true"], "performance.fused_update = true needs a GPU and there is none"),
         (
@@ -59,9 +59,9 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
             "0.mlp.w3 maps 344 to 128 features, while FP8 needs multiples of 16",
         ),
         (["student.attention_backend=cudnn"], "student.attention_backend = cudnn needs a CUDA device"),
-        (["student.attention_backend=fast"], "expected one of sdpa, flash, cudnn, efficient, math, xformers"),
+        (["student.attention_backend=fast"], "student.attention_backend = 'fast' is not valid"),
         (["performance.prefetch_blocks=-1"], "performance.prefetch_blocks = -1 is out of range"),
-        (["performance.recompute=true"], "performance.recompute = True is not valid; expected one of none"),
+        (["performance.recompute=true"], "performance.recompute = True is not valid"),
     ],
 )
 def test_performance(
@@ -98,10 +98,10 @@ def stopped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  seed: 1\n  seed: 2\n", "found duplicate key seed"),
+        ("train:\n  seed: 1\n  seed: 2\n", "key seed is there twice, in line 2 and 3"),
         ("train:\n\tseed: 1\n", "line 2, column 1"),
         ("- train\n", "holds a list; sections with keys are expected"),
-        ("5\n", "is not YAML that can be read"),
+        ("5\n", "holds the value 5"),
         ("train:\n  output_dir: caf\xe9\n", "can't decode byte 0xe9"),
         ('train: !!python/object/apply:os.system ["false"]\n', "could not determine a constructor"),
         ("train: 5\n", "train = 5 is not a section"),
@@ -122,13 +122,13 @@ def test_config_file(tmp_path: Path, capsys: pytest.CaptureFixture, text: str, m
         ("train.seed=[1, 2]", "train.seed = [1, 2] is not valid; expected a whole number"),
         (
             f"train.seed={2**64}",
-            f"train.seed = {2**64} is not valid; expected a whole number of at most 64 bits",
+            f"train.seed = {2**64} is out of range",
         ),
-        ("train.seed=-1", "train.seed = -1 is out of range; expected 0 or more"),
+        ("train.seed=-1", "train.seed = -1 is out of range"),
         ("train.output_dir=[1", "Override 'train.output_dir=[1' has no value in YAML syntax"),
-        ("optim.epochs=.inf", "optim.epochs = inf is not valid; expected a finite number"),
+        ("optim.epochs=.inf", "optim.epochs = inf is not valid"),
         ("optim.early_stop=0.01", "make 0.04 steps; at least one is expected"),
-        ("student.layerscale=-1", "student.layerscale = -1.0 is out of range; expected 0 or more"),
+        ("student.layerscale=-1", "student.layerscale = -1 is out of range"),
         (
             "ibot.mask_ratio_min_max=[0.001, 0.01]",
             "mask none of 4 x 4 patches; set the weight to 0 or raise the two",

@@ -77,6 +77,7 @@ def errors(monkeypatch, capsys, tmp_path):
             "DATA_ROOT",
             "ACCELERATOR",
             "EMBEDDING",
+            "POOLING",
             "MODEL_NAME",
             "DOWNLOAD_DATA",
         ):
@@ -90,9 +91,10 @@ def errors(monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("output", "width"), [("cls", 128), ("cls_mean", 256)])
-def test_what_follows_from_the_checkpoint(teacher, output, width):
-    environment = {"CHECKPOINT_PATH": str(teacher), "EMBEDDING": output}
+@pytest.mark.parametrize("name", ["POOLING", "EMBEDDING"])
+@pytest.mark.parametrize(("pooling", "width"), [("cls", 128), ("cls_mean", 256)])
+def test_what_follows_from_the_checkpoint(teacher, name, pooling, width):
+    environment = {"CHECKPOINT_PATH": str(teacher), name: pooling}
     eva_cli.fill_in(environment)
     assert environment["MODEL_NAME"] == "pathfm/teacher"
     assert (environment["IN_FEATURES"], environment["MAP_FEATURES"]) == (str(width), "128")
@@ -131,7 +133,8 @@ def test_what_the_user_can_mend(teacher, errors, monkeypatch, tmp_path):
     assert "DATA_ROOT=nix is not a folder" in errors(*fit, CHECKPOINT_PATH=teacher, DATA_ROOT="nix")
     assert "CHECKPOINT_PATH is not set" in errors(*fit, DATA_ROOT="nix", DOWNLOAD_DATA="true")
     assert "'nix' does not exist" in errors(*fit, DATA_ROOT=tmp_path, CHECKPOINT_PATH="nix")
-    assert "EMBEDDING=mean is neither" in errors(*fit, **good, EMBEDDING="mean")
+    assert "EMBEDDING=mean is not cls or cls_mean" in errors(*fit, **good, EMBEDDING="mean")
+    assert "EMBEDDING=cls is" in errors(*fit, **good, POOLING="cls_mean", EMBEDDING="cls")
     assert "bach, bracs, breakhis, cam16_small" in errors("fit", "--config=eval_configs/nix.yaml", **good)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "ACCELERATOR=gpu asks for a GPU" in errors("check", **good, ACCELERATOR="gpu")

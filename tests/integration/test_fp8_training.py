@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.build.parts import build_arch, build_collate
+from dinov2.build.augmentation import build_collate
 from dinov2.data import MultiCrops, Sample, normalize
 from dinov2.layers.linear import use_fp8
+from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.helpers.training import in_precision, tiny_config
 

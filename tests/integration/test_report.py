@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.report.__main__ import main, read_metrics
+from dinov2.report.__main__ import main
+from dinov2.report.page import read_metrics
 from dinov2.train.train import main as train
 from tests.helpers.runs import TINY, write_tissue_shards
 
@@ -80,7 +81,7 @@ def test_a_folder_in_other_use_is_left_alone(
     run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     (tmp_path / "crops.png").write_bytes(b"mine")
-    assert main([str(run_folder), "--output", str(tmp_path)]) == 1
+    assert main([str(run_folder), "--output", str(tmp_path)]) == 2
     assert "holds other files" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["crops.png"]
     assert (tmp_path / "crops.png").read_bytes() == b"mine"
@@ -109,7 +110,7 @@ def test_what_is_missing_is_said_in_one_sentence(
 ):
     for name in {"metrics.jsonl", "config.yaml", "eval"} - {missing}:
         (tmp_path / name).symlink_to(run_folder / name)
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     assert message in caplog.text
     (error,) = (record for record in caplog.records if record.levelname == "ERROR")
     assert "\n" not in error.message
@@ -118,7 +119,7 @@ def test_what_is_missing_is_said_in_one_sentence(
 
 def test_missing_tiles_are_named(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert (
-        main([str(run_folder), "--tiles", str(tmp_path / "nowhere"), "--output", str(tmp_path / "new")]) == 1
+        main([str(run_folder), "--tiles", str(tmp_path / "nowhere"), "--output", str(tmp_path / "new")]) == 2
     )
     assert "nowhere" in caplog.text
     assert not (tmp_path / "new").exists()

@@ -32,15 +32,6 @@ def samples(output_dir: Path) -> list[tuple[int, int]]:
     return [tuple(row) for line in lines for row in json.loads(line)["rows"]]
 
 
-def test_the_losses_hardly_depend_on_where_views_are_rendered(shards: Path, tmp_path: Path) -> None:
-    losses = {}
-    for device in ("cpu", "gpu"):
-        options = (f"train.augmentation_device={device}", "train.num_workers=1", *SHORT)
-        assert train(shards, tmp_path / device, *options) == 0
-        losses[device] = [record["total_loss"] for record in read_metrics(tmp_path / device)]
-    np.testing.assert_allclose(losses["gpu"], losses["cpu"], rtol=0.02)
-
-
 def test_a_mixture_takes_its_shares_and_leaves_out_what_is_excluded(
     shards: Path, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -128,11 +119,11 @@ def test_patches_cut_while_training_go_on_where_a_run_stopped(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.online_patching=true"], "data.path is empty"),
+        (["train.online_patching=true", "data.path="], "data.path is empty"),
         (["train.online_patching=true", "online.slides=/nowhere"], "There are no slides at '/nowhere'"),
         (["train.online_patching=true", "online.slides=x", "online.mpp=[0.5,0.5]"], "not a list of different numbers"),
         (["train.online_patching=true", "online.slides=x", "online.mpp_weights=[1]"], "does not give each of"),
-        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "online.slide_fraction (given as online.slide_share) = 0.0 is out of"),
+        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "(given as online.slide_share) = 0 is out of"),
         (["train.stream_lanes=91"], "data.lanes = 91 exceeds the 90 rows of the dataset"),
         (["train.stream_memory_gib=1.0e-6"], "and data.memory_gib = 1e-06; raise it"),
         (["train.exclusion_file=/nowhere.txt"], "/nowhere.txt"),

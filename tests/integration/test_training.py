@@ -9,33 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
-from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
+from tests.helpers.runs import TINY, checkpoint_tensors, read_metrics, write_tissue_shards
 
 
 def train(shards: Path, output_dir: Path, *overrides: str, flags: tuple[str, ...] = ()) -> int:
     data = f"train.streaming_dataset_path={shards}"
     return main(["--output-dir", str(output_dir), *flags, *TINY, data, *overrides])
-
-
-def checkpoint_tensors(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name, read with torch's own converter."""
-    file = output_dir / f"flat_{step}.pt"
-    dcp_to_torch_save(output_dir / "checkpoints" / f"step_{step:07d}", file)
-    flat: dict[str, torch.Tensor] = {}
-
-    def visit(prefix: str, node: object) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                visit(f"{prefix}/{key}", value)
-        else:
-            flat[prefix] = node
-
-    visit("", torch.load(file, weights_only=True))
-    return flat
 
 
 @pytest.fixture(scope="module")

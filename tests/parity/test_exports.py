@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from dinov2.data.augment.normalize import normalize
 from dinov2.export import main
 from dinov2.hub import load_teacher
-from dinov2.hub.architecture import arguments_of
-from dinov2.hub.export.formats import Colours, timm_config, transformers_config
+from dinov2.hub.export.formats import timm_config, transformers_config
+from dinov2.hub.layouts.meta import vit_arguments
 from dinov2.hub.layouts.timm import to_timm
 from dinov2.hub.layouts.transformers import to_transformers
+from dinov2.hub.pixels import Colours
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_giant2
 from tests.helpers.backbones import random_backbone, timm_weights, transformers_weights
 
@@ -93,7 +94,7 @@ def test_meta_keys_open_in_timm(ffn_layer, registers, tmp_path):
     torch.testing.assert_close(
         torch.load(folder / "backbone.pth"), {k: v.float() for k, v in teacher.state_dict().items()}
     )
-    config = timm_config(arguments_of(teacher), COLOURS)
+    config = timm_config(vit_arguments(teacher), COLOURS)
     theirs = timm.create_model(
         config["architecture"], pretrained=True, pretrained_cfg_overlay={"file": str(folder / "backbone.pth")},
         **config["model_args"],
@@ -184,7 +185,7 @@ def test_a_resampled_grid_needs_no_agreement_on_resampling(tmp_path):
     """Meta's setting without registers, which transformers and timm cannot reproduce, at one size of images."""
     teacher = random_backbone(img_size=98, interpolate_antialias=False, interpolate_offset=0.1)
     torch.save(teacher.float().state_dict(), tmp_path / "teacher.pth")
-    stated = arguments_of(teacher)
+    stated = vit_arguments(teacher)
     (tmp_path / "teacher.json").write_text(json.dumps({"architecture": stated}))
     images = torch.randn(2, 3, 56, 56, dtype=torch.float64)
     expected = tokens_of(teacher.double(), images)
@@ -209,7 +210,7 @@ def giant() -> DinoVisionTransformer:
 
 
 def test_full_size_in_timm(giant):
-    config = timm_config(arguments_of(giant), COLOURS)
+    config = timm_config(vit_arguments(giant), COLOURS)
     assert config["architecture"] == "vit_giant_patch14_reg4_dinov2"
     assert config["model_args"] == {"img_size": 224, "dynamic_img_size": True}
     with torch.device("meta"):
@@ -223,7 +224,7 @@ def test_full_size_in_timm(giant):
 
 
 def test_full_size_in_transformers(giant, tmp_path):
-    config = transformers_config(arguments_of(giant), torch.float32)
+    config = transformers_config(vit_arguments(giant), torch.float32)
     assert config["model_type"] == "dinov2_with_registers"
     weights = to_transformers(giant.state_dict())
     # Shapes of the model in memory; it splits what the files hold in one.

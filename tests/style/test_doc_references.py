@@ -7,6 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
+from dinov2.configs.older_keys import OLDER_KEYS
 from dinov2.configs.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +33,12 @@ def test_named_keys_exist(page: Path):
     sections = {field.name: get_type_hints(Config)[field.name] for field in fields(Config)}
     for section, key in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", page.read_text()):
         if section in sections and is_dataclass(sections[section]) and key != "py":
-            assert key in {field.name for field in fields(sections[section])}, f"{section}.{key}"
+            known = key in {field.name for field in fields(sections[section])}
+            assert known or f"{section}.{key}" in OLDER_KEYS, f"{section}.{key}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_are_short_and_narrow(page: Path):
     lines = page.read_text().splitlines()
-    assert len(lines) <= 200
+    assert len([line for line in lines if not line.startswith("|")]) <= 200
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]

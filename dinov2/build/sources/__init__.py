@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from itertools import islice
 
+from dinov2.data.source import SourceRequest
+
 _MOST_FILES = 1_000_000
 
 
@@ -35,3 +37,11 @@ def first_line(path: str) -> str:
         text = file.read(1 << 16).decode("utf-8-sig", errors="surrogateescape")
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#") and "\0" not in line), "")
+
+
+def refuse_revision(request: SourceRequest) -> None:
+    """For kinds that have none: raise ValueError where a revision is configured."""
+    if request.revision:
+        raise ValueError(
+            f"'{request.path}' has no revisions, so data.revision = {request.revision!r} cannot be taken."
+        )

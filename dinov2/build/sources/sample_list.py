@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dinov2.build.sources import first_line
+from dinov2.build.sources import first_line, refuse_revision
 from dinov2.data.source import Source, SourceRequest
 
 _LINE = re.compile(r".*\S\s+\d+\s+\d+\s+\d+(\s+[\d.eE+-]+\s+[\d.eE+-]+)?")
@@ -21,8 +21,9 @@ class SampleList:
 
     def open(self, request: SourceRequest) -> Source:
         """Read the list and open its slides."""
-        from dinov2.data.slides.sample_list import SlideListSource
+        from dinov2.data.online.from_list import SlideListSource
 
+        refuse_revision(request)
         data = request.config.data
         return SlideListSource(
             request.path,

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dinov2.build.sources import first_line, holds
+from dinov2.build.sources import first_line, holds, refuse_revision
 from dinov2.data.source import Source, SourceRequest
 
 
@@ -36,9 +36,10 @@ class Slides:
         """Make the slides ready, which takes a while at the first start and nothing later."""
         from dinov2.data.online.prepare import PatchOptions, mpps_of
         from dinov2.data.online.random import OnlinePatchSource
+        from dinov2.data.slides.find import find_slides
         from dinov2.data.slides.resolution import read_mpp_table
-        from dinov2.data.slides.table import read_slide_table
 
+        refuse_revision(request)
         online, data = request.config.online, request.config.data
         if online.cache_dir:
             cache = Path(online.cache_dir)
@@ -49,7 +50,7 @@ class Slides:
         mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
         weights = online.mpp_weights or (1.0,) * len(mpps)
         table = read_mpp_table(data.mpp_file) if data.mpp_file else None
-        rows = read_slide_table(request.path, online.weight_column, mpp_table=table)
+        rows = find_slides(request.path, online.weight_column, mpp_table=table).slides
         kept = [row for row in rows if request.keep(row.path)]
         if not kept:
             raise ValueError(

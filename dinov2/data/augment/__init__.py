@@ -1,0 +1,1 @@
+"""Multi-crop augmentation, masks and batches of one process."""

@@ -1,4 +1,4 @@
-"""Block masks on a patch grid, and how many patches of which crop are masked."""
+"""Block masks on a patch grid, stratified over the crops of two samples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from dinov2.utils.seeding import fresh_rng, sample_rng
+from dinov2.utils.seeding import sample_rng
 
-# Beyond every view's stream (see MultiCropAugmentation), since pairs and samples share their keys.
+# Pairs and samples share their keys; this is the hash of no step's name (see MultiCropAugmentation).
 _MASK_STREAM = 1 << 32
 
 
@@ -27,12 +27,12 @@ def block_mask(
     exceeded, and falls short by about one patch in a thousand on a 16 x 16 grid.
 
     Args:
-        rng: Source of all draws.
+        rng: source of all draws.
         grid_size: (rows, columns) of patches.
-        num_patches: Patches to mask.
-        min_block: Least area drawn, in patches.
-        max_block: Most patches that one block may add; half the grid if None.
-        aspect_min_max: Range of height / width.
+        num_patches: patches to mask.
+        min_block: least area drawn, in patches.
+        max_block: most patches that one block may add; half the grid if None.
+        aspect_min_max: range of height / width.
 
     Returns:
         bool (rows, columns), True where masked.
@@ -70,16 +70,16 @@ class StratifiedMasks:
     gets which ratio is drawn as well.
 
     Args:
-        seed: Seed of the run, in [0, 2^64).
+        seed: seed of the run, in [0, 2^64).
         grid_size: (rows, columns) of patches in a global crop; N patches in all.
-        mask_probability: Share of global crops that are masked, rounded to quarters.
-        mask_ratio_min_max: Range of the share of a masked crop's patches.
+        mask_probability: fraction of global crops that are masked, rounded to quarters.
+        mask_ratio_min_max: range of the fraction of a masked crop's patches.
 
     Attributes:
-        max_masked: Most patches that any pair has masked.
+        max_masked: most patches that any pair has masked.
 
     Raises:
-        ValueError: A probability or ratio outside [0, 1].
+        ValueError: if a probability or ratio lies outside [0, 1].
     """
 
     def __init__(
@@ -108,46 +108,3 @@ class StratifiedMasks:
         for crop, ratio in zip(rng.permutation(4), ratios, strict=False):
             masks[crop] = block_mask(rng, self.grid_size, int(self.num_patches * ratio))
         return masks.reshape(2, 2, self.num_patches)
-
-
-class MaskingGenerator:
-    """Meta's interface to :func:`block_mask`; randomness follows torch's global generator.
-
-    Args:
-        input_size: Grid as (rows, columns), or one number for a square.
-        num_masking_patches: Most patches that one block may add where ``max_num_patches`` is None.
-        min_num_patches: Least area drawn for a block, in patches.
-        max_num_patches: Most patches that one block may add; half the grid if neither is given.
-        min_aspect: Least height / width of a block.
-        max_aspect: Largest one; ``1 / min_aspect`` if None.
-    """
-
-    def __init__(
-        self,
-        input_size: int | tuple[int, int],
-        num_masking_patches: int | None = None,
-        min_num_patches: int = 4,
-        max_num_patches: int | None = None,
-        min_aspect: float = 0.3,
-        max_aspect: float | None = None,
-    ) -> None:
-        self.height, self.width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        self.num_masking_patches = num_masking_patches
-        self.min_num_patches = min_num_patches
-        self.max_num_patches = num_masking_patches if max_num_patches is None else max_num_patches
-        self.aspect_min_max = (min_aspect, max_aspect or 1 / min_aspect)
-
-    def get_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the grid."""
-        return self.height, self.width
-
-    def __call__(self, num_masking_patches: int = 0) -> np.ndarray:
-        """A mask of at most ``num_masking_patches`` patches: bool (rows, columns)."""
-        return block_mask(
-            fresh_rng(),
-            self.get_shape(),
-            num_masking_patches,
-            self.min_num_patches,
-            self.max_num_patches,
-            self.aspect_min_max,
-        )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dinov2.data.augment.normalize import normalize
-from dinov2.data.augment.options import AugmentationOptions
-from dinov2.data.augment.rendering import apply_view, load_operations
-from dinov2.data.augment.views import ViewParameters, sample_view
-from dinov2.utils.seeding import fresh_rng, sample_rng
+from dinov2.data.augment.ops import resized_crop
+from dinov2.data.augment.step import AugmentationStep, View
+from dinov2.utils.seeding import SampleStreams, hash_name
+
+_CROP_STREAM = hash_name("crop box")
 
 
 @dataclass(frozen=True)
@@ -26,151 +27,136 @@ class MultiCrops:
     local_crops: Tensor
 
 
+class DrawnView(NamedTuple):
+    """All that is random of one view.
+
+    Attributes:
+        box: top, left, height and width of the crop in pixels of the image.
+        params: of each step that is applied, by its name and in the order of application.
+    """
+
+    box: tuple[int, int, int, int]
+    params: dict[str, Any]
+
+
 class MultiCropAugmentation:
     """Random views of an image that depend on nothing but ``(seed, index)``.
 
     Args:
-        options: Probabilities and strengths.
-        global_crops_scale: Range of a global crop's share of the image area.
-        local_crops_scale: The same for local crops.
-        local_crops_number: Local views per image, L.
-        global_crops_size: Side of a global view in pixels, S.
-        local_crops_size: Side of a local view in pixels, s.
-        seed: Seed of the run, in [0, 2^64).
-        backend: "fast" (OpenCV, torch) or "reference" (Pillow, torchvision, scikit-image; nine times slower).
+        steps: what is done to a view after its crop, by name and in the order of application.
+        global_crops_scale: range of a global crop's fraction of the image area.
+        local_crops_scale: the same for local crops.
+        local_crops_number: local views per image, L.
+        global_crops_size: side of a global view in pixels, S.
+        local_crops_size: side of a local view in pixels, s.
+        seed: seed of the run, in [0, 2^64).
 
     Raises:
-        ValueError: An unknown backend or an impossible scale range.
+        ValueError: if a scale range is impossible.
     """
 
     def __init__(
         self,
-        options: AugmentationOptions,
+        steps: Mapping[str, AugmentationStep],
         global_crops_scale: tuple[float, float],
         local_crops_scale: tuple[float, float],
         local_crops_number: int,
         global_crops_size: int = 224,
         local_crops_size: int = 96,
         seed: int = 0,
-        backend: str = "fast",
     ) -> None:
         for kind, (low, high) in {"global": global_crops_scale, "local": local_crops_scale}.items():
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{kind}_crops_scale is {low, high}; 0 < min <= max <= 1 is needed.")
-        load_operations(backend)  # refuses an unknown name now; modules themselves cannot be pickled
-        self.options = options
-        self.global_crops_scale = global_crops_scale
-        self.local_crops_scale = local_crops_scale
-        self.local_crops_number = local_crops_number
-        self.global_crops_size = global_crops_size
-        self.local_crops_size = local_crops_size
+        self.steps = dict(steps)
+        self.global_crops_size, self.local_crops_size = global_crops_size, local_crops_size
         self.seed = seed
-        self.backend = backend
-
-    def sample(self, image_size: tuple[int, int], index: int) -> list[ViewParameters]:
-        """Draw sample ``index``'s views of an image of (height, width): two global, then the local ones.
-
-        View v comes from stream v of ``(seed, index)``.
-        """
-        options = self.options
-        kinds = [
-            (self.global_crops_scale, options.blur_prob_global1),
-            (self.global_crops_scale, options.blur_prob_global2),
-            *[(self.local_crops_scale, options.blur_prob_local)] * self.local_crops_number,
+        self._streams = {name: hash_name(name) for name in self.steps}
+        self._views = [
+            (View("global1", 0, global_crops_size), global_crops_scale),
+            (View("global2", 1, global_crops_size), global_crops_scale),
         ]
-        rng = sample_rng(self.seed, index, 0)
-        views = []
-        for view, (scale, blur_prob) in enumerate(kinds):
-            if view:
-                _switch_stream(rng, self.seed, index, view)
-            views.append(sample_view(rng, image_size, scale, blur_prob, options))
-        return views
+        for number in range(2, 2 + local_crops_number):
+            self._views.append((View("local", number, local_crops_size), local_crops_scale))
+
+    def sample(self, image_size: tuple[int, int], index: int) -> list[DrawnView]:
+        """Draw sample ``index``'s views of an image of (height, width): two global, then the local ones."""
+        streams = SampleStreams(self.seed, index)
+        drawn = []
+        for view, scale in self._views:
+            box = sample_box(streams.move(_CROP_STREAM, view.number), image_size, scale)
+            params = {}
+            for name, step in self.steps.items():
+                found = step.draw(streams.move(self._streams[name], view.number), view)
+                if found is not None:
+                    params[name] = found
+            drawn.append(DrawnView(box, params))
+        return drawn
 
     def __call__(self, image: np.ndarray, index: int) -> MultiCrops:
         """Augment one image.
 
         Args:
             image: uint8 (H, W, 3) RGB, H and W at least 1.
-            index: Global sample index, in [0, 2^64).
+            index: global sample index, in [0, 2^64).
 
         Raises:
-            ValueError: The image is of another type or shape.
+            ValueError: if the image is of another type or shape, or a step makes it so.
         """
-        check_image(image, index)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"Image {index} is {image.dtype} {image.shape}; uint8 (H, W, 3) with H, W >= 1 is needed."
+            )
         views = self.sample(image.shape[:2], index)
         return MultiCrops(
             global_crops=self._render(image, views[:2], self.global_crops_size),
             local_crops=self._render(image, views[2:], self.local_crops_size),
         )
 
-    def _render(self, image: np.ndarray, views: list[ViewParameters], size: int) -> Tensor:
-        kernel_size = self.options.blur_kernel_size
+    def _render(self, image: np.ndarray, views: list[DrawnView], size: int) -> Tensor:
         crops = np.empty((len(views), 3, size, size), np.uint8)
         for planes, view in zip(crops, views, strict=True):
-            rendered = apply_view(image, view, size, kernel_size, self.backend)
-            if view.grayscale:
+            rendered = resized_crop(image, *view.box, size)
+            for name, params in view.params.items():
+                step = self.steps[name]
+                if rendered.ndim == 2 and not step.takes_grey:
+                    rendered = cv2.cvtColor(rendered, cv2.COLOR_GRAY2RGB)
+                rendered = step.apply(rendered, params)
+            if rendered.dtype != np.uint8 or rendered.shape not in ((size, size, 3), (size, size)):
+                raise ValueError(
+                    f"The augmentation steps {', '.join(view.params)} made a view {rendered.dtype} {rendered.shape}; "
+                    f"uint8 ({size}, {size}, 3) or ({size}, {size}) is needed."
+                )
+            if rendered.ndim == 2:
                 planes[:] = rendered
             else:
                 cv2.split(rendered, list(planes))  # into them: a third of the time that a copy takes
         return torch.from_numpy(crops)
 
 
-def check_image(image: np.ndarray, index: int) -> None:
-    """Refuse what is no uint8 (H, W, 3) image.
+def sample_box(
+    rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw a crop's (top, left, height, width), distributed as torchvision's RandomResizedCrop.
 
-    Raises:
-        ValueError: The image is of another type or shape.
+    The fraction of the area is U(scale), the log aspect U(ln 3/4, ln 4/3); the first of ten draws that fits is taken,
+    else the largest centred box whose aspect lies in [3/4, 4/3].
+
+    Args:
+        rng: generator of this crop alone.
+        image_size: (height, width) of the image in pixels, each at least 1.
+        scale: range of the crop's fraction of the image area.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"Image {index} is {image.dtype} {image.shape}; uint8 (H, W, 3) with H, W >= 1 is needed."
-        )
-
-
-def _switch_stream(rng: np.random.Generator, seed: int, index: int, stream: int) -> None:
-    """Make a generator the one of `sample_rng(seed, index, stream)`; ten times faster than another one."""
-    rng.bit_generator.state = {
-        "bit_generator": "Philox",
-        "state": {"counter": (0, 0, 0, stream), "key": (seed, index)},
-        "buffer": (0, 0, 0, 0),
-        "buffer_pos": 4,
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-
-
-class DataAugmentationDINO:
-    """Meta's interface to :class:`MultiCropAugmentation`: fresh randomness on every call, normalised views.
-
-    Randomness follows torch's global generator, as ``torch.manual_seed`` and DataLoader workers expect.
-    """
-
-    def __init__(
-        self,
-        global_crops_scale: tuple[float, float],
-        local_crops_scale: tuple[float, float],
-        local_crops_number: int,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-        options: AugmentationOptions | None = None,
-    ) -> None:
-        self._augment = MultiCropAugmentation(
-            options or AugmentationOptions(),
-            global_crops_scale,
-            local_crops_scale,
-            local_crops_number,
-            global_crops_size,
-            local_crops_size,
-        )
-
-    def __call__(self, image: Image.Image | np.ndarray) -> dict[str, Any]:
-        """Views of one image (PIL or uint8 (H, W, 3)): lists of float32 (3, S, S), and empty "offsets"."""
-        pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
-        crops = self._augment(pixels, index=int(fresh_rng().integers(2**63)))
-        global_crops = list(normalize(crops.global_crops))
-        return {
-            "global_crops": global_crops,
-            "global_crops_teacher": global_crops,
-            "local_crops": list(normalize(crops.local_crops)),
-            "offsets": (),
-        }
+    image_height, image_width = image_size
+    for _ in range(10):
+        area_draw, aspect_draw, top_draw, left_draw = rng.random(4).tolist()
+        area = image_height * image_width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = (4 / 3) ** (2 * aspect_draw - 1)
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            top = int(top_draw * (image_height - height + 1))
+            left = int(left_draw * (image_width - width + 1))
+            return top, left, height, width
+    height = min(image_height, round(image_width * 4 / 3))
+    width = min(image_width, round(image_height * 4 / 3))
+    return (image_height - height) // 2, (image_width - width) // 2, height, width

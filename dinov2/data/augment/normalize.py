@@ -1,4 +1,4 @@
-"""From bytes to network input, on whatever device the bytes lie."""
+"""Normalisation of uint8 images to network input, on whatever device they lie."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def normalize(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``(images / 255 - mean) / std`` per channel.
+    """Compute ``(images / 255 - mean) / std`` per channel.
 
     Args:
         images: uint8 (B, 3, H, W).
-        mean: Per channel, of values in [0, 1].
-        std: Per channel, of values in [0, 1].
-        dtype: Of the result; the arithmetic is float32.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        dtype: of the result; the arithmetic is float32.
 
     Returns:
         (B, 3, H, W) of ``dtype`` on the same device.

@@ -1,0 +1,1 @@
+"""The command that looks at a dataset before it is trained on."""

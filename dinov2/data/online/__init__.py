@@ -1,0 +1,1 @@
+"""Patches cut from slides while training."""

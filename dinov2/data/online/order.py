@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dinov2.data.stream.order import Places
+from dinov2.data.stream.order import Locations
 
 UNIT_PATCHES = 64
 ENDLESS_UNITS = 1 << 24  # 2^30 patches; only then do they come round again
@@ -36,15 +36,15 @@ class OnlineOrder:
         """What fixes the order besides the dataset."""
         return {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
 
-    def locate(self, indices: np.ndarray) -> Places:
+    def locate(self, indices: np.ndarray) -> Locations:
         """Find global sample indices, int64 (n,), in any order."""
         epoch, patch = np.divmod(np.asarray(indices, np.int64), self.num_rows)
         unit, row = np.divmod(patch, UNIT_PATCHES)
-        return Places(epoch, unit, np.zeros_like(unit), row)
+        return Locations(epoch, unit, np.zeros_like(unit), row)
 
-    def members(self, epoch: int, unit: int, piece: int) -> tuple[np.ndarray, np.ndarray]:
-        """Global sample indices of a unit, and the rows they stand for, int64 (64,) each; there is one piece only."""
-        if piece:
+    def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Global sample indices of a unit, and the rows they stand for, int64 (64,) each; there is one chunk only."""
+        if chunk:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         rows = np.arange(UNIT_PATCHES)
         return epoch * self.num_rows + unit * UNIT_PATCHES + rows, rows

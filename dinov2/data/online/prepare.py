@@ -1,25 +1,26 @@
-"""Slides made ready for drawing patches: opened, their tissue found, the places of patches counted; kept in a cache."""
+"""Slides made ready for drawing patches: opened, their tissue found, the positions counted; kept in a cache."""
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dinov2.data.online.positions import Geometry, Positions
-from dinov2.data.online.tissue_mask import TissueCache, TissueMask, save_arrays
-from dinov2.data.slides.blocks import TileIndex, index_slide
+from dinov2.data.online.tissue_mask import TissueCache, TissueMask, load_arrays, save_arrays
+from dinov2.data.slides.blocks import TileIndex
 from dinov2.data.slides.errors import SlideError, UnsupportedTiles, public_name
-from dinov2.data.slides.index import describe, load_arrays, outline, store_arrays
+from dinov2.data.slides.find import SlideRow
+from dinov2.data.slides.index import TileIndexes, write_tile_index
 from dinov2.data.slides.ranges import filesystem, is_remote
-from dinov2.data.slides.reader import MPP_TOLERANCE, SlideReader
-from dinov2.data.slides.resolution import MppSource
-from dinov2.data.slides.table import SlideRow
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.resolution import MppSource, coarsest_level
+from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.fsspec import VERSION_KEYS
 from dinov2.data.storage.retry import RemoteError, Retries
 
@@ -32,10 +33,11 @@ class PatchOptions:
         mpps: output resolutions in micrometres per px.
         weights: how often each is drawn, up to a common factor.
         tile_size: side of a patch in px.
-        min_foreground: least share of foreground in a patch.
+        min_foreground: least fraction of foreground in a patch.
 
     Raises:
-        ValueError: a value is out of range, a resolution is there twice, or resolutions and weights differ in number.
+        ValueError: if a value is out of range, a resolution is there twice, or resolutions and weights differ in
+            number.
     """
 
     mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
@@ -55,7 +57,7 @@ class PatchOptions:
         if self.tile_size < 1 or not 0 <= self.min_foreground <= 1:
             raise ValueError(
                 f"The tile size is {self.tile_size} px and the least foreground {self.min_foreground}; at least 1 and "
-                "a share within [0, 1] are expected."
+                "a fraction within [0, 1] are expected."
             )
 
 
@@ -81,13 +83,14 @@ class OnlineSlide:
         path: file or URL.
         weight: how often it is drawn, up to a common factor.
         size: bytes of the file.
-        mpp_source: see `slide_mpp.resolve_mpp`.
+        mpp_source: see `resolution.resolve_mpp`.
         stem: of its files in the cache.
-        key: of its counted places among those files; identifies all that is known of the slide and its tissue.
+        key: of its counted positions among those files; identifies all that is known of the slide and its tissue.
         geometries: one for each resolution that the slide can give.
-        shares: how often each of them is drawn, up to a common factor.
-        places: number of places of each.
-        tiles: the index of its tiles without offsets and lengths; None where only OpenSlide can read them.
+        weights: how often each of them is drawn, up to a common factor.
+        counts: number of positions of each.
+        tiles: outline of the index of its tiles; None where only OpenSlide can read them.
+        tile_index: file with the whole index if it is one of many slides; empty if it lies in the cache.
         patch_bytes: of tiles that a patch takes at most, on average over the geometries.
     """
 
@@ -98,9 +101,10 @@ class OnlineSlide:
     stem: Path
     key: str
     geometries: tuple[Geometry, ...]
-    shares: tuple[float, ...]
-    places: tuple[int, ...]
+    weights: tuple[float, ...]
+    counts: tuple[int, ...]
     tiles: TileIndex | None
+    tile_index: str
     patch_bytes: float
 
 
@@ -113,13 +117,20 @@ class Dropped:
     unreadable: bool = False
 
 
-@dataclass(frozen=True)
-class DrawingPlan:
+class DrawingPlan(NamedTuple):
     """What a draw looks at, loaded from the cache."""
 
     mask: TissueMask
     positions: tuple[Positions, ...]
     index: TileIndex | None
+
+
+class _Known(NamedTuple):
+    """What the cache knows of a slide: its tissue, its levels and own resolution as JSON, and its tiles in outline."""
+
+    mask: TissueMask
+    facts: dict[str, Any]
+    tiles: TileIndex | None
 
 
 def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
@@ -128,7 +139,7 @@ def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
     try:
         size, version = _stat(row.path)
         stem = job.cache.stem(row.path, size, version)
-        mask, facts = _recall(stem, job.cache) or _examine(row.path, stem, job.cache)
+        mask, facts, tiles = _recall(stem, row, job.cache) or _examine(stem, row, job.cache)
     except RemoteError:
         raise  # the server's fault; a slide left out because of it would change the dataset
     except (SlideError, OSError) as error:
@@ -136,22 +147,28 @@ def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
     mpp, source = (facts["mpp"], facts["mpp_source"]) if facts["mpp"] else (row.mpp, "user")
     if mpp is None:
         return Dropped(name, "its resolution is unknown; give its mpp in a table")
-    offered = zip(options.mpps, options.weights, strict=True)
-    wanted = {g: weight for o, weight in offered if (g := _geometry(facts, mpp, o, options.tile_size))}
-    if not wanted:
+    geometries, weights = [], []
+    for wanted, weight in zip(options.mpps, options.weights, strict=True):
+        level = coarsest_level(facts["downsamples"], mpp, wanted)
+        if level is not None:
+            downsample = facts["downsamples"][level]
+            side = max(1, round(options.tile_size * wanted / mpp / downsample))
+            geometries.append(Geometry(level, *facts["sizes"][level], downsample, side, wanted))
+            weights.append(weight)
+    if not geometries:
         return Dropped(name, f"at {mpp:.4g} um/px it is coarser than every resolution that is wanted")
-    state = json.dumps(
-        [mask.digest(), mpp, facts, [asdict(g) for g in wanted], options.min_foreground]
-    ).encode()
-    key = hashlib.blake2b(state, digest_size=10).hexdigest()
-    positions = _count(Path(f"{stem}-{key}.npz"), mask, list(wanted), options.min_foreground)
+    state = [mask.digest(), mpp, facts, list(map(asdict, geometries)), options.min_foreground]
+    key = hashlib.blake2b(json.dumps(state).encode(), digest_size=10).hexdigest()
+    path = Path(f"{stem}-{key}.npz")
+    positions = _load_positions(path, geometries, options.min_foreground)
+    if positions is None:
+        positions = [Positions.count(mask, geometry, options.min_foreground) for geometry in geometries]
+        save_arrays(path, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
-        return Dropped(
-            name,
-            f"no patch of it is {options.min_foreground:.0%} tissue" if mask.any() else "it shows no tissue",
-        )
-    shares = tuple(weight if len(p) else 0.0 for weight, p in zip(wanted.values(), positions, strict=True))
-    longest = [_longest_patch(facts, geometry) for geometry in wanted]
+        scarce = f"no patch of it is {options.min_foreground:.0%} tissue"
+        return Dropped(name, scarce if mask.any() else "it shows no tissue")
+    weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
+    longest = [_longest_patch(tiles, geometry) for geometry in geometries]
     return OnlineSlide(
         path=row.path,
         weight=row.weight,
@@ -159,93 +176,92 @@ def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
         mpp_source=source,
         stem=stem,
         key=key,
-        geometries=tuple(wanted),
-        shares=shares,
-        places=tuple(map(len, positions)),
-        tiles=outline(row.path, size, facts["tiles"], facts["downsamples"]) if facts["tiles"] else None,
-        patch_bytes=float(np.average(longest, weights=shares)),
+        geometries=tuple(geometries),
+        weights=tuple(weights),
+        counts=tuple(map(len, positions)),
+        tiles=tiles,
+        tile_index=row.tile_index,
+        patch_bytes=float(np.average(longest, weights=weights)),
     )
 
 
 def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:
-    """What a draw from the slide looks at.
+    """Load what a draw from the slide looks at.
 
     Raises:
-        FileNotFoundError: the cache was emptied.
+        FileNotFoundError: if the cache was emptied.
     """
-    with np.load(f"{slide.stem}.npz") as stored:
-        mask = TissueMask(stored["packed"], int(stored["columns"]), float(stored["cell_px"]))
-    index = None if slide.tiles is None else load_arrays(_tiles_path(slide.stem), slide.tiles)
-    positions = _load(Path(f"{slide.stem}-{slide.key}.npz"), slide.geometries, min_foreground)
-    return DrawingPlan(mask, tuple(positions), index)
+    known = TissueCache(slide.stem.parent).load(slide.stem)
+    positions = _load_positions(Path(f"{slide.stem}-{slide.key}.npz"), slide.geometries, min_foreground)
+    if known is None or positions is None:
+        raise FileNotFoundError(f"What is known of slide '{slide.path}' has gone from '{slide.stem.parent}'.")
+    index = None if slide.tiles is None else _tile_indexes(slide.stem, slide.tile_index)[slide.path]
+    return DrawingPlan(known[0], tuple(positions), index)
 
 
-def _recall(stem: Path, cache: TissueCache) -> tuple[TissueMask, dict[str, Any]] | None:
+def _recall(stem: Path, row: SlideRow, cache: TissueCache) -> _Known | None:
     found = cache.load(stem)
-    return found if found and (found[1]["tiles"] is None or _tiles_path(stem).is_file()) else None
+    if found is None:
+        return None
+    mask, facts = found
+    try:
+        tiles = _tile_indexes(stem, row.tile_index).outline(row.path) if facts["tiled"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+    return _Known(mask, facts, tiles)
 
 
-def _examine(path: str, stem: Path, cache: TissueCache) -> tuple[TissueMask, dict[str, Any]]:
+def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     """Open a slide, find its tissue, and put into the cache what is known of it."""
     try:
-        index = index_slide(path)
+        index = _tile_indexes(stem, row.tile_index)[row.path] if row.tile_index else index_slide(row.path)
     except UnsupportedTiles:
         index = None
-    reader = SlideReader(path, index=index)
+    reader = SlideReader(row.path, index=index)
     mask = TissueMask.of_slide(reader, cache.rule)
+    own = reader.mpp_source in ("slide", "appmag")
     facts = {
-        "mpp": reader.mpp,
-        "mpp_source": reader.mpp_source,
-        "sizes": reader.level_dimensions,
-        "downsamples": reader.level_downsamples,
-        "tiles": None if index is None else describe(index),
+        "mpp": reader.mpp if own else None,
+        "mpp_source": reader.mpp_source if own else "none",
+        "sizes": list(map(list, reader.level_dimensions)),
+        "downsamples": list(reader.level_downsamples),
+        "tiled": index is not None,
     }
     reader.close()
     cache.folder.mkdir(parents=True, exist_ok=True)
-    if index is not None:
-        store_arrays(_tiles_path(stem), index)
+    if index is not None and not row.tile_index:
+        write_tile_index(_own_index(stem), index)
     cache.store(stem, mask, facts)  # last, since it is what says that the slide was examined
-    return mask, json.loads(json.dumps(facts))
+    tiles = None if index is None else _tile_indexes(stem, row.tile_index).outline(row.path)
+    return _Known(mask, facts, tiles)
 
 
-def _tiles_path(stem: Path) -> Path:
-    return Path(f"{stem}-tiles.npz")
+def _own_index(stem: Path) -> Path:
+    return Path(f"{stem}.tiles")
 
 
-def _geometry(facts: dict[str, Any], slide_mpp: float, mpp: float, tile_size: int) -> Geometry | None:
-    """How patches are read: from the coarsest level that is fine enough; None where even level 0 is not."""
-    fine = [level for level, d in enumerate(facts["downsamples"]) if slide_mpp * d <= mpp * MPP_TOLERANCE]
-    if not fine:
-        return None
-    level, downsample = fine[-1], facts["downsamples"][fine[-1]]
-    side = max(1, round(tile_size * mpp / slide_mpp / downsample))
-    return Geometry(level, *facts["sizes"][level], downsample, side, mpp)
+_collection = lru_cache(1)(TileIndexes)
 
 
-def _longest_patch(facts: dict[str, Any], geometry: Geometry) -> int:
+def _tile_indexes(stem: Path, tile_index: str) -> TileIndexes:
+    return _collection(tile_index) if tile_index else TileIndexes(_own_index(stem))
+
+
+def _longest_patch(tiles: TileIndex | None, geometry: Geometry) -> int:
     """Bytes of as many of the longest tile as a patch can touch."""
-    if facts["tiles"] is None:
+    if tiles is None:
         return 0
-    level = facts["tiles"][geometry.level]
-    across, down = ((geometry.side - 2) // level[name] + 2 for name in ("tile_width", "tile_height"))
-    return across * down * level["longest"]
+    level = tiles.levels[geometry.level]
+    across, down = ((geometry.side - 2) // side + 2 for side in (level.tile_width, level.tile_height))
+    return across * down * int(level.lengths.max())
 
 
-def _count(
-    path: Path, mask: TissueMask, geometries: Sequence[Geometry], min_foreground: float
-) -> list[Positions]:
-    """Count the places of patches, or take them from the cache."""
-    try:
-        return _load(path, geometries, min_foreground)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        positions = [Positions.count(mask, geometry, min_foreground) for geometry in geometries]
-        save_arrays(path, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
-        return positions
-
-
-def _load(path: Path, geometries: Sequence[Geometry], min_foreground: float) -> list[Positions]:
-    with np.load(path) as stored:
-        ends = [stored[f"ends{number}"] for number in range(len(geometries))]
+def _load_positions(
+    path: Path, geometries: Sequence[Geometry], min_foreground: float
+) -> list[Positions] | None:
+    ends = load_arrays(path, *(f"ends{number}" for number in range(len(geometries))))
+    if ends is None:
+        return None
     return [Positions(g, e, min_foreground) for g, e in zip(geometries, ends, strict=True)]
 
 
@@ -257,6 +273,5 @@ def _stat(path: str) -> tuple[int, str]:
     retries, url = Retries(), public_name(path)
     fs, inside = filesystem(path, retries)
     info = retries.call(url, lambda: fs.info(inside))
-    return int(info["size"]), next(
-        (str(info[name]) for name in VERSION_KEYS if info.get(name) is not None), ""
-    )
+    version = next((str(info[name]) for name in VERSION_KEYS if info.get(name) is not None), "")
+    return int(info["size"]), version

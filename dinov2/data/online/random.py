@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ from dinov2.data.online.prepare import (
 from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
 from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import is_remote, read_ranges
 from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.table import SlideRow, take_share
 from dinov2.data.slides.tissue import TissueRule
 from dinov2.data.source import DecodeError, EncodedSample
-from dinov2.data.stream.order import SampleOrder
+from dinov2.data.stream.order import SampleOrder, hash_words
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.seeding import sample_rng
 
@@ -66,15 +67,15 @@ class OnlinePatchSource:
     The first M patches of an endless source are the patches of a source with `max_patches` M.
 
     Args:
-        rows: the slides.
+        rows: the slides; their order does not matter.
         cache_folder: where tissue and tile indexes are kept.
         options: what is cut.
         seed: of the draws, in [0, 2^64).
-        slide_share: share of the slides to use, see `slide_table.take_share`.
+        slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
         workers: processes that make slides ready.
         rule: what is tissue.
-        max_unreadable_share: share of the slides that may be left out because they cannot be read.
+        max_unreadable_share: fraction of the slides that may be left out because they cannot be read.
 
     Attributes:
         unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
@@ -82,7 +83,7 @@ class OnlinePatchSource:
         dropped: slides that are not, and why.
 
     Raises:
-        ValueError: an option is out of range, too many slides cannot be read, or none gives patches.
+        ValueError: if an option is out of range, too many slides cannot be read, or none gives patches.
     """
 
     def __init__(
@@ -103,13 +104,10 @@ class OnlinePatchSource:
                 f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more."
             )
         self._options, self._seed, self._max_patches = options, seed, max_patches
-        jobs = [
-            SlideJob(row, TissueCache(cache_folder, rule), options)
-            for row in take_share(rows, slide_share, seed)
-        ]
-        made: list[Any] = [None] * len(jobs)
-        for place, result in run_jobs(prepare_slide, jobs, workers, "slide"):
-            made[place] = result
+        kept = take_fraction(sorted(rows), slide_share, seed)
+        jobs = [SlideJob(row, TissueCache(cache_folder, rule), options) for row in kept]
+        finished = dict(run_jobs(prepare_slide, jobs, workers, "slide"))
+        made = [finished[number] for number in range(len(jobs))]
         self.slide_list: list[OnlineSlide] = [result for result in made if isinstance(result, OnlineSlide)]
         self.dropped: list[Dropped] = [result for result in made if isinstance(result, Dropped)]
         _check_dropped(self.dropped, len(jobs), max_unreadable_share)
@@ -117,7 +115,7 @@ class OnlinePatchSource:
         self.num_rows = max_patches or ENDLESS_UNITS * UNIT_PATCHES
         weights = np.array([slide.weight for slide in self.slide_list])
         self._slide_ends = np.cumsum(weights)
-        self._share_ends = [np.cumsum(slide.shares) for slide in self.slide_list]
+        self._mpp_ends = [np.cumsum(slide.weights) for slide in self.slide_list]
         per_patch = np.average([slide.patch_bytes for slide in self.slide_list], weights=weights)
         self._patch_bytes = int(per_patch) + 2 * _HEADER.size
         self.fingerprint = self._fingerprint(rule)
@@ -145,10 +143,10 @@ class OnlinePatchSource:
         rng = sample_rng(self._seed, number, _STREAM)
         by_slide, by_mpp = rng.random(2)
         slide = _pick(self._slide_ends, by_slide)
-        geometry = _pick(self._share_ends[slide], by_mpp)
+        geometry = _pick(self._mpp_ends[slide], by_mpp)
         plan = self._plan(slide)
         positions = plan.positions[geometry]
-        return Patch(slide, geometry, *positions.place(plan.mask, int(rng.integers(len(positions)))))
+        return Patch(slide, geometry, *positions.position(plan.mask, int(rng.integers(len(positions)))))
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Draw patches and fetch their tiles, all of one slide at a time.
@@ -157,26 +155,26 @@ class OnlinePatchSource:
             The slide, and a header with the tiles behind it, for each row.
 
         Raises:
-            OSError: a slide has become unreadable.
+            OSError: if a slide has become unreadable.
         """
         patches = [self.draw(unit * UNIT_PATCHES + int(row)) for row in rows]
         of_slide: dict[int, list[int]] = {}
-        for place, patch in enumerate(patches):
-            of_slide.setdefault(patch.slide, []).append(place)
+        for number, patch in enumerate(patches):
+            of_slide.setdefault(patch.slide, []).append(number)
         fetch = partial(self._fetch, patches)
         if self.is_remote and len(of_slide) > 1:
             with ThreadPoolExecutor(min(_REQUESTS, len(of_slide))) as pool:
                 fetched = list(pool.map(fetch, of_slide.values()))
         else:
-            fetched = [fetch(places) for places in of_slide.values()]
-        data = {place: item for items in fetched for place, item in items}
-        return [(self._name(patch.slide), data[place]) for place, patch in enumerate(patches)]
+            fetched = list(map(fetch, of_slide.values()))
+        data = {number: item for items in fetched for number, item in items}
+        return [(self._name(patch.slide), data[number]) for number, patch in enumerate(patches)]
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Put a patch together: uint8 (tile_size, tile_size, 3) RGB.
 
         Raises:
-            DecodeError: a tile is missing or damaged.
+            DecodeError: if a tile is missing or corrupt.
         """
         number, which, column, row, count = _HEADER.unpack_from(sample.data)
         slide, size = self.slide_list[number], self._options.tile_size
@@ -209,27 +207,28 @@ class OnlinePatchSource:
         rngs = (sample_rng(self._seed, first + row, _STREAM) for row in range(int(self.unit_rows[unit])))
         return [self._name(_pick(self._slide_ends, rng.random(2)[0])) for rng in rngs]
 
-    def _fetch(self, patches: Sequence[Patch], places: Sequence[int]) -> list[tuple[int, bytes]]:
-        number = patches[places[0]].slide
-        slide, index = self.slide_list[number], self._plan(number).index
+    def _fetch(self, patches: Sequence[Patch], numbers: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Read the tiles of patches of one slide in one go; gives each patch's number and what `decode` takes."""
+        slide = patches[numbers[0]].slide
+        geometries, index = self.slide_list[slide].geometries, self._plan(slide).index
         wanted = []
-        for patch in (patches[place] for place in places):
-            g = slide.geometries[patch.geometry]
+        for patch in (patches[number] for number in numbers):
+            g = geometries[patch.geometry]
             region = Region(g.level, patch.column, patch.row, g.side, g.side)
             wanted.append([] if index is None else ranges(index, region))
-        tiles = iter(read_ranges(slide.path, [item for items in wanted for item in items]))
+        tiles = iter(read_ranges(self.slide_list[slide].path, [item for items in wanted for item in items]))
         packed = []
-        for place, items in zip(places, wanted, strict=True):
+        for number, items in zip(numbers, wanted, strict=True):
             own = [next(tiles) for _ in items]
             lengths = struct.pack(f"<{len(own)}I", *map(len, own))
-            packed.append((place, b"".join((_HEADER.pack(*patches[place], len(own)), lengths, *own))))
+            packed.append((number, b"".join((_HEADER.pack(*patches[number], len(own)), lengths, *own))))
         return packed
 
     def _name(self, slide: int) -> str:
         return public_name(self.slide_list[slide].path)
 
     def _fingerprint(self, rule: TissueRule) -> str:
-        slides = [[Path(s.path).name, s.size, s.weight, s.key, s.places] for s in self.slide_list]
+        slides = [[Path(s.path).name, s.size, s.weight, s.key, s.counts] for s in self.slide_list]
         dropped = [Path(slide.path).name for slide in self.dropped]
         state = [repr(self._options), repr(rule), self._seed, self._max_patches, slides, dropped]
         return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
@@ -257,6 +256,25 @@ class OnlinePatchSource:
         self._make_units()
 
 
+def take_fraction(rows: list[SlideRow], fraction: float, seed: int) -> list[SlideRow]:
+    """Take a fraction of the slides, at least one, by a hash of the seed and each slide's file name.
+
+    The slides of a smaller fraction are among those of a larger one, wherever the folder lies.
+
+    Raises:
+        ValueError: if `fraction` is not within (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"The fraction of slides is {fraction}, but it must lie within (0, 1].")
+
+    def key(number: int) -> tuple[int, str]:
+        name = os.path.basename(rows[number].path).encode(errors="surrogateescape")
+        return int(hash_words(seed, len(name), *name)[0]), rows[number].path
+
+    chosen = sorted(range(len(rows)), key=key)[: max(1, round(fraction * len(rows)))]
+    return [rows[number] for number in sorted(chosen)]
+
+
 def _pick(ends: np.ndarray, uniform: float) -> int:
     return min(int(np.searchsorted(ends, uniform * ends[-1], side="right")), len(ends) - 1)
 
@@ -281,5 +299,5 @@ def _check_dropped(dropped: Sequence[Dropped], slides: int, max_unreadable_share
         )
     if len(dropped) == slides:
         reasons = Counter(slide.reason for slide in dropped).most_common(3)
-        told = "; ".join(f"{count} because {reason}" for reason, count in reasons)
-        raise ValueError(f"None of {slides} slides gives patches: {told}.")
+        causes = "; ".join(f"{count} because {reason}" for reason, count in reasons)
+        raise ValueError(f"None of {slides} slides gives patches: {causes}.")

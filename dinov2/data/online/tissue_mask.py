@@ -1,11 +1,7 @@
-"""Where slides show tissue, found once and kept on disk: a mask of cells to draw from, polygons for other tools."""
+"""Tissue of slides, found once and kept on disk: a mask of cells to draw from, polygons for other tools."""
 
 import hashlib
 import json
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,10 @@ import numpy as np
 
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap, TissueRule
-from dinov2.utils.files import commit
+from dinov2.utils.files import replacing, write_text
 
 CELL_RULE = TissueRule(min_fraction=0.5)
-_VERSION = 1  # of the files; raise it when masks come to mean something else
+_VERSION = 2  # of the files; raise it when they come to mean something else
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class TissueMask:
 
     @classmethod
     def of_slide(cls, reader: SlideReader, rule: TissueRule) -> "TissueMask":
-        """A cell is foreground when more than `rule.min_fraction` of its pixels are tissue."""
+        """Mark the cells of which more than `rule.min_fraction` of the pixels are tissue."""
         tissue = TissueMap(reader, rule)
         packed = np.packbits(tissue.cells > rule.min_fraction, axis=1)
         return cls(packed, tissue.cells.shape[1], tissue.cell_px)
@@ -58,7 +54,7 @@ class TissueMask:
         return bool(self.packed.any())
 
     def digest(self) -> str:
-        """Identifies the cells."""
+        """Identify the cells."""
         shape = f"{self.rows} {self.columns} {self.cell_px!r}".encode()
         return hashlib.blake2b(shape + self.packed.tobytes(), digest_size=16).hexdigest()
 
@@ -95,32 +91,30 @@ class TissueCache:
 
     Args:
         folder: made where it does not exist.
-        rule: which pixels are tissue, and from which share of them on a cell is foreground.
+        rule: which pixels are tissue, and from which fraction of them on a cell is foreground.
     """
 
     def __init__(self, folder: str | Path, rule: TissueRule = CELL_RULE) -> None:
         self.folder, self.rule = Path(folder), rule
 
     def stem(self, slide: str, size: int, version: str) -> Path:
-        """Where the files of a slide lie, without suffix; a changed file or rule has another place."""
+        """Name the files of a slide, without suffix; a changed file or rule gets another name."""
         words = json.dumps([_VERSION, slide, size, version, asdict(self.rule)]).encode()
         key = hashlib.blake2b(words, digest_size=10).hexdigest()
         return self.folder / f"{Path(urlsplit(slide).path).stem[:100]}-{key}"
 
     def load(self, stem: Path) -> tuple[TissueMask, dict[str, Any]] | None:
-        """The mask and the notes that were stored with it; None where there is none that can be read."""
-        try:
-            with np.load(f"{stem}.npz") as stored:
-                mask = TissueMask(stored["packed"], int(stored["columns"]), float(stored["cell_px"]))
-                return mask, json.loads(str(stored["notes"]))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        """Load a mask and the notes that were stored with it; None where there is none that can be read."""
+        stored = load_arrays(Path(f"{stem}.npz"), "packed", "columns", "cell_px", "notes")
+        if stored is None:
             return None
+        packed, columns, cell_px, notes = stored
+        return TissueMask(packed, int(columns), float(cell_px)), json.loads(str(notes))
 
     def store(self, stem: Path, mask: TissueMask, notes: dict[str, Any]) -> None:
         """Write a mask, JSON notes and the polygons."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _written_whole(Path(f"{stem}.geojson")) as partial:
-            partial.write_text(json.dumps(mask.geojson()))
+        write_text(Path(f"{stem}.geojson"), json.dumps(mask.geojson()))
         save_arrays(
             Path(f"{stem}.npz"),
             packed=mask.packed, columns=mask.columns, cell_px=mask.cell_px, notes=json.dumps(notes),
@@ -129,16 +123,14 @@ class TissueCache:
 
 def save_arrays(path: Path, **arrays: Any) -> None:
     """Write an .npz file, whole or not at all."""
-    with _written_whole(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A name to write to, of this thread alone, whose file then takes the place of `path`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+def load_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
+    """Load arrays of an .npz file; None where there is no such file, or a corrupt one."""
     try:
-        yield partial
-        commit(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with np.load(path) as stored:
+            return [stored[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None

@@ -146,7 +146,7 @@ class ParquetSource:
         with pq.ParquetFile(
             file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False
         ) as opened:
-            return [file.rows_of(opened, number, column, rows) for column in columns]
+            return [_read_rows(file, opened, number, column, rows) for column in columns]
 
 
 def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
@@ -203,7 +203,7 @@ class _ShardFile(RangedFile):
     def __init__(self, storage: Storage, name: str, size: int, extents: Sequence[tuple[int, int]]) -> None:
         super().__init__(storage, name, size)
         self._spans: list[tuple[int, memoryview]] = []
-        self._failure: OSError | None = None
+        self.failure: OSError | None = None
         spans = sorted((start, start + length) for start, length in extents)
         if spans[-1][0] - spans[0][1] <= _GAP:
             spans = [(spans[0][0], max(end for _, end in spans))]
@@ -226,25 +226,28 @@ class _ShardFile(RangedFile):
         try:
             return super().readinto(buffer)
         except OSError as error:
-            self._failure = error
+            self.failure = error
             raise
 
-    def rows_of(self, opened: pq.ParquetFile, group: int, column: str, rows: Sequence[int]) -> list[bytes]:
-        """Decode some rows of a column of the row group; nulls, and rows that corruption hides, are empty bytes."""
-        found, first = dict.fromkeys(rows, b""), 0
-        try:
-            for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
-                values = _binary(batch[0])
-                for row in found.keys() & range(first, first + len(batch)):
-                    found[row] = values[row - first].as_py() or b""
-                first += len(batch)
-        except (pa.ArrowException, OSError, MemoryError):
-            if self._failure:
-                raise self._failure from None
-        else:
-            if first != opened.metadata.row_group(group).num_rows:  # a wrong count shifts rows unnoticed
-                return [b""] * len(rows)
-        return [found[row] for row in rows]
+
+def _read_rows(
+    file: _ShardFile, opened: pq.ParquetFile, group: int, column: str, rows: Sequence[int]
+) -> list[bytes]:
+    """Decode some rows of a column of a row group; nulls, and rows that corruption hides, come as empty bytes."""
+    found, first = dict.fromkeys(rows, b""), 0
+    try:
+        for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
+            values = _binary(batch[0])
+            for row in found.keys() & range(first, first + len(batch)):
+                found[row] = values[row - first].as_py() or b""
+            first += len(batch)
+    except (pa.ArrowException, OSError, MemoryError):
+        if file.failure:
+            raise file.failure from None
+    else:
+        if first != opened.metadata.row_group(group).num_rows:  # a wrong count shifts rows unnoticed
+            return [b""] * len(rows)
+    return [found[row] for row in rows]
 
 
 def _binary(values: pa.Array) -> pa.Array:

@@ -10,13 +10,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinov2.data.slides.reader import SlideError, SlideOpenError, SlideReader, SlideReadError
+from dinov2.data.prepare.draw import TILE_PX
+from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideReadError
+from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import SampleList
 from dinov2.data.slides.tissue import TissueRule
 
 ROWS_AT_ONCE = 1024  # encoded patches held in memory, read in the order of their tiles
 IMAGE_COLUMN, REASON = "image_bytes", "reason"
-_TILE_PX = 256  # of most slides; only the order of reading depends on it
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Patches:
-    """Patches of a list with the place and the user's mpp (None: unknown) of each of its slides."""
+    """Patches of a list, with the path and the user's mpp (None: unknown) of each of its slides."""
 
     samples: SampleList
     paths: list[Path]
@@ -125,24 +126,25 @@ class _Slides:
             scale = np.take(reader.level_downsamples, samples.level[rows], mode="clip")
         else:
             scale = samples.mpp[rows] / (reader.mpp or 1)
-        strip = samples.y[rows] // (_TILE_PX * scale)
+        strip = samples.y[rows] // (TILE_PX * scale)
         return rows[np.lexsort((samples.x[rows], strip, scale))].tolist()
 
     def cut(self, i: int) -> dict[str, Any]:
         """One row."""
         samples = self._samples
-        slide, x, y, level = (
-            int(column[i]) for column in (samples.slide, samples.x, samples.y, samples.level)
-        )
-        place = {"slide_path": samples.slides[slide], "x": x, "y": y, "level": level}
+        columns = samples.slide, samples.x, samples.y, samples.level
+        slide, x, y, level = (int(column[i]) for column in columns)
+        location = {"slide_path": samples.slides[slide], "x": x, "y": y, "level": level}
         try:
             reader = self._open(slide)
-            return place | self._read(
-                reader, x, y, level, None if samples.mpp is None else float(samples.mpp[i])
-            )
+            mpp = None if samples.mpp is None else float(samples.mpp[i])
+            return location | self._read(reader, x, y, level, mpp)
         except SlideError as error:
-            self._count(slide, error)
-            return place | {REASON: error.detail}
+            if isinstance(error, SlideReadError):
+                self._failures[slide] += 1
+                if self._failures[slide] >= self._cutting.max_slide_failures:
+                    self._bad[slide] = f"given up after {self._failures[slide]} unreadable patches"
+            return location | {REASON: error.detail}
 
     def _open(self, slide: int) -> SlideReader:
         if slide in self._bad:
@@ -157,12 +159,6 @@ class _Slides:
                 self._bad[slide] = error.detail
                 raise
         return self._reader
-
-    def _count(self, slide: int, error: SlideError) -> None:
-        if isinstance(error, SlideReadError):
-            self._failures[slide] += 1
-            if self._failures[slide] >= self._cutting.max_slide_failures:
-                self._bad[slide] = f"given up after {self._failures[slide]} unreadable patches"
 
     def _read(self, reader: SlideReader, x: int, y: int, level: int, mpp: float | None) -> dict[str, Any]:
         size, cutting = self._cutting.tile_size, self._cutting

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2.data.slides.reader import SlideError, SlideRangeError, SlideReader, SlideReadError
+from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError
+from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 
 DRAWS_PER_ROUND, MAX_ROUNDS = 4096, 50
 MAX_CHECKS_PER_PATCH = 20  # a map that is wrong more often than that is not worth following
 MAX_UNREADABLE = 16  # patches per slide that may fail to decode before the slide is given up
+TILE_PX = 256  # of most slides; only the order of reading depends on it, in which neighbours share tiles
 NO_TISSUE = "no patch passed the tissue rule"
 
 
@@ -38,7 +40,7 @@ class Sampling:
         seed: of all draws.
         levels: pyramid levels to draw from; None takes all that a slide has.
         per_target: patches per slide and level, or per slide and mpp.
-        per_slide: patches per slide over all targets, shared out evenly; None sets no limit.
+        per_slide: patches per slide over all targets, divided evenly; None sets no limit.
         tile_size: side of a finished patch in px.
         mpps: um per px of the finished patches, each read from the level that serves it; () draws by level.
     """
@@ -116,16 +118,16 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
             reasons = dict.fromkeys(skipped.values())  # one for all where the mpp is unknown
             none = f"it has levels 0 to {len(reader.level_dimensions) - 1} only"
             return SlideDraw(failure="; ".join(reasons) or none)
-        places = _draw_targets(reader, targets, job)
+        corners = _draw_targets(reader, targets, job)
     except SlideError as error:
         return SlideDraw(failure=error.detail)
     except OSError as error:
         return SlideDraw(failure=str(error))
     skipped |= {
-        float(f"{target.mpp:g}"): NO_TISSUE for target, found in places.items() if target.mpp and not found
+        float(f"{target.mpp:g}"): NO_TISSUE for target, found in corners.items() if target.mpp and not found
     }
-    rows = [(*place, target.level) for target, found in places.items() for place in found]
-    mpp = [target.mpp for target, found in places.items() for _ in found]
+    rows = [(*corner, target.level) for target, found in corners.items() for corner in found]
+    mpp = [target.mpp for target, found in corners.items() for _ in found]
     if not rows:
         return SlideDraw(failure=NO_TISSUE)
     given_mpp = job.mpp if reader.mpp_source == "user" else None
@@ -143,15 +145,15 @@ def _draw_targets(
         digest = hashlib.blake2b(words, digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
         proposals = _proposals(reader, tissue, target, job.sampling.rule, rng)
-        places = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
-        drawn[target] = [reader.origin(target.level, *place) for place in places]
+        accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
+        drawn[target] = [reader.origin(target.level, *pixel) for pixel in accepted]
     return drawn
 
 
 def _proposals(
     reader: SlideReader, tissue: TissueMap, target: Target, rule: TissueRule, rng: np.random.Generator
 ) -> Iterator[tuple[int, int]]:
-    """Distinct (column, row) places of patches that lie on the level and show tissue on the map."""
+    """Distinct (column, row) corners of patches that lie on the level and show tissue on the map."""
     size, downsample = target.side, reader.level_downsamples[target.level]
     columns, rows = (side - size + 1 for side in reader.level_dimensions[target.level])
     if columns < 1 or rows < 1:
@@ -159,12 +161,12 @@ def _proposals(
     seen: set[tuple[int, int]] = set()
     for _ in range(MAX_ROUNDS):
         column, row = rng.integers(0, columns, DRAWS_PER_ROUND), rng.integers(0, rows, DRAWS_PER_ROUND)
-        shares = tissue.fraction(column * downsample, row * downsample, size * downsample)
-        likely = shares > rule.min_fraction
-        for place in zip(column[likely].tolist(), row[likely].tolist(), strict=True):
-            if place not in seen:
-                seen.add(place)
-                yield place
+        fractions = tissue.fraction(column * downsample, row * downsample, size * downsample)
+        likely = fractions > rule.min_fraction
+        for pixel in zip(column[likely].tolist(), row[likely].tolist(), strict=True):
+            if pixel not in seen:
+                seen.add(pixel)
+                yield pixel
 
 
 def _accepted(
@@ -182,20 +184,18 @@ def _accepted(
         if not batch:
             break
         passed = set()
-        by_tile = sorted(batch, key=lambda place: (place[1] // 256, place[0]))  # neighbours share tiles
-        for place in by_tile:
+        for pixel in sorted(batch, key=lambda pixel: (pixel[1] // TILE_PX, pixel[0])):
             try:
-                if sampling.rule.accepts(_patch(reader, target, place, sampling.tile_size)):
-                    passed.add(place)
+                if target.mpp:
+                    corner = reader.origin(target.level, *pixel)
+                    patch = reader.read_patch(*corner, sampling.tile_size, target.mpp)
+                else:
+                    patch = reader.read_region(target.level, *pixel, sampling.tile_size, sampling.tile_size)
+                if sampling.rule.accepts(patch):
+                    passed.add(pixel)
             except SlideReadError as error:
                 unreadable.append(error)
                 if len(unreadable) > MAX_UNREADABLE:
                     raise
-        accepted += [place for place in batch if place in passed]
+        accepted += [pixel for pixel in batch if pixel in passed]
     return accepted[:quota]
-
-
-def _patch(reader: SlideReader, target: Target, place: tuple[int, int], size: int) -> np.ndarray:
-    if target.mpp:
-        return reader.read_patch(*reader.origin(target.level, *place), size, target.mpp)
-    return reader.read_region(target.level, *place, size, size)

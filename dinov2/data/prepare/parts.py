@@ -1,4 +1,4 @@
-"""What each slide gave, kept until all are done, so that a sample list that was stopped goes on where it was."""
+"""Parts of a sample list, one for each slide, kept until all are done, so that a list that was stopped goes on."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ import numpy as np
 
 from dinov2.data.prepare.draw import NO_TISSUE, SlideDraw, SlideJob, draw_from_slide
 from dinov2.data.prepare.preview import draw_preview
-from dinov2.data.slides.reader import SlideError
-from dinov2.utils.files import commit
+from dinov2.data.slides.errors import SlideError
+from dinov2.utils.files import replacing
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def make_part(job: PartJob) -> Part:
     A slide that cannot be read leaves no part: it is tried again.
 
     Raises:
-        OSError: the part or the preview cannot be written.
+        OSError: if the part or the preview cannot be written.
     """
     name = _part_name(job.slide)
     path = job.folder / f"{name}.npz"
@@ -57,7 +57,7 @@ def make_part(job: PartJob) -> Part:
 
 
 def _part_name(slide: SlideJob) -> str:
-    """Stands for the slide's file, as it is now, and for what its draws hang on besides the options."""
+    """Stand for the slide's file, as it is now, and for what its draws hang on besides the options."""
     try:
         status = os.stat(slide.path)
         state = [status.st_size, status.st_mtime_ns]
@@ -68,25 +68,16 @@ def _part_name(slide: SlideJob) -> str:
 
 
 def _save(path: Path, draw: SlideDraw) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.part")
     words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, rows=draw.rows, mpp=draw.mpp, words=np.array(json.dumps(words)))
-        commit(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, rows=draw.rows, mpp=draw.mpp, words=np.array(json.dumps(words)))
 
 
 def _load(path: Path) -> SlideDraw | None:
     try:
         with np.load(path) as part:
             words = json.loads(str(part["words"]))
-            draw = SlideDraw(
-                part["rows"], part["mpp"], words["failure"], dict(words["skipped"]), words["given_mpp"]
-            )
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):  # a disk that lost what it had taken
-        return None
-    return draw
+            skipped = dict(words["skipped"])
+            return SlideDraw(part["rows"], part["mpp"], words["failure"], skipped, words["given_mpp"])
+    except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # the last four: a disk that lost what it had taken

@@ -1,4 +1,4 @@
-"""A picture of what was drawn from a slide: thumbnail, outline of the tissue, squares of the patches."""
+"""Previews of what was drawn from slides: thumbnail, outline of the tissue, squares of the patches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from dinov2.data.prepare.draw import SlideDraw, SlideJob
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap
+from dinov2.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ def preview_mark(path: Path) -> str | None:
     """What the preview at `path` shows, None where there is no file.
 
     Raises:
-        FileExistsError: the file is no preview, so it must not be replaced.
+        FileExistsError: if the file is no preview, so it must not be replaced.
     """
     try:
         with Image.open(path) as image:
@@ -53,20 +54,16 @@ def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
         mark: stands for all that the preview depends on.
 
     Raises:
-        FileExistsError: a file at `path` is no preview.
-        SlideError: the slide has no readable thumbnail.
-        OSError: the file cannot be written.
+        FileExistsError: if a file at `path` is no preview.
+        SlideError: if the slide has no readable thumbnail.
+        OSError: if the file cannot be written.
     """
     if preview_mark(path) == mark:
         return
     figure = preview_figure(SlideReader(job.path, job.mpp), job, draw)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=_DPI, metadata={MARK: mark})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figure:
@@ -108,15 +105,16 @@ def thumbnail(reader: SlideReader) -> tuple[np.ndarray, float]:
     shrink = max(1, sides[level] // THUMBNAIL_PX)
     width, height = (side // shrink * shrink for side in reader.level_dimensions[level])
     image = np.empty((height // shrink, width // shrink, 3), np.uint8)
-    block = max(1, _BLOCK_PX // shrink) * shrink
-    for row in range(0, height, block):
-        for column in range(0, width, block):
-            size = min(block, width - column), min(block, height - row)
-            pixels, known = reader.read_known(level, column, row, *size)
-            pixels = np.where(known[..., None], pixels, np.uint8(_MISSING))
-            small = cv2.resize(pixels, (size[0] // shrink, size[1] // shrink), interpolation=cv2.INTER_AREA)
+    for column, row, pixels, known in reader.read_blocks(level, max(1, _BLOCK_PX // shrink) * shrink):
+        # A remainder at the right and lower edge, less than a pixel of the thumbnail, is left out.
+        shape = tuple(side // shrink for side in known.shape)
+        if min(shape):
+            pixels = np.where(known[..., None], pixels, np.uint8(_MISSING))[
+                : shape[0] * shrink, : shape[1] * shrink
+            ]
             top, left = row // shrink, column // shrink
-            image[top : top + small.shape[0], left : left + small.shape[1]] = small
+            small = cv2.resize(pixels, shape[::-1], interpolation=cv2.INTER_AREA)
+            image[top : top + shape[0], left : left + shape[1]] = small
     rest = min(1.0, THUMBNAIL_PX / max(image.shape))
     if rest < 1:
         shape = tuple(max(1, round(rest * side)) for side in image.shape[1::-1])
@@ -130,11 +128,13 @@ def _outline(axis: Axes, tissue: TissueMap, threshold: float) -> None:
     cells = cv2.resize(
         tissue.cells, (-(-columns // shrink), -(-rows // shrink)), interpolation=cv2.INTER_AREA
     )
-    shares = np.pad(cv2.GaussianBlur(cells, (0, 0), 1), 1)  # the border closes outlines at the slide's edge
+    fractions = np.pad(
+        cv2.GaussianBlur(cells, (0, 0), 1), 1
+    )  # the border closes outlines at the slide's edge
     axis.plot([], [], color="black", lw=1, label="tissue map")
-    if shares.max() > threshold:
+    if fractions.max() > threshold:
         y, x = ((np.arange(-1, n + 1) + 0.5) * tissue.cell_px * shrink for n in cells.shape)
-        axis.contour(x, y, shares, levels=[threshold], colors="black", linewidths=1)
+        axis.contour(x, y, fractions, levels=[threshold], colors="black", linewidths=1)
 
 
 def _squares(axis: Axes, corners: np.ndarray, side: float, colour: str, label: str) -> None:

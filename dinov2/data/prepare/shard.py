@@ -48,7 +48,7 @@ def build_shard(job: ShardJob) -> list[dict[str, Any]]:
     """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps.
 
     Raises:
-        OSError: the shard cannot be written.
+        OSError: if the shard cannot be written.
     """
     with ShardWriter.create(job.shard, job.metadata) as writer:
         for rows in cut_patches(job.patches, job.cutting, ROWS_AT_ONCE):

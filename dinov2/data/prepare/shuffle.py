@@ -1,6 +1,6 @@
-"""Shards whose rows come from all slides, in bounded memory: an external sort by place in the shuffled order.
+"""Shuffled shards, whose rows come from all slides, in bounded memory: an external sort by position in the order.
 
-First the patches are cut slide by slide in runs that fit in memory. A run's rows are sorted by their place and
+First the patches are cut slide by slide in runs that fit in memory. A run's rows are sorted by their position and
 spilled in sections, one per bucket: a stretch of one shard that fits in memory. Then each shard is written,
 bucket by bucket, from the same section of all runs. Both steps restart where they were stopped.
 """
@@ -21,15 +21,15 @@ from dinov2.data.prepare.shard import ROWS_PER_GROUP, SCHEMA, ShardWriter
 from dinov2.utils.files import commit, leftovers, unfinished, write_json
 from dinov2.utils.jobs import run_jobs
 
-_PLACE = "place"
-_ROWS = pa.schema([(_PLACE, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])
+_POSITION = "position"
+_ROWS = pa.schema([(_POSITION, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])
 _RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
 _PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class Order:
-    """The shuffled order: row `rows[p]` of the list comes at place p, and shard k ends before (k + 1) * per_shard."""
+    """The shuffled order: row `rows[p]` of the list comes at position p; shard k ends before (k + 1) * per_shard."""
 
     rows: np.ndarray
     per_shard: int
@@ -40,17 +40,17 @@ class Order:
         return cls(np.random.Generator(np.random.Philox(key=seed)).permutation(num_rows), per_shard)
 
     def shard(self, number: int) -> range:
-        """Places of a shard."""
+        """Positions of a shard."""
         return range(number * self.per_shard, min((number + 1) * self.per_shard, len(self.rows)))
 
 
 @dataclass(frozen=True)
 class RunJob:
-    """Patches to cut and spill, their places, and the places where buckets begin."""
+    """Patches to cut and spill, their positions, and the positions where buckets begin."""
 
     run: Path
     patches: Patches
-    places: np.ndarray
+    positions: np.ndarray
     buckets: np.ndarray
     cutting: Cutting
 
@@ -92,25 +92,25 @@ def shuffled_shards(
         Number of a shard and the failures among its rows, as they finish.
 
     Raises:
-        OSError: a run or a shard cannot be written.
-        ValueError: a run is damaged.
+        OSError: if a run or a shard cannot be written.
+        ValueError: if a run is corrupt.
     """
     if not shards:
         return
     served, run_rows, bucket_rows = _open_work(
         work, metadata["build_id"], sorted(shards), order, memory_rows, workers
     )
-    starts = [range(place.start, place.stop, bucket_rows) for place in map(order.shard, served)]
+    starts = [range(stretch.start, stretch.stop, bucket_rows) for stretch in map(order.shard, served)]
     buckets = np.concatenate([np.array(part, np.int64) for part in starts])
     sections = dict(zip(served, pairwise(np.cumsum([0, *map(len, starts)]).tolist()), strict=True))
 
-    places = np.concatenate([np.array(order.shard(number), np.int64) for number in served])
-    rows = order.rows[places]
+    positions = np.concatenate([np.array(order.shard(number), np.int64) for number in served])
+    rows = order.rows[positions]
     by_slide = np.lexsort((rows, patches.samples.slide[rows]))
     parts = np.split(by_slide, range(run_rows, len(by_slide), run_rows))
     runs = [work / f"{i:06d}.run" for i in range(len(parts))]
     jobs = [
-        RunJob(run, patches.take(rows[part]), places[part], buckets, cutting)
+        RunJob(run, patches.take(rows[part]), positions[part], buckets, cutting)
         for run, part in zip(runs, parts, strict=True)
         if not run.exists()
     ]
@@ -118,28 +118,28 @@ def shuffled_shards(
         pass
     numbers = sorted(shards)
     mixes = [MixJob(shards[n], metadata, runs, range(*sections[n]), len(order.shard(n))) for n in numbers]
-    for place, failures in run_jobs(mix_shard, mixes, workers, "shard"):
-        yield numbers[place], failures
+    for number, failures in run_jobs(mix_shard, mixes, workers, "shard"):
+        yield numbers[number], failures
 
 
 def write_run(job: RunJob) -> None:
-    """Cut the patches of a run and spill them by place.
+    """Cut the patches of a run and spill them by position.
 
     A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
     Arrow record batches.
 
     Raises:
-        OSError: the run cannot be written.
+        OSError: if the run cannot be written.
     """
     [rows] = cut_patches(job.patches, job.cutting, len(job.patches))
-    by_place = np.argsort(job.places)
-    cuts = np.append(np.searchsorted(job.places[by_place], job.buckets), len(by_place))
+    by_position = np.argsort(job.positions)
+    cuts = np.append(np.searchsorted(job.positions[by_position], job.buckets), len(by_position))
     with unfinished(job.run) as partial:
         with partial.open("wb") as file:
             offsets = [8 * len(cuts)]
             file.seek(offsets[0])
             for start, stop in pairwise(cuts.tolist()):
-                section = [rows[i] | {_PLACE: int(job.places[i])} for i in by_place[start:stop]]
+                section = [rows[i] | {_POSITION: int(job.positions[i])} for i in by_position[start:stop]]
                 if section:
                     with pa.ipc.new_stream(file, _ROWS) as stream:
                         stream.write_table(pa.Table.from_pylist(section, _ROWS))
@@ -153,23 +153,23 @@ def mix_shard(job: MixJob) -> list[dict[str, Any]]:
     """Write one shard, unless no patch could be read, and return the failures, which the shard also keeps.
 
     Raises:
-        OSError: the shard cannot be written.
-        ValueError: a run is damaged.
+        OSError: if the shard cannot be written.
+        ValueError: if a run is corrupt.
     """
     num_rows = 0
     with ShardWriter.create(job.shard, job.metadata) as writer:
         for bucket in job.buckets:
             sections = [section for run in job.runs if (section := _read_section(run, bucket)) is not None]
-            places = [section[_PLACE].to_numpy() for section in sections]
-            which = np.repeat(np.arange(len(sections)), [len(part) for part in places])
-            within = np.concatenate([np.arange(len(part)) for part in places])
-            for i in np.argsort(np.concatenate(places)).tolist():
+            positions = [section[_POSITION].to_numpy() for section in sections]
+            which = np.repeat(np.arange(len(sections)), [len(part) for part in positions])
+            within = np.concatenate([np.arange(len(part)) for part in positions])
+            for i in np.argsort(np.concatenate(positions)).tolist():
                 [row] = sections[which[i]].slice(within[i], 1).to_pylist()
                 writer.add(row)
             num_rows += len(within)
         if num_rows != job.num_rows:
             raise ValueError(
-                _damaged(job.runs[0].parent, f"{num_rows} of {job.num_rows} rows of a shard are there")
+                _corrupt(job.runs[0].parent, f"{num_rows} of {job.num_rows} rows of a shard are there")
             )
     return writer.failures
 
@@ -184,11 +184,11 @@ def _read_section(run: Path, bucket: int) -> pa.Table | None:
     try:
         return pa.ipc.open_stream(data).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(_damaged(run.parent, f"'{run.name}' cannot be read: {error}")) from error
+        raise ValueError(_corrupt(run.parent, f"'{run.name}' cannot be read: {error}")) from error
 
 
-def _damaged(work: Path, reason: str) -> str:
-    return f"The intermediate rows in '{work}' are damaged ({reason}); delete that folder and start again."
+def _corrupt(work: Path, reason: str) -> str:
+    return f"The intermediate rows in '{work}' are corrupt ({reason}); delete that folder and start again."
 
 
 def _open_work(

@@ -1,0 +1,1 @@
+"""The command that rewrites a dataset to small row groups."""

@@ -1,0 +1,1 @@
+"""Whole-slide images: found, indexed, and read exactly or not at all."""

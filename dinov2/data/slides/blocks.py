@@ -1,18 +1,15 @@
-"""Where the compressed tiles of a slide lie in its file, and how regions are put together from them."""
+"""Tiles of slides: where they lie in the file, compressed, and regions put together from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from dinov2.data.slides.codecs import decode_tile
-from dinov2.data.slides.errors import SlideOpenError, SlideReadError, UnsupportedTiles
-from dinov2.data.slides.resolution import MppSource, check_user_mpp
-
-__all__ = ["Region", "TileIndex", "TileLevel", "UnsupportedTiles", "assemble", "index_slide", "ranges"]
+from dinov2.data.slides.errors import SlideOpenError, SlideReadError
+from dinov2.data.slides.resolution import MppSource
 
 
 class Region(NamedTuple):
@@ -25,8 +22,8 @@ class Region(NamedTuple):
     height: int
 
 
-class Place(NamedTuple):
-    """A tile of a level."""
+class Block(NamedTuple):
+    """A tile of a level, by its row and column in the grid."""
 
     row: int
     column: int
@@ -71,7 +68,7 @@ class TileIndex:
         size: of the file in bytes.
         levels: finest first.
         downsamples: level-0 px per px of each level.
-        mpp, mpp_source: micrometres per level-0 px and where they come from, see `slide_mpp.resolve_mpp`.
+        mpp, mpp_source: micrometres per level-0 px and where they come from, see `resolution.resolve_mpp`.
     """
 
     path: str
@@ -98,44 +95,22 @@ def is_pyramid(sizes: Sequence[tuple[int, int]]) -> bool:
     return bool(sizes) and min(map(min, sizes)) >= 1 and falling
 
 
-def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
-    """Find the tiles of a slide: 8-bit RGB or YCbCr in JPEG or JPEG 2000 (Aperio 33003, 33005), in a tiled TIFF.
-
-    Args:
-        path: a file, or an fsspec URL.
-        mpp: micrometres per level-0 px, used only when the slide does not say.
-
-    Raises:
-        SlideOpenError: the file is missing, cut, or its levels make no sense.
-        UnsupportedTiles: the file is of another kind, which OpenSlide may read.
-        RemoteError: the server cannot be read.
-        ValueError: `mpp` is implausible.
-    """
-    from dinov2.data.slides.tiff import read_tiff_levels
-
-    check_user_mpp(path, mpp)
-    tiff = read_tiff_levels(path)
-    width, height = tiff.levels[0].width, tiff.levels[0].height
-    downsamples = tuple((width / level.width + height / level.height) / 2 for level in tiff.levels)
-    return TileIndex(str(path), tiff.size, tiff.levels, downsamples, *tiff.resolution(mpp))
-
-
-def covering(level: TileLevel, region: Region) -> list[Place]:
+def covering(level: TileLevel, region: Region) -> list[Block]:
     """The tiles that a region touches, row by row."""
     rows = range(region.row // level.tile_height, (region.row + region.height - 1) // level.tile_height + 1)
     first, last = region.column // level.tile_width, (region.column + region.width - 1) // level.tile_width
-    return [Place(row, column) for row in rows for column in range(first, last + 1)]
+    return [Block(row, column) for row in rows for column in range(first, last + 1)]
 
 
 def ranges(index: TileIndex, region: Region) -> list[tuple[int, int]]:
     """(offset, length) in the file of the tiles that cover a region, row by row; length 0 where one is missing."""
     level = index.levels[region.level]
-    return [(int(level.offsets[place]), int(level.lengths[place])) for place in covering(level, region)]
+    return [(int(level.offsets[block]), int(level.lengths[block])) for block in covering(level, region)]
 
 
-def paste(level: TileLevel, region: Region, place: Place, pixels: np.ndarray, out: np.ndarray) -> None:
+def paste(level: TileLevel, region: Region, block: Block, pixels: np.ndarray, out: np.ndarray) -> None:
     """Copy what a tile (H, W, ...) shares with a region into an array of the region's size."""
-    top, left = place.row * level.tile_height, place.column * level.tile_width
+    top, left = block.row * level.tile_height, block.column * level.tile_width
     row, column = max(region.row, top), max(region.column, left)
     bottom = min(region.row + region.height, top + level.tile_height)
     right = min(region.column + region.width, left + level.tile_width)
@@ -155,16 +130,16 @@ def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.nda
         uint8 (region.height, region.width, 3) RGB.
 
     Raises:
-        SlideReadError: a tile is missing or damaged.
+        SlideReadError: if a tile is missing or damaged.
     """
     level = index.levels[region.level]
     out = np.empty((region.height, region.width, 3), np.uint8)
-    for place, tile in zip(covering(level, region), tiles, strict=True):
-        where = f"level {region.level}, tile row {place.row}, tile column {place.column}"
+    for block, tile in zip(covering(level, region), tiles, strict=True):
+        location = f"level {region.level}, tile row {block.row}, tile column {block.column}"
         if not tile:
-            raise SlideReadError(index.path, "the tile is missing from the file", where)
+            raise SlideReadError(index.path, "the tile is missing from the file", location)
         try:
-            paste(level, region, place, level.decode(tile), out)
+            paste(level, region, block, level.decode(tile), out)
         except ValueError as error:
-            raise SlideReadError(index.path, f"its pixels cannot be decoded ({error})", where) from error
+            raise SlideReadError(index.path, f"its pixels cannot be decoded ({error})", location) from error
     return out

@@ -29,8 +29,8 @@ def decode_tile(
         uint8 (height, width, 3) RGB.
 
     Raises:
-        ValueError: the tile is cut, damaged, or of another size.
-        ImportError: a decoder is not installed.
+        ValueError: if the tile is cut, damaged, or of another size.
+        ImportError: if a decoder is not installed.
     """
     try:
         pixels = (

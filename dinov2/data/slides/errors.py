@@ -1,4 +1,4 @@
-"""Errors of whole-slide images; each names the slide, the place and the reason."""
+"""Errors of whole-slide images; each names the slide, the location and the reason."""
 
 import re
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 
 class SlideError(RuntimeError):
-    """A slide that cannot give what was asked; names the slide, the place and the reason.
+    """A slide that cannot give what was asked; names the slide, the location and the reason.
 
     Attributes:
         slide: path of the slide, or its URL without credentials.
-        place: level and position, empty where the whole slide is meant.
-        reason: what is wrong, without slide and place.
-        detail: place and reason, for a record that names the slide itself.
+        location: level and position, empty where the whole slide is meant.
+        reason: what is wrong, without slide and location.
+        detail: location and reason, for a record that names the slide itself.
     """
 
-    def __init__(self, slide: str | Path, reason: str, place: str = "") -> None:
-        self.slide, self.place, self.reason = public_name(slide), place, reason
-        self.detail = f"{place}: {reason}" if place else reason
-        super().__init__(f"Slide '{self.slide}'{', ' + place if place else ''}: {reason}.")
+    def __init__(self, slide: str | Path, reason: str, location: str = "") -> None:
+        self.slide, self.location, self.reason = public_name(slide), location, reason
+        self.detail = f"{location}: {reason}" if location else reason
+        super().__init__(f"Slide '{self.slide}'{', ' + location if location else ''}: {reason}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.slide, self.reason, self.place)
+        return type(self), (self.slide, self.reason, self.location)
 
 
 class SlideOpenError(SlideError):

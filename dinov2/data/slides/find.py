@@ -1,81 +1,188 @@
-"""Finding slides in folders and lists, each file once."""
+"""The one finder of slides, by which every tool understands a folder, a list, a slide or a URL alike."""
 
+import logging
+import math
 import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
-SLIDE_SUFFIXES = {
-    ".svs",
-    ".tif",
-    ".tiff",
-    ".ndpi",
-    ".mrxs",
-    ".scn",
-    ".vms",
-    ".vmu",
-    ".bif",
-    ".svslide",
-    ".dcm",
-}
+from dinov2.data.slides.index import TileIndexes, is_tile_index
+from dinov2.data.slides.ranges import is_remote
+from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number, read_csv
+
+logger = logging.getLogger(__name__)
+
+SLIDE_SUFFIXES = frozenset(
+    (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
+)
+_PATH_COLUMNS = ("path", "slide")
+
+
+@dataclass(frozen=True, order=True)
+class SlideRow:
+    """One slide, ordered by path.
+
+    Attributes:
+        path: absolute path, or URL.
+        weight: how often it is drawn, up to a common factor.
+        mpp: micrometres per level-0 px where the slide itself does not say, else None.
+        key: path below the folder that was searched, or the path's last part.
+        tile_index: file of `index_slides.py` that holds this slide's tiles; empty where it has to be parsed.
+    """
+
+    path: str
+    weight: float = 1.0
+    mpp: float | None = None
+    key: str = field(default="", compare=False)
+    tile_index: str = field(default="", compare=False)
 
 
 class FoundSlides(NamedTuple):
-    """Slides, and what names one of them again.
+    """Slides, and paths that lead to one of them again, each with the path that has led there first."""
 
-    Attributes:
-        slides: absolute path and key of each slide. The key is the path below the folder that was searched, or
-            the path's last part.
-        duplicates: absolute paths that lead to a slide that another path has led to, with that path.
-    """
-
-    slides: list[tuple[str, str]]
+    slides: list[SlideRow]
     duplicates: list[tuple[str, str]]
 
 
-def find_slides(source: Path) -> FoundSlides:
-    """Find the slides of a folder (with its subfolders), of a text file with one path per line, or one slide.
+def find_slides(
+    source: str | Path, weight_column: str = "", mpp_column: str = "mpp", mpp_table: MppTable | None = None
+) -> FoundSlides:
+    """Find slides, each file once: of several paths that lead to one file the first counts.
 
-    Links to folders are not followed. Of several paths that lead to one file the first counts.
+    Args:
+        source: a folder, searched with its subfolders but without hidden files and folders (links to folders are
+            not followed); a text file with one path or URL per line (blank lines and `#` lines are skipped); a .csv
+            file with a header and a column `path` or `slide`; a tile index; one slide; or the URL of one. For
+            relative paths in a file see `locate`.
+        weight_column: column of a CSV file with each slide's weight, 0 leaves it out; empty weighs all alike.
+        mpp_column: column of a CSV file with micrometres per level-0 px; it and its cells may be absent.
+        mpp_table: the same for slides that `source` has no number for.
 
     Returns:
         The slides, sorted by key in a folder, in the given order in a list.
 
     Raises:
-        FileNotFoundError: there is no such place, or no slide in it.
-        PermissionError, OSError: a folder cannot be listed.
+        FileNotFoundError: if there is no such place.
+        OSError: if a folder cannot be listed.
+        ValueError: if there is no slide, one has two weights, a column is missing, or a value is out of range.
     """
-    if source.is_dir():
-        walk = os.walk(source, onerror=_refuse)
-        files = (Path(folder, name) for folder, _, names in walk for name in names)
-        slides = [file for file in files if file.suffix.lower() in SLIDE_SUFFIXES]
-        keyed = sorted((file.relative_to(source).as_posix(), os.path.abspath(file)) for file in slides)
-    elif source.suffix.lower() in SLIDE_SUFFIXES and source.is_file():
-        keyed = [(source.name, os.path.abspath(source))]
-    elif source.is_file():
-        lines = source.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        paths = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        keyed = [(Path(path).name, os.path.abspath(path)) for path in paths]
-    else:
+    path = Path(source)
+    ending = path.suffix.lower()
+    if weight_column and ending != ".csv":
+        raise ValueError(f"Slides are weighed by column '{weight_column}', but '{source}' is no .csv file.")
+    if is_remote(source):
+        rows = [_row(str(source))]
+    elif path.is_dir():
+        rows = _search(path)
+    elif not path.is_file():
         raise FileNotFoundError(
-            f"'{source}' does not exist; a folder, a list of paths or one slide is expected."
+            f"'{source}' does not exist; a folder of slides, a text or .csv file of paths, or one slide is expected."
         )
-    if not keyed:
+    elif ending in SLIDE_SUFFIXES:
+        rows = [_row(os.path.abspath(path))]
+    elif ending == ".csv":
+        rows = _read_table(path, weight_column, mpp_column)
+    elif is_tile_index(path):
+        rows = _read_index(path)
+    else:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        names = (line.strip() for line in lines)
+        rows = [_row(locate(name, path)) for name in names if name and not name.startswith("#")]
+    if not rows:
         endings = ", ".join(sorted(SLIDE_SUFFIXES))
-        raise FileNotFoundError(f"'{source}' holds no slide; at least one {endings} is expected.")
-    first: dict[str, str] = {}
+        raise ValueError(f"'{source}' holds no slide; at least one {endings} is expected.")
+    found = _each_once(rows, source)
+    if mpp_table is None:
+        return found
+    slides = [replace(row, mpp=mpp_table.get(row.path)) if row.mpp is None else row for row in found.slides]
+    return found._replace(slides=slides)
+
+
+def locate(name: str, listed_in: Path) -> str:
+    """Find the file that a list names: beside the list, or in the current directory where only that one exists.
+
+    Returns:
+        Its absolute path, which need not exist, or its URL.
+    """
+    if is_remote(name):
+        return name
+    path = listed_in.parent / name
+    return os.path.abspath(name if os.path.exists(name) and not path.exists() else path)
+
+
+def _row(path: str) -> SlideRow:
+    return SlideRow(path, key=Path(urlsplit(path).path if is_remote(path) else path).name)
+
+
+def _search(folder: Path) -> list[SlideRow]:
+    def refuse(error: OSError) -> None:
+        raise type(error)(
+            f"The folder '{error.filename}' cannot be listed ({error.strerror}); it must be readable, since its "
+            "slides would be missed."
+        ) from error
+
+    rows = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = (name for name in folders if not name.startswith("."))
+        for file in (Path(place, name) for name in names if not name.startswith(".")):
+            if file.suffix.lower() in SLIDE_SUFFIXES:
+                rows.append(SlideRow(os.path.abspath(file), key=file.relative_to(folder).as_posix()))
+    return sorted(rows, key=lambda row: row.key)
+
+
+def _read_index(path: Path) -> list[SlideRow]:
+    indexes, rows = TileIndexes(path), []
+    for slide in indexes:
+        known = indexes.outline(slide)
+        mpp = known.mpp if known.mpp_source == "user" else None
+        rows.append(replace(_row(slide), mpp=mpp, tile_index=os.path.abspath(path)))
+    return rows
+
+
+def _read_table(path: Path, weight_column: str, mpp_column: str) -> list[SlideRow]:
+    columns, cells = read_csv(path)
+    path_column = next((column for column in _PATH_COLUMNS if column in columns), None)
+    if path_column is None or (weight_column and weight_column not in columns):
+        wanted = "'path' or 'slide'" if path_column is None else f"'{weight_column}'"
+        raise ValueError(f"'{path}' has the columns {', '.join(columns) or 'none'}; {wanted} is expected.")
+    rows = []
+    for line, row in cells:
+        if not row[path_column]:
+            raise ValueError(
+                f"The column '{path_column}' is empty in line {line} of '{path}'; a path or URL is expected."
+            )
+        weight = _number(row[weight_column], 0, math.inf, line, path) if weight_column else 1.0
+        mpp = _number(row[mpp_column], *PLAUSIBLE_MPP, line, path) if row.get(mpp_column) else None
+        if weight > 0:
+            rows.append(replace(_row(locate(row[path_column], path)), weight=weight, mpp=mpp))
+    return rows
+
+
+def _number(text: str, least: float, most: float, line: int, path: Path) -> float:
+    value = number(text)
+    if value is None or not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(
+            f"{text!r} in line {line} of '{path}' is no number from {least:g} to {most:g}, which is expected."
+        )
+    return value
+
+
+def _each_once(rows: list[SlideRow], source: str | Path) -> FoundSlides:
+    first: dict[str, SlideRow] = {}
     found = FoundSlides([], [])
-    for key, path in keyed:
-        file = os.path.realpath(path)
-        if file in first:
-            found.duplicates.append((path, first[file]))
+    for row in rows:
+        known = first.setdefault(row.path if is_remote(row.path) else os.path.realpath(row.path), row)
+        if known is row:
+            found.slides.append(row)
+        elif (known.weight, known.mpp) != (row.weight, row.mpp):
+            raise ValueError(f"'{source}' lists slide '{row.path}' twice, with different weights or mpp.")
         else:
-            first[file] = path
-            found.slides.append((path, key))
+            found.duplicates.append((row.path, known.path))
+    if found.duplicates:
+        logger.warning(
+            "%d paths lead to slides that count already; the first is '%s', the same file as '%s'.",
+            len(found.duplicates), *found.duplicates[0],
+        )  # fmt: skip
     return found
-
-
-def _refuse(error: OSError) -> None:
-    raise type(error)(
-        f"The folder '{error.filename}' cannot be listed ({error.strerror}); it must be readable, since its "
-        "slides would be missed."
-    ) from error

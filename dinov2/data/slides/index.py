@@ -1,54 +1,303 @@
-"""Tile indexes on disk: what is small as JSON, offsets and lengths of tiles as arrays beside it."""
+"""Tile indexes of many slides in one file, written once, mapped into memory when used; and Zarr references from them.
+
+Layout: 8 bytes that name the format; a record for each slide; a JSON object of the records' first bytes by slide
+path; its length (8 bytes, little-endian); the same 8 bytes again. A record is the CRC-32 of what follows it (8
+bytes), the length of its JSON description (8 bytes) and of its arrays (8 bytes), the description, and for each level
+offsets (int64) and lengths (int32); every part starts at a multiple of 8 bytes.
+"""
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from dinov2.data.online.tissue_mask import save_arrays
 from dinov2.data.slides.blocks import TileIndex, TileLevel
+from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.ranges import is_remote
+from dinov2.data.slides.tiff import index_slide
+from dinov2.utils.files import commit, replacing, write_text
+from dinov2.utils.jobs import run_jobs
 
-_NO_ARRAYS = {"offsets": np.zeros((1, 1), np.int64), "lengths": np.zeros((1, 1), np.int32)}
-
-
-def store_arrays(path: Path, index: TileIndex) -> None:
-    """Write the offsets and lengths of an index."""
-    arrays = [(level.offsets, level.lengths) for level in index.levels]
-    offsets = {f"offsets{number}": offset for number, (offset, _) in enumerate(arrays)}
-    save_arrays(path, **offsets, **{f"lengths{number}": length for number, (_, length) in enumerate(arrays)})
-
-
-def load_arrays(path: Path, outline: TileIndex) -> TileIndex:
-    """Complete an outline by the arrays stored for it."""
-    with np.load(path) as stored:
-        levels = [
-            replace(level, offsets=stored[f"offsets{number}"], lengths=stored[f"lengths{number}"])
-            for number, level in enumerate(outline.levels)
-        ]
-    return replace(outline, levels=tuple(levels))
+_MAGIC = b"PFTILES2"
+_HEADER = struct.Struct("<QQQ")
+_INDEX_FIELDS = ("path", "size", "downsamples", "mpp", "mpp_source")
+_LEVEL_FIELDS = ("width", "height", "tile_width", "tile_height", "compression", "photometric")
+_ZARR_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
 
 
-def describe(index: TileIndex) -> list[dict[str, Any]]:
-    """Its levels without offsets and lengths, for JSON, and the longest tile of each."""
-    described = []
-    for level in index.levels:
-        facts = asdict(replace(level, **_NO_ARRAYS))
-        facts = {name: value for name, value in facts.items() if name not in _NO_ARRAYS}
-        tables = base64.b64encode(level.jpeg_tables).decode()
-        described.append({**facts, "jpeg_tables": tables, "longest": int(level.lengths.max())})
-    return described
+class TileIndexes(Mapping[str, TileIndex]):
+    """Tile indexes by slide path, made when asked for; their arrays stay in the file.
+
+    Picklable and fork-safe: the file is read-only.
+
+    Args:
+        path: file that `write_tile_index` or `complete_tile_index` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file, or not finished.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise FileNotFoundError(f"There is no tile index '{path}'; index_slides.py writes one.")
+        self._data = _mapped(self._path)
+        tail = len(self._data) - 16
+        length = int.from_bytes(self._data[tail : tail + 8].tobytes(), "little") if tail >= 8 else 0
+        if not 0 < length <= tail or {self._data[:8].tobytes(), self._data[-8:].tobytes()} != {_MAGIC}:
+            raise ValueError(f"'{path}' is not a finished tile index; index_slides.py writes one.")
+        self._starts: dict[str, int] = json.loads(self._data[tail - length : tail].tobytes())
+
+    def __getitem__(self, slide: str | Path) -> TileIndex:
+        return _index_at(self._data, self._starts[str(slide)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._path,)
+
+    def outline(self, slide: str | Path) -> TileIndex:
+        """All that `blocks.assemble` needs of an index, in little memory: one tile, the longest, stands for all."""
+        return _index_at(self._data, self._starts[str(slide)], outline=True)
 
 
-def outline(
-    path: str, size: int, described: Sequence[Mapping[str, Any]], downsamples: Sequence[float]
-) -> TileIndex:
-    """An index with all that `assemble` needs, but without offsets and lengths, so that it takes little memory."""
+def is_tile_index(path: Path) -> bool:
+    """Whether a file begins as a tile index does."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def write_tile_index(path: Path, index: TileIndex) -> None:
+    """Write the tile index of one slide."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(_MAGIC)
+        _finish(file, {index.path: _append(file, index)})
+
+
+class IndexJob(NamedTuple):
+    """A slide to parse, and the mpp that its user gives."""
+
+    slide: str
+    mpp: float | None
+
+
+def parse_slide(job: IndexJob) -> TileIndex | str:
+    """Index one slide, or say why it cannot be."""
+    try:
+        return index_slide(job.slide, job.mpp)
+    except SlideError as error:
+        return error.detail
+    except OSError as error:
+        return str(error)
+
+
+def complete_tile_index(
+    path: Path, mpps: Mapping[str, float | None], workers: int
+) -> tuple[set[str], dict[str, str]]:
+    """Write the index of a collection; what `<path>.part` or an earlier index knows of it is taken over.
+
+    Args:
+        path: file to write or to replace.
+        mpps: the slides, with the mpp that the user gives for them.
+        workers: processes.
+
+    Returns:
+        Slides that were parsed now or since the last stop, and why others could not be.
+    """
+    partial = path.with_name(f"{path.name}.part")
+    starts, end = {}, 0
+    for start, end, index in _whole_records(partial):  # noqa: B007
+        if _still_holds(index, mpps):
+            starts[index.path] = start
+    fresh, failures = set(starts), {}
+    with partial.open("r+b" if end else "wb") as file:
+        file.seek(end)
+        file.truncate()
+        if not end:
+            file.write(_MAGIC)
+        for _, _, index in _whole_records(path):
+            if index.path not in starts and _still_holds(index, mpps):
+                starts[index.path] = _append(file, index)
+        jobs = [IndexJob(slide, mpp) for slide, mpp in mpps.items() if slide not in starts]
+        for number, result in run_jobs(parse_slide, jobs, workers, "slide"):
+            if isinstance(result, str):
+                failures[jobs[number].slide] = result
+            else:
+                starts[result.path] = _append(file, result)
+                fresh.add(result.path)
+        _finish(file, {slide: starts[slide] for slide in mpps if slide in starts})
+    commit(partial, path)
+    return fresh, failures
+
+
+def _still_holds(index: TileIndex, mpps: Mapping[str, float | None]) -> bool:
+    if index.path not in mpps:
+        return False
+    same_mpp = index.mpp_source in ("slide", "appmag") or index.mpp == mpps[index.path]
+    try:
+        return same_mpp and (is_remote(index.path) or os.stat(index.path).st_size == index.size)
+    except OSError:
+        return False
+
+
+def _append(file: BinaryIO, index: TileIndex) -> int:
+    """Append a record to a file opened at its end; returns its first byte."""
+    levels = [
+        {name: getattr(level, name) for name in _LEVEL_FIELDS}
+        | {"shape": level.offsets.shape, "longest": int(level.lengths.max())}
+        | {"jpeg_tables": level.jpeg_tables.hex()}
+        for level in index.levels
+    ]
+    words = _json({name: getattr(index, name) for name in _INDEX_FIELDS} | {"levels": levels})
+    arrays = b"".join(
+        array + bytes(-len(array) % 8)
+        for level in index.levels
+        for array in (level.offsets.astype("<i8").tobytes(), level.lengths.astype("<i4").tobytes())
+    )
+    start = file.tell()
+    file.write(_HEADER.pack(zlib.crc32(arrays, zlib.crc32(words)), len(words), len(arrays)) + words + arrays)
+    file.flush()
+    return start
+
+
+def _finish(file: BinaryIO, starts: Mapping[str, int]) -> None:
+    words = _json(starts)
+    file.write(words + struct.pack("<Q", len(words)) + _MAGIC)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    words = json.dumps(value).encode()
+    return words + b" " * (-len(words) % 8)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    if not path.is_file() or not path.stat().st_size:
+        return np.empty(0, np.uint8)
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _whole_records(path: Path) -> Iterator[tuple[int, int, TileIndex]]:
+    """First byte, end and index of the sound records at the beginning of a file, finished or not."""
+    data, start = _mapped(path), len(_MAGIC)
+    while data[: len(_MAGIC)].tobytes() == _MAGIC and start + _HEADER.size <= len(data):
+        crc, *lengths = _HEADER.unpack(data[start : start + _HEADER.size])
+        end = start + _HEADER.size + sum(lengths)
+        if end > len(data) or zlib.crc32(data[start + _HEADER.size : end]) != crc:
+            return
+        yield start, end, _index_at(data, start)
+        start = end
+
+
+def _index_at(data: np.ndarray, start: int, *, outline: bool = False) -> TileIndex:
+    _, length, _ = _HEADER.unpack(data[start : start + _HEADER.size])
+    position = start + _HEADER.size
+    fields = json.loads(data[position : position + length].tobytes())
+    position += length
     levels = []
-    for facts in described:
-        fields = {name: value for name, value in facts.items() if name != "longest"}
-        fields["jpeg_tables"] = base64.b64decode(fields["jpeg_tables"])
-        levels.append(TileLevel(**fields, **_NO_ARRAYS))
-    return TileIndex(path, size, tuple(levels), tuple(downsamples), None, "none")
+    for level in fields.pop("levels"):
+        shape, longest, tables = (level.pop(name) for name in ("shape", "longest", "jpeg_tables"))
+        if outline:
+            arrays = [np.zeros((1, 1), np.int64), np.full((1, 1), longest, np.int32)]
+        else:
+            arrays = []
+            for kind in ("<i8", "<i4"):
+                size = int(np.prod(shape)) * np.dtype(kind).itemsize
+                arrays.append(data[position : position + size].view(kind).reshape(shape))
+                position += size + -size % 8
+        levels.append(
+            TileLevel(**level, offsets=arrays[0], lengths=arrays[1], jpeg_tables=bytes.fromhex(tables))
+        )
+    fields["downsamples"] = tuple(fields["downsamples"])
+    return TileIndex(**fields, levels=tuple(levels))
+
+
+class ZarrJob(NamedTuple):
+    """A slide of an index, and the JSON file to write for it."""
+
+    index: Path
+    slide: str
+    output: Path
+
+
+def write_zarr(job: ZarrJob) -> str:
+    """Write one slide's Zarr references; returns why not, "" where they are written."""
+    try:
+        references = zarr_references(_opened(job.index)[job.slide])
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(job.output, json.dumps(references))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+_opened = lru_cache(1)(TileIndexes)
+
+
+def zarr_references(index: TileIndex) -> dict[str, Any]:
+    """Describe a slide as a Zarr (format 2) group whose chunks are the tiles in its own file; nothing is copied.
+
+    fsspec's `reference://` file system opens the references: an array for each level, named "0", "1", ... Chunks
+    decode with the codecs of imagecodecs.numcodecs; those that the file does not hold read as 0.
+
+    Returns:
+        JSON-able: fsspec's reference format, version 1.
+
+    Raises:
+        ValueError: if tiles are YCbCr in JPEG 2000, which no such codec turns into RGB.
+    """
+    axes = [{"name": name, "type": kind} for name, kind in (("y", "space"), ("x", "space"), ("c", "channel"))]
+    datasets = [
+        {"path": str(number), "coordinateTransformations": [{"type": "scale", "scale": [scale, scale, 1.0]}]}
+        for number, scale in enumerate(index.downsamples)
+    ]
+    multiscales = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    refs: dict[str, Any] = {
+        ".zgroup": json.dumps({"zarr_format": 2}),
+        ".zattrs": json.dumps({"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}),
+    }
+    for number, level in enumerate(index.levels):
+        array = {
+            "zarr_format": 2,
+            "shape": [level.height, level.width, 3],
+            "chunks": [level.tile_height, level.tile_width, 3],
+            "dtype": "|u1",
+            "compressor": _zarr_codec(index, level),
+            "fill_value": 0,
+            "order": "C",
+            "filters": None,
+        }
+        refs[f"{number}/.zarray"] = json.dumps(array)
+        refs[f"{number}/.zattrs"] = json.dumps({"_ARRAY_DIMENSIONS": ["Y", "X", "S"]})
+        for row, column in np.argwhere(level.lengths).tolist():
+            block = int(level.offsets[row, column]), int(level.lengths[row, column])
+            refs[f"{number}/{row}.{column}.0"] = [index.path, *block]
+    return {"version": 1, "refs": refs}
+
+
+def _zarr_codec(index: TileIndex, level: TileLevel) -> dict[str, Any]:
+    if level.compression == "jpeg":
+        tables = base64.b64encode(level.jpeg_tables).decode() if level.jpeg_tables else None
+        colours = {
+            "colorspace_data": _ZARR_COLOURS["rgb"],
+            "colorspace_jpeg": _ZARR_COLOURS[level.photometric],
+        }
+        return {"id": "imagecodecs_jpeg", "tables": tables, **colours}
+    if level.photometric != "rgb":
+        raise ValueError(
+            f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are."
+        )
+    return {"id": "imagecodecs_jpeg2k"}

@@ -28,7 +28,7 @@ class OpenSlideReader:
         level_dimensions, level_downsamples: as in `SlideReader`.
 
     Raises:
-        SlideOpenError: the file is missing or no slide.
+        SlideOpenError: if the file is missing or no slide.
     """
 
     def __init__(self, path: Path, cache_bytes: int) -> None:

@@ -49,13 +49,18 @@ class SlideBytes:
             ranges: (offset, length) in bytes; a length of 0 gives b"".
 
         Raises:
-            OSError: the file cannot be read, or ends within a range.
-            RemoteError: the server cannot be read.
+            OSError: if the file cannot be read, or ends within a range.
+            RemoteError: if the server cannot be read.
         """
         wanted = {(offset, offset + length) for offset, length in ranges if length > 0}
         spans = merge(wanted, _REMOTE_GAP if self._remote else 0)
         blocks = self._from_server(spans) if self._remote else self._from_disk(spans)
-        parts = _cut(wanted, spans, blocks)
+        parts, number = {}, 0
+        for start, end in sorted(wanted):
+            while end > spans[number][1]:
+                number += 1
+            first = spans[number][0]
+            parts[start, end] = blocks[number][start - first : end - first]
         return [parts[offset, offset + length] if length > 0 else b"" for offset, length in ranges]
 
     def size(self) -> int:
@@ -109,16 +114,6 @@ def merge(ranges: Iterable[Range], gap: int) -> list[Range]:
         else:
             spans.append((start, end))
     return spans
-
-
-def _cut(wanted: Iterable[Range], spans: Sequence[Range], blocks: Sequence[bytes]) -> dict[Range, bytes]:
-    parts, place = {}, 0
-    for start, end in sorted(wanted):
-        while end > spans[place][1]:
-            place += 1
-        first = spans[place][0]
-        parts[start, end] = blocks[place][start - first : end - first]
-    return parts
 
 
 def _pread(file: BinaryIO, path: str, start: int, end: int) -> bytes:

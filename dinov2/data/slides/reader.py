@@ -1,12 +1,13 @@
 """Regions of whole-slide images, read exactly or not at all."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from dinov2.data.slides.blocks import Region, TileIndex, index_slide, is_pyramid
+from dinov2.data.slides.blocks import Region, TileIndex, is_pyramid
 from dinov2.data.slides.errors import (
     SlideError,
     SlideOpenError,
@@ -16,20 +17,10 @@ from dinov2.data.slides.errors import (
 )
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.region import TileReader
-from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppSource, check_user_mpp
+from dinov2.data.slides.resolution import check_user_mpp, coarsest_level
+from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.retry import RemoteError
 
-__all__ = [
-    "PLAUSIBLE_MPP",
-    "MppSource",
-    "SlideError",
-    "SlideOpenError",
-    "SlideRangeError",
-    "SlideReadError",
-    "SlideReader",
-]
-
-MPP_TOLERANCE = 1.01  # a level this much coarser than the target still serves it
 _ROUNDING_PX = 2  # px by which rounding may push a patch at the slide's border over it
 
 
@@ -53,9 +44,9 @@ class SlideReader:
         index: of this slide, wherever it lay when it was indexed; it is then not parsed.
 
     Raises:
-        SlideOpenError: the file is missing, no slide, or its levels make no sense.
-        RemoteError: the server cannot be read.
-        ValueError: `mpp` is implausible.
+        SlideOpenError: if the file is missing, no slide, or its levels make no sense.
+        RemoteError: if the server cannot be read.
+        ValueError: if `mpp` is implausible.
     """
 
     def __init__(
@@ -100,14 +91,14 @@ class SlideReader:
         """The coarsest level that is at most 1 % coarser than a resolution in um/px.
 
         Raises:
-            SlideRangeError: even level 0 is coarser, or the slide's mpp is unknown.
+            SlideRangeError: if even level 0 is coarser, or the slide's mpp is unknown.
         """
         finest = self._known_mpp()
-        fine = [i for i, d in enumerate(self.level_downsamples) if finest * d <= target_mpp * MPP_TOLERANCE]
-        if not fine:
+        level = coarsest_level(self.level_downsamples, finest, target_mpp)
+        if level is None:
             reason = f"level 0 has {finest:g} um/px, which is coarser than the {target_mpp:g} um/px asked for"
             raise SlideRangeError(self.path, reason)
-        return fine[-1]
+        return level
 
     def patch_side(self, size: int, target_mpp: float) -> float:
         """Side in level-0 px of a patch that shows `size` px of `target_mpp` um; SlideRangeError without an mpp."""
@@ -131,11 +122,11 @@ class SlideReader:
         """
         level = self.level_for(target_mpp)
         side = max(1, round(self.patch_side(size, target_mpp) / self.level_downsamples[level]))
-        places = []
-        for place, length in zip(self.snap(level, x, y), self.level_dimensions[level], strict=True):
+        corner = []
+        for first, length in zip(self.snap(level, x, y), self.level_dimensions[level], strict=True):
             last = length - side
-            places.append(last if 0 <= last < place <= last + _ROUNDING_PX else place)
-        patch = self.read_region(level, *places, side, side)
+            corner.append(last if 0 <= last < first <= last + _ROUNDING_PX else first)
+        patch = self.read_region(level, *corner, side, side)
         return patch if side == size else cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA)
 
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
@@ -150,36 +141,48 @@ class SlideReader:
             uint8 (height, width, 3) RGB, contiguous.
 
         Raises:
-            SlideRangeError: no such level, or the region leaves it.
-            SlideReadError: pixels are missing, or cannot be read or decoded.
-            SlideOpenError: the file has changed since it was opened.
-            RemoteError: the server cannot be read.
+            SlideRangeError: if there is no such level, or the region leaves it.
+            SlideReadError: if pixels are missing, or cannot be read or decoded.
+            SlideOpenError: if the file has changed since it was opened.
+            RemoteError: if the server cannot be read.
         """
         pixels, known = self.read_known(level, column, row, width, height)
         if not known.all():
             reason = f"{known.size - np.count_nonzero(known)} of its pixels are missing from the file"
-            raise SlideReadError(self.path, reason, _place(level, column, row, width, height))
+            raise SlideReadError(self.path, reason, _location(level, column, row, width, height))
         return pixels
 
     def read_known(
         self, level: int, column: int, row: int, width: int, height: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Like `read_region`, but says which pixels the file holds: (uint8 (H, W, 3), bool (H, W))."""
-        place = _place(level, column, row, width, height)
+        location = _location(level, column, row, width, height)
         self._downsample(level)
         level_width, level_height = self.level_dimensions[level]
         inside = 0 <= column <= level_width - width and 0 <= row <= level_height - height
         if not (inside and width > 0 and height > 0):
             reason = f"the region leaves the level of {level_width}x{level_height} px"
-            raise SlideRangeError(self.path, reason, place)
+            raise SlideRangeError(self.path, reason, location)
         try:
             return self._pixels.read(Region(level, column, row, width, height))
         except (RemoteError, SlideError):
             raise
         except OSError as error:
-            raise SlideReadError(self.path, f"its bytes cannot be read ({error})", place) from error
+            raise SlideReadError(self.path, f"its bytes cannot be read ({error})", location) from error
         except ValueError as error:
-            raise SlideReadError(self.path, f"its pixels cannot be decoded ({error})", place) from error
+            raise SlideReadError(self.path, f"its pixels cannot be decoded ({error})", location) from error
+
+    def read_blocks(self, level: int, side: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Read a whole level square by square, to bound memory.
+
+        Yields:
+            Column and row of a square of at most `side` px, and what `read_known` gives of it.
+        """
+        width, height = self.level_dimensions[level]
+        for row in range(0, height, side):
+            for column in range(0, width, side):
+                size = min(side, width - column), min(side, height - row)
+                yield column, row, *self.read_known(level, column, row, *size)
 
     def close(self) -> None:
         """Give the file handle back; the next read opens it again."""
@@ -197,5 +200,5 @@ class SlideReader:
         return self.level_downsamples[level]
 
 
-def _place(level: int, column: int, row: int, width: int, height: int) -> str:
+def _location(level: int, column: int, row: int, width: int, height: int) -> str:
     return f"level {level}, column {column}, row {row}, {width}x{height} px"

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from dinov2.data.slides.blocks import Place, Region, TileIndex, covering, paste
+from dinov2.data.slides.blocks import Block, Region, TileIndex, covering, paste
 from dinov2.data.slides.errors import SlideOpenError
 from dinov2.data.slides.ranges import SlideBytes, is_remote
 from dinov2.data.storage.retry import RemoteError
@@ -30,7 +30,7 @@ class TileReader:
         self._index, self._bytes = index, SlideBytes(index.path)
         largest = max(3 * level.tile_width * level.tile_height for level in index.levels)
         self._capacity = cache_bytes // largest
-        self._cache: dict[tuple[int, Place], np.ndarray] = {}
+        self._cache: dict[tuple[int, Block], np.ndarray] = {}
         self.level_dimensions = tuple((level.width, level.height) for level in index.levels)
         self.level_downsamples = index.downsamples
 
@@ -41,21 +41,21 @@ class TileReader:
             uint8 (H, W, 3), 0 where the file has no tile; bool (H, W).
 
         Raises:
-            SlideOpenError: the file is not the one that was indexed.
-            ValueError: a tile is damaged.
-            OSError: the file cannot be read, even through a fresh handle.
+            SlideOpenError: if the file is not the one that was indexed.
+            ValueError: if a tile is damaged.
+            OSError: if the file cannot be read, even through a fresh handle.
         """
         level = self._index.levels[region.level]
         tiles = self._tiles(region)
         out, known = np.empty((region.height, region.width, 3), np.uint8), None
-        for place, tile in tiles.items():
+        for block, tile in tiles.items():
             if tile is None:
                 known = np.ones(out.shape[:2], bool) if known is None else known
                 nothing = np.zeros((level.tile_height, level.tile_width), np.uint8)
-                paste(level, region, place, nothing.astype(bool), known)
-                paste(level, region, place, nothing[..., None], out)
+                paste(level, region, block, nothing.astype(bool), known)
+                paste(level, region, block, nothing[..., None], out)
             else:
-                paste(level, region, place, tile, out)
+                paste(level, region, block, tile, out)
         return out, np.ones(out.shape[:2], bool) if known is None else known
 
     def close(self) -> None:
@@ -66,27 +66,29 @@ class TileReader:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_cache": {}}
 
-    def _tiles(self, region: Region) -> dict[Place, np.ndarray | None]:
+    def _tiles(self, region: Region) -> dict[Block, np.ndarray | None]:
         """Decoded tiles that cover a region, None where the file has none."""
         level, tiles = self._index.levels[region.level], {}
-        for place in covering(level, region):
-            tile = self._cache.pop((region.level, place), None) if level.lengths[place] else None
+        for block in covering(level, region):
+            tile = self._cache.pop((region.level, block), None) if level.lengths[block] else None
             if tile is not None:
-                self._cache[region.level, place] = tile  # now the youngest
-            tiles[place] = tile
-        wanted = [place for place, tile in tiles.items() if tile is None and level.lengths[place]]
-        data = self._read_ranges([(int(level.offsets[place]), int(level.lengths[place])) for place in wanted])
-        for place, tile in zip(wanted, data, strict=True):
+                self._cache[region.level, block] = tile  # now the youngest
+            tiles[block] = tile
+        wanted = [block for block, tile in tiles.items() if tile is None and level.lengths[block]]
+        data = self._read_ranges([(int(level.offsets[block]), int(level.lengths[block])) for block in wanted])
+        for block, tile in zip(wanted, data, strict=True):
             try:
-                tiles[place] = level.decode(tile)
+                tiles[block] = level.decode(tile)
             except ValueError as error:
-                raise ValueError(f"tile row {place.row}, tile column {place.column}: {error}") from error
-            self._keep((region.level, place), tiles[place])
+                raise ValueError(f"tile row {block.row}, tile column {block.column}: {error}") from error
+            self._keep((region.level, block), tiles[block])
         return tiles
 
     def _read_ranges(self, ranges: list[tuple[int, int]]) -> list[bytes]:
         try:
-            self._check_size()
+            if not is_remote(self._index.path) and self._bytes.size() != self._index.size:
+                reason = f"it has {self._bytes.size()} bytes, but {self._index.size} when it was indexed"
+                raise SlideOpenError(self._index.path, reason)
             return self._bytes.read(ranges)
         except RemoteError:
             raise
@@ -95,12 +97,7 @@ class TileReader:
             self._bytes.close()
             return self._bytes.read(ranges)
 
-    def _check_size(self) -> None:
-        if not is_remote(self._index.path) and self._bytes.size() != self._index.size:
-            reason = f"it has {self._bytes.size()} bytes, but {self._index.size} when it was indexed"
-            raise SlideOpenError(self._index.path, reason)
-
-    def _keep(self, key: tuple[int, Place], tile: np.ndarray) -> None:
+    def _keep(self, key: tuple[int, Block], tile: np.ndarray) -> None:
         # Single operations on a dict are safe in threads; a lock would be lost in a fork.
         if self._capacity:
             self._cache[key] = tile

@@ -8,6 +8,7 @@ from typing import Literal
 
 MppSource = Literal["slide", "appmag", "user", "none"]
 PLAUSIBLE_MPP = (0.1, 4.0)  # outside lie resolution tags meant for screens and print (72 dpi is 353 um)
+_TOLERANCE = 1.01  # a level this much coarser than the target still serves it
 
 
 def is_plausible(mpp: float | None) -> bool:
@@ -40,12 +41,27 @@ def resolve_mpp(
     return (user_mpp, "user") if user_mpp is not None else (None, "none")
 
 
+def coarsest_level(downsamples: Sequence[float], slide_mpp: float, mpp: float) -> int | None:
+    """Choose the coarsest level that is at most 1 % coarser than `mpp`; None where even level 0 is coarser."""
+    fine = [level for level, d in enumerate(downsamples) if slide_mpp * d <= mpp * _TOLERANCE]
+    return fine[-1] if fine else None
+
+
 def number(text: object) -> float | None:
-    """A number from a slide's properties, None where there is none."""
+    """Convert what a slide or a table says to a number, None where it is none."""
     try:
         return float(text)
     except (TypeError, ValueError):
         return None
+
+
+def read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a CSV file with a header: its columns, and each row's line number and cells, blanks around them removed."""
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+        rows = [(reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
+    return columns, rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class MppTable:
     shortened: dict[str, float]
 
     def get(self, slide_path: str | Path) -> float | None:
-        """mpp of a slide, looked up by path, file name, stem and barcode (stem up to its first dot)."""
+        """Look up a slide by path, file name, stem and barcode (stem up to its first dot)."""
         path = PurePosixPath(slide_path)
         names = (str(slide_path), path.name, path.stem, path.stem.partition(".")[0])
         tables = ((table, name) for table in (self.written, self.shortened) for name in names)
@@ -72,38 +88,28 @@ def read_mpp_table(path: str | Path) -> MppTable:
     """Read a CSV file with the columns `slide` (path, file name, stem or barcode) and `mpp`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a column is missing, a value is no plausible mpp, or a slide has two.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a column is missing, a value is no plausible mpp, or a slide has two.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no mpp table '{path}'; a CSV file with columns slide,mpp is expected."
         )
+    columns, rows = read_csv(path)
+    if not {"slide", "mpp"} <= set(columns):
+        raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")
     written: dict[str, float] = {}
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        columns = [column.strip() for column in rows.fieldnames or []]
-        if not {"slide", "mpp"} <= set(columns):
-            raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")
-        rows.fieldnames = columns
-        for row in rows:
-            slide, mpp = (row["slide"] or "").strip(), number(row["mpp"])
-            if not slide or not is_plausible(mpp):
-                raise ValueError(
-                    f"Line {rows.line_num} of mpp table '{path}' gives slide {slide!r} the mpp {row['mpp']!r}; "
-                    f"a name and a number within {PLAUSIBLE_MPP} are expected."
-                )
-            if written.setdefault(slide, mpp) != mpp:
-                raise ValueError(
-                    f"The mpp table '{path}' gives slide {slide!r} both {written[slide]} and {mpp}."
-                )
-    return MppTable(written, _shortened(written))
-
-
-def _shortened(written: dict[str, float]) -> dict[str, float]:
     values: dict[str, set[float]] = {}
-    for slide, mpp in written.items():
+    for line, row in rows:
+        slide, mpp = row["slide"], number(row["mpp"])
+        if not slide or not is_plausible(mpp):
+            raise ValueError(
+                f"Line {line} of mpp table '{path}' gives slide {slide!r} the mpp {row['mpp']!r}; "
+                f"a name and a number within {PLAUSIBLE_MPP} are expected."
+            )
+        if written.setdefault(slide, mpp) != mpp:
+            raise ValueError(f"The mpp table '{path}' gives slide {slide!r} both {written[slide]} and {mpp}.")
         for name in (PurePosixPath(slide).name, PurePosixPath(slide).stem):
             values.setdefault(name, set()).add(mpp)
-    return {name: found.pop() for name, found in values.items() if len(found) == 1}
+    return MppTable(written, {name: found.pop() for name, found in values.items() if len(found) == 1})

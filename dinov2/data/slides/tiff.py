@@ -1,18 +1,17 @@
-"""The tiled pages of a TIFF slide, as tifffile parses them."""
+"""Tile indexes of TIFF slides, from their pages as tifffile parses them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dinov2.data.slides.blocks import TileLevel
+from dinov2.data.slides.blocks import TileIndex, TileLevel
 from dinov2.data.slides.errors import SlideOpenError, UnsupportedTiles, public_name
 from dinov2.data.slides.ranges import filesystem, is_remote
-from dinov2.data.slides.resolution import MppSource, number, resolve_mpp
+from dinov2.data.slides.resolution import check_user_mpp, number, resolve_mpp
 from dinov2.data.storage.retry import RemoteError, Retries, reason
 
 _APERIO = "Aperio Image"
@@ -24,32 +23,30 @@ _COMPRESSIONS = {7: "jpeg", 33003: "j2k", 33005: "j2k"}
 _COLOURS = {(7, 2): "rgb", (7, 6): "ycbcr"}  # (compression, photometric)
 
 
-@dataclass(frozen=True)
-class TiffLevels:
-    """Levels of a TIFF slide, the file's size in bytes, and what its first page says of the resolution."""
+def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
+    """Find the tiles of a slide: 8-bit RGB or YCbCr in JPEG or JPEG 2000 (Aperio 33003, 33005), in a tiled TIFF.
 
-    levels: tuple[TileLevel, ...]
-    size: int
-    mpp_sides: tuple[float | None, float | None]
-    power: float | None
+    Args:
+        path: a file, or an fsspec URL.
+        mpp: micrometres per level-0 px, used only when the slide does not say.
 
-    def resolution(self, user_mpp: float | None) -> tuple[float | None, MppSource]:
-        """mpp and its source, see `resolve_mpp`."""
-        return resolve_mpp(self.mpp_sides, self.power, user_mpp)
-
-
-def read_tiff_levels(path: str | Path) -> TiffLevels:
-    """Parse a file once; see `tile_index.index_slide`."""
+    Raises:
+        SlideOpenError: if the file is missing, cut, or its levels make no sense.
+        UnsupportedTiles: if the file is of another kind, which OpenSlide may read.
+        RemoteError: if the server cannot be read.
+        ValueError: if `mpp` is implausible.
+    """
+    check_user_mpp(path, mpp)
     try:
         import tifffile
     except ImportError as error:
         raise ImportError("Slides need tifffile (the 'slides' extra).") from error
 
-    def parse() -> TiffLevels:
+    def parse() -> TileIndex:
         with _opened(path, retries) as (file, size):
             try:
                 with tifffile.TiffFile(file) as tiff:
-                    return _levels(path, tiff, size)
+                    return _index(path, tiff, size, mpp)
             except tifffile.TiffFileError as error:
                 raise UnsupportedTiles(path, f"not a TIFF file ({size} bytes; {error})") from error
 
@@ -83,7 +80,7 @@ def _opened(path: str | Path, retries: Retries) -> Iterator[tuple[BinaryIO, int]
         yield file, os.fstat(file.fileno()).st_size
 
 
-def _levels(path: str | Path, tiff: Any, size: int) -> TiffLevels:
+def _index(path: str | Path, tiff: Any, size: int, mpp: float | None) -> TileIndex:
     pages = list(tiff.pages)
     if not pages:
         raise SlideOpenError(path, "not a whole slide, it has no page")
@@ -100,28 +97,29 @@ def _levels(path: str | Path, tiff: Any, size: int) -> TiffLevels:
     )
     if not aperio and any(kinds):
         raise UnsupportedTiles(path, "its pages are no plain pyramid")
-    _check_chain(path, tiff, len(pages))
+    handle, form = tiff.filehandle, tiff.tiff
+    handle.seek(tiff.pages.next_page_offset)
+    if int.from_bytes(handle.read(form.offsetsize), "little" if form.byteorder == "<" else "big"):
+        # The chain of pages breaks off: levels would be missing without a word.
+        raise SlideOpenError(path, f"not a whole slide, its pages break off after {len(pages)}")
     tiled = [page for page in pages if page.is_tiled]
     if not tiled or tiled[0] is not first:
         raise UnsupportedTiles(path, "its first page has no tiles")
     if not aperio and not all(page.subfiletype & _REDUCED for page in tiled[1:]):
         raise UnsupportedTiles(path, "its tiled pages are several images")
-    levels = tuple(_level(path, page, place) for place, page in enumerate(tiled))
-    _check_sampling(path, tiff.filehandle, levels[0])
-    properties = _aperio_properties(first.description) if aperio else {}
+    levels = tuple(_level(path, page, number) for number, page in enumerate(tiled))
+    _check_sampling(path, handle, levels[0])
+    items = (item.partition("=") for item in first.description.split("|")[1:] if aperio)
+    properties = {key.strip(): value.strip() for key, _, value in items}
     sides = (number(properties.get("MPP")),) * 2 if aperio else _sides_of_tags(first)
-    return TiffLevels(levels, size, sides, number(properties.get("AppMag")))
+    width, height = levels[0].width, levels[0].height
+    downsamples = tuple((width / level.width + height / level.height) / 2 for level in levels)
+    return TileIndex(
+        str(path), size, levels, downsamples, *resolve_mpp(sides, number(properties.get("AppMag")), mpp)
+    )
 
 
-def _check_chain(path: str | Path, tiff: Any, num_pages: int) -> None:
-    """Refuse a chain of pages that breaks off: its levels would be missing without a word."""
-    handle, form = tiff.filehandle, tiff.tiff
-    handle.seek(tiff.pages.next_page_offset)
-    if int.from_bytes(handle.read(form.offsetsize), "little" if form.byteorder == "<" else "big"):
-        raise SlideOpenError(path, f"not a whole slide, its pages break off after {num_pages}")
-
-
-def _level(path: str | Path, page: Any, place: int) -> TileLevel:
+def _level(path: str | Path, page: Any, level: int) -> TileLevel:
     compression = int(page.compression)
     colours = {33003: "ycbcr", 33005: "rgb"}.get(compression) or _COLOURS.get(
         (compression, int(page.photometric))
@@ -130,15 +128,15 @@ def _level(path: str | Path, page: Any, place: int) -> TileLevel:
     if colours is None or not plain or page.tiledepth != 1 or page.imagedepth != 1:
         kind = f"compression {compression}, photometric {int(page.photometric)}, {page.bitspersample} bits"
         raise UnsupportedTiles(
-            path, f"{kind} x {page.samplesperpixel}: no JPEG or JPEG 2000 in RGB", f"level {place}"
+            path, f"{kind} x {page.samplesperpixel}: no JPEG or JPEG 2000 in RGB", f"level {level}"
         )
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     offsets, lengths = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     if len(offsets) != rows * columns or len(lengths) != rows * columns:
         reason = f"it has {len(offsets)} tiles with {len(lengths)} lengths instead of {rows * columns}"
-        raise SlideOpenError(path, reason, f"level {place}")
+        raise SlideOpenError(path, reason, f"level {level}")
     if lengths.max() > np.iinfo(np.int32).max:
-        raise SlideOpenError(path, f"a tile of {lengths.max()} bytes", f"level {place}")
+        raise SlideOpenError(path, f"a tile of {lengths.max()} bytes", f"level {level}")
     lengths[offsets == 0] = 0
     return TileLevel(
         width=page.imagewidth,
@@ -163,11 +161,6 @@ def _check_sampling(path: str | Path, handle: Any, level: TileLevel) -> None:
     count = int.from_bytes(header[40:42], "big")
     if count != 3 or any(header[43 + 3 * i : 45 + 3 * i] != b"\x01\x01" for i in range(count)):
         raise UnsupportedTiles(path, "its JPEG 2000 tiles have components of different sizes")
-
-
-def _aperio_properties(description: str) -> dict[str, str]:
-    pairs = (item.partition("=") for item in description.split("|")[1:])
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _sides_of_tags(page: Any) -> tuple[float | None, float | None]:

@@ -8,10 +8,7 @@ import numpy as np
 from dinov2.data.slides.reader import SlideReader
 
 MAP_CELL_PX = 32  # side of a map cell in level-0 pixels
-PEN_LOWER, PEN_UPPER = (
-    (90, 90, 0),
-    (125, 255, 255),
-)  # hues of blue ink, saturated as tissue of those hues is not
+PEN_LOWER, PEN_UPPER = (90, 90, 0), (125, 255, 255)  # hues of blue ink, saturated as tissue of those is not
 MAX_PEN_FRACTION = 0.1
 _BLOCK_CELLS = 64  # the map is read in squares of so many cells, to bound memory on slides without a pyramid
 
@@ -25,7 +22,7 @@ class TissueRule:
     the stain, so no rule of colour can tell them; green and black are no tissue in the first place.
 
     Raises:
-        ValueError: a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
+        ValueError: if a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
     """
 
     lower: tuple[int, int, int] = (90, 8, 103)
@@ -47,31 +44,31 @@ class TissueRule:
         return cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), self.lower, self.upper)
 
     def fraction(self, image: np.ndarray) -> float:
-        """Share of tissue pixels in a uint8 (H, W, 3) RGB image."""
+        """Fraction of tissue pixels in a uint8 (H, W, 3) RGB image."""
         return cv2.countNonZero(self.mask(image)) / (image.shape[0] * image.shape[1])
 
     def accepts(self, image: np.ndarray) -> bool:
-        """Whether the share of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
+        """Whether the fraction of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
         if self.fraction(image) <= self.min_fraction:
             return False
         return not self.reject_pen or pen_fraction(image) <= MAX_PEN_FRACTION
 
 
 def pen_fraction(image: np.ndarray) -> float:
-    """Share of pixels of a uint8 (H, W, 3) RGB image that have the colour of a blue pen."""
+    """Fraction of pixels of a uint8 (H, W, 3) RGB image that have the colour of a blue pen."""
     ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
     return cv2.countNonZero(ink) / ink.size
 
 
 class TissueMap:
-    """Share of tissue in any rectangle of a slide, estimated from its coarsest level.
+    """Fraction of tissue in any rectangle of a slide, estimated from its coarsest level.
 
     Args:
         reader: the slide.
         rule: what counts as tissue.
 
     Raises:
-        SlideReadError: the coarsest level cannot be decoded.
+        SlideReadError: if the coarsest level cannot be decoded.
     """
 
     def __init__(self, reader: SlideReader, rule: TissueRule) -> None:
@@ -79,11 +76,18 @@ class TissueMap:
         downsample = reader.level_downsamples[level]
         cell = max(1, round(MAP_CELL_PX / downsample))
         self.cell_px = cell * downsample
-        self.cells = _cell_fractions(reader, rule, level, cell)
+        width, height = reader.level_dimensions[level]
+        self.cells = np.zeros((-(-height // cell), -(-width // cell)), np.float32)
+        for column, row, image, known in reader.read_blocks(level, cell * _BLOCK_CELLS):
+            mask = (rule.mask(image) > 0) & known
+            padded = np.pad(mask, [(0, -length % cell) for length in mask.shape])
+            fractions = padded.reshape(padded.shape[0] // cell, cell, -1, cell).mean((1, 3))
+            top, left = row // cell, column // cell
+            self.cells[top : top + fractions.shape[0], left : left + fractions.shape[1]] = fractions
         self._integral = cv2.integral(self.cells, sdepth=cv2.CV_64F)
 
     def fraction(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-        """Estimated tissue share of squares.
+        """Estimated tissue fraction of squares.
 
         Args:
             x, y: (N,) left and top edges in level-0 px.
@@ -102,19 +106,3 @@ class TissueMap:
 
     def _edge(self, position: np.ndarray) -> np.ndarray:
         return np.rint(position / self.cell_px).astype(int)
-
-
-def _cell_fractions(reader: SlideReader, rule: TissueRule, level: int, cell: int) -> np.ndarray:
-    width, height = reader.level_dimensions[level]
-    cells = np.zeros((-(-height // cell), -(-width // cell)), np.float32)
-    block = cell * _BLOCK_CELLS
-    for row in range(0, height, block):
-        for column in range(0, width, block):
-            size = min(block, width - column), min(block, height - row)
-            image, known = reader.read_known(level, column, row, *size)
-            mask = (rule.mask(image) > 0) & known
-            padded = np.pad(mask, ((0, -size[1] % cell), (0, -size[0] % cell)))
-            shares = padded.reshape(padded.shape[0] // cell, cell, -1, cell).mean((1, 3))
-            top, left = row // cell, column // cell
-            cells[top : top + shares.shape[0], left : left + shares.shape[1]] = shares
-    return cells

@@ -1,0 +1,1 @@
+"""Storages: where the files of a dataset lie, and ranged reads of them."""

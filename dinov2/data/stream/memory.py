@@ -1,4 +1,4 @@
-"""How much encoded data the reader of one process may hold, and how many lanes fit into a limit."""
+"""Memory of encoded data that the reader of one process may hold, and the read streams (lanes) that fit into it."""
 
 import logging
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class Prefetch:
     """How far the reader of one process works ahead.
 
     Attributes:
-        threads: Units fetched at a time.
-        look_ahead: Steps planned before they are asked for.
+        threads: units fetched at a time.
+        look_ahead: steps planned before they are asked for.
     """
 
     threads: int = 4
@@ -40,9 +40,10 @@ def memory_bound(
 ) -> int:
     """Bytes of encoded images that one process's reader can hold at once.
 
-    A lane holds rows of one unit, at most its share of an epoch, and V / world_size lanes' worth of rows belong
-    to one process. The look-ahead may open a lane's next unit early, when no more than its own rows are left of
-    the one before, and each thread holds up to twice a unit while it picks rows.
+    A read stream holds rows of one unit, at most its part of an epoch, and V / world_size streams' worth of rows
+    belong to one process, at worst those of the largest units; where streams outnumber units, each holds its own part
+    of one. The look-ahead may open a stream's next unit early, when no more than its own rows are left of the one
+    before, and each thread holds up to twice a unit while it picks rows.
     """
     rank_batch = global_batch // world_size
     firsts = [first for first, _ in order.parts] + [len(source.unit_rows)]
@@ -63,7 +64,7 @@ def memory_bound(
 
 
 def _once(column: np.ndarray) -> np.ndarray:
-    """A single value for a column that repeats one without holding it, as an endless source's do."""
+    """Return a single value of a column that repeats one without holding it, as an endless source's do."""
     return column[:1] if column.strides == (0,) else column
 
 
@@ -77,20 +78,20 @@ def fit_lanes(
     limit_gib: float,
     most: int = 8,
 ) -> int:
-    """Choose V, the number of lanes.
+    """Choose V, the number of read streams.
 
     Args:
-        make_order: Makes the order for a number of lanes.
-        source: The dataset.
+        make_order: makes the order for a number of read streams.
+        source: the dataset.
         lanes: V as the user wants it; 0 takes the first that fits of `most`, 1/2, 1/4 ... of it times the batch.
-            Whole multiples keep a lane on one process; below them several processes fetch the same units.
-        global_batch: Samples per step over all processes.
-        world_size: Number of processes.
-        limit_gib: Most that the reader of one process may hold, in GiB.
-        most: Lanes per sample of the batch to begin with.
+            Whole multiples keep a stream on one process; below them several processes fetch the same units.
+        global_batch: samples per step over all processes.
+        world_size: number of processes.
+        limit_gib: most that the reader of one process may hold, in GiB.
+        most: read streams per sample of the batch to begin with.
 
     Raises:
-        ValueError: `lanes` exceeds the rows, or what must be held exceeds the limit.
+        ValueError: if `lanes` exceeds the rows, or what must be held exceeds the limit.
     """
     rows = int(source.unit_rows.sum())
     if lanes > rows:
@@ -124,9 +125,9 @@ def fit_lanes(
 
 
 def _candidates(lanes: int, unit_rows: np.ndarray, fewest: int) -> list[int]:
-    """`lanes` and its halves, of those between `fewest` and the rows.
+    """List `lanes` and its halves, of those between `fewest` and the rows.
 
-    More lanes than units would begin side by side in the same ones, and a batch would come from few.
+    More read streams than units would begin side by side in the same ones, and a batch would come from few.
     """
     candidates = []
     while lanes >= fewest:

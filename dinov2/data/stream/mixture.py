@@ -1,13 +1,13 @@
-"""Several datasets in one order, each with its share of the samples.
+"""Several datasets in one order, each with its fraction of the samples.
 
-The V lanes are divided among the datasets by weight, n_d of them to dataset d, and their V slots dealt out so
-that every stretch of samples holds each dataset in proportion. Global sample index g falls into slot g % V; if
-that is the k-th slot of dataset d, the sample is number
+The V read streams (`lanes`) are divided among the datasets by weight, n_d of them to dataset d, and the V slots of
+one turn dealt out so that every stretch of samples holds each dataset in proportion. Global sample index g falls into
+slot g % V; if that is the k-th slot of dataset d, the sample is number
 
     j = (g // V) * n_d + k
 
-of the dataset's own order, which has n_d lanes and its own seed. So each dataset goes through epochs of its own
-and visits each of its rows once in each; a small dataset with a large weight comes round more often.
+of the dataset's own order, which has n_d read streams and its own seed. So each dataset goes through epochs of its
+own and visits each of its rows once in each; a small dataset with a large weight comes round more often.
 """
 
 import bisect
@@ -21,25 +21,26 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.source import EncodedSample, Source
-from dinov2.data.stream.order import Places, SampleOrder, check_parameters, hash_words
+from dinov2.data.stream.order import Locations, SampleOrder, check_parameters
+from dinov2.utils.seeding import hash_words
 
 
 class MixedOrder:
-    """Locates any global sample index in a mixture; stands in for a `SampleOrder`.
+    """Order of a mixture; stands in for a `SampleOrder`.
 
     Args:
-        unit_rows: Rows of each unit, for each dataset; units are numbered through, dataset by dataset.
-        weights: Share of the samples that each dataset gets, up to a common factor.
-        seed: Any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
+        unit_rows: rows of each unit, for each dataset; units are numbered through, dataset by dataset.
+        weights: fraction of the samples that each dataset gets, up to a common factor.
+        seed: any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
         lanes: V, of all datasets together.
         block_rows: R.
 
     Attributes:
-        num_rows: Rows of all datasets together.
-        parts: First unit and order of each dataset.
+        num_rows: rows of all datasets together.
+        parts: first unit and order of each dataset.
 
     Raises:
-        ValueError: A weight is not positive and finite, weights and datasets differ in number, there are fewer
+        ValueError: if a weight is not positive and finite, weights and datasets differ in number, there are fewer
             lanes than datasets, a dataset holds no row, or a parameter is out of range.
     """
 
@@ -68,36 +69,40 @@ class MixedOrder:
         self.num_rows = sum(order.num_rows for _, order in self.parts)
         self._dataset = spread(counts)
         self._slots = [np.flatnonzero(self._dataset == d) for d in range(len(counts))]
-        self._rank = np.empty_like(self._dataset)  # k of each slot
+        self._number = np.empty_like(self._dataset)  # k of each slot
         for slots in self._slots:
-            self._rank[slots] = np.arange(len(slots))
+            self._number[slots] = np.arange(len(slots))
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What fixes the order besides the datasets; of the weights only the lanes that they came to."""
-        shared = {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
-        return shared | {"dataset_lanes": [order.lanes for _, order in self.parts]}
+        """What fixes the order besides the datasets; of the weights only the read streams that they came to."""
+        return {
+            "seed": self.seed,
+            "lanes": self.lanes,
+            "block_rows": self.block_rows,
+            "dataset_lanes": [order.lanes for _, order in self.parts],
+        }
 
-    def locate(self, indices: np.ndarray) -> Places:
+    def locate(self, indices: np.ndarray) -> Locations:
         """Find global sample indices, int64 (n,), in any order; `epoch` is the dataset's own."""
         turn, slot = np.divmod(np.asarray(indices, np.int64), self.lanes)
         dataset = self._dataset[slot]
-        places = Places(*np.empty((4, len(turn)), np.int64))
+        locations = Locations(*np.empty((4, len(turn)), np.int64))
         for d in np.unique(dataset):
             here = dataset == d
             first, order = self.parts[d]
-            found = order.locate(turn[here] * order.lanes + self._rank[slot[here]])
-            for column, values in zip(places, found._replace(unit=found.unit + first), strict=True):
+            found = order.locate(turn[here] * order.lanes + self._number[slot[here]])
+            for column, values in zip(locations, found._replace(unit=found.unit + first), strict=True):
                 column[here] = values
-        return places
+        return locations
 
-    def members(self, epoch: int, unit: int, piece: int) -> tuple[np.ndarray, np.ndarray]:
-        """List the samples of one piece of a unit, as `SampleOrder.members` does."""
-        d = _place(self.parts, unit)
+    def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """List the samples of one chunk of a unit, as `SampleOrder.members` does."""
+        d = _part_of(self.parts, unit)
         first, order = self.parts[d]
-        own, rows = order.members(epoch, unit - first, piece)
-        turn, rank = np.divmod(own, order.lanes)
-        return turn * self.lanes + self._slots[d][rank], rows
+        own, rows = order.members(epoch, unit - first, chunk)
+        turn, k = np.divmod(own, order.lanes)
+        return turn * self.lanes + self._slots[d][k], rows
 
 
 class MixedSource:
@@ -133,7 +138,7 @@ class MixedSource:
         return source.slides(own)
 
     def _find(self, unit: int) -> tuple[Source, int]:
-        first, source = self._parts[_place(self._parts, unit)]
+        first, source = self._parts[_part_of(self._parts, unit)]
         return source, unit - first
 
 
@@ -148,7 +153,7 @@ def make_order(
     """Order the rows of `make_source(sources)`; a single dataset is in `SampleOrder`, whatever its weight.
 
     Raises:
-        ValueError: See `MixedOrder`.
+        ValueError: if the order is impossible, see `MixedOrder`.
     """
     _check_weights(weights, len(sources))
     if len(sources) == 1:
@@ -158,7 +163,7 @@ def make_order(
 
 
 def describe_shares(order: SampleOrder | MixedOrder, datasets: Sequence[str]) -> list[str]:
-    """Tell the user each dataset's rows and actual share of the samples, a line per dataset."""
+    """Tell the user each dataset's rows and actual fraction of the samples, a line per dataset."""
     return [
         f"dataset '{name}': {part.num_rows:,} rows, {part.lanes / order.lanes:.2%} of the samples "
         f"({part.lanes} of {order.lanes} lanes)"
@@ -167,10 +172,10 @@ def describe_shares(order: SampleOrder | MixedOrder, datasets: Sequence[str]) ->
 
 
 def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
-    """Divide lanes in proportion to weights, by largest remainder and in exact arithmetic; each gets at least one.
+    """Divide read streams in proportion to weights, by largest remainder in exact arithmetic; each gets at least one.
 
     Raises:
-        ValueError: There are fewer lanes than weights.
+        ValueError: if there are fewer streams than weights.
     """
     if lanes < len(weights):
         raise ValueError(
@@ -178,14 +183,15 @@ def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
         )
     exact = [Fraction(weight) for weight in weights]
     counts, left, pending = [1] * len(weights), lanes, list(range(len(weights)))
+    # Whoever is due less than one stream gets one. That leaves less for the others, so the test is made again.
     while small := [d for d in pending if exact[d] * left < sum(exact[p] for p in pending)]:
         left -= len(small)
         pending = [d for d in pending if d not in small]
     total = sum(exact[d] for d in pending)
-    shares = {d: exact[d] * left / total for d in pending}
-    for d, share in shares.items():
-        counts[d] = math.floor(share)
-    by_remainder = sorted(pending, key=lambda d: counts[d] - shares[d])
+    due = {d: exact[d] * left / total for d in pending}
+    for d, streams in due.items():
+        counts[d] = math.floor(streams)
+    by_remainder = sorted(pending, key=lambda d: counts[d] - due[d])
     for d in by_remainder[: lanes - sum(counts)]:
         counts[d] += 1
     return counts
@@ -207,7 +213,7 @@ def spread(counts: Sequence[int]) -> np.ndarray:
     slots = np.empty(total, np.int64)
     for slot in range(total):
         deadline = -(-(taken + 1) * total // n)
-        deadline[taken * total >= (slot + 1) * n] = total + 1
+        deadline[taken * total >= (slot + 1) * n] = total + 1  # its turn has not come
         slots[slot] = deadline.argmin()
         taken[slots[slot]] += 1
     return slots
@@ -226,5 +232,5 @@ def _first_units(unit_rows: Sequence[np.ndarray]) -> list[int]:
     return [sum(lengths[:d]) for d in range(len(lengths))]
 
 
-def _place(parts: Sequence[tuple[int, Any]], unit: int) -> int:
+def _part_of(parts: Sequence[tuple[int, Any]], unit: int) -> int:
     return bisect.bisect_right(parts, unit, key=lambda part: part[0]) - 1

@@ -1,11 +1,11 @@
 """The order of samples: a pure function from (seed, global sample index) to a row of the dataset.
 
-Each epoch sorts all units (row groups) by a keyed hash: the *tape*. The tape is cut into V lanes of equal
-length, read side by side, one row from each lane in turn; rows are shuffled within blocks of R rows of their
-unit. With N rows and global sample index g,
+Each epoch permutes all row groups (units) by a keyed hash. The permuted rows are cut into V read streams of equal
+length (`lanes`), which are read interleaved, one row of each in turn; rows are shuffled within blocks of R rows of
+their row group (`block_rows`). With N rows and global sample index g,
 
     e, i = divmod(g, N);  v, p = i % V, i // V;  q, r = divmod(N, V)
-    t    = v*q + min(v, r) + p                              position on the tape of epoch e
+    t    = v*q + min(v, r) + p                              position in the permutation of epoch e
     row  = shuffled(seed, e, unit)[t - start(unit)]         unit = the one that covers t
 
 which is a bijection between [e*N, (e+1)*N) and the rows for any N and V, uneven and empty units included.
@@ -16,48 +16,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-_TAPES_KEPT = 2  # the look-ahead reaches into the next epoch while the present one is still in use
+from dinov2.utils.seeding import hash_words
+
+_PERMUTATIONS_KEPT = 2  # the look-ahead reaches into the next epoch while the present one is still in use
 _LAST = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
-def splitmix64(seed: np.ndarray) -> np.ndarray:
-    """First output of the SplitMix64 generator for each uint64 seed (Steele, Lea and Flood, 2014)."""
-    z = seed + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)  # in place: an epoch's tape hashes every row group
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def hash_words(*words: int | np.ndarray) -> np.ndarray:
-    """Hash broadcastable integers to uint64: h = splitmix64(h ^ word) for each word in turn, from h = 0.
-
-    Every step is a bijection, so hashes that differ in their last word only never collide.
-    """
-    state = np.zeros(1, np.uint64)  # an array, because numpy warns when a scalar wraps around
-    for word in words:
-        state = splitmix64(state ^ np.asarray(word).astype(np.uint64))
-    return state
-
-
-class Places(NamedTuple):
-    """Where samples lie, int64 (n,) each; see `SampleOrder.members` for `piece`."""
+class Locations(NamedTuple):
+    """Where samples lie, int64 (n,) each; see `SampleOrder.members` for `chunk`."""
 
     epoch: np.ndarray
     unit: np.ndarray
-    piece: np.ndarray
+    chunk: np.ndarray
     row: np.ndarray
 
 
-class _Tape(NamedTuple):
-    units: np.ndarray  # unit numbers in tape order
-    ends: np.ndarray  # tape position after each unit, in tape order
-    starts: np.ndarray  # tape position of each unit's first row, by unit number
+class _Permutation(NamedTuple):
+    units: np.ndarray  # unit numbers in the order of the epoch
+    ends: np.ndarray  # position after each unit, in the order of the epoch
+    starts: np.ndarray  # position of each unit's first row, by unit number
 
 
 def check_parameters(seed: int, lanes: int, block_rows: int) -> None:
-    """Refuse parameters that make no order with a ValueError."""
+    """Refuse parameters that make no order.
+
+    Raises:
+        ValueError: if one of them is out of range.
+    """
     if not 0 <= seed < 2**64:
         raise ValueError(f"the order's seed is {seed}, but it must lie in [0, 2**64)")
     for name, value in (("lanes", lanes), ("block_rows", block_rows)):
@@ -66,12 +51,12 @@ def check_parameters(seed: int, lanes: int, block_rows: int) -> None:
 
 
 class SampleOrder:
-    """Locates any global sample index in O(log units), after one sort of the units per epoch.
+    """Order of one dataset; it locates any global sample index in O(log units), after one sort per epoch.
 
     Args:
-        unit_rows: Rows of each unit, (U,).
-        seed: Any integer in [0, 2**64).
-        lanes: V. A multiple of the global batch keeps each lane on one rank, so that ranks share no unit.
+        unit_rows: rows of each unit, (U,).
+        seed: any integer in [0, 2**64).
+        lanes: V. A multiple of the global batch keeps each read stream on one rank, so that ranks share no unit.
         block_rows: R.
     """
 
@@ -82,8 +67,10 @@ class SampleOrder:
             raise ValueError("the dataset holds 0 rows, but an order needs at least 1")
         check_parameters(seed, lanes, block_rows)
         self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
-        self._short, self._longer = divmod(self.num_rows, lanes)  # the first `longer` lanes hold one row more
-        self._tapes: dict[int, _Tape] = {}
+        self._short, self._longer = divmod(
+            self.num_rows, lanes
+        )  # the first `longer` streams hold one row more
+        self._permutations: dict[int, _Permutation] = {}
 
     @property
     def parts(self) -> list[tuple[int, "SampleOrder"]]:
@@ -95,62 +82,68 @@ class SampleOrder:
         """What fixes the order besides the dataset."""
         return {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
 
-    def locate(self, indices: np.ndarray) -> Places:
+    def locate(self, indices: np.ndarray) -> Locations:
         """Find global sample indices, int64 (n,), in any order and across epochs."""
         epoch, i = np.divmod(np.asarray(indices, np.int64), self.num_rows)
-        t = self._lane_start(i % self.lanes) + i // self.lanes
-        unit, piece, row = np.empty_like(t), np.empty_like(t), np.empty_like(t)
+        t = self._stream_start(i % self.lanes) + i // self.lanes
+        unit, chunk, row = np.empty_like(t), np.empty_like(t), np.empty_like(t)
         for e in np.unique(epoch):
             here = epoch == e
-            tape = self._tape(int(e))
-            u = unit[here] = tape.units[np.searchsorted(tape.ends, t[here], side="right")]
-            start = tape.starts[u]
-            piece[here] = t[here] >= self._next_lane(start)
+            permutation = self._permutation(int(e))
+            u = unit[here] = permutation.units[np.searchsorted(permutation.ends, t[here], side="right")]
+            start = permutation.starts[u]
+            chunk[here] = t[here] >= self._next_stream(start)
             row[here] = self._shuffled(e, u, t[here] - start)
-        return Places(epoch, unit, piece, row)
+        return Locations(epoch, unit, chunk, row)
 
-    def members(self, epoch: int, unit: int, piece: int) -> tuple[np.ndarray, np.ndarray]:
-        """List the samples of one piece of a unit: the rows of it that are in use at the same time.
+    def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """List the samples of one chunk of a unit: the rows of it that are in use at the same time.
 
-        Piece 0 is read by the lane that runs into the unit from before, piece 1 by the lanes that begin
-        inside it. These begin with the epoch, that one arrives later, so the pieces are fetched apart.
+        A read stream that has begun in an earlier unit runs into this one late in the epoch: its rows are chunk 0.
+        Streams that begin inside the unit do so with the epoch: theirs are chunk 1. Fetched as one, the rows of
+        chunk 0 would lie in memory for the length of a stream; fetched apart, each is read when its turn comes.
 
         Returns:
             Global sample indices and the rows they stand for, int64 (n,) each.
         """
-        start = self._tape(epoch).starts[unit]
+        start = self._permutation(epoch).starts[unit]
         end = start + self._rows[unit]
-        cut = np.minimum(self._next_lane(start), end)
-        t = np.arange(cut, end) if piece else np.arange(start, cut)
-        lane = self._lane_of(t)
-        indices = epoch * self.num_rows + (t - self._lane_start(lane)) * self.lanes + lane
+        cut = np.minimum(self._next_stream(start), end)
+        t = np.arange(cut, end) if chunk else np.arange(start, cut)
+        stream = self._stream_of(t)
+        indices = epoch * self.num_rows + (t - self._stream_start(stream)) * self.lanes + stream
         return indices, self._shuffled(epoch, np.full_like(t, unit), t - start)
 
-    def _lane_start(self, lane: np.ndarray) -> np.ndarray:
-        return lane * self._short + np.minimum(lane, self._longer)
+    def _stream_start(self, stream: np.ndarray) -> np.ndarray:
+        return stream * self._short + np.minimum(stream, self._longer)
 
-    def _lane_of(self, t: np.ndarray) -> np.ndarray:
-        shared = self._longer * (self._short + 1)
-        after = self._longer + (t - shared) // max(self._short, 1)
-        return np.where(t < shared, t // (self._short + 1), after)
+    def _stream_of(self, t: np.ndarray) -> np.ndarray:
+        """Invert `_stream_start`: the read stream that holds each position; there may be more streams than rows."""
+        in_longer = self._longer * (self._short + 1)
+        after = self._longer + (t - in_longer) // max(self._short, 1)
+        return np.where(t < in_longer, t // (self._short + 1), after)
 
-    def _next_lane(self, t: np.ndarray) -> np.ndarray:
-        """Where the first lane at or after t begins."""
-        return self._lane_start(self._lane_of(t - 1) + 1)
+    def _next_stream(self, t: np.ndarray) -> np.ndarray:
+        """Find where the first read stream at or after t begins."""
+        return self._stream_start(self._stream_of(t - 1) + 1)
 
-    def _tape(self, epoch: int) -> _Tape:
-        if epoch not in self._tapes:
-            if len(self._tapes) == _TAPES_KEPT:
-                del self._tapes[next(iter(self._tapes))]
+    def _permutation(self, epoch: int) -> _Permutation:
+        if epoch not in self._permutations:
+            if len(self._permutations) == _PERMUTATIONS_KEPT:
+                del self._permutations[next(iter(self._permutations))]
+            # Hashes of one epoch never collide (see hash_words), so the sort needs no tie-break.
             units = np.argsort(hash_words(self.seed, epoch, np.arange(len(self._rows))))
             ends = np.cumsum(self._rows[units])
             starts = np.empty_like(ends)
             starts[units] = ends - self._rows[units]
-            self._tapes[epoch] = _Tape(units, ends, starts)
-        return self._tapes[epoch]
+            self._permutations[epoch] = _Permutation(units, ends, starts)
+        return self._permutations[epoch]
 
     def _shuffled(self, epoch: int, unit: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Row at each offset of a unit; a block's rows are ordered by hash_words(seed, epoch, unit, row)."""
+        """Find the row at each offset of a unit; a block's rows are ordered by hash_words(seed, epoch, unit, row).
+
+        Only the blocks that are asked for are sorted, all in one go: row k of the arrays below is the k-th of them.
+        """
         if not len(unit):
             return offset
         rows, size = self._rows[unit], self.block_rows
@@ -159,6 +152,7 @@ class SampleOrder:
         unit_of_block, block = np.divmod(block[:, None], blocks_per_unit)
         row = block * size + np.arange(min(size, int(rows.max())))
         keys = hash_words(self.seed, epoch, unit_of_block, row)
+        # The last block of a unit may be short: what lies beyond its end is sorted to the end, and never asked for.
         keys = np.where(row < self._rows[unit_of_block], keys, _LAST)
         ranked = np.take_along_axis(row, np.argsort(keys, axis=1, kind="stable"), axis=1)
         return ranked[inverse, offset % size]

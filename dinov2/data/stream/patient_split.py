@@ -1,4 +1,4 @@
-"""Rows to train on, rows kept for validation, and rows left out, told apart by slide and patient."""
+"""Split of a dataset by slide and patient: rows to train on, rows kept for validation, and rows left out."""
 
 import logging
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ from enum import IntEnum
 
 import numpy as np
 
+from dinov2.data.patients import comparable, names_of, patient_of
 from dinov2.data.source import Source
-from dinov2.data.stream.patients import comparable, in_validation, names_of, patient_of
+from dinov2.data.stream.patients import in_validation
 from dinov2.data.stream.subset import SubsetSource
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ _MIXED = 255
 
 
 class Fate(IntEnum):
-    """What a slide is for; exclusion comes before validation."""
+    """Use of a slide; exclusion comes before validation."""
 
     TRAINING = 0
     EXCLUDED = 1
@@ -45,11 +46,11 @@ class PatientSplit:
     """A dataset split by patient.
 
     Attributes:
-        training: The rows to train on; the source itself where these are all.
-        validation: The rows of validation patients; None if there are none.
-        counts: Slides, patients and rows of each fate. A patient counts in each fate that a slide of theirs has.
-        unmatched: Names of the exclusion list that no slide of this dataset has.
-        unnamed: Whether some rows name no slide, so that they cannot be excluded.
+        training: the rows to train on; the source itself where these are all.
+        validation: the rows of validation patients; None if there are none.
+        counts: slides, patients and rows of each fate. A patient counts in each fate that a slide of theirs has.
+        unmatched: names of the exclusion list that no slide of this dataset has.
+        unnamed: whether some rows name no slide, so that they cannot be excluded.
     """
 
     training: Source
@@ -67,13 +68,13 @@ def split_by_patient(
     Looks up the slide of every row, which costs reads where the source's index does not know it.
 
     Args:
-        source: The dataset.
-        dataset: Its name, for messages.
-        excluded: Patients and slides to leave out, see `dinov2.data.stream.patients.names_of`.
-        validation_share: Share of patients to keep for validation, see `dinov2.data.stream.patients.in_validation`.
+        source: the dataset.
+        dataset: its name, for messages.
+        excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
+        validation_share: fraction of patients to keep for validation, see `dinov2.data.stream.patients.in_validation`.
 
     Raises:
-        ValueError: Nothing is left to train on, or the share is not in [0, 1).
+        ValueError: if nothing is left to train on, or the share is not in [0, 1).
     """
     logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.unit_rows), dataset)
     fates = Fates(excluded, validation_share)

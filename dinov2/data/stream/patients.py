@@ -1,45 +1,11 @@
-"""Which patient a slide comes from, and which patients and slides are set aside.
-
-A slide is named by its path. Its patient is the TCGA barcode (TCGA-XX-XXXX, upper case) that one of the path's
-components begins with, the last such one; without a barcode it is the file name without its extensions.
-"""
+"""Patients and slides that are set aside: exclusion lists and the validation share."""
 
 import csv
-import hashlib
-import re
 from pathlib import Path
 
-_BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE | re.ASCII)
-_EXTENSIONS = re.compile(
-    r"(\.(svs|svslide|tiff?|ome|btf|ndpi|mrxs|scn|bif|vmu|vms|czi|isyntax|i2syntax|dcm|zarr|png|jpe?g|jp2|parquet))+\Z",
-    re.IGNORECASE,
-)
+from dinov2.utils.seeding import hash_name
+
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-
-
-def patient_of(slide: str) -> str:
-    """Name the patient of a slide: its TCGA barcode, else its file name without extensions such as .ome.tiff."""
-    components = _components(slide)
-    barcodes = filter(None, map(_BARCODE.match, reversed(components)))
-    barcode = next(barcodes, None)
-    return barcode[0].upper() if barcode else _stem(components[-1])
-
-
-def names_of(slide: str) -> set[str]:
-    """List what an exclusion list may call a slide, in the spelling of `comparable`.
-
-    These are its patient, its whole path, its file name with and without extensions, and the file name up to
-    the first dot, which is the slide's barcode where names are barcode.uuid.svs.
-    """
-    file_name = _components(slide)[-1]
-    stem = _stem(file_name)
-    names = {patient_of(slide), slide, file_name, stem, stem.partition(".")[0]}
-    return {comparable(name) for name in names} - {""}
-
-
-def comparable(name: str) -> str:
-    """Bring a name of a patient or slide to the form in which names are compared: TCGA ones in upper case."""
-    return name.upper() if _BARCODE.match(_components(name)[-1]) else name
 
 
 def read_exclusions(path: str | Path) -> list[str]:
@@ -52,8 +18,8 @@ def read_exclusions(path: str | Path) -> list[str]:
         Each name once, as written and in order.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not text, or names nothing.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not text, or names nothing.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,24 +45,15 @@ def read_exclusions(path: str | Path) -> list[str]:
 def in_validation(patient: str, share: float) -> bool:
     """Decide whether a patient belongs to the validation share, by the name alone.
 
-    True where blake2b(name in UTF-8, digest_size=8), as a big-endian integer over 2**64, lies below `share`. So
-    a patient is on the same side in every dataset, and a larger share keeps the patients of a smaller one.
+    True where hash_name(patient) / 2**64 lies below `share`. So a patient is on the same side in every dataset, and a
+    larger share keeps the patients of a smaller one.
 
     Raises:
-        ValueError: `share` is not in [0, 1).
+        ValueError: if `share` is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"the validation share is {share}; at least 0 and less than 1 is expected")
-    digest = hashlib.blake2b(patient.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
-
-
-def _components(path: str) -> list[str]:
-    return re.split(r"[/\\]", path.rstrip("/\\"))
-
-
-def _stem(file_name: str) -> str:
-    return _EXTENSIONS.sub("", file_name) or file_name
+    return hash_name(patient) / 2**64 < share
 
 
 def _first_cell(line: str, delimiter: str) -> str:

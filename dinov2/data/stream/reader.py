@@ -1,4 +1,4 @@
-"""One reader per rank: fetches the rank's rows ahead of use and hands them out in order."""
+"""The reader of a rank: fetches its rows ahead of use and hands them out in order."""
 
 import itertools
 import threading
@@ -13,30 +13,30 @@ from dinov2.data.storage.retry import give_up_when
 from dinov2.data.stream.memory import Prefetch
 from dinov2.data.stream.order import SampleOrder
 
-_Key = tuple[int, int, int]  # epoch, unit, piece
+_Key = tuple[int, int, int]  # epoch, unit, chunk
 _DEFAULT_PREFETCH = Prefetch()
 _Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
 
 
 class RankReader:
-    """Yields the encoded rows of one rank, one list per step, without end.
+    """Encoded rows of one rank, one list per step, without end.
 
     Step s on rank k holds samples start + s*B + k*B/world + [0, B/world). The object is the DataLoader's
     batch sampler and the rows are its "indices": workers keep no state, so their number affects neither order
     nor I/O.
 
-    Each piece of a unit (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
+    Each chunk of a unit (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
     Threads start at the first `next()`, when the DataLoader has already forked its workers, and end with the
     iterator; what goes wrong in one is raised by `next()`.
 
     Args:
-        source: Where the rows are.
-        order: Which row each sample is.
+        source: where the rows are.
+        order: which row each sample is.
         global_batch: B, a multiple of `world_size`.
         rank: k.
-        world_size: Number of ranks.
-        start_sample: First global sample index of step 0.
-        prefetch: How far to work ahead.
+        world_size: number of ranks.
+        start_sample: first global sample index of step 0.
+        prefetch: how far to work ahead.
     """
 
     def __init__(
@@ -74,21 +74,23 @@ class RankReader:
                 if len(window) > self._prefetch.look_ahead:
                     yield [_take(fetches, g, key) for g, key in window.popleft()]
         finally:
-            closed.set()  # a thread between two tries of a server may have minutes to sleep
+            closed.set()  # a thread between two retries of a server may have minutes to sleep
             pool.shutdown(cancel_futures=True)
 
     def _plan(self, first: int, fetches: _Fetches, pool: ThreadPoolExecutor) -> list[tuple[int, _Key]]:
-        """Locate one step's samples and start to fetch the pieces that are not yet on their way."""
+        """Locate one step's samples and start to fetch the chunks that are not yet on their way."""
         indices = np.arange(first, first + self._rank_batch)
-        places = self._order.locate(indices)
-        keys = list(zip(places.epoch.tolist(), places.unit.tolist(), places.piece.tolist(), strict=True))
+        locations = self._order.locate(indices)
+        epoch, unit, chunk = (column.tolist() for column in locations[:3])
+        keys = list(zip(epoch, unit, chunk, strict=True))
         for key in keys:
             if key not in fetches:
+                # Of a chunk that is shared with other ranks, or that an earlier launch began, only what is left to us.
                 members, rows = self._order.members(*key)
                 since_start = members - self._start
                 owner = since_start % self._batch // self._rank_batch
-                mine = (since_start >= 0) & (owner == self._rank)
-                fetches[key] = pool.submit(self._fetch, key[1], members[mine].tolist(), rows[mine].tolist())
+                own = (since_start >= 0) & (owner == self._rank)
+                fetches[key] = pool.submit(self._fetch, key[1], members[own].tolist(), rows[own].tolist())
         return list(zip(indices.tolist(), keys, strict=True))
 
     def _fetch(self, unit: int, indices: list[int], rows: list[int]) -> dict[int, EncodedSample]:

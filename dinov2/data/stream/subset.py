@@ -16,9 +16,9 @@ class SubsetSource:
     stored row. The fingerprint depends on the source and on which rows remain, not on why.
 
     Args:
-        source: Where the rows are.
-        whole: Which units remain whole, bool (U,).
-        rows: Of units that remain in part: the stored rows that do, ascending.
+        source: where the rows are.
+        whole: which units remain whole, bool (U,).
+        rows: of units that remain in part: the stored rows that do, ascending.
     """
 
     def __init__(self, source: Source, whole: np.ndarray, rows: Mapping[int, np.ndarray]) -> None:

@@ -10,16 +10,16 @@ Batch = dict[str, Any]
 
 
 class DeviceBatches:
-    """Moves batches to the device and prepares them there.
+    """Batches on the device, where they are prepared.
 
     On a GPU both happen on a stream of their own. The host runs ahead of the device, so the copy of a batch and
     its preparation overlap with the step before; the step itself only waits for an event. Copies need no wait
     of the host where the batch lies in page-locked memory.
 
     Args:
-        batches: Batch dicts with tensors on the CPU; other values pass as they are.
-        device: Target.
-        prepare: Called with each moved batch; returns what is yielded.
+        batches: batch dicts with tensors on the CPU; other values pass as they are.
+        device: target.
+        prepare: called with each moved batch; returns what is yielded.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a decode worker does: stored bytes to an augmented sample."""
+"""The work of a decode worker: stored bytes to an augmented sample."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Transform = Callable[[np.ndarray, int], Any]
 
 
 class DecodedRows(Dataset):
-    """Encoded to augmented samples; a damaged row gives way to the next good one of its row group, wrapping.
+    """Encoded to augmented samples; a corrupt row gives way to the next good one of its row group, wrapping.
 
     Where none of the row group is good, it is the first good one of the row groups that follow. The substitute
     depends on the dataset only, not on ranks or workers, and is augmented as sample g.
@@ -25,19 +25,27 @@ class DecodedRows(Dataset):
     def __init__(self, source: Source, transform: Transform) -> None:
         self._source, self._transform = source, transform
 
-    def __getitem__(self, encoded: EncodedSample) -> Sample:
-        damage = ""
+    def __getitem__(self, encoded: EncodedSample) -> Sample | Exception:
+        """Decode and augment one row.
+
+        Returns:
+            The sample, or the error where the user can mend it: raised in a worker it would come as a traceback.
+        """
         try:
-            image = self._source.decode(encoded)
-        except DecodeError as error:
-            damage = f"{self._source.describe(encoded.unit, encoded.row)}: {error}"
-            encoded, image = self._next_good(encoded, damage)
-        crops = self._transform(image, encoded.index)
+            fault = ""
+            try:
+                image = self._source.decode(encoded)
+            except DecodeError as error:
+                fault = f"{self._source.describe(encoded.unit, encoded.row)}: {error}"
+                encoded, image = self._next_good(encoded, fault)
+            crops = self._transform(image, encoded.index)
+        except (ValueError, OSError) as error:
+            return error
         return Sample(
-            encoded.index, crops, encoded.slide, bool(damage), damage, unit=encoded.unit, row=encoded.row
+            encoded.index, crops, encoded.slide, bool(fault), fault, unit=encoded.unit, row=encoded.row
         )
 
-    def _next_good(self, bad: EncodedSample, damage: str) -> tuple[EncodedSample, np.ndarray]:
+    def _next_good(self, bad: EncodedSample, fault: str) -> tuple[EncodedSample, np.ndarray]:
         source = self._source
         count = int(source.unit_rows[bad.unit])
         rows = [(bad.row + step) % count for step in range(1, count)]
@@ -53,6 +61,6 @@ class DecodedRows(Dataset):
                 except DecodeError:
                     continue
         raise ValueError(
-            f"none of the {count} rows of {source.describe(bad.unit)} is an image ({damage}), nor any of the "
+            f"none of the {count} rows of {source.describe(bad.unit)} is an image ({fault}), nor any of the "
             f"{len(following)} row groups after it; restore them or train without them"
         )

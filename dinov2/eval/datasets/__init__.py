@@ -1,0 +1,1 @@
+"""Tiles with labels, splits and patients, from folders, tables, shards and public benchmarks."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dinov2.eval.datasets.images import ImageFiles
+from dinov2.eval.datasets.images import ImageFiles, UnreadableImage
 from dinov2.eval.datasets.labelled import LabelledTiles
-from dinov2.eval.datasets.pcam import open_pcam
 
 _BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
 # kaiko-eva's patient-wise split of the 400 images in order of class and name; half-open.
@@ -17,24 +17,11 @@ _BACH_TRAIN = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345),
 _BREAKHIS_CLASSES = ("TA", "MC", "F", "DC")
 _BREAKHIS_IMAGES = {"train": 1132, "test": 339}
 # kaiko-eva's validation patients.
-_BREAKHIS_TEST = frozenset(
-    [
-        "18842D",
-        "19979",
-        "15275",
-        "15792",
-        "16875",
-        "3909",
-        "5287",
-        "16716",
-        "2773",
-        "5695",
-        "16184CD",
-        "23060CD",
-        "21998CD",
-        "21998EF",
-    ]
-)
+_BREAKHIS_TEST = {
+    "18842D", "19979", "15275", "15792", "16875", "3909", "5287", "16716", "2773", "5695", "16184CD", "23060CD",
+    "21998CD", "21998EF",
+}  # fmt: skip
+_PCAM_SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
 
 def open_bach(root: str | Path) -> LabelledTiles:
@@ -44,7 +31,7 @@ def open_bach(root: str | Path) -> LabelledTiles:
         root: folder that holds ``ICIAR2018_BACH_Challenge``, or that folder, or its ``Photos``.
 
     Raises:
-        FileNotFoundError, ValueError: the folder does not have this layout.
+        FileNotFoundError, ValueError: if the folder does not have this layout.
     """
     root = Path(root)
     candidates = (root / "ICIAR2018_BACH_Challenge" / "Photos", root / "Photos", root)
@@ -72,7 +59,7 @@ def open_breakhis(root: str | Path) -> LabelledTiles:
         root: folder of ``BreaKHis_v1``; images are ``**/40X/SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png``.
 
     Raises:
-        FileNotFoundError, ValueError: the folder does not have this layout.
+        FileNotFoundError, ValueError: if the folder does not have this layout.
     """
     root = Path(root)
     found = sorted(path.relative_to(root).as_posix() for path in root.glob("**/40X/*.png"))
@@ -96,6 +83,82 @@ def open_breakhis(root: str | Path) -> LabelledTiles:
         )
     labels = np.array([_BREAKHIS_CLASSES.index(class_of[name]) for name in names], np.int64)
     return LabelledTiles(ImageFiles(root, names), labels, _BREAKHIS_CLASSES, patients=patients, splits=splits)
+
+
+def open_pcam(root: str | Path) -> LabelledTiles:
+    """PatchCamelyon with its own split: 262,144 tiles to train, 32,768 to choose and 32,768 to test on.
+
+    Args:
+        root: folder of ``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5``.
+
+    Raises:
+        FileNotFoundError, ValueError: if files are missing or do not fit together.
+        ImportError: if h5py is not installed.
+    """
+    root = Path(root)
+    files = {
+        split: [root / f"camelyonpatch_level_2_split_{name}_{key}.h5" for key in "xy"]
+        for split, name in _PCAM_SPLITS.items()
+    }
+    if absent := [path for pair in files.values() for path in pair if not path.is_file()]:
+        raise FileNotFoundError(
+            f"PCam in '{root}' lacks {absent[0].name}; its six unpacked .h5 files are expected."
+        )
+    labels, splits = [], []
+    for split, (_, path) in files.items():
+        labels.append(_open(path, "y")[:].reshape(-1).astype(np.int64))
+        splits += [split] * len(labels[-1])
+    images = Hdf5Tiles([pair[0] for pair in files.values()])
+    if images.counts != [len(part) for part in labels]:
+        raise ValueError(f"PCam in '{root}' has {images.counts} tiles, but {list(map(len, labels))} labels.")
+    return LabelledTiles(images, np.concatenate(labels), ("no_tumor", "tumor"), splits=tuple(splits))
+
+
+class Hdf5Tiles:
+    """Tiles of HDF5 files, one after the other; ``x`` of each is uint8 (N, H, W, 3).
+
+    Args:
+        paths: the files.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = tuple(paths)
+        self._arrays = [_open(path, "x") for path in paths]
+        self.counts = [len(array) for array in self._arrays]
+        self._ends = np.cumsum(self.counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, index: int) -> str:
+        """File and row."""
+        file, row = self._find(index)
+        return f"row {row} of {self.paths[file]}"
+
+    def read(self, index: int) -> np.ndarray:
+        """One tile, uint8 (H, W, 3) RGB."""
+        file, row = self._find(index)
+        try:
+            return self._arrays[file][row]
+        except (OSError, RuntimeError) as error:
+            raise UnreadableImage(f"Image in {self.name(index)} cannot be read: {error}.") from error
+
+    def _find(self, index: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return file, index - int(self._ends[file]) + self.counts[file]
+
+
+def _open(path: Path, key: str) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(
+            "PCam's files need h5py: install the extra 'hdf5' (pip install 'path-fm[hdf5]')."
+        ) from error
+    try:
+        return h5py.File(path, "r")[key]
+    except (OSError, KeyError) as error:
+        raise ValueError(f"File '{path}' is no HDF5 file with an array {key!r} ({error}).") from error
 
 
 BENCHMARKS: dict[str, Callable[[str | Path], LabelledTiles]] = {

@@ -1,15 +1,19 @@
-"""Where the pixels of tiles are: image files, or the rows of a Parquet dataset."""
+"""Pixels of tiles: image files, or the rows of a Parquet dataset."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image
+
+logger = logging.getLogger("dinov2")
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 
@@ -110,3 +114,27 @@ class ParquetTiles:
         source, unit = self._units[position]
         first = int(self._ends[position]) - int(source.unit_rows[unit])
         return source, unit, int(self._rows[index]) - first
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All tiles, each row group fetched once; damaged rows are left out with a warning."""
+        places = map(self._find, range(len(self)))
+        for (source, unit), found in groupby(places, key=lambda place: place[:2]):
+            rows = [row for _, _, row in found]
+            for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
+                try:
+                    yield source.decode(EncodedSample(0, unit, row, slide, data))
+                except DecodeError as error:
+                    logger.warning("Left out %s: %s.", source.describe(unit, row), error)
+
+
+def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]:
+    """Decode tiles in stored order, leaving out damaged rows with a warning.
+
+    Args:
+        source: an open dataset.
+        limit: take this many rows, spread evenly over the dataset; None takes all.
+
+    Yields:
+        uint8 (H, W, 3) RGB.
+    """
+    return iter(ParquetTiles([source], limit))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +11,11 @@ from dinov2.eval.datasets.images import TileImages
 
 SPLITS = ("train", "val", "test")
 GROUPINGS = ("patient", "slide", "tile")
-_BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class LabelledTiles:
-    """N tiles. Raises ValueError where the parts do not fit together.
+    """N tiles; a ValueError tells where the parts do not fit together.
 
     Attributes:
         images: the tiles.
@@ -63,7 +61,7 @@ class LabelledTiles:
             by: ``patient``, ``slide`` or ``tile``; None takes the widest that is known.
 
         Raises:
-            ValueError: `by` is not known for these tiles.
+            ValueError: if `by` is not known for these tiles.
         """
         known = {"patient": self.patients, "slide": self.slides, "tile": range(len(self.labels))}
         by = by or next(name for name in GROUPINGS if known[name] is not None)
@@ -110,9 +108,3 @@ class SomeTiles:
     def read(self, index: int) -> np.ndarray:
         """As the others read it."""
         return self.images.read(int(self.numbers[index]))
-
-
-def patient_names(slides: Sequence[str]) -> tuple[str, ...] | None:
-    """Patients from slide names where all of them begin with a TCGA barcode; else None."""
-    barcodes = [_BARCODE.match(slide.replace("\\", "/").rpartition("/")[2]) for slide in slides]
-    return tuple(match[0].upper() for match in barcodes) if barcodes and all(barcodes) else None

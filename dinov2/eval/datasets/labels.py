@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.patients import patient_of, patients_of
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages
-from dinov2.eval.datasets.labelled import SPLITS, LabelledTiles, patient_names
+from dinov2.eval.datasets.labelled import SPLITS, LabelledTiles
 
 logger = logging.getLogger("dinov2")
 
@@ -36,8 +37,8 @@ def open_labelled_tiles(
             folder, or what the Parquet row names. For labels per slide.
 
     Raises:
-        FileNotFoundError: there is no such folder or CSV, or no tile in it.
-        ValueError: labels and tiles do not match.
+        FileNotFoundError: if there is no such folder or CSV, or no tile in it.
+        ValueError: if labels and tiles do not match.
     """
     root = Path(root)
     if not root.is_dir():
@@ -50,10 +51,12 @@ def open_labelled_tiles(
         return _with_rows(ImageFiles(root, list(rows)), list(rows), rows, labels, root)
     if shards:
         tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
-        return _of_slides(tiles, [_stem_of(slide, rows) for slide in tiles.slides()], rows, labels)
+        paths = tiles.slides()
+        return _of_slides(tiles, [_stem_of(path, rows) for path in paths], paths, rows, labels)
     names = image_names(root)
-    find_slide = _slide_finder(slide_regex)
-    return _of_slides(ImageFiles(root, names), [find_slide(name) for name in names], rows, labels)
+    slides = list(map(_slide_finder(slide_regex), names))
+    paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
+    return _of_slides(ImageFiles(root, names), slides, paths, rows, labels)
 
 
 def image_names(root: Path) -> list[str]:
@@ -70,8 +73,8 @@ def read_labels(path: str | Path) -> tuple[Rows, str]:
     """Rows of a CSV of labels by file or slide, and which of the two (``file``, ``slide_id``) it names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such CSV, or names something twice or without a label.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such CSV, or names something twice or without a label.
     """
     path = Path(path)
     if not path.is_file():
@@ -142,11 +145,9 @@ def _with_rows(
     present = set(image_names(root))
     absent = [name for name in names if name not in present]
     if absent:
-        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        raise ValueError(f"Labels '{source}' name {absent[0]!r}{more}, which is not in '{root}'.")
+        raise ValueError(f"Labels '{source}' name {_first_of(absent)}, which is not in '{root}'.")
     if unlabelled := sorted(present - set(names)):
-        more = f" (and {len(unlabelled) - 1} more)" if len(unlabelled) > 1 else ""
-        raise ValueError(f"Tile {unlabelled[0]!r}{more} of '{root}' has no label in '{source}'.")
+        raise ValueError(f"Tile {_first_of(unlabelled)} of '{root}' has no label in '{source}'.")
     values = {
         column: [rows[name].get(column) or "" for name in names] for column in ("slide", "patient", "split")
     }
@@ -154,15 +155,22 @@ def _with_rows(
     return _build(images, labels, values["slide"], values["patient"], values["split"])
 
 
-def _of_slides(images: TileImages, slides: Sequence[str], rows: Rows, source: str | Path) -> LabelledTiles:
+def _of_slides(
+    images: TileImages, slides: Sequence[str], paths: Sequence[str], rows: Rows, source: str | Path
+) -> LabelledTiles:
+    """Labels by slide; the paths tell patients."""
     if unlabelled := sorted(set(slides) - set(rows)):
-        more = f" (and {len(unlabelled) - 1} more)" if len(unlabelled) > 1 else ""
-        raise ValueError(f"Slide {unlabelled[0]!r}{more}, which has tiles, is not in '{source}'.")
+        raise ValueError(f"Slide {_first_of(unlabelled)}, which has tiles, is not in '{source}'.")
     if without := sorted(set(rows) - set(slides)):
         logger.warning("%d slides of '%s' have no tiles, %r for one.", len(without), source, without[0])
     values = {column: [rows[slide].get(column) or "" for slide in slides] for column in ("patient", "split")}
     labels = [rows[slide]["label"] for slide in slides]
-    return _build(images, labels, slides, values["patient"], values["split"], per_slide=True)
+    patients = values["patient"] if any(values["patient"]) else _patients(paths)
+    return _build(images, labels, slides, patients or (), values["split"], per_slide=True)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _build(
@@ -184,13 +192,19 @@ def _build(
     number = {name: index for index, name in enumerate(classes)}
     known = {name: tuple(values) if any(values) else None for name, values in columns.items()}
     if known["patient"] is None and known["slide"] is not None:
-        known["patient"] = patient_names(known["slide"])
+        known["patient"] = _patients(known["slide"])
     if known["split"] is not None:
         known["split"] = tuple(_SPLIT_NAMES.get(name.lower(), name) for name in known["split"])
     numbers = np.array([number[label] for label in labels], np.int64)
     return LabelledTiles(
         images, numbers, classes, known["slide"], known["patient"], known["split"], per_slide
     )
+
+
+def _patients(slides: Sequence[str]) -> tuple[str, ...] | None:
+    """Patients of slides by the rule of the training split, where it knows more than the slides do: else None."""
+    patients = tuple(map(patient_of, slides))
+    return patients if patients_of(slides) or len(set(patients)) < len(set(slides)) else None
 
 
 def _slide_finder(pattern: str | None) -> Callable[[str], str]:

@@ -1,0 +1,1 @@
+"""Embeddings of images, Parquet rows and slides as files."""

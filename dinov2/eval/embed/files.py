@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,19 +30,12 @@ _COLUMNS = {
 Columns = dict[str, Sequence[Any]]
 
 
-class EmbeddingFile(Protocol):
-    """An open file of embeddings."""
-
-    def append(self, columns: Columns, embeddings: np.ndarray) -> None:
-        """Add rows: values of some columns, and embeddings (N, D)."""
-
-    def finish(self, notes: dict[str, Any]) -> None:
-        """Write what is waiting, and JSON notes about the file."""
-
-
 @contextmanager
 def embedding_file(path: Path, width: int, stored: str) -> Iterator[EmbeddingFile]:
     """Write a file that gets its name when the block ends well; its ending tells the format.
+
+    Rows are added by ``append``: values of some columns, and embeddings (N, D). ``finish`` writes what is waiting, and
+    JSON notes about the file.
 
     Args:
         path: of the file.
@@ -50,8 +43,8 @@ def embedding_file(path: Path, width: int, stored: str) -> Iterator[EmbeddingFil
         stored: a key of `STORED`.
 
     Raises:
-        OSError: the file cannot be written.
-        ImportError: HDF5 is wanted and h5py not installed.
+        OSError: if the file cannot be written.
+        ImportError: if HDF5 is wanted and h5py not installed.
     """
     opened = _parquet if path.suffix == ENDINGS["parquet"] else _hdf5
     with unfinished(path) as partial:
@@ -164,3 +157,6 @@ class _Hdf5File:
         dataset, start = self._file[name], len(self._file[name])
         dataset.resize(start + len(rows), axis=0)
         dataset[start:] = rows
+
+
+EmbeddingFile = _ParquetFile | _Hdf5File

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from dinov2.eval.datasets.images import UnreadableImage
 from dinov2.eval.embed.files import ENDINGS, STORED, EmbeddingFile, embedding_file
-from dinov2.eval.embed.inputs import OpenPart, TileInput
-from dinov2.eval.embed.read_ahead import Embedder, Fitting, Piece, read_ahead
+from dinov2.eval.embed.read_ahead import Fitting, Part, Piece, TileInput, read_ahead
 from dinov2.utils.files import check_description, leftovers, locked, write_json
 
 logger = logging.getLogger("dinov2")
@@ -55,8 +54,8 @@ class Output:
             about: further notes for the description.
 
         Raises:
-            FileExistsError: the folder is of another run, holds other files, or is in use.
-            OSError: it cannot be written.
+            FileExistsError: if the folder is of another run, holds other files, or is in use.
+            OSError: if it cannot be written.
         """
         description = self.folder / DESCRIPTION
         try:
@@ -92,7 +91,7 @@ def embed_parts(
     source: TileInput,
     numbers: Sequence[int],
     output: Output,
-    embedder: Embedder,
+    embedder: Callable[[Sequence[np.ndarray]], np.ndarray],
     fitting: Fitting,
     *,
     batch_size: int,
@@ -106,7 +105,7 @@ def embed_parts(
         source: the input.
         numbers: which of its parts.
         output: a prepared folder.
-        embedder: tiles to embeddings.
+        embedder: tiles to embeddings, float32 (N, D).
         fitting: how tiles are made to fit.
         batch_size: tiles in a forward pass.
         workers: threads that read.
@@ -114,8 +113,8 @@ def embed_parts(
         show_progress: draw a bar, where there is a terminal.
 
     Raises:
-        ValueError: a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
-        OSError: a shard cannot be read, or a file not written.
+        ValueError: if a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
+        OSError: if a shard cannot be read, or a file not written.
     """
     counts = Counts(unreadable=[] if skip_damaged else None)
     pieces = read_ahead(
@@ -132,7 +131,7 @@ def embed_parts(
                         counts.written += len(places)
                 file.finish({"run": output.identity, "part": part.about, "damaged": damaged})
             counts.damaged += len(damaged)
-            if not len(part):
+            if not len(part.tiles):
                 logger.warning("Slide '%s' has no tile with enough tissue.", part.about["path"])
     return counts
 
@@ -151,12 +150,12 @@ def _watched(pieces: Iterable[Piece], source: TileInput, bar: tqdm) -> Iterator[
         if source.part_rows is not None:
             bar.update(len(piece.tiles))
         else:
-            bar.update(len(piece.tiles) / len(piece.part) if len(piece.part) else 1)
+            bar.update(len(piece.tiles) / len(piece.part.tiles) if len(piece.part.tiles) else 1)
 
 
 def _batches(
     pieces: Iterable[Piece], size: int, damaged: list[str] | None
-) -> Iterator[tuple[OpenPart, list[int], list[np.ndarray]]]:
+) -> Iterator[tuple[Part, list[int], list[np.ndarray]]]:
     """Good tiles of a part and their places in it, at most `size` at a time; the last batch may be empty."""
     places: list[int] = []
     tiles: list[np.ndarray] = []
@@ -175,14 +174,12 @@ def _batches(
     yield piece.part, places, tiles
 
 
-def _append(
-    file: EmbeddingFile, part: OpenPart, places: list[int], embeddings: np.ndarray, stored: str
-) -> None:
+def _append(file: EmbeddingFile, part: Part, places: list[int], embeddings: np.ndarray, stored: str) -> None:
     with np.errstate(over="ignore"):
         embeddings = embeddings.astype(STORED[stored])
     finite = np.isfinite(embeddings).all(1)
     if not finite.all():
-        name = part.name(places[int(np.argmin(finite))])
+        name = part.tiles.name(places[int(np.argmin(finite))])
         raise ValueError(
             f"The embedding of {name} is not finite in {stored}; --dtype fp32 with --store fp32 has the widest range."
         )

@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP
-from dinov2.data.slides.table import SlideRow
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 from dinov2.eval.datasets.images import UnreadableImage
+from dinov2.eval.embed.read_ahead import Part, TileInput
 
 _CACHE_BYTES = 256 << 20  # two rows of a wide slide's tiles, so that each is decoded once
 
@@ -34,7 +34,7 @@ class Grid:
         min_tissue: least share of tissue in a tile, estimated from the slide's coarsest level.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: if a value is out of range.
     """
 
     mpp: float = 0.5
@@ -59,7 +59,7 @@ class Grid:
             x and y in level-0 px, int64 (N,) each.
 
         Raises:
-            SlideError: the slide is coarser than the tiles, or its coarsest level cannot be read.
+            SlideError: if the slide is coarser than the tiles, or its coarsest level cannot be read.
         """
         level = reader.level_for(self.mpp)
         downsample, step = reader.level_downsamples[level], reader.patch_side(self.stride, self.mpp)
@@ -75,8 +75,8 @@ class Grid:
         return x, y
 
 
-class SlideTiles:
-    """Tissue tiles of slides.
+class SlideTiles(TileInput):
+    """Tissue tiles of slides, one part per slide.
 
     Args:
         rows: the slides.
@@ -85,7 +85,6 @@ class SlideTiles:
     """
 
     kind = "slides"
-    part_rows = None
 
     def __init__(self, rows: Sequence[SlideRow], root: Path, grid: Grid) -> None:
         self._rows, self._grid = list(rows), grid
@@ -94,12 +93,8 @@ class SlideTiles:
         self.fingerprint = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
         self.parts = _part_names(inside)
 
-    def open(self, number: int) -> SlidePart:
-        """Open a slide and find its tiles.
-
-        Raises:
-            UnreadableImage: that cannot be done, or its resolution is unknown.
-        """
+    def open(self, number: int) -> Part:
+        """Open a slide and find its tiles; raises UnreadableImage where that cannot be done."""
         row = self._rows[number]
         try:
             reader = SlideReader(row.path, row.mpp, _CACHE_BYTES)
@@ -108,27 +103,20 @@ class SlideTiles:
                     f"Slide '{public_name(row.path)}' does not say its resolution; name it in a CSV of slide,mpp lines "
                     "and give that as --mpp-file."
                 )
-            return SlidePart(self.parts[number], reader, self._grid)
+            x, y = self._grid.places(reader)
         except SlideError as error:
             raise UnreadableImage(str(error)) from error
-
-
-class SlidePart:
-    """The tiles of one slide; see `dinov2.eval.embed.inputs.OpenPart`."""
-
-    def __init__(self, slide: str, reader: SlideReader, grid: Grid) -> None:
-        self._reader, self._grid = reader, grid
-        self._x, self._y = grid.places(reader)
-        level, count = reader.level_for(grid.mpp), len(self._x)
-        self.columns: dict[str, Sequence[Any]] = {
+        slide, grid, count = self.parts[number], self._grid, len(x)
+        level = reader.level_for(grid.mpp)
+        columns = {
             "slide": [slide] * count,
-            "x": self._x,
-            "y": self._y,
+            "x": x,
+            "y": y,
             "level": np.full(count, level),
             "mpp": np.full(count, grid.mpp),
             "tile_size": np.full(count, grid.tile_size),
         }
-        self.about: dict[str, Any] = {
+        about = {
             "slide": slide,
             "path": public_name(reader.path),
             "slide_mpp": reader.mpp,
@@ -137,25 +125,31 @@ class SlidePart:
             "tile_size_level0": round(reader.patch_side(grid.tile_size, grid.mpp)),
             **asdict(grid),
         }
+        return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close)
+
+
+@dataclass(frozen=True)
+class _TissueTiles:
+    """Tiles of an open slide by their upper left corners in level-0 px."""
+
+    reader: SlideReader
+    grid: Grid
+    x: np.ndarray
+    y: np.ndarray
 
     def __len__(self) -> int:
-        return len(self._x)
+        return len(self.x)
 
     def name(self, index: int) -> str:
-        """The slide and the corner."""
-        return f"the tile of slide '{self.about['path']}' at x {self._x[index]}, y {self._y[index]}"
+        slide = public_name(self.reader.path)
+        return f"the tile of slide '{slide}' at x {self.x[index]}, y {self.y[index]}"
 
     def read(self, index: int) -> np.ndarray:
-        """Cut one tile."""
-        x, y = int(self._x[index]), int(self._y[index])
+        x, y = int(self.x[index]), int(self.y[index])
         try:
-            return self._reader.read_patch(x, y, self._grid.tile_size, self._grid.mpp)
+            return self.reader.read_patch(x, y, self.grid.tile_size, self.grid.mpp)
         except SlideError as error:
             raise UnreadableImage(str(error)) from error
-
-    def close(self) -> None:
-        """Close the slide."""
-        self._reader.close()
 
 
 def _inside(path: str, root: Path) -> str:

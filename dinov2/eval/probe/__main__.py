@@ -1,42 +1,37 @@
 """What a teacher's features are worth: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
 
-Embeds labelled tiles and probes the features: k-NN, linear heads, few-shot, RankMe, ODCorr. Under ``torchrun`` all
-processes share the work.
+Embeds labelled tiles and probes the features: k-NN, linear heads, few-shot, RankMe, ODCorr, and what else is
+registered. Under ``torchrun`` all processes share the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinov2.distributed import (
-    MainProcessError,
-    destroy_process_group,
-    init_process_group,
-    is_main_process,
-    on_main_process,
-)
+from dinov2.distributed import is_main_process, on_main_process, process_group
 from dinov2.eval.datasets.benchmarks import BENCHMARKS
 from dinov2.eval.datasets.labelled import GROUPINGS, LabelledTiles
 from dinov2.eval.datasets.labels import open_labelled_tiles
-from dinov2.eval.feature_extraction import POOLINGS, Embedding
-from dinov2.eval.probe.options import PROBES, Probing
+from dinov2.eval.features import Embedding
+from dinov2.eval.probe.options import AGGREGATIONS, Probing, option_flags, options_for
 from dinov2.eval.probe.results import Result, append_csv, as_table, write_json
 from dinov2.eval.probe.run import run_probes
-from dinov2.eval.probe.slides import AGGREGATIONS
+from dinov2.extensions import PROBES
 from dinov2.hub import load_teacher, trained_with
+from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
+from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
-from dinov2.utils.environment import DeviceError, select_device
+from dinov2.utils.environment import DeviceError, memory_advice, select_device
 
-USER_ERROR = 2
-"""Exit status where one sentence has said what the user can mend."""
+logger = logging.getLogger("dinov2")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,8 +39,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dinov2.eval.probe", description="Probe a teacher's features on labelled tiles."
     )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="teacher: a file that dinov2.hub.load_teacher opens")
+    default, add = Probing(), parser.add_argument
+    cli.add_checkpoint(parser)
     add(
         "--data", required=True, nargs="+", metavar="[NAME=]ROOT",
         help=f"folder of class folders or of Parquet shards; {', '.join(BENCHMARKS)} as NAME take their own layout "
@@ -57,12 +52,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--probes", default=",".join(PROBES), help="comma-separated; linear is both linear ones (%(default)s)"
     )
     add("--output", type=Path, metavar="FILE", help=".csv, appended to, or a new .json")
-    _add_numbers(parser)
-    return parser.parse_args(argv)
-
-
-def _add_numbers(parser: argparse.ArgumentParser) -> None:
-    default, add = Probing(), parser.add_argument
     add("--folds", type=int, default=default.folds, help="where tiles have no split (%(default)s)")
     add("--group", choices=GROUPINGS, help="never parted by folds (default: the widest known)")
     add(
@@ -71,66 +60,68 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         default=default.aggregation,
         help="for labels per slide (%(default)s)",
     )
-    add("--runs", type=int, default=default.runs, help="linear heads of different seeds (%(default)s)")
-    add("--steps", type=int, default=default.steps, help="of a linear head, at most (%(default)s)")
-    add("--draws", type=int, default=default.draws, help="of few-shot (%(default)s)")
-    add("--shots", type=_integers, default=default.shots, help="tiles per class of few-shot (1,4,16)")
-    add("--neighbours", type=_integers, default=default.ks, metavar="K,..", help="of k-NN (5,20)")
     add("--limit", type=int, help="tiles taken of each split, at most (default: all)")
     add("--seed", type=int, default=default.seed, help="(%(default)s)")
-    add("--pooling", choices=POOLINGS, default="cls", help="class token, or followed by the patches' mean")
-    add("--size", type=int, help="side of the network's input (default: as trained, else 224)")
-    add("--mean", type=float, nargs=3, help="per channel (default: as trained, else ImageNet's)")
-    add("--std", type=float, nargs=3, help="per channel (default: as trained, else ImageNet's)")
+    for name, (option, _) in option_flags().items():
+        shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+        add(
+            f"--{name.replace('_', '-')}", type=_reader(option.default), default=option.default,
+            help=f"{option.metadata['key'].doc} ({shown})",
+        )  # fmt: skip
+    cli.add_pooling(parser)
+    cli.add_image_size(parser)
+    cli.add_colours(parser)
     add("--batch-size", type=int, default=64, help="tiles per forward pass (%(default)s)")
-    add("--autocast", choices=("bf16", "fp16"), help="dtype of the products (default: float32)")
-    add("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
+    cli.add_dtype(parser, "fp32", "of the matrix products (%(default)s)")
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def _reader(default: Any) -> Callable[[str], Any]:
+    """Reader of an option from the command line, lists being separated by commas."""
+    if isinstance(default, tuple):
+        return lambda text: tuple(type(default[0])(part) for part in text.split(","))
+    return (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(default, bool) else type(default)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (2 for what the user can mend)."""
+    """Run the command; returns the exit status."""
     args = parse_args(argv)
-    logger = setup_logging()
-    try:
-        device = _device(args.device)
-        init_process_group(device)
-        logger = setup_logging()
+    setup_logging()
+    return cli.run_command(lambda: _run(args), logger, errors=(DeviceError,))
+
+
+def _run(args: argparse.Namespace) -> None:
+    device = select_device(args.device)
+    with (
+        process_group(device),
+        memory_advice(f"--batch-size {args.batch_size} or --limit is too much, take a smaller one"),
+    ):
+        setup_logging()
         results = _probe(args, device)
         if is_main_process():
             sys.stdout.write(as_table(results) + "\n")
-    except MainProcessError:
-        time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
-        return USER_ERROR
-    except (ValueError, OSError, ImportError, DeviceError) as error:
-        logger.error("%s", error)
-        logger.debug("Raised here:", exc_info=True)
-        return USER_ERROR
-    finally:
-        destroy_process_group()
-    return 0
 
 
 def _probe(args: argparse.Namespace, device: torch.device) -> list[Result]:
     probing = Probing(
-        probes=tuple(name.strip() for name in args.probes.split(",")), ks=args.neighbours, shots=args.shots,
-        draws=args.draws, runs=args.runs, steps=args.steps, folds=args.folds, group=args.group,
-        aggregation=args.aggregate, limit=args.limit, seed=args.seed,
+        probes=tuple(name.strip() for name in args.probes.split(",")),
+        options=options_for(**{name: getattr(args, name) for name in option_flags()}),
+        folds=args.folds, group=args.group, aggregation=args.aggregate, limit=args.limit, seed=args.seed,
     )  # fmt: skip
     on_main_process(lambda: _check_output(args.output))
     trained = trained_with(args.checkpoint)
+    mean, std, _ = normalisation(args.checkpoint, args.mean, args.std)
     embedding = Embedding(
-        pooling=args.pooling, batch_size=args.batch_size, autocast=DTYPES.get(args.autocast), show_progress=True,
-        **{key: value for key in ("size", "mean", "std") if (value := getattr(args, key) or trained.get(key))},
+        args.pooling, args.image_size or trained.get("size", 224), args.batch_size, mean, std,
+        autocast=None if args.dtype == "fp32" else DTYPES[args.dtype], show_progress=True,
     )  # fmt: skip
     tasks = open_tasks(args.data, args.labels, args.slide_regex)
     backbone = load_teacher(args.checkpoint).to(device)
     results = run_probes(backbone, tasks, embedding, probing, device)
     if args.output is not None:
-        about = {
-            "checkpoint": args.checkpoint,
-            "step": trained.get("step"),
-            "command": vars(args) | {"output": None},
-        }
+        command = vars(args) | {"output": None}
+        about = {"checkpoint": args.checkpoint, "step": trained.get("step"), "command": command}
         on_main_process(lambda: _write(args.output, results, about))
     return results
 
@@ -141,7 +132,7 @@ def open_tasks(
     """Tiles by task: ``NAME=ROOT`` opens the benchmark of that name, if there is one; ``ROOT`` is named by its folder.
 
     Raises:
-        FileNotFoundError, ValueError: a root does not have the layout, or labels are given for several roots.
+        FileNotFoundError, ValueError: if a root does not have the layout, or labels are given for several roots.
     """
     tasks: dict[str, LabelledTiles] = {}
     if labels is not None and len(data) > 1:
@@ -161,24 +152,6 @@ def open_tasks(
     return tasks
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return select_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Device {name!r} is unknown; cpu, cuda or cuda:N is expected.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"Device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu."
-        )
-    return select_device() if name == "cuda" else device
-
-
 def _check_output(output: Path | None) -> None:
     """Before the work, not after."""
     if output is None:
@@ -195,7 +168,6 @@ def _write(output: Path, results: Sequence[Result], about: Mapping[str, Any]) ->
     if output.suffix == ".csv":
         append_csv(output, results, about["step"])
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, results, about)
 
 

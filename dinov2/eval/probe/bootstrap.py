@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,16 +28,8 @@ class Predictions:
     clusters: np.ndarray
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A metric.
-
-    Attributes:
-        value: mean over test parts and runs.
-        low: lower end of the 95 % interval; NaN if none is wanted.
-        high: upper end.
-        sd: standard deviation over test parts and runs; NaN for a single one.
-    """
+class Estimate(NamedTuple):
+    """Mean over test parts and runs; 95 % interval, NaN if none is wanted; deviation, NaN for a single run."""
 
     value: float
     low: float

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dinov2.configs.fields import key
+from dinov2.eval.probe.results import Result
+from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
 
-def few_shot_scores(
-    train: Tensor, labels: Tensor, test: Tensor, classes: int, shots: int, draws: int = 100, seed: int = 0
-) -> Tensor:
+logger = logging.getLogger("dinov2")
+
+
+class FewShot(Probe):
+    """SimpleShot from several numbers of tiles per class, ``few_shot<shots>``, over many draws of them."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Numbers of tiles, and of draws."""
+
+        shots: tuple[int, ...] = key((1, 4, 16), "training tiles per class of few-shot", least=1)
+        draws: int = key(100, "draws of few-shot", least=1)
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Classify from each number of tiles that every class has."""
+        counts = [np.bincount(task.rows.labels[d.train], minlength=task.rows.classes) for d in task.divisions]
+        least = min(count.min() for count in counts)
+        if beyond := [shots for shots in self.options.shots if shots > least]:
+            logger.warning("Few-shot with %s tiles per class is left out: a class has %d.", beyond, least)
+        seed, draws = task.probing.seed, self.options.draws
+        return [
+            result
+            for shots in self.options.shots
+            if shots <= least
+            # The nearest of few centroids ranks tiles poorly, and a hundred draws would take long.
+            for result in task.classify(
+                f"few_shot{shots}",
+                partial(few_shot_scores, shots=shots, draws=draws, seed=seed),
+                with_auroc=False,
+            )
+        ]
+
+
+def few_shot_scores(fold: Fold, shots: int, draws: int = 100, seed: int = 0) -> Tensor:
     """Nearness of test rows to class centroids of a few drawn training rows, float32 (draws, M, C).
 
     SimpleShot (Wang et al. 2019, arXiv:1911.04623): the mean of all training rows, without their labels, is
     subtracted, and rows are scaled to length 1. ``score(c) = -|x - mean of the shots of c|^2``.
 
     Args:
-        train: features (N, D).
-        labels: class numbers, int64 (N,).
-        test: features (M, D), on the same device.
-        classes: C, each with at least `shots` training rows.
+        fold: each class has at least `shots` training rows.
         shots: rows drawn per class, without replacement.
         draws: how often.
-        seed: of the draws.
+        seed: of the draws of fold 0.
 
     Raises:
-        ValueError: a class has too few rows.
+        ValueError: if a class has too few rows.
     """
-    numbers = labels.cpu().numpy()
-    of_class = [np.flatnonzero(numbers == number) for number in range(classes)]
+    train, numbers = fold.train[0].float(), fold.train[1].cpu().numpy()
+    of_class = [np.flatnonzero(numbers == number) for number in range(fold.classes)]
     if (least := min(map(len, of_class))) < shots:
         raise ValueError(f"{shots} shots per class cannot be drawn: a class has {least} training tiles.")
-    centre = train.float().mean(0)
-    train, test = normalize(train.float() - centre), normalize(test.float() - centre)
-    rng = np.random.default_rng(seed)
+    centre = train.mean(0)
+    train, test = normalize(train - centre), normalize(fold.test.float() - centre)
+    rng = np.random.default_rng(seed + fold.number)
     scores = []
     for _ in range(draws):
         drawn = np.stack([rng.choice(rows, shots, replace=False) for rows in of_class])

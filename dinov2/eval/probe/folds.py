@@ -36,7 +36,7 @@ def group_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int = 
         seed: of the order.
 
     Raises:
-        ValueError: there are fewer groups than folds.
+        ValueError: if there are fewer groups than folds.
     """
     _, members = np.unique(groups, return_inverse=True)
     number = int(members.max()) + 1
@@ -72,7 +72,7 @@ def divide(
     A validation part that is not given is made of a fifth of the training groups.
 
     Raises:
-        ValueError: there are too few groups, or a part lacks a class that is tested.
+        ValueError: if there are too few groups, or a part lacks a class that is tested.
     """
     if splits is not None:
         parts = [tuple(np.flatnonzero(splits == name) for name in ("train", "val", "test"))]

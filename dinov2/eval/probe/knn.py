@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from dinov2.configs.fields import key
+from dinov2.eval.probe.results import Result
+from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
+
 TEMPERATURE = 0.07
+_VOTES = {"": TEMPERATURE, "_majority": None}
 _QUERIES = 512
 
 
+class Knn(Probe):
+    """k-NN with DINO's weighted vote, ``knn<k>``, and with one vote each, ``knn<k>_majority``."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Numbers of neighbours."""
+
+        neighbours: tuple[int, ...] = key((5, 20), "neighbours of k-NN", least=1)
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Classify by each vote and number of neighbours."""
+        kinds = [(vote, k) for vote in _VOTES for k in self.options.neighbours]
+        return [
+            result
+            for vote, k in kinds
+            for result in task.classify(f"knn{k}{vote}", partial(knn_scores, k=k, temperature=_VOTES[vote]))
+        ]
+
+
 @torch.no_grad()
-def knn_scores(
-    train: Tensor,
-    labels: Tensor,
-    test: Tensor,
-    classes: int,
-    ks: Sequence[int] = (20,),
-    temperature: float | None = TEMPERATURE,
-) -> dict[int, Tensor]:
-    """Shares of the vote for each class, float32 (M, C) by k.
+def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE) -> Tensor:
+    """Shares of the vote of the k nearest (or all N) training rows for each class, float32 (1, M, C).
 
     ::
 
         score(c) ~ sum_{i among the k nearest, y_i = c} exp(cos(x, x_i) / T)
 
-    as in DINO (Caron et al. 2021, arXiv:2104.14294), or one vote each.
-
-    Args:
-        train: features (N, D).
-        labels: class numbers, int64 (N,).
-        test: features (M, D), on the same device.
-        classes: C.
-        ks: numbers of neighbours; more than N means N.
-        temperature: T, or None for one vote each.
+    as in DINO (Caron et al. 2021, arXiv:2104.14294), or where the temperature T is None one vote each.
     """
-    train, votes = normalize(train.float()), one_hot(labels, classes).float()
-    most = min(max(ks), len(train))
-    scores: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for queries in normalize(test.float()).split(_QUERIES):
-        nearness, nearest = (queries @ train.T).topk(most)
-        # Divided by the nearest one's weight, which changes no share and cannot overflow.
-        weights = (
-            torch.ones_like(nearness)
-            if temperature is None
-            else ((nearness - nearness[:, :1]) / temperature).exp()
-        )
-        for k in ks:
-            kept = weights[:, :k]
-            scores[k].append((kept[..., None] * votes[nearest[:, :k]]).sum(1) / kept.sum(1, keepdim=True))
-    return {k: torch.cat(parts) for k, parts in scores.items()}
+    train, votes = normalize(fold.train[0].float()), one_hot(fold.train[1], fold.classes).float()
+    scores = []
+    for queries in normalize(fold.test.float()).split(_QUERIES):
+        nearness, nearest = (queries @ train.T).topk(min(k, len(train)))
+        weights = torch.ones_like(nearness)
+        if temperature is not None:
+            # Divided by the nearest one's weight, which changes no share and cannot overflow.
+            weights = ((nearness - nearness[:, :1]) / temperature).exp()
+        scores.append((weights[..., None] * votes[nearest]).sum(1) / weights.sum(1, keepdim=True))
+    return torch.cat(scores)[None]

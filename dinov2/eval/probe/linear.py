@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
+
+from dinov2.configs.fields import key
+from dinov2.eval.probe.results import Result
+from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,37 @@ KAIKO = Protocol("sgd", lr=0.01, batch=4096, small_batch=256, cosine=True, patie
 """Of kaiko's paper (arXiv:2404.15217, table VI)."""
 EVA = Protocol("adamw", lr=3e-4, batch=256, small_batch=256, cosine=False, patience=1 / 5)
 """Of kaiko-eva 0.4.5's configurations."""
+
+
+class LinearEva(Probe):
+    """Linear heads as kaiko-eva trains them."""
+
+    name: ClassVar[str] = "linear_eva"
+    protocol: ClassVar[Protocol] = EVA
+
+    @dataclass(frozen=True)
+    class Options:
+        """Numbers of heads and steps."""
+
+        runs: int = key(5, "linear heads of different seeds", least=1)
+        steps: int = key(12_500, "steps of a linear head, at most", least=1)
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Train heads on every division and classify by each."""
+        runs, protocol = self.options.runs, self.protocol.within(self.options.steps)
+
+        def scores(fold: Fold) -> Tensor:
+            seed = task.probing.seed + fold.number * runs
+            return train_heads(fold.train, fold.val, fold.classes, protocol, runs, seed).scores(fold.test)
+
+        return task.classify(self.name, scores)
+
+
+class LinearKaiko(LinearEva):
+    """Linear heads as kaiko's paper trains them."""
+
+    name = "linear_kaiko"
+    protocol = KAIKO
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
+from dinov2.configs.fields import key
 from dinov2.eval.datasets.labelled import GROUPINGS
-from dinov2.eval.probe.slides import AGGREGATIONS
+from dinov2.extensions import PROBES
 
-PROBES = ("knn", "linear_eva", "linear_kaiko", "few_shot", "rankme", "odcorr")
+if TYPE_CHECKING:
+    from dinov2.eval.probe.task import Probe
+
+AGGREGATIONS = ("features", "probabilities")
+_TOGETHER = {"linear": ("linear_eva", "linear_kaiko")}
 
 
 @dataclass(frozen=True)
@@ -15,12 +22,8 @@ class Probing:
     """What is done with features.
 
     Attributes:
-        probes: out of `PROBES`; ``linear`` is both linear ones.
-        ks: numbers of neighbours.
-        shots: training tiles per class of few-shot; those that a class cannot give are left out.
-        draws: of the shots.
-        runs: linear heads of different seeds.
-        steps: of a linear head, at most.
+        probes: names in `PROBES`; ``linear`` is both linear ones.
+        options: of probes by name, instances of their ``Options``; those left out keep their defaults.
         folds: where tiles have no split.
         group: ``patient``, ``slide`` or ``tile``, never parted by folds and drawn whole in intervals; None takes the
             widest that is known.
@@ -28,36 +31,79 @@ class Probing:
         resamples: of the bootstrap; 0 leaves intervals out.
         limit: tiles taken of each split, at most; None takes all.
         seed: of everything random.
+
+    Raises:
+        ValueError: if a name is unknown or a number out of range.
     """
 
-    probes: tuple[str, ...] = PROBES
-    ks: tuple[int, ...] = (5, 20)
-    shots: tuple[int, ...] = (1, 4, 16)
-    draws: int = 100
-    runs: int = 5
-    steps: int = 12_500
-    folds: int = 5
+    probes: tuple[str, ...] = tuple(PROBES)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    folds: int = key(5, "where tiles have no split", least=2)
     group: str | None = None
     aggregation: str = "features"
-    resamples: int = 1000
-    limit: int | None = None
+    resamples: int = key(1000, "of the bootstrap", least=0)
+    limit: int | None = key(None, "tiles taken of each split, at most", least=1)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = (*PROBES, "linear")
-        if unknown := [name for name in self.probes if name not in known]:
-            raise ValueError(f"Probe {unknown[0]!r} is none of {', '.join(known)}.")
+        probe_names(self.probes)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"Aggregation {self.aggregation!r} is none of {', '.join(AGGREGATIONS)}.")
         if self.group not in (None, *GROUPINGS):
             raise ValueError(f"Group {self.group!r} is none of {', '.join(GROUPINGS)}.")
-        least = {"draws": 1, "runs": 1, "steps": 1, "folds": 2, "resamples": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least {value} is needed.")
-        if min((*self.ks, *self.shots, self.limit or 1), default=1) < 1:
-            raise ValueError("ks, shots and limit must be at least 1.")
+        for numbers in (self, *self.options.values()):
+            _check_range(numbers)
 
-    def wants(self, probe: str) -> bool:
-        """Whether a probe is chosen."""
-        return probe in self.probes or (probe.startswith("linear") and "linear" in self.probes)
+    def build(self) -> list[Probe]:
+        """The probes, ready to measure."""
+        return [PROBES[name](self.options.get(name)) for name in probe_names(self.probes)]
+
+
+def probe_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in `PROBES`, each once, for names of which some stand for several.
+
+    Raises:
+        ValueError: if one is unknown.
+    """
+    each = dict.fromkeys(name for given in names for name in _TOGETHER.get(given, (given,)))
+    if problem := next(filter(None, map(PROBES.problem, each)), None):
+        raise ValueError(problem)
+    return tuple(each)
+
+
+def option_flags() -> dict[str, tuple[Field[Any], list[str]]]:
+    """Names under which a command line sets options: the field, and the probes that it is set for.
+
+    Probes that have an option of one name and default share it; otherwise the later one's is called after the probe.
+    """
+    flags: dict[str, tuple[Field[Any], list[str]]] = {}
+    for name, probe in PROBES.items():
+        for option in fields(probe.Options):
+            same = option.name not in flags or flags[option.name][0].default == option.default
+            flag = option.name if same else f"{name}_{option.name}"
+            flags.setdefault(flag, (option, []))[1].append(name)
+    return flags
+
+
+def options_for(**values: Any) -> dict[str, Any]:
+    """Options of all registered probes with some values of `option_flags` changed.
+
+    Raises:
+        TypeError: if there is no such flag.
+    """
+    changed: dict[str, dict[str, Any]] = {name: {} for name in PROBES}
+    flags = option_flags()
+    for flag, value in values.items():
+        if flag not in flags:
+            raise TypeError(f"No probe has the option {flag!r}; known are {', '.join(flags)}.")
+        for name in flags[flag][1]:
+            changed[name][flags[flag][0].name] = value
+    return {name: PROBES[name].Options(**own) for name, own in changed.items()}
+
+
+def _check_range(numbers: Any) -> None:
+    for number in fields(numbers):
+        least, value = getattr(number.metadata.get("key"), "least", None), getattr(numbers, number.name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if least is not None and min(values, default=least) < least:
+            raise ValueError(f"{number.name} is {value}; at least {least} is needed.")

@@ -1,14 +1,16 @@
-"""What probes found, as numbers by name, a table, a CSV and a JSON."""
+"""Results of probes, as numbers by name, a table, a CSV and a JSON."""
 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from dinov2.utils import files
 
 
 @dataclass(frozen=True)
@@ -57,34 +59,36 @@ def append_csv(path: str | Path, results: Sequence[Result], step: int | None) ->
     """Add one line per metric to a CSV, which is begun where there is none. The last lines of a step count.
 
     Raises:
-        ValueError: the file is another table.
+        ValueError: if the file is another table.
     """
     path = Path(path)
-    begun = path.exists() and path.stat().st_size > 0
-    if begun:
-        with path.open(newline="") as file:
-            if tuple(next(csv.reader(file))) != COLUMNS:
-                raise ValueError(
-                    f"'{path}' is another table; name a new file or one with columns {','.join(COLUMNS)}."
-                )
+    before = path.read_text() if path.exists() else ""
+    if before and tuple(next(csv.reader([before.partition("\n")[0]]))) != COLUMNS:
+        raise ValueError(
+            f"'{path}' is another table; name a new file or one with columns {','.join(COLUMNS)}."
+        )
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    for result in results:
+        row = {name: "" if value != value else value for name, value in asdict(result).items()}
+        writer.writerow({"step": "" if step is None else step, **row})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not begun:
-            writer.writeheader()
-        for result in results:
-            row = {name: "" if value != value else value for name, value in asdict(result).items()}
-            writer.writerow({"step": "" if step is None else step, **row})
+    files.write_text(path, [before, lines.getvalue()])
 
 
 def write_json(path: str | Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
     """Write results and what they are of to a new file; NaN becomes null. Raises FileExistsError."""
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"'{path}' exists already; name a new file.")
     rows = [
         {name: None if value != value else value for name, value in asdict(result).items()}
         for result in results
     ]
-    with Path(path).open("x") as file:
-        json.dump({**about, "results": rows}, file, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {**about, "results": rows})
 
 
 def as_table(results: Sequence[Result]) -> str:

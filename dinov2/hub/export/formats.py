@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.architecture import arguments_of, gated_width, width_ratio
+from dinov2.hub.architecture import describe
+from dinov2.hub.layouts.meta import gated_width, vit_arguments, width_ratio
 from dinov2.hub.layouts.timm import to_timm
 from dinov2.hub.layouts.transformers import to_transformers
-from dinov2.models.positions import resample_positions
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.hub.pixels import Colours
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PUBLISHED = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1536, 40, 24): "giant"}
 _HIGHEST_RATIO = 16
-
-
-@dataclass(frozen=True)
-class Colours:
-    """Mean and deviation per channel, of values in [0, 1], that images are normalised with."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-
-
-def with_image_size(model: DinoVisionTransformer, side: int) -> DinoVisionTransformer:
-    """Give a backbone a position grid for square images of ``side`` px, resampled as it resamples its own; in place.
-
-    Raises:
-        ValueError: the side is not a multiple of the patch.
-    """
-    patch = model.patch_size
-    if side < patch or side % patch:
-        raise ValueError(
-            f"The image size is {side}; a positive multiple of the patch's {patch} px is expected."
-        )
-    rows = side // patch
-    with torch.no_grad():
-        grid = resample_positions(
-            model.pos_embed, (rows, rows), model.interpolate_antialias, model.interpolate_offset
-        )
-    model.pos_embed = nn.Parameter(grid.clone())
-    model.patch_embed.img_size, model.patch_embed.num_patches = side, rows**2
-    return model
 
 
 def resampled_by(target: str, num_registers: int) -> tuple[bool, float]:
@@ -60,11 +29,7 @@ def resampled_by(target: str, num_registers: int) -> tuple[bool, float]:
 
 
 def files_for(
-    target: str,
-    model: DinoVisionTransformer,
-    dtype: torch.dtype,
-    colours: Colours,
-    described: Mapping[str, Any],
+    target: str, model: nn.Module, dtype: torch.dtype, colours: Colours, described: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The files of an export by name: state dicts (.pth, .safetensors) in ``dtype``, and what goes into JSON.
 
@@ -76,21 +41,21 @@ def files_for(
         described: the JSON beside the teacher, or nothing.
 
     Raises:
-        ValueError: the format cannot express the architecture, or ``dtype`` the weights.
+        ValueError: if the format cannot express the architecture, or ``dtype`` the weights.
     """
-    arguments, state = arguments_of(model), model.state_dict()
-    if target == "meta":
-        return {
-            "backbone.json": {**described, "architecture": arguments},
-            "backbone.pth": _cast(state, dtype),
-        }
+    state = model.state_dict()
+    if target == "meta":  # a backbone that is no ViT is written under its own names
+        described = {**described, "architecture": describe(model)}
+        return {"backbone.pth": _cast(state, dtype), "backbone.json": described}
+    arguments = vit_arguments(model)
     if target == "timm":
         config = timm_config(arguments, colours)
-        return {"config.json": config, "model.safetensors": _cast(to_timm(state), dtype)}
+        return {"model.safetensors": _cast(to_timm(state), dtype), "config.json": config}
+    config = transformers_config(arguments, dtype)
     return {
-        "config.json": transformers_config(arguments, dtype),
-        "preprocessor_config.json": processor_config(arguments["img_size"], colours),
         "model.safetensors": _cast(to_transformers(state), dtype),
+        "preprocessor_config.json": processor_config(arguments["img_size"], colours),
+        "config.json": config,
     }
 
 
@@ -98,7 +63,7 @@ def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any
     """timm's ``config.json``: the model's name and what ``create_model`` is to be told beside it.
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: if timm has no such model.
     """
     _require(arguments, "timm")
     if arguments["proj_bias"] != arguments["ffn_bias"]:
@@ -143,7 +108,7 @@ def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dic
     """Transformers' ``config.json``.
 
     Raises:
-        ValueError: transformers has no such model.
+        ValueError: if transformers has no such model.
     """
     _require(arguments, "transformers")
     if not (arguments["proj_bias"] and arguments["ffn_bias"]):

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.data.augment.normalize import normalize
-from dinov2.data.augment.ops import resized_crop
-from dinov2.hub.export.formats import Colours, timm_config
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.hub.export.formats import timm_config
+from dinov2.hub.pixels import Colours, centred_square, network_input
 
 LIBRARIES = {"meta": "timm", "timm": "timm", "hf": "transformers"}
 """What opens each format; timm reads Meta's names too."""
@@ -55,7 +53,7 @@ def require_library(target: str) -> None:
     """Make sure that a format can be verified.
 
     Raises:
-        ImportError: the library is not installed.
+        ImportError: if the library is not installed.
     """
     library = LIBRARIES[target]
     if find_spec(library) is None:
@@ -75,11 +73,8 @@ def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Co
         colours: to normalise with.
     """
     model.double()
-    of_tiles = []
-    for tile in tiles:
-        pixels = torch.from_numpy(_centred_square(tile, side)).permute(2, 0, 1)[None]
-        of_tiles.append(_tokens(model, normalize(pixels, colours.mean, colours.std, torch.float64)))
-    return torch.cat(of_tiles)
+    images = (network_input([centred_square(tile, side)], colours, dtype=torch.float64) for tile in tiles)
+    return torch.cat([_tokens(model, image) for image in images])
 
 
 def agreement(expected: Tensor, found: Tensor) -> Agreement:
@@ -97,10 +92,10 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
     Args:
         target: the format.
         folder: of the export.
-        arguments: see `dinov2.hub.architecture.arguments_of`; files in Meta's format do not hold them for timm.
+        arguments: see `dinov2.hub.layouts.meta.vit_arguments`; files in Meta's format do not hold them for timm.
 
     Raises:
-        ValueError: timm has no model for a "meta" export of this teacher.
+        ValueError: if timm has no model for a "meta" export of this teacher.
     """
     if target == "hf":
         import transformers
@@ -118,7 +113,7 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
     from safetensors.torch import load_file
 
     if target == "meta":
-        config = timm_config(arguments, Colours((0, 0, 0), (1, 1, 1)))
+        config = timm_config(arguments, Colours())
         here = {"file": str(folder / "backbone.pth")}
         return timm.create_model(
             config["architecture"], pretrained=True, pretrained_cfg_overlay=here, **config["model_args"]
@@ -133,8 +128,8 @@ def read_tiles(folder: str | None) -> list[np.ndarray]:
     """Up to `MAX_TILES` images of a folder, spread evenly over the sorted names; or scikit-image's micrograph in four.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
-        ValueError: an image cannot be decoded.
+        FileNotFoundError: if there is no such folder, or no image in it.
+        ValueError: if an image cannot be decoded.
     """
     if folder is None:
         from skimage.data import immunohistochemistry
@@ -163,19 +158,12 @@ def read_tiles(folder: str | None) -> list[np.ndarray]:
     return tiles
 
 
-def _centred_square(image: np.ndarray, size: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    side = min(height, width)
-    return resized_crop(image, (height - side) // 2, (width - side) // 2, side, side, size)
-
-
 def _tokens(model: nn.Module, images: Tensor) -> Tensor:
     """Class token, registers, patches: (B, 1 + R + N, D)."""
-    if isinstance(model, DinoVisionTransformer):
-        out = model.forward_features(images)
-        return torch.cat(
-            [out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]], dim=1
-        )
-    if hasattr(model, "forward_features"):
-        return model.forward_features(images)
-    return model(images).last_hidden_state
+    if not hasattr(model, "forward_features"):
+        return model(images).last_hidden_state
+    out = model.forward_features(images)
+    if isinstance(out, Tensor):
+        return out
+    parts = [out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]]
+    return torch.cat(parts, dim=1)

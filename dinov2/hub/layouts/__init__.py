@@ -1,0 +1,1 @@
+"""Names under which weights are passed around."""

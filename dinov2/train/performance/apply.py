@@ -1,4 +1,4 @@
-"""How the networks of a run are computed: weight copies, FP8, recomputation and compilation, as configured."""
+"""How the networks of a run are computed: low-precision weights, FP8, recomputation and compilation, as configured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import get_global_size
-from dinov2.layers.attention_backends import require_kernel
-from dinov2.layers.linear import keep_weight_copies, use_fp8
+from dinov2.layers.linear import keep_low_precision_weights, use_fp8
 from dinov2.layers.recompute import compiled_and_recomputed
 from dinov2.loss import compiled_kernels
 from dinov2.train.performance.capabilities import ResolvedPerformance
@@ -33,16 +32,18 @@ def build_training_step(
 
     Args:
         arch: student, teacher and losses, sharded and on their device.
-        optimizer: over the student.
+        optimizer: over what is trained.
         scaler: loss scaler, enabled or not.
         performance: the section's ``auto`` values, decided.
         global_batch: images per step over all ranks.
     """
-    copies = accelerate(arch, performance.compile)
+    low_precision = accelerate(arch, performance.compile)
     update = FusedWeightUpdate if performance.fused_update else WeightUpdate
-    networks = arch.student, arch.teacher
+    networks = arch.trained, arch.teacher
     max_norm, seed = arch.cfg.optim.clip_grad, arch.cfg.train.seed
-    return TrainingStep(arch, update(optimizer, *networks, max_norm, copies, scaler), global_batch, seed)
+    return TrainingStep(
+        arch, update(optimizer, *networks, max_norm, low_precision, scaler), global_batch, seed
+    )
 
 
 def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
@@ -55,22 +56,21 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
         compile: ``performance.compile``, resolved.
 
     Returns:
-        Pairs of a weight and its 16-bit copy, which whoever changes the weight refreshes.
+        Pairs of a weight and its low-precision weight, which whoever changes the weight refreshes.
 
     Raises:
         ValueError: the attention backend has no kernel here, or FP8 does not fit the widths.
     """
     performance = arch.cfg.performance
     compiler = _compiler(arch.cfg.debug.compile_backend, arch) if compile else None
-    copies: list[tuple[Tensor, Tensor]] = []
+    low_precision: list[tuple[Tensor, Tensor]] = []
     for role, network in (("student", arch.student), ("teacher", arch.teacher)):
         backbone, trained = network.backbone, role == "student"
-        width = backbone.embed_dim // backbone.num_heads
         dtype = DTYPES[getattr(arch.cfg.compute_precision, role).backbone.mixed_precision.param_dtype]
-        require_kernel(arch.cfg.student.attention_backend, head_width=width, dtype=dtype, device=arch.device)
+        backbone.check_kernels(dtype, arch.device)
         # Sharded weights are gathered in 16 bit anyway.
         if arch.cfg.debug.weight_copies and dtype != torch.float32 and get_global_size() == 1:
-            copies += keep_weight_copies(backbone, dtype)
+            low_precision += keep_low_precision_weights(backbone, dtype)
         if performance.fp8 == "all" or (performance.fp8 == "teacher" and not trained):
             use_fp8(backbone.blocks, performance.fp8_scaling, backward=trained)
         recompute = performance.recompute if trained else "none"
@@ -78,13 +78,14 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
             # The method, not the module: FSDP's hooks stay outside.
             block.forward = compiled_and_recomputed(block.forward, recompute, compiler)
         if compiler:
-            backbone.prepare_tokens_with_masks = compiler(backbone.prepare_tokens_with_masks)
+            for name in backbone.compiled_methods:
+                setattr(backbone, name, compiler(getattr(backbone, name)))
             for name, head in network.items():
                 if name != "backbone":
                     head.forward = compiler(head.forward)
     if compile:
         arch.kernels = compiled_kernels(arch.cfg.debug.compile_backend)
-    return copies
+    return low_precision
 
 
 def _compiler(backend: str, arch: SSLMetaArch) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

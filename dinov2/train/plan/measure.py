@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from dinov2.configs import Config
 from dinov2.data.augment.masking import StratifiedMasks
 from dinov2.distributed import single_process
-from dinov2.layers.linear import keep_weight_copies
+from dinov2.layers.linear import keep_low_precision_weights
 from dinov2.layers.recompute import compiled_and_recomputed
 from dinov2.models.build import build_model_from_cfg
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -128,7 +128,7 @@ class StepCosts:
             for role in ("student", "teacher"):
                 precision = getattr(self.config.compute_precision, role).backbone.mixed_precision
                 if precision.param_dtype != "fp32":
-                    keep_weight_copies(getattr(arch, role).backbone, DTYPES[precision.param_dtype])
+                    keep_low_precision_weights(getattr(arch, role).backbone, DTYPES[precision.param_dtype])
             for block in arch.student.backbone.blocks:
                 block.forward = compiled_and_recomputed(
                     block.forward, self.config.performance.recompute, _partitioned if self.compiled else None

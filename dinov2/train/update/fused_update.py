@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,19 @@ from dinov2.train.update.optim import state_of
 from dinov2.train.update.weight_update import WeightUpdate, local_shard, refresh
 
 BLOCK, WARPS = 512, 4  # of the kernel
-_COPY_DTYPES = (torch.bfloat16, torch.float16)
+_LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A student's parameter with all that is updated beside it."""
+    """A trained parameter with all that is updated beside it."""
 
     student: nn.Parameter
-    teacher: nn.Parameter
+    teacher: nn.Parameter | None
     module: int
     group: int | None  # of the optimiser; None: AdamW does not know the parameter
-    student_copy: Tensor | None
-    teacher_copy: Tensor | None
+    student_low: Tensor | None
+    teacher_low: Tensor | None
 
     @property
     def is_trained(self) -> bool:
@@ -36,16 +36,20 @@ class _Weight:
 
 
 class FusedWeightUpdate(WeightUpdate):
-    """`WeightUpdate` reading and writing every tensor once: 36 bytes per weight, and 2 per copy.
+    """`WeightUpdate` reading and writing every tensor once: 36 bytes per weight, and 2 per low-precision weight.
+
+    Where a foreach update launches a kernel per operation and goes over memory as often, one kernel takes a table with
+    the addresses of all tensors and a table of chunks, one program per chunk of one tensor. Two of its inputs stay on
+    the device, the clip factors and the flag of the guard: the launch waits for neither.
 
     The optimiser's groups and state tensors are used as they are, so that checkpoints do not differ. Gradients are
     not scaled in place. A gradient that is no contiguous float32 is converted first, at the cost of a pass.
 
     Args:
-        optimizer, student, teacher, max_norm, copies, scaler: as of `WeightUpdate`.
+        optimizer, modules, teacher, max_norm, low_precision, scaler: as of `WeightUpdate`.
 
     Raises:
-        ValueError: it cannot be used here; see `why_not_fused`.
+        ValueError: if it cannot be used here; see `why_not_fused`.
     """
 
     chunk = 64 * 1024  # elements per program of the kernel
@@ -53,43 +57,46 @@ class FusedWeightUpdate(WeightUpdate):
     def __init__(
         self,
         optimizer: torch.optim.AdamW,
-        student: nn.ModuleDict,
-        teacher: nn.ModuleDict,
+        modules: Mapping[str, nn.Module],
+        teacher: Mapping[str, nn.Module],
         max_norm: float,
-        copies: Sequence[tuple[Tensor, Tensor]] = (),
+        low_precision: Sequence[tuple[Tensor, Tensor]] = (),
         scaler: torch.amp.GradScaler | None = None,
     ):
-        super().__init__(optimizer, student, teacher, max_norm, copies, scaler)
-        reason = why_not_fused(optimizer, student, teacher, scaler)
+        super().__init__(optimizer, modules, teacher, max_norm, low_precision, scaler)
+        reason = why_not_fused(optimizer, modules, teacher, scaler)
         if reason:
             raise ValueError(reason)
         from dinov2.train.update import kernel as update_kernel
 
         self._kernel = update_kernel
-        self._weights, self._other_copies = _match(optimizer, student, teacher, self.copies)
-        self._written = [*student.parameters(), *teacher.parameters(), *(copy for _, copy in self.copies)]
+        self._weights, self._others = _match(optimizer, modules, teacher, self.low_precision)
+        networks = (*modules.values(), *teacher.values())
+        self._written = [p for module in networks for p in module.parameters()]
+        self._written += [low for _, low in self.low_precision]
         self._sizes: list[int] = []
         self._chunks = torch.empty(0)
 
     @torch.no_grad()
-    def apply(self, momentum: float, healthy: Tensor) -> None:
+    def apply(self, momentum: float, all_finite: Tensor) -> None:
         """As of `WeightUpdate`."""
-        reshard(self.teacher)
+        for module in self.teacher.values():
+            reshard(module)
         trained = [weight for weight in self._weights if weight.is_trained]
-        # Converted ones must live until the launch.
+        # The table holds bare addresses: a gradient that was converted must live until the launch.
         gradients = {weight.student: _plain(weight.student.grad) for weight in trained}
         rows = [self._row(weight, gradients.get(weight.student)) for weight in self._weights]
         of_group = {None: [0.0] * 5} | dict(enumerate(map(_rates, self.optimizer.param_groups)))
         rates = [of_group[weight.group] for weight in self._weights]
         clip = self._clip_factors()
-        chunks = self._chunks_of([row[self._kernel.SIZE.value] for row in rows], healthy.device)
+        chunks = self._chunks_of([row[self._kernel.SIZE.value] for row in rows], all_finite.device)
         if len(chunks):
             self._kernel.weight_update_kernel[(len(chunks),)](
-                _on_device(rows, torch.int64, healthy.device),
-                _on_device(rates, torch.float64, healthy.device),
+                _on_device(rows, torch.int64, all_finite.device),
+                _on_device(rates, torch.float64, all_finite.device),
                 chunks,
                 clip,
-                healthy.float(),
+                all_finite.float(),
                 float(1 - momentum),
                 CHUNK=self.chunk,
                 BLOCK=BLOCK,
@@ -98,26 +105,26 @@ class FusedWeightUpdate(WeightUpdate):
             )
         if trained:
             steps = [self.optimizer.state[weight.student]["step"] for weight in trained]
-            torch._foreach_add_(steps, healthy.float(), alpha=1)  # without alpha the host reads the tensor
+            torch._foreach_add_(steps, all_finite.float(), alpha=1)  # without alpha the host reads the tensor
         torch.autograd.graph.increment_version(self._written)  # the kernel wrote behind autograd's back
-        refresh(self._other_copies)
+        refresh(self._others)
 
     def _row(self, weight: _Weight, gradient: Tensor | None) -> list[int]:
         """A row of the kernel's table; see its columns."""
         kernel, size = self._kernel, local_shard(weight.student).numel()
-        places = [weight.student, weight.teacher, weight.student_copy, weight.teacher_copy, gradient]
+        tensors = [weight.student, weight.teacher, weight.student_low, weight.teacher_low, gradient]
         if gradient is None:
-            places += [None] * 3
+            tensors += [None] * 3
         else:
             state = state_of(self.optimizer, weight.student)
-            places += [state["exp_avg"], state["exp_avg_sq"], state["step"]]
-        addresses = [0 if place is None else local_shard(place).data_ptr() for place in places]
+            tensors += [state["exp_avg"], state["exp_avg_sq"], state["step"]]
+        addresses = [0 if tensor is None else local_shard(tensor).data_ptr() for tensor in tensors]
         is_aligned = size % 4 == 0 and not any(address % 16 for address in addresses[:-1])
         flags = (
             kernel.TRAINED.value * (gradient is not None)
             + kernel.ALIGNED.value * is_aligned
-            + kernel.STUDENT_COPY_FP16.value * _is_fp16(weight.student_copy)
-            + kernel.TEACHER_COPY_FP16.value * _is_fp16(weight.teacher_copy)
+            + kernel.STUDENT_LOW_FP16.value * _is_fp16(weight.student_low)
+            + kernel.TEACHER_LOW_FP16.value * _is_fp16(weight.teacher_low)
         )
         return [*addresses, size, weight.module, flags]
 
@@ -131,8 +138,8 @@ class FusedWeightUpdate(WeightUpdate):
 
 def why_not_fused(
     optimizer: torch.optim.AdamW,
-    student: nn.ModuleDict,
-    teacher: nn.ModuleDict,
+    modules: Mapping[str, nn.Module],
+    teacher: Mapping[str, nn.Module],
     scaler: torch.amp.GradScaler | None = None,
 ) -> str | None:
     """One sentence on why `FusedWeightUpdate` cannot be used with these; None where it can."""
@@ -144,8 +151,9 @@ def why_not_fused(
         return "The fused update does not work with a loss scaler (fp16); use bf16."
     if any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups):
         return "The fused update knows neither amsgrad nor maximize of AdamW."
-    for network in (student, teacher):
-        for name, parameter in network.named_parameters():
+    for module_name, module in (*modules.items(), *teacher.items()):
+        for own_name, parameter in module.named_parameters():
+            name = f"{module_name}.{own_name}"
             if parameter.device.type != "cuda" and not IS_INTERPRETED:
                 return f"The fused update needs a CUDA device, and {name} is on {parameter.device}."
             if parameter.dtype != torch.float32:
@@ -157,34 +165,40 @@ def why_not_fused(
 
 def _match(
     optimizer: torch.optim.AdamW,
-    student: nn.ModuleDict,
-    teacher: nn.ModuleDict,
-    copies: Sequence[tuple[Tensor, Tensor]],
+    modules: Mapping[str, nn.Module],
+    teacher: Mapping[str, nn.Module],
+    low_precision: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[list[_Weight], list[tuple[Tensor, Tensor]]]:
-    """The weights, and the copies that the kernel does not write."""
-    reshard(teacher)
+    """The weights, and the pairs whose low-precision weight the kernel does not write."""
+    for module in teacher.values():
+        reshard(module)
     groups = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    fused = {weight: copy for weight, copy in copies if _kernel_writes(weight, copy)}
-    weights = [
-        _Weight(ours, theirs, index, groups.get(ours), fused.get(ours), fused.get(theirs))
-        for index, name in enumerate(student)
-        for ours, theirs in zip(student[name].parameters(), teacher[name].parameters(), strict=True)
-    ]
-    written = {id(copy) for weight in weights for copy in (weight.student_copy, weight.teacher_copy)}
-    return weights, [pair for pair in copies if id(pair[1]) not in written]
+    fused = {weight: low for weight, low in low_precision if _kernel_writes(weight, low)}
+    weights = []
+    for index, (name, module) in enumerate(modules.items()):
+        trained = list(module.parameters())
+        averages = list(teacher[name].parameters()) if name in teacher else [None] * len(trained)
+        weights += [
+            _Weight(
+                parameter, average, index, groups.get(parameter), fused.get(parameter), fused.get(average)
+            )
+            for parameter, average in zip(trained, averages, strict=True)
+        ]
+    written = {id(low) for weight in weights for low in (weight.student_low, weight.teacher_low)}
+    return weights, [pair for pair in low_precision if id(pair[1]) not in written]
 
 
-def _kernel_writes(weight: Tensor, copy: Tensor) -> bool:
-    is_plain = not isinstance(weight, DTensor) and not isinstance(copy, DTensor)
-    return is_plain and copy.dtype in _COPY_DTYPES and copy.is_contiguous() and copy.device == weight.device
+def _kernel_writes(weight: Tensor, low: Tensor) -> bool:
+    is_plain = not isinstance(weight, DTensor) and not isinstance(low, DTensor)
+    return is_plain and low.dtype in _LOW_DTYPES and low.is_contiguous() and low.device == weight.device
 
 
 def _plain(gradient: Tensor) -> Tensor:
     return local_shard(gradient).to(torch.float32).contiguous()
 
 
-def _is_fp16(copy: Tensor | None) -> bool:
-    return copy is not None and copy.dtype == torch.float16
+def _is_fp16(low: Tensor | None) -> bool:
+    return low is not None and low.dtype == torch.float16
 
 
 def _rates(group: dict[str, Any]) -> list[float]:

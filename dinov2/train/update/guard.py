@@ -25,7 +25,7 @@ class _Observation:
 
 
 class FiniteGuard:
-    """A sticky device flag: from the first non-finite step on, `healthy` is 0 and suppresses every update.
+    """A sticky device flag: from the first non-finite step on, `all_finite` is 0 and suppresses every update.
 
     The host looks at a step's flag only ``delay`` steps later, when its copy has long arrived.
 
@@ -36,7 +36,7 @@ class FiniteGuard:
     """
 
     def __init__(self, device: torch.device, global_batch: int, delay: int = 3):
-        self.healthy = torch.ones((), device=device)
+        self.all_finite = torch.ones((), device=device)
         self._global_batch = global_batch
         self._delay = delay
         self._pending: deque[_Observation] = deque()
@@ -50,13 +50,13 @@ class FiniteGuard:
             norms: of the gradient, which the ranks share and which therefore names none of them; may be empty.
 
         Raises:
-            NonFiniteError: the step observed ``delay`` steps ago was bad.
+            NonFiniteError: if the step observed ``delay`` steps ago was bad.
         """
-        bad = torch.zeros(get_global_size() + 1, device=self.healthy.device)
+        bad = torch.zeros(get_global_size() + 1, device=self.all_finite.device)
         bad[get_global_rank()] = _any_non_finite(losses)
         bad[-1] = _any_non_finite(norms) if norms else 0.0
         all_reduce_sum(bad)
-        self.healthy = self.healthy * (bad.sum() == 0)
+        self.all_finite = self.all_finite * (bad.sum() == 0)
         host = torch.empty(bad.shape, pin_memory=bad.is_cuda).copy_(bad, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if bad.is_cuda else None
         terms = {name: value.detach() for name, value in {**losses, **norms}.items()}
@@ -68,7 +68,7 @@ class FiniteGuard:
         """Look at every step observed so far, waiting for the device.
 
         Raises:
-            NonFiniteError: one of them was bad.
+            NonFiniteError: if one of them was bad.
         """
         while self._pending:
             self._check(self._pending.popleft())
@@ -78,14 +78,14 @@ class FiniteGuard:
             seen.copied.synchronize()
         if not seen.bad.any():
             return
-        first, share = seen.step * self._global_batch, self._global_batch // get_global_size()
-        places = [
-            f"on rank {rank} (samples {first + rank * share} to {first + (rank + 1) * share - 1})"
+        first, count = seen.step * self._global_batch, self._global_batch // get_global_size()
+        sources = [
+            f"on rank {rank} (samples {first + rank * count} to {first + (rank + 1) * count - 1})"
             for rank in seen.bad[:-1].nonzero().flatten().tolist()
         ] or [f"in the gradient of all ranks (samples {first} to {first + self._global_batch - 1})"]
         terms = ", ".join(f"{name} = {value.item():g}" for name, value in seen.terms.items())
         raise NonFiniteError(
-            f"Step {seen.step} is not finite {', '.join(places)}; rank {get_global_rank()} has {terms}. No weight "
+            f"Step {seen.step} is not finite {', '.join(sources)}; rank {get_global_rank()} has {terms}. No weight "
             "was updated from that step on: resume from the last checkpoint, with a lower optim.base_lr or "
             "optim.clip_grad if it happens again."
         )

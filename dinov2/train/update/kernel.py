@@ -1,4 +1,4 @@
-"""The Triton kernel of `FusedWeightUpdate`: AdamW, moving average and 16-bit copies in one pass over memory."""
+"""The Triton kernel of `FusedWeightUpdate`: AdamW, moving average and low-precision weights in one pass over memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 # Columns of the table of tensors (int64, a row per weight): addresses, then numbers. A missing tensor has address 0.
 STUDENT = tl.constexpr(0)
 TEACHER = tl.constexpr(1)
-STUDENT_COPY = tl.constexpr(2)
-TEACHER_COPY = tl.constexpr(3)
+STUDENT_LOW = tl.constexpr(2)
+TEACHER_LOW = tl.constexpr(3)
 GRADIENT = tl.constexpr(4)
 EXP_AVG = tl.constexpr(5)
 EXP_AVG_SQ = tl.constexpr(6)
@@ -21,30 +21,30 @@ COLUMNS = tl.constexpr(11)
 
 TRAINED = tl.constexpr(1)  # has a gradient; without one only the moving average runs
 ALIGNED = tl.constexpr(2)  # addresses are multiples of 16 bytes and the size of 4 elements: vector accesses
-STUDENT_COPY_FP16 = tl.constexpr(4)  # else bfloat16
-TEACHER_COPY_FP16 = tl.constexpr(8)
+STUDENT_LOW_FP16 = tl.constexpr(4)  # else bfloat16
+TEACHER_LOW_FP16 = tl.constexpr(8)
 
 # Columns of the table of rates (float64, a row per weight).
 RATES = tl.constexpr(5)  # learning rate, weight decay, log beta1, log beta2, eps
 
 
 @triton.jit
-def _places(address, offsets, element: tl.constexpr, aligned: tl.constexpr):
-    places = address.to(tl.pointer_type(element)) + offsets
-    return tl.multiple_of(places, 16) if aligned else places
+def _addresses(address, offsets, element: tl.constexpr, aligned: tl.constexpr):
+    addresses = address.to(tl.pointer_type(element)) + offsets
+    return tl.multiple_of(addresses, 16) if aligned else addresses
 
 
 @triton.jit
-def _store_copy(address, is_fp16, offsets, values, mask, aligned: tl.constexpr):
+def _store_low(address, is_fp16, offsets, values, mask, aligned: tl.constexpr):
     if address != 0:
         if is_fp16:
-            tl.store(_places(address, offsets, tl.float16, aligned), values.to(tl.float16), mask)
+            tl.store(_addresses(address, offsets, tl.float16, aligned), values.to(tl.float16), mask)
         else:
             # To nearest, ties to even, on the bits: Triton's interpreter truncates where it casts to bfloat16.
             bits = values.to(tl.uint32, bitcast=True)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             rounded = tl.where(values == values, rounded, 0x7FC0).to(tl.uint16)
-            tl.store(_places(address, offsets, tl.uint16, aligned), rounded, mask)
+            tl.store(_addresses(address, offsets, tl.uint16, aligned), rounded, mask)
 
 
 @triton.jit
@@ -64,7 +64,10 @@ def _update_chunk(
         size = tl.multiple_of(size, 4)
     flags = tl.load(row + FLAGS)
     student_at, teacher_at = tl.load(row + STUDENT), tl.load(row + TEACHER)
-    student_copy_at, teacher_copy_at = tl.load(row + STUDENT_COPY), tl.load(row + TEACHER_COPY)
+    student_low_at, teacher_low_at = tl.load(row + STUDENT_LOW), tl.load(row + TEACHER_LOW)
+    teacher_size = tl.where(teacher_at == 0, 0, size)  # a term of the loss has no teacher
+    if aligned:
+        teacher_size = tl.multiple_of(teacher_size, 4)
     if trained:
         gradient_at = tl.load(row + GRADIENT)
         exp_avg_at, exp_avg_sq_at = tl.load(row + EXP_AVG), tl.load(row + EXP_AVG_SQ)
@@ -81,28 +84,31 @@ def _update_chunk(
     # Also past the end of a small tensor, where the mask stops all traffic: constant bounds suit every interpreter.
     for done in range(0, CHUNK, BLOCK):
         offsets = start + done + tl.arange(0, BLOCK)
-        mask = offsets < size
-        student_places = _places(student_at, offsets, tl.float32, aligned)
-        teacher_places = _places(teacher_at, offsets, tl.float32, aligned)
-        student, teacher = tl.load(student_places, mask), tl.load(teacher_places, mask)
+        mask, averaged = offsets < size, offsets < teacher_size
+        student_addresses = _addresses(student_at, offsets, tl.float32, aligned)
+        teacher_addresses = _addresses(teacher_at, offsets, tl.float32, aligned)
+        student, teacher = (
+            tl.load(student_addresses, mask),
+            tl.load(teacher_addresses, averaged),
+        )
         if trained:
-            exp_avg_places = _places(exp_avg_at, offsets, tl.float32, aligned)
-            exp_avg_sq_places = _places(exp_avg_sq_at, offsets, tl.float32, aligned)
-            gradient = factor * tl.load(_places(gradient_at, offsets, tl.float32, aligned), mask)
-            exp_avg, exp_avg_sq = tl.load(exp_avg_places, mask), tl.load(exp_avg_sq_places, mask)
+            exp_avg_addresses = _addresses(exp_avg_at, offsets, tl.float32, aligned)
+            exp_avg_sq_addresses = _addresses(exp_avg_sq_at, offsets, tl.float32, aligned)
+            gradient = factor * tl.load(_addresses(gradient_at, offsets, tl.float32, aligned), mask)
+            exp_avg, exp_avg_sq = tl.load(exp_avg_addresses, mask), tl.load(exp_avg_sq_addresses, mask)
             exp_avg += gain1 * (gradient - exp_avg)
             exp_avg_sq += gain2 * (gradient * gradient - exp_avg_sq)
             student = keep * student - step_size * exp_avg / (tl.sqrt(exp_avg_sq) / root + eps)
-            tl.store(exp_avg_places, exp_avg, mask)
-            tl.store(exp_avg_sq_places, exp_avg_sq, mask)
-            tl.store(student_places, student, mask)
+            tl.store(exp_avg_addresses, exp_avg, mask)
+            tl.store(exp_avg_sq_addresses, exp_avg_sq, mask)
+            tl.store(student_addresses, student, mask)
         difference = student - teacher
         # As torch.lerp: exact at both ends.
         near, far = teacher + ema_weight * difference, student - (1 - ema_weight) * difference
         teacher = tl.where(ema_weight < 0.5, near, far)
-        tl.store(teacher_places, teacher, mask)
-        _store_copy(student_copy_at, flags & STUDENT_COPY_FP16, offsets, student, mask, aligned)
-        _store_copy(teacher_copy_at, flags & TEACHER_COPY_FP16, offsets, teacher, mask, aligned)
+        tl.store(teacher_addresses, teacher, averaged)
+        _store_low(student_low_at, flags & STUDENT_LOW_FP16, offsets, student, mask, aligned)
+        _store_low(teacher_low_at, flags & TEACHER_LOW_FP16, offsets, teacher, mask, aligned)
 
 
 @triton.jit
@@ -111,7 +117,7 @@ def weight_update_kernel(
     rates: tl.tensor,
     chunks: tl.tensor,
     clip: tl.tensor,
-    healthy: tl.tensor,
+    all_finite: tl.tensor,
     ema_weight: float,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,12 +128,12 @@ def weight_update_kernel(
         table, rates: int64 (T, COLUMNS) and float64 (T, RATES).
         chunks: int64 (programs, 2), row of the table and first element, a multiple of CHUNK.
         clip: float32 (M,), factor of each module's gradients.
-        healthy: float32, 0 to change nothing.
+        all_finite: float32, 0 to change nothing.
         ema_weight: part of the way from teacher to student.
         CHUNK: elements per program, a multiple of BLOCK.
         BLOCK: elements at once: 4 per thread, so that 16 bytes are loaded and no layout is converted.
     """
-    if tl.load(healthy) == 0:
+    if tl.load(all_finite) == 0:
         return
     chunk = chunks + 2 * tl.program_id(0)
     tensor, start = tl.load(chunk), tl.multiple_of(tl.load(chunk + 1), BLOCK)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.train.update.schedules import ScheduleValues
 
-_EMBEDDINGS = ("cls_token", "register_tokens", "mask_token", "pos_embed", "patch_embed")
-
-
-def layer_decay(name: str, depth: int, rate: float) -> float:
-    """Learning-rate factor of a backbone parameter: ``rate ** (depth + 1 - layer)``.
-
-    Layer 0 holds the embeddings and tokens, layer i+1 is block i, and the final norm is layer depth + 1.
-    """
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        return rate ** (depth - int(block[1]))
-    return rate ** (depth + 1) if name.startswith(_EMBEDDINGS) else 1.0
-
 
 def parameter_groups(
-    student: nn.ModuleDict, layerwise_decay: float, patch_embed_lr_mult: float
+    modules: Mapping[str, nn.Module], layerwise_decay: float, patch_embed_lr_mult: float
 ) -> list[dict]:
     """Trainable parameters grouped by learning-rate factor, weight-decay factor and last-layer membership.
 
-    Norms, LayerScale gains and biases are not decayed; tokens, the position grid and the last layer's gain are.
+    The factor of a backbone's parameter is ``layerwise_decay ** (depth + 1 - layer)``, see `Backbone.layer_of`. Norms,
+    LayerScale gains and biases are not decayed; tokens, the position grid and the last layer's gain are.
 
     Args:
-        student: ``backbone`` and heads.
+        modules: ``backbone``, heads, and terms of the loss.
         layerwise_decay: factor per layer below the top of the backbone.
         patch_embed_lr_mult: further factor for the patch embedding.
 
@@ -39,13 +27,13 @@ def parameter_groups(
         Groups with keys ``params``, ``lr_multiplier``, ``wd_multiplier``, ``is_last_layer``.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    for module_name, module in student.items():
+    for module_name, module in modules.items():
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
             lr = 1.0
             if module_name == "backbone":
-                lr = layer_decay(name, len(module.blocks), layerwise_decay)
+                lr = layerwise_decay ** (len(module.blocks) + 1 - module.layer_of(name))
                 lr *= patch_embed_lr_mult if name.startswith("patch_embed") else 1.0
             undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
             key = (lr, 0.0 if undecayed else 1.0, "last_layer" in name)
@@ -69,12 +57,18 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> 
         group["weight_decay"] = values.wd * group["wd_multiplier"]
 
 
-def adam_state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def adam_state(
+    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
     """AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq`` by parameter name, zeros where no step was made yet.
 
     The tensors are the optimiser's own: filling them restores it.
     """
-    names = {parameter: name for name, parameter in student.named_parameters()}
+    names = {
+        parameter: f"{module_name}.{name}"
+        for module_name, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
     return {
         names[parameter]: dict(state_of(optimizer, parameter))
         for group in optimizer.param_groups

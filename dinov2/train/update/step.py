@@ -38,14 +38,14 @@ class TrainingStep:
 
         Args:
             step: zero-based.
-            batch: this rank's share, see `SSLMetaArch.compute_losses`.
+            batch: this rank's part, see `SSLMetaArch.compute_losses`.
             values: the step's schedule values.
 
         Returns:
             The losses and, as ``grad_norm_<module>``, gradient norms before clipping: 0-d tensors on the device.
 
         Raises:
-            NonFiniteError: an earlier step was bad, see `FiniteGuard`.
+            NonFiniteError: if an earlier step was bad, see `FiniteGuard`.
         """
         self.begin(step, values)
         losses = self.arch.compute_losses(batch, values.teacher_temp)
@@ -62,16 +62,16 @@ class TrainingStep:
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Gradients of ``total_loss``, scaled where gradients are fp16."""
         # A loss scaler skips an update for the sake of its gradients alone. Dividing by zero makes them non-finite
-        # where the loss is, and after a bad step; in health it divides by one.
+        # where the loss is, and after a bad step; otherwise it divides by one.
         total = losses["total_loss"]
-        healthy = self.guard.healthy * torch.isfinite(total)
+        all_finite = self.guard.all_finite * torch.isfinite(total)
         scaler = self.weight_update.scaler
-        (scaler.scale(total / healthy) if scaler else total / healthy).backward()
+        (scaler.scale(total / all_finite) if scaler else total / all_finite).backward()
 
     def update(self, step: int, losses: Mapping[str, Tensor], values: ScheduleValues) -> dict[str, Tensor]:
         """Look at losses and gradients, then change the weights unless one is bad; returns the norms by module."""
         norms = self.weight_update.grad_norms()
         # A non-finite gradient under a loss scaler is an overflow, which the scaler handles by itself.
         self.guard.observe(step, losses, {} if self.weight_update.scaler else norms)
-        self.weight_update.apply(values.mom, self.guard.healthy)
+        self.weight_update.apply(values.mom, self.guard.all_finite)
         return norms

@@ -1,8 +1,8 @@
-"""What follows the backward: clipping, AdamW, the teacher's moving average and 16-bit copies of weights."""
+"""The weight update: clipping, AdamW, the teacher's moving average and low-precision weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +19,33 @@ class WeightUpdate:
         g <- g min(1, max_norm / (|g| + 1e-6))      |g| over each module of the student
         s <- AdamW(s, g)
         t <- m t + (1 - m) s
-        copy <- weight                              rounded to the copy's dtype
+        low <- weight                               rounded to the dtype of the low-precision weight
 
     Nothing waits for the device, except under an enabled loss scaler.
 
     Args:
-        optimizer: fused AdamW over the student.
-        student: modules, plain or sharded; a gradient's norm is clipped per module.
-        teacher: the same modules.
+        optimizer: fused AdamW over the modules.
+        modules: what is trained by name, plain or sharded; a gradient's norm is clipped per module.
+        teacher: modules that follow those of the same name.
         max_norm: largest gradient norm; 0 clips nothing.
-        copies: pairs of a weight (of student or teacher) and its copy.
+        low_precision: pairs of a weight (of student or teacher) and its low-precision weight.
         scaler: loss scaler; with one enabled, it alone decides whether AdamW steps, by the gradients it unscales.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.AdamW,
-        student: nn.ModuleDict,
-        teacher: nn.ModuleDict,
+        modules: Mapping[str, nn.Module],
+        teacher: Mapping[str, nn.Module],
         max_norm: float,
-        copies: Sequence[tuple[Tensor, Tensor]] = (),
+        low_precision: Sequence[tuple[Tensor, Tensor]] = (),
         scaler: torch.amp.GradScaler | None = None,
     ):
         self.optimizer = optimizer
-        self.student = student
+        self.modules = modules
         self.teacher = teacher
         self.max_norm = max_norm
-        self.copies = list(copies)
+        self.low_precision = list(low_precision)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._norms: dict[str, Tensor] = {}
 
@@ -57,18 +57,18 @@ class WeightUpdate:
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        self._norms = module_norms(self.student)
+        self._norms = module_norms(self.modules)
         return dict(self._norms)
 
     @torch.no_grad()
-    def apply(self, momentum: float, healthy: Tensor) -> None:
+    def apply(self, momentum: float, all_finite: Tensor) -> None:
         """Update all weights; all ranks must call. Takes the norms itself where `grad_norms` was not called.
 
         Args:
             momentum: m of the moving average, in [0, 1].
-            healthy: 0-d float on the device, 1, or 0 to leave weights and optimiser state as they are.
+            all_finite: 0-d float on the device, 1, or 0 to leave weights and optimiser state as they are.
         """
-        for module, factor in zip(self.student.values(), self._clip_factors(), strict=True):
+        for module, factor in zip(self.modules.values(), self._clip_factors(), strict=True):
             gradients = [local_shard(p.grad) for p in module.parameters() if p.grad is not None]
             if gradients and self.max_norm > 0:
                 torch._foreach_mul_(gradients, factor)
@@ -76,11 +76,11 @@ class WeightUpdate:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.found_inf = 1 - healthy  # fused AdamW skips its update where this is 1
+            self.optimizer.found_inf = 1 - all_finite  # fused AdamW skips its update where this is 1
             self.optimizer.step()
             del self.optimizer.found_inf
-        ema_update(self.student, self.teacher, (1 - momentum) * healthy)
-        refresh(self.copies)
+        ema_update(self.modules, self.teacher, (1 - momentum) * all_finite)
+        refresh(self.low_precision)
 
     def _clip_factors(self) -> Tensor:
         """Factor of each module's gradients, float32 (modules,), by norms that are used once."""
@@ -92,25 +92,29 @@ class WeightUpdate:
 
 
 @torch.no_grad()
-def ema_update(student: nn.Module, teacher: nn.Module, weight: Tensor | float) -> None:
+def ema_update(
+    student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module], weight: Tensor | float
+) -> None:
     """Move the teacher's parameters towards the student's: ``t <- t + weight (s - t)``; no communication.
 
     Args:
-        student, teacher: of the same structure, plain or sharded alike.
+        student: modules; those that the teacher has are of the same structure, plain or sharded alike.
+        teacher: modules.
         weight: in [0, 1]; a 0-d tensor is not waited for.
     """
-    reshard(teacher)
-    targets = [local_shard(parameter) for parameter in teacher.parameters()]
-    sources = [local_shard(parameter) for parameter in student.parameters()]
+    for module in teacher.values():
+        reshard(module)
+    targets = [local_shard(p) for module in teacher.values() for p in module.parameters()]
+    sources = [local_shard(p) for name in teacher for p in student[name].parameters()]
     weight = torch.as_tensor(weight, device=targets[0].device)
     torch._foreach_lerp_(targets, sources, [weight] * len(targets))
 
 
 @torch.no_grad()
-def refresh(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write each weight into its copy, rounded to the copy's dtype."""
-    if copies:
-        weights, targets = ([local_shard(tensor) for tensor in side] for side in zip(*copies, strict=True))
+def refresh(low_precision: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write each weight into its low-precision weight, rounded to that one's dtype."""
+    if low_precision:
+        weights, targets = ([local_shard(t) for t in side] for side in zip(*low_precision, strict=True))
         torch._foreach_copy_(targets, weights)
 
 
@@ -119,10 +123,10 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def module_norms(student: nn.ModuleDict) -> dict[str, Tensor]:
+def module_norms(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """L2 norm of each module's gradient, 0-d; all ranks must call. Gradients that are None count nothing."""
     norms = {}
-    for name, module in student.items():
+    for name, module in modules.items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else _zero(module)
         norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks import reference_packed, reference_separate
 from benchmarks.gate import THRESHOLDS, GateResult, correctness
 from benchmarks.reference_parts import EagerStep, StepSpec
-from dinov2.build.parts import build_arch
 from dinov2.configs import Config
+from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.optim import apply_schedule, build_optimizer
 from dinov2.train.update.schedules import ScheduleValues

@@ -1,16 +1,25 @@
-"""What a run says about its stream, and how it keeps a commit."""
+"""Kinds of data, what a run says about its stream, and how it keeps a commit."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 
 from dinov2.build import data as stream
+from dinov2.build.data import open_data, recognise
 from dinov2.configs import load_config
+from dinov2.configs.fields import key
+from dinov2.data.source import EncodedSample, SourceRequest, decode_image
 from dinov2.train.plan.plan import make_plan
-from tests.helpers.runs import TINY, write_tissue_shards
+from dinov2.train.train import main
+from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
+from tests.helpers.shards import write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +28,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def described(shards: Path, *overrides: str) -> str:
-    config = load_config(None, [*TINY, f"train.streaming_dataset_path={shards}", *overrides])
+    config = load_config(None, [*TINY, f"data.path={shards}", *overrides])
     plan, data = make_plan(config, 1), stream.open_data(config)
     return stream.describe_stream(config, plan, data, stream.order_parameters(config, plan, data))
 
@@ -32,6 +41,13 @@ def test_memory_of_batches_counts_every_one_in_flight(shards: Path) -> None:
     assert "90 tiles, 0.711 passes, 8 lanes over 12 row groups of up to 8 rows" in text
 
 
+def test_oversized_row_groups_come_with_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_dataset(tmp_path / "set", [100, 100], 100)
+    assert "repack" not in described(folder)
+    monkeypatch.setattr("dinov2.data.parquet.source.OVERSIZED", 1000)
+    assert f"python -m dinov2.data.repack {folder} {folder}-repacked" in described(folder)
+
+
 def test_too_little_shared_memory_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert "/dev/shm has" in described(shards, "train.num_workers=2")
@@ -40,7 +56,7 @@ def test_too_little_shared_memory_is_said(shards: Path, monkeypatch: pytest.Monk
 
 def test_a_commit_is_kept_only_for_an_unchanged_dataset(caplog: pytest.LogCaptureFixture) -> None:
     commit = "0123456789" * 4
-    before = load_config(None, ["train.streaming_dataset_path=org/name"])
+    before = load_config(None, ["data.path=org/name"])
     saved = {
         "config": json.loads(json.dumps(dataclasses.asdict(before))),
         "places": [f"hf://datasets/org/name@{commit}"],
@@ -49,8 +65,8 @@ def test_a_commit_is_kept_only_for_an_unchanged_dataset(caplog: pytest.LogCaptur
     assert stream._commits(before, saved) == [commit]
     assert not caplog.messages  # nothing is said anew of keys without effect
     assert stream._commits(before, None) == [""]
-    for changed in ("train.streaming_dataset_path=data/copy", "train.streaming_dataset_revision=v2"):
-        now = load_config(None, ["train.streaming_dataset_path=org/name", changed])
+    for changed in ("data.path=data/copy", "data.revision=v2"):
+        now = load_config(None, ["data.path=org/name", changed])
         assert stream._commits(now, saved) == [""]
     saved["places"] = ["/data/name@home"]
     assert stream._commits(before, saved) == [""]
@@ -64,3 +80,148 @@ def test_the_hub_without_a_token_is_read_with_half_the_lanes(monkeypatch: pytest
     assert not stream._is_anonymous(("s3://bucket/tiles",))
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     assert not stream._is_anonymous(hub)
+
+
+TOY = f"{__name__}:Toy"
+
+
+class ToySource:
+    """Noise of six slides, ten tiles each; what a new kind of data has to be."""
+
+    is_remote = False
+
+    def __init__(self, slides: list[str], side: int) -> None:
+        self.names = slides
+        self.unit_rows = np.full(len(slides), 10)
+        self.unit_bytes = self.unit_rows * 10_000
+        self.num_rows, self.fingerprint = 10 * len(slides), f"toy-{len(slides)}-{side}"
+        self._side = side
+
+    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        return [(self.names[unit], self._encoded(100 * unit + row)) for row in rows]
+
+    def _encoded(self, number: int) -> bytes:
+        noise = np.random.default_rng(number).integers(0, 256, (self._side, self._side, 3), np.uint8)
+        return cv2.imencode(".png", noise)[1].tobytes()
+
+    def decode(self, sample: EncodedSample) -> np.ndarray:
+        return decode_image(sample.data)
+
+    def describe(self, unit: int, row: int | None = None) -> str:
+        return f"tile {row} of slide '{self.names[unit]}'"
+
+    def slides(self, unit: int) -> list[str]:
+        return [self.names[unit]] * 10
+
+
+class Toy:
+    accepts = "a file of the words 'toy tiles'"
+
+    @dataclass(frozen=True)
+    class Options:
+        side: int = key(64, "of a tile", least=8, most=512)
+
+    def recognises(self, path: str) -> bool:
+        return Path(path).is_file() and Path(path).read_bytes()[:9] == b"toy tiles"
+
+    def open(self, request: SourceRequest) -> ToySource:
+        return ToySource([f"TCGA-AA-000{n}-01.svs" for n in range(6)], request.options.side)
+
+
+class Endless(Toy):
+    def open(self, request: SourceRequest) -> ToySource:
+        source = super().open(request)
+        source.is_endless = True
+        return source
+
+
+class Asking(Toy):
+    def open(self, request: SourceRequest) -> ToySource:
+        source = super().open(request)
+        return ToySource([name for name in source.names if request.keep(name)], 64)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, str]:
+    """A path of each sort, by name."""
+    write_tissue_shards(tmp_path / "shards")
+    (tmp_path / "slides/sub").mkdir(parents=True)
+    (tmp_path / "slides/sub/A.SVS").write_bytes(b"x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/photo.bmp").write_bytes(b"BM")
+    (tmp_path / "empty").mkdir()
+    texts = {"list4.txt": "# made by\n/a b/s.svs 0 128 1\n", "list6.txt": "s.svs 0 128 1 0.5 0.5\n",
+             "slides.txt": "/a b/s.svs\n", "slides.csv": "site, slide\nx,a.svs\n", "odd.csv": "a,b\n1,2\n",
+             "notes.txt": "nothing of the kind\n", "toy": "toy tiles"}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    return {path.name: str(path) for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("{shards}", "parquet"), ("file://{shards}", "parquet"), ("{shards}/*.parquet", "parquet"),
+     ("{shards}/shard-00000.parquet", "parquet"), ("org/name", "parquet"), ("org/name@v1", "parquet"),
+     ("hf://datasets/org/name/train", "parquet"), ("s3://bucket/tiles", "parquet"), ("{slides}", "slides"),
+     ("{list4.txt}", "sample_list"), ("{list6.txt}", "sample_list"), ("{slides.txt}", "slides"),
+     ("{slides.csv}", "slides")],
+)  # fmt: skip
+def test_kinds_are_recognised(places: dict[str, str], path: str, kind: str) -> None:
+    for name, place in places.items():
+        path = path.replace(f"{{{name}}}", place)
+    assert recognise(path) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("other", "a folder that holds photo.bmp"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
+     ("notes.txt", "a file that begins with b'nothing of the kind"), ("toy", "b'toy tiles'")],
+)  # fmt: skip
+def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(
+    places: dict[str, str], name: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=r"parquet: .*; sample_list: .*; slides: ") as caught:
+        recognise(places[name])
+    assert words in str(caught.value) and places[name] in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"There is no data at '/nowhere/at/all'"):
+        recognise("/nowhere/at/all")
+
+
+def test_a_new_kind_feeds_a_run_that_goes_on_where_it_stopped(places: dict[str, str], tmp_path: Path) -> None:
+    options = [*TINY, f"data.path={places['toy']}", f"data.kind={TOY}", f"data.options={{{TOY!r}: {{side: 70}}}}",
+               "data.validation_fraction=0.3"]  # fmt: skip
+    for name, stops in {"whole": [2], "parts": [1, 2]}.items():
+        for stop in stops:
+            assert main(["--output-dir", str(tmp_path / name), *options, f"optim.early_stop={stop}"]) == 0
+    losses = [
+        [record["total_loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_kinds_mix_and_all_leave_out_what_is_excluded(places: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "excluded.txt").write_text("TCGA-AA-0003\nslide_1\nnobody\n")
+    mixture = [{"path": places["shards"], "weight": 3}, {"path": places["toy"], "kind": TOY},
+               {"path": places["toy"], "kind": f"{__name__}:Asking"}]  # fmt: skip
+    data = open_data(load_config(None, [f"data.datasets={json.dumps(mixture)}",
+                                        f"data.exclusion_file={tmp_path / 'excluded.txt'}"]))  # fmt: skip
+    assert [source.num_rows for source in data.sources] == [60, 50, 50]
+    assert data.source.num_rows == 160
+    slides = {name for unit in range(len(data.source.unit_rows)) for name in data.source.slides(unit)}
+    assert not {"TCGA-AA-0003-01.svs", "slide_1"} & slides
+    report = "\n".join(data.report)
+    assert "training on 5 of 6 slides; 1 excluded, 0 kept for validation" in report
+    assert "1 of 3 names to exclude match no slide: nobody" in report
+    units = data.order(seed=0, lanes=16, block_rows=4).locate(np.arange(1600)).unit
+    assert set(units) == set(np.flatnonzero(data.source.unit_rows))
+
+
+def test_what_has_no_end_stands_alone(places: dict[str, str]) -> None:
+    endless = {"path": places["toy"], "kind": f"{__name__}:Endless"}
+    config = load_config(None, [f"data.datasets={json.dumps([endless, {'path': places['shards']}])}"])
+    with pytest.raises(ValueError, match=r"drawn without end, with others; .* online.max_patches"):
+        open_data(config)
+    alone = [f"data.path={endless['path']}", f"data.kind={endless['kind']}"]
+    with pytest.raises(ValueError, match=r"drawn without end, so that data.exclusion_file"):
+        open_data(load_config(None, [*alone, "data.validation_fraction=0.5"]))
+    assert stream.order_parameters(config, None, open_data(load_config(None, alone)))["lanes"] == 1

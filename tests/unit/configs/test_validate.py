@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dinov2.configs import ConfigError, load_config, validate
 
-DATA = "train.streaming_dataset_path=shards"
+DATA = "data.path=shards"
 
 
 @pytest.mark.parametrize(
@@ -22,15 +24,19 @@ DATA = "train.streaming_dataset_path=shards"
         (["ibot.mask_sample_probability=0"], r"mask none"),
         (["train.batch_size_per_gpu=3"], r"train.batch_size_per_gpu = 3 is odd"),
         (["train.batch_size_per_gpu=0"], r"train.batch_size_per_gpu = 0 is out of range"),
-        (["train.streaming_dataset_path="], r"train.streaming_dataset_path is empty"),
-        (["train.streaming_from_hf=false"], r"train.sample_list_path is empty"),
-        (["optim.base_lr=-1"], r"optim.base_lr = -1.0 is out of range"),
+        (["data.path="], r"data.path is empty"),
+        (["data.datasets=[{path: a}]"], r"name different data"),
+        (["data.path=", "data.datasets=[{weight: 2}]"], r"data.datasets\[0\].path is empty"),
+        (["dino.head_n_prototypes=4194304", "dino.head_bottleneck_dim=16384"], r"at most 2,147,483,648"),
+        (["student.patch_size=1", "crops.global_crops_size=512"], r"262,144 patches per view"),
+        (["train.OFFICIAL_EPOCH_LENGTH=1000000000"], r"1,000,000,000 at most"),
+        (["optim.base_lr=-1"], r"optim.base_lr = -1 is out of range"),
         (["optim.early_stop=101"], r"optim.early_stop = 101.0 is not in"),
         (["optim.warmup_epochs=101"], r"optim.warmup_epochs = 101.0 exceeds"),
         (["student.drop_path_rate=1.0"], r"student.drop_path_rate = 1.0"),
         (["crops.local_crops_scale=[0,0.3]"], r"crops.local_crops_scale"),
         (["augmentation.blur_kernel_size=4"], r"blur_kernel_size = 4 is not an odd"),
-        (["augmentation.hed_prob=2"], r"augmentation.hed_prob = 2.0"),
+        (["augmentation.hed_prob=2"], r"augmentation.hed_prob = 2 "),
         (["train.use_pretrained=true", "student.pretrained_weights=w.pth"], r"name different starting weights"),
         (["compute_precision.student.backbone.sharding_strategy=NO_SHARD"], r"set NO_SHARD for both"),
         (["compute_precision.student.dino_head.sharding_strategy=HYBRID_SHARD"], r"set HYBRID_SHARD for both"),
@@ -43,18 +49,25 @@ DATA = "train.streaming_dataset_path=shards"
     ],
 )  # fmt: skip
 def test_refused(overrides: list[str], message: str):
-    config = load_config(None, [DATA, *overrides])
     with pytest.raises(ConfigError, match=message):
-        validate(config, world_size=1)
+        validate(load_config(None, [DATA, *overrides]), world_size=1)
 
 
 def test_all_faults_at_once():
-    config = load_config(
-        None, [DATA, "crops.local_crops_size=97", "optim.base_lr=0", "train.batch_size_per_gpu=1"]
-    )
+    wrong = ["crops.local_crops_size=97", "optim.warmup_epochs=101", "train.batch_size_per_gpu=3"]
+    config = load_config(None, [DATA, *wrong])
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size=1)
     assert len(caught.value.faults) == 3
+
+
+def test_values_that_were_put_in_later_are_checked_too():
+    config = load_config(None, [DATA])
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, base_lr=-1.0))
+    with pytest.raises(
+        ConfigError, match=r"optim.base_lr = -1.0 is out of range; expected a number in \(0, 1000\]"
+    ):
+        validate(config, world_size=1)
 
 
 def test_defaults_are_valid():

@@ -1,12 +1,11 @@
-"""Patients of slides, exclusion files, and the validation share against the digests of coreutils' b2sum."""
+"""Exclusion files, and the validation share against the digests of coreutils' b2sum."""
 
 from pathlib import Path
 
 import pytest
 
-from dinov2.data.stream.patients import comparable, in_validation, names_of, patient_of, read_exclusions
+from dinov2.data.stream.patients import in_validation, read_exclusions
 
-TCGA = "TCGA-A6-2670-01Z-00-DX1.c2f4b3a1-1f2e-4d5c"
 # printf NAME | b2sum -l 64
 DIGESTS = {
     "TCGA-02-0001": 0x3890BD91DBDDBD41,
@@ -14,66 +13,6 @@ DIGESTS = {
     "case_17": 0xCB2C6B68C443DF0A,
     "Präparat 3": 0x0E97496DBA00126B,
 }
-
-
-@pytest.mark.parametrize(
-    ("slide", "patient"),
-    [
-        (f"/data/tcga/{TCGA}.svs", "TCGA-A6-2670"),
-        (TCGA, "TCGA-A6-2670"),
-        ("TCGA-A6-2670", "TCGA-A6-2670"),
-        ("tcga-a6-2670_extra.svs", "TCGA-A6-2670"),
-        ("shards/TCGA-A6-2670.parquet", "TCGA-A6-2670"),
-        ("/cohort/TCGA-A6-2670/slide 1.svs", "TCGA-A6-2670"),
-        ("/TCGA-A6-2670/TCGA-02-0001-01.svs", "TCGA-02-0001"),
-        (r"C:\slides\TCGA-A6-2670-01.svs", "TCGA-A6-2670"),
-        ("TCGA-12K-parquet/case_17.svs", "case_17"),  # no barcode: a project's name
-        ("TCGA-A6-26701-01.svs", "TCGA-A6-26701-01"),
-        ("TCGA-COAD/case_17.svs", "case_17"),
-        ("x-TCGA-A6-2670.svs", "x-TCGA-A6-2670"),
-        ("/data/case_17.ome.tiff", "case_17"),
-        ("case_17.SVS", "case_17"),
-        ("S.2019.0012.svs", "S.2019.0012"),
-        ("case_17.v2", "case_17.v2"),
-        ("part/0003.parquet", "0003"),
-        ("dicom/series 4/", "series 4"),
-        (".svs", ".svs"),
-        ("", ""),
-    ],
-)
-def test_patient(slide: str, patient: str) -> None:
-    assert patient_of(slide) == patient
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "TCGA-A6-2670",
-        "tcga-a6-2670",
-        "TCGA-A6-2670-01Z-00-DX1",
-        "tcga-a6-2670-01z-00-dx1",
-        TCGA,
-        f"{TCGA}.svs",
-        f"{TCGA}.SVS",
-        f"/data/{TCGA}.svs",
-    ],
-)
-def test_names_of_a_tcga_slide(name: str) -> None:
-    assert comparable(name) in names_of(f"/data/{TCGA}.svs")
-
-
-@pytest.mark.parametrize(
-    "name", ["TCGA-A6", "TCGA-A6-267", "TCGA-A6-2671", "TCGA-A6-2670-01Z", "data", "/data", ""]
-)
-def test_not_names_of_a_tcga_slide(name: str) -> None:
-    assert comparable(name) not in names_of(f"/data/{TCGA}.svs")
-
-
-def test_names_of_another_slide_are_case_sensitive() -> None:
-    slide = "/data/Case_17.scan.ome.tiff"
-    assert names_of(slide) == {slide, "Case_17.scan.ome.tiff", "Case_17.scan", "Case_17"}
-    assert comparable("case_17") not in names_of(slide)
-    assert names_of("") == set()
 
 
 @pytest.mark.parametrize(

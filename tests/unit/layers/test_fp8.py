@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.layers.fp8 import fp8_input_gradient, fp8_problem, fp8_product, quantise
-from dinov2.layers.linear import Linear, keep_weight_copies, use_fp8
+from dinov2.layers.fp8 import fp8_input_gradient, fp8_matmul, fp8_problem, quantise
+from dinov2.layers.linear import Linear, keep_low_precision_weights, use_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16_ROUNDING = 2**-8
@@ -70,7 +70,7 @@ def test_the_product_is_that_of_the_quantised_factors(per_row, device, weight_dt
     x, weight = uneven(21, 64, 2).bfloat16(), torch.randn(48, 64).to(weight_dtype)
     bias = torch.randn(48).bfloat16()
     expected = dequantised(x, per_row) @ dequantised(weight, per_row).T + bias.double()
-    found = fp8_product(x.to(device), weight.to(device), per_row, bias.to(device))
+    found = fp8_matmul(x.to(device), weight.to(device), per_row, bias.to(device))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.cpu().double(), expected, rtol=BF16_ROUNDING, atol=1e-3)
 
@@ -79,7 +79,7 @@ def test_the_product_is_that_of_the_quantised_factors(per_row, device, weight_dt
 def test_error_against_the_exact_product_is_within_what_three_mantissa_bits_allow(per_row):
     x, weight = torch.randn(100, 256).bfloat16(), torch.randn(64, 256)
     exact = x.double() @ weight.double().T
-    found = fp8_product(x, weight, per_row)
+    found = fp8_matmul(x, weight, per_row)
     # Rounding to nearest is off by at most 1/16 of a number, by 1/38 at the root of the mean square.
     magnitudes = x.double().abs() @ weight.double().abs().T
     assert ((found.double() - exact).abs() <= ((1 + 1 / 16) ** 2 - 1 + BF16_ROUNDING) * magnitudes).all()
@@ -90,7 +90,7 @@ def test_error_against_the_exact_product_is_within_what_three_mantissa_bits_allo
 def test_scales_per_row_serve_rows_of_very_different_size():
     x, weight = uneven(16, 64, 8), torch.randn(32, 64)
     exact = x.double() @ weight.double().T
-    by_row, by_tensor = (relative_error(fp8_product(x, weight, row), exact, dim=1) for row in (True, False))
+    by_row, by_tensor = (relative_error(fp8_matmul(x, weight, row), exact, dim=1) for row in (True, False))
     assert by_row.max() < 0.06
     assert by_tensor.max() == 1
 
@@ -112,9 +112,9 @@ def test_the_input_gradient_is_that_of_the_quantised_factors(per_row, device):
 @pytest.mark.parametrize("size", [0.0, 1e-42])
 def test_zeros_and_vanishing_numbers_stay_finite(per_row, size):
     x, weight, bias = torch.full((5, 32), size), torch.randn(16, 32), torch.randn(16).bfloat16()
-    assert torch.equal(fp8_product(x, weight, per_row, bias), bias.expand(5, 16))
+    assert torch.equal(fp8_matmul(x, weight, per_row, bias), bias.expand(5, 16))
     assert torch.equal(fp8_input_gradient(x, weight.T.contiguous(), per_row), torch.zeros(5, 16).bfloat16())
-    assert not fp8_product(torch.randn(5, 32), torch.full((16, 32), size), per_row).any()
+    assert not fp8_matmul(torch.randn(5, 32), torch.full((16, 32), size), per_row).any()
 
 
 @PER_ROW
@@ -124,7 +124,7 @@ def test_what_is_not_finite_reaches_the_result(per_row, device, bad):
     x, weight = torch.randn(5, 32, device=device), torch.randn(16, 32, device=device)
     bad_x, bad_weight = x.clone(), weight.clone()
     bad_x[2, 7] = bad_weight[3, 7] = bad
-    by_row, by_column = fp8_product(bad_x, weight, per_row), fp8_product(x, bad_weight, per_row)
+    by_row, by_column = fp8_matmul(bad_x, weight, per_row), fp8_matmul(x, bad_weight, per_row)
     assert not by_row[2].isfinite().any() and not by_column[:, 3].isfinite().any()
     assert not fp8_input_gradient(bad_x, weight.t().contiguous(), per_row)[2].isfinite().any()
     if per_row:
@@ -138,7 +138,7 @@ def test_what_is_not_finite_reaches_the_result(per_row, device, bad):
 def test_a_layers_gradients(per_row, device, copies, fp8_backward):
     layer = Linear(64, 48).to(device)
     if copies:
-        keep_weight_copies(layer, torch.bfloat16)
+        keep_low_precision_weights(layer, torch.bfloat16)
     use_fp8(layer, "row" if per_row else "tensor", backward=fp8_backward)
     x = torch.randn(3, 7, 64, device=device, requires_grad=True)
     direction = torch.randn(3, 7, 48, device=device)
@@ -147,7 +147,7 @@ def test_a_layers_gradients(per_row, device, copies, fp8_backward):
 
     rows, grad = x.detach().bfloat16().flatten(0, 1), direction.bfloat16().flatten(0, 1)
     weight = layer.weight.detach().bfloat16() if copies else layer.weight.detach()
-    assert torch.equal(out.flatten(0, 1), fp8_product(rows, weight, per_row, layer.bias.detach().bfloat16()))
+    assert torch.equal(out.flatten(0, 1), fp8_matmul(rows, weight, per_row, layer.bias.detach().bfloat16()))
     expected = (
         fp8_input_gradient(grad, weight, per_row).double()
         if fp8_backward

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from dinov2.layers.dino_head import DINOHead
 from dinov2.layers.ffn import Mlp
 from dinov2.layers.fp8 import fp8_problem
-from dinov2.layers.linear import Linear, keep_weight_copies, use_fp8
+from dinov2.layers.linear import Linear, keep_low_precision_weights, use_fp8
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training import whole
 
@@ -44,7 +44,7 @@ def test_a_copy_gives_bit_for_bit_what_autocast_gives(shape, bias, dtype):
     layer, x = Linear(12, 20, bias=bias), torch.randn(shape)
     with torch.autocast("cpu", dtype):
         expected = F.linear(x, layer.weight, layer.bias)
-    keep_weight_copies(layer, dtype)
+    keep_low_precision_weights(layer, dtype)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
     for other in HALF_PRECISION:
@@ -56,7 +56,7 @@ def test_a_copy_gives_bit_for_bit_what_autocast_gives(shape, bias, dtype):
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_are_those_of_the_rounded_operands_in_the_parameters_dtype(bias):
     layer, x = Linear(24, 40, bias=bias), torch.randn(2, 50, 24)
-    keep_weight_copies(layer, torch.bfloat16)
+    keep_low_precision_weights(layer, torch.bfloat16)
     direction = torch.randn(2, 50, 40).bfloat16().float()
     found = gradients(layer, x, direction)
     rows, grad = x.bfloat16().double().flatten(0, 1), direction.double().flatten(0, 1)
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_rounded_operands_in_the_parameters_dtype(bia
 @pytest.mark.gpu
 def test_on_a_gpu_the_weights_gradient_is_not_rounded_to_16_bit():
     layer, x = Linear(64, 128).cuda(), torch.randn(513, 64, device="cuda")
-    keep_weight_copies(layer, torch.bfloat16)
+    keep_low_precision_weights(layer, torch.bfloat16)
     direction = torch.randn(513, 128, device="cuda").bfloat16().float()
     expected = direction.double().T @ x.bfloat16().double()
     for module in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
@@ -84,14 +84,14 @@ def test_on_a_gpu_the_weights_gradient_is_not_rounded_to_16_bit():
 def test_a_frozen_weight_gets_no_gradient():
     layer = Linear(8, 8)
     layer.weight.requires_grad_(False)
-    keep_weight_copies(layer, torch.bfloat16)
+    keep_low_precision_weights(layer, torch.bfloat16)
     found = gradients(layer, torch.randn(3, 8), torch.ones(3, 8))
     assert found["weight"] is None and found["x"] is not None and found["bias"] is not None
 
 
 def test_the_backward_pass_keeps_the_input_in_16_bit_and_the_copy_itself():
     layer, saved = Linear(8, 16), []
-    [(_, kept)] = keep_weight_copies(layer, torch.bfloat16)
+    [(_, kept)] = keep_low_precision_weights(layer, torch.bfloat16)
     x = torch.randn(5, 8).bfloat16()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
@@ -100,16 +100,19 @@ def test_the_backward_pass_keeps_the_input_in_16_bit_and_the_copy_itself():
 
 def test_copies_are_made_of_the_linear_maps_of_blocks_alone():
     module = nn.ModuleDict({"mlp": Mlp(8, 16), "head": DINOHead(8, 16, 2, 8, 4), "plain": nn.Linear(8, 8)})
-    pairs = keep_weight_copies(module, torch.bfloat16)
+    pairs = keep_low_precision_weights(module, torch.bfloat16)
     assert [weight for weight, _ in pairs] == [module.mlp.fc1.weight, module.mlp.fc2.weight]
-    assert [kept for _, kept in pairs] == [module.mlp.fc1.weight_copy, module.mlp.fc2.weight_copy]
+    assert [kept for _, kept in pairs] == [
+        module.mlp.fc1.low_precision_weight,
+        module.mlp.fc2.low_precision_weight,
+    ]
     for weight, kept in pairs:
         assert torch.equal(kept, weight.bfloat16()) and not kept.requires_grad
 
 
 def test_a_refreshed_copy_is_what_multiplies():
     layer, x = Linear(8, 8, bias=False), torch.randn(3, 8)
-    [(weight, kept)] = keep_weight_copies(layer, torch.bfloat16)
+    [(weight, kept)] = keep_low_precision_weights(layer, torch.bfloat16)
     with torch.no_grad():
         weight.copy_(torch.eye(8))
         kept.copy_(weight)
@@ -118,14 +121,14 @@ def test_a_refreshed_copy_is_what_multiplies():
 
 def test_copies_and_fp8_leave_state_and_parameters_alone():
     layer, plain = Linear(16, 32), nn.Linear(16, 32)
-    [(_, kept)] = keep_weight_copies(layer, torch.bfloat16)
+    [(_, kept)] = keep_low_precision_weights(layer, torch.bfloat16)
     use_fp8(layer, "tensor", backward=True)
     assert list(layer.state_dict()) == ["weight", "bias"]
     layer.load_state_dict(plain.state_dict())
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     assert [buffer is kept for buffer in layer.buffers()] == [True]
-    assert layer.to("meta").weight_copy.is_meta
-    assert layer.to_empty(device="cpu").weight_copy.device.type == "cpu"
+    assert layer.to("meta").low_precision_weight.is_meta
+    assert layer.to_empty(device="cpu").low_precision_weight.device.type == "cpu"
 
 
 class TwoLayers(nn.Module):
@@ -140,7 +143,7 @@ class TwoLayers(nn.Module):
 def in_mode(mode: str) -> TwoLayers:
     module = TwoLayers()
     if "copy" in mode:
-        keep_weight_copies(module, torch.bfloat16)
+        keep_low_precision_weights(module, torch.bfloat16)
     if "fp8" in mode:
         use_fp8(module, "row" if "row" in mode else "tensor", backward="forward" not in mode)
     return module

@@ -67,6 +67,31 @@ def test_gains_of_trained_prototypes():
         torch.testing.assert_close(in_float32, expected, rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("temp", [0.04, 0.05, 0.07, 0.1])
+@pytest.mark.parametrize("deviation", [0.1, 0.5, 1, 2, 5])
+def test_exact_whatever_the_range_of_the_logits(deviation, temp):
+    logits = deviation * torch.randn(30, 50)
+    padded = torch.cat([logits, torch.full((4, 50), 1e3)])
+    weight = (torch.arange(34) < 30).float()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        expected = reference.sinkhorn(logits.to(dtype), temp, 3)
+        result = sinkhorn_knopp(padded.to(dtype), temp, row_weight=weight).double()
+        torch.testing.assert_close(result[:30], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [10, 1e3, 6e4])
+def test_unpopular_prototypes_and_rows_get_their_share(spread):
+    # Some prototypes and some rows are far below all others in every logit.
+    logits = torch.rand(12, 16, dtype=torch.float64)
+    logits[:, 5:] -= spread * torch.rand(11, dtype=torch.float64)
+    logits[7:] -= spread * torch.rand(5, 1, dtype=torch.float64)
+    logits = logits.float()
+    expected = reference.sinkhorn_in_logs(logits, TEMP, 3)
+    torch.testing.assert_close(sinkhorn_knopp(logits.double(), TEMP), expected, rtol=1e-9, atol=1e-12)
+    in_float32 = sinkhorn_knopp(logits, TEMP)
+    torch.testing.assert_close(in_float32.double(), expected, rtol=0, atol=1e-2 if spread > 1e3 else 1e-3)
+
+
 def test_nothing_but_padding_gives_zeros():
     assert not sinkhorn_knopp(cosines(4, 6), TEMP, row_weight=torch.zeros(4)).any()
     assert sinkhorn_knopp(cosines(0, 6), TEMP).shape == (0, 6)

@@ -11,8 +11,7 @@ import torch
 
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
-from dinov2.train.trainer import Trainer
-from dinov2.train.update.guard import NonFiniteError
+from dinov2.train.update.guard import FiniteGuard, NonFiniteError
 from tests.helpers.training import differing, make_trainer, random_batches, tiny_config, whole_state
 
 STEPS, EPOCH = 8, 4
@@ -40,17 +39,17 @@ class Journal:
     def __init__(self, name: str, entries: list[tuple[str, str, int]]):
         self.name, self.entries, self.step = name, entries, -1
 
-    def _note(self, event: str, trainer: Trainer) -> None:
-        self.entries.append((self.name, event, trainer.state.step))
+    def _note(self, event: str, state: TrainState) -> None:
+        self.entries.append((self.name, event, state.step))
 
-    def on_start(self, trainer: Trainer) -> None:
-        self._note("start", trainer)
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
+        self._note("start", state)
 
-    def after_step(self, trainer: Trainer) -> None:
-        self._note("step", trainer)
+    def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
+        self._note("step", state)
 
-    def on_end(self, trainer: Trainer) -> None:
-        self._note("end", trainer)
+    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
+        self._note("end", state)
 
     def close(self) -> None:
         self.entries.append((self.name, "close", self.step))

@@ -16,9 +16,9 @@ from dinov2.data.inspect import report as inspection
 from dinov2.data.inspect.__main__ import main
 from dinov2.data.inspect.mixing import distinct_if_uniform
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.storage.base import LocalStorage, StoredFile
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader
+from tests.helpers.remote import RemoteFolder
 from tests.helpers.shards import TILE, encode, tile, write_dataset, write_nanopath, write_published
 
 SMALL = ("--batch", "8", "--ranks", "2")
@@ -274,31 +274,17 @@ def test_oversized_row_groups(
     assert f"python -m dinov2.data.repack {tmp_path} {tmp_path}-repacked" in repack
 
 
-class Elsewhere:
-    """A folder that is read by ranges only, as remote places are."""
-
-    def __init__(self, folder: Path) -> None:
-        self._inner, self.place = LocalStorage(str(folder)), f"remote://place@{'0' * 40}"
-
-    def list_files(self) -> list[StoredFile]:
-        return self._inner.list_files()
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        return self._inner.read_range(name, start, length)
-
-    def locate(self, name: str) -> str:
-        return f"{self.place}/{name}"
-
-
 def test_remote_datasets(
     report: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_mixed(tmp_path)
     (tmp_path / "z.parquet").write_bytes(b"PAR1")
     local = report(tmp_path)
-    monkeypatch.setattr(inspection, "open_storage", lambda dataset: Elsewhere(tmp_path))
+    monkeypatch.setattr(
+        inspection, "open_storage", lambda dataset: RemoteFolder(tmp_path, f"remote://tiles@{'0' * 40}")
+    )
     remote = report("org/name")
-    assert remote["place"] == f"remote://place@{'0' * 40}"
+    assert remote["place"] == f"remote://tiles@{'0' * 40}"
     assert [shard["name"] for shard in remote["unreadable"]] == ["z.parquet"]
     for key in ("rows", "row_groups", "schemas", "stored", "images", "slides", "unreadable"):
         assert remote[key] == local[key]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from dinov2.data.parquet import source as parquet_source
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import DecodeError, EncodedSample
-from dinov2.data.storage.base import LocalStorage, StoredFile
+from dinov2.data.storage.base import LocalStorage
+from tests.helpers.remote import RemoteFolder
 from tests.helpers.shards import TILE, encode, tile, write_groups, write_nanopath, write_published
 
 
@@ -107,26 +108,6 @@ def test_a_shard_that_is_gone_or_changed_is_named(tmp_path: Path) -> None:
             source.read(1, [0])
 
 
-class RemoteStorage:
-    """A folder that is no local storage; counts reads, and fails when told to."""
-
-    def __init__(self, folder: Path) -> None:
-        self._inside, self.place = LocalStorage(str(folder)), "memory://set"
-        self.reads, self.failure = [], None
-
-    def list_files(self) -> list[StoredFile]:
-        return self._inside.list_files()
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        if self.failure:
-            raise self.failure
-        self.reads.append((start, length))
-        return self._inside.read_range(name, start, length)
-
-    def locate(self, name: str) -> str:
-        return f"{self.place}/{name}"
-
-
 def test_a_remote_unit_is_one_read(tmp_path: Path) -> None:
     table = pa.table(
         {
@@ -136,7 +117,7 @@ def test_a_remote_unit_is_one_read(tmp_path: Path) -> None:
         }
     )
     write_groups(tmp_path / "a.parquet", table, 4)
-    storage = RemoteStorage(tmp_path)
+    storage = RemoteFolder(tmp_path)
     source = ParquetSource.from_storage(storage)
     assert (source.place, source.is_remote) == ("memory://set", True)
     storage.reads.clear()
@@ -153,7 +134,7 @@ def test_slides_are_read_only_where_the_index_does_not_know_them(tmp_path: Path)
     table = pa.table({"slide_path": ["a", "a", "b", "c", None], "image_bytes": [bytes(1000)] * 5})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     write_nanopath(tmp_path / "b.parquet", [b"x"] * 3, 2)
-    storage = RemoteStorage(tmp_path)
+    storage = RemoteFolder(tmp_path)
     source = ParquetSource.from_storage(storage)
     storage.reads.clear()
     assert [source.slides(unit) for unit in range(5)] == [["a"] * 2, ["b", "c"], [""], ["b"] * 2, ["b"]]
@@ -172,7 +153,7 @@ def test_what_only_pyarrow_can_read(tmp_path: Path, remote: bool) -> None:
     encodings = {"slide_path": "DELTA_BYTE_ARRAY", "image_bytes": "DELTA_LENGTH_BYTE_ARRAY"}
     options = {"column_encoding": encodings, "use_dictionary": False, "row_group_size": 150}
     pq.write_table(table, tmp_path / "a.parquet", **options)
-    storage = RemoteStorage(tmp_path) if remote else LocalStorage(str(tmp_path))
+    storage = RemoteFolder(tmp_path) if remote else LocalStorage(str(tmp_path))
     source = ParquetSource.from_storage(storage)
     images[-1] = b""
     assert source.read(0, [149, 0, 70]) == [(slides[row], images[row]) for row in (149, 0, 70)]
@@ -194,7 +175,7 @@ def test_an_oversized_row_group_is_read_in_windows(
     table = pa.table({"slide_path": slides, "image_bytes": images})
     options = {"use_dictionary": ["slide_path"], "data_page_size": 100, "write_batch_size": 100}
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=900, compression="none", **options)
-    storage = RemoteStorage(tmp_path) if remote else LocalStorage(str(tmp_path))
+    storage = RemoteFolder(tmp_path) if remote else LocalStorage(str(tmp_path))
     source = ParquetSource.from_storage(storage)
     assert source.unit_rows.tolist() == [900, 600]
     rows = [899, 0, 3, 450]
@@ -220,7 +201,7 @@ def test_oversized_row_groups_come_with_a_command(tmp_path: Path, monkeypatch: p
         command = f"python -m dinov2.data.repack '{tmp_path / pattern}' "
         assert command in advice
         assert shlex.split(advice[advice.index(command) :])[4] == f"{tmp_path / target}-repacked"
-    advice = ParquetSource.from_storage(RemoteStorage(tmp_path)).repack_advice()
+    advice = ParquetSource.from_storage(RemoteFolder(tmp_path)).repack_advice()
     assert "python -m dinov2.data.repack memory://set set-repacked" in advice
 
 

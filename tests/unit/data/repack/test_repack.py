@@ -24,6 +24,7 @@ from dinov2.data.repack.__main__ import main
 from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, StoredFile
 from dinov2.utils.files import locked
+from tests.helpers.remote import RemoteFolder
 from tests.helpers.shards import encode, tile, write_dataset, write_nanopath, write_published
 
 
@@ -309,25 +310,9 @@ def test_rows_that_are_missing_count_as_corruption(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == []
 
 
-class Elsewhere:
-    """A folder that is read by ranges only, as remote places are."""
-
-    def __init__(self, folder: Path) -> None:
-        self._inner, self.place = LocalStorage(str(folder)), "remote://place"
-
-    def list_files(self) -> list[StoredFile]:
-        return self._inner.list_files()
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        return self._inner.read_range(name, start, length)
-
-    def locate(self, name: str) -> str:
-        return f"{self.place}/{name}"
-
-
 def test_a_remote_source_is_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = write_oversized(tmp_path / "in" / "sub" / "a.parquet")
-    monkeypatch.setattr(repack, "open_storage", lambda source: Elsewhere(tmp_path / "in"))
+    monkeypatch.setattr(repack, "open_storage", lambda source: RemoteFolder(tmp_path / "in"))
     assert run("org/name", tmp_path / "out") == 0
     assert pq.read_table(tmp_path / "out" / "sub" / "a.parquet").equals(table)
 

@@ -1,0 +1,187 @@
+"""DINOv2's public interface to the losses and to a step, on the functions that training calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.loss.centering import Centering
+from dinov2.loss.ibot import ibot_loss
+from dinov2.loss.kde import kde_loss
+from dinov2.loss.koleo import koleo_loss
+from dinov2.loss.sinkhorn import sinkhorn_knopp
+from dinov2.loss.soft_cross_entropy import soft_cross_entropy
+
+if TYPE_CHECKING:
+    from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+# Tensor dimensions below: C global crops, N patches each, M rows (masked patches, padding), K prototypes.
+
+_BATCH = {
+    "global_crops": "collated_global_crops",
+    "local_crops": "collated_local_crops",
+    "masks": "collated_masks",
+    "mask_indices": "mask_indices_list",
+    "mask_weight": "masks_weight",
+}
+
+
+class _TeacherCentering(Centering):
+    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float | Tensor) -> Tensor:
+        """`Centering.probs`."""
+        return self.probs(teacher_output, teacher_temp)
+
+
+class DINOLoss(_TeacherCentering):
+    """Teacher targets and cross-entropy for class tokens.
+
+    Args:
+        out_dim: K.
+        student_temp: tau > 0.
+        center_momentum: see `Centering`.
+    """
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+        super().__init__((1, out_dim), center_momentum)
+        self.student_temp = student_temp
+
+    def sinkhorn_knopp_teacher(
+        self, teacher_output: Tensor, teacher_temp: float | Tensor, n_iterations: int = 3
+    ) -> Tensor:
+        """`sinkhorn_knopp` of (N, K) teacher logits; all ranks must call."""
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+
+    def forward(
+        self, student_output_list: Iterable[Tensor], teacher_out_softmaxed_centered_list: Iterable[Tensor]
+    ) -> Tensor:
+        """Sum, over all pairs of a student and a teacher view, of the cross-entropy averaged over the batch.
+
+        Args:
+            student_output_list: logits, (B, K) each.
+            teacher_out_softmaxed_centered_list: probabilities, (B, K) each.
+
+        Returns:
+            0-d float32.
+        """
+        target = torch.stack(tuple(teacher_out_softmaxed_centered_list)).sum(0)
+        return sum(soft_cross_entropy(s, target, self.student_temp).mean() for s in student_output_list)
+
+
+class iBOTPatchLoss(_TeacherCentering):
+    """Teacher targets and cross-entropy for masked patches.
+
+    Args:
+        patch_out_dim: K.
+        student_temp: tau > 0.
+        center_momentum: see `Centering`.
+    """
+
+    def __init__(self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+        super().__init__((1, 1, patch_out_dim), center_momentum)
+        self.student_temp = student_temp
+
+    def sinkhorn_knopp_teacher(
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float | Tensor,
+        n_masked_patches_tensor: Tensor | int,
+        n_iterations: int = 3,
+    ) -> Tensor:
+        """`sinkhorn_knopp` of (M, K) teacher logits; all ranks must call.
+
+        Args:
+            teacher_output: (M, K).
+            teacher_temp: T > 0.
+            n_masked_patches_tensor: this rank's masked patches; rows from this number on are padding.
+            n_iterations: at least 1.
+        """
+        row_weight = _first_rows(len(teacher_output), n_masked_patches_tensor, teacher_output.device)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, row_weight)
+
+    def forward(
+        self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor
+    ) -> Tensor:
+        """`ibot_loss` from the outputs for all patches, masked or not.
+
+        Args:
+            student_patch_tokens: (C, N, K) logits.
+            teacher_patch_tokens: (C, N, K) probabilities.
+            student_masks_flat: (C, N) bool.
+        """
+        row_weight = student_masks_flat / student_masks_flat.sum(1, keepdim=True).clamp_min(1)
+        rows = student_patch_tokens, teacher_patch_tokens, row_weight
+        return ibot_loss(*(t.flatten(0, 1) for t in rows), len(student_masks_flat), self.student_temp)
+
+    def forward_masked(
+        self,
+        student_patch_tokens_masked: Tensor,
+        teacher_patch_tokens_masked: Tensor,
+        student_masks_flat: Tensor,
+        n_masked_patches: Tensor | int | None = None,
+        masks_weight: Tensor | None = None,
+    ) -> Tensor:
+        """`ibot_loss` from the outputs for masked patches, in the order of ``student_masks_flat``.
+
+        Args:
+            student_patch_tokens_masked: (M, K) logits.
+            teacher_patch_tokens_masked: (M, K) probabilities.
+            student_masks_flat: (C, N) bool.
+            n_masked_patches: rows from this number on are padding; None when ``masks_weight`` says so.
+            masks_weight: 1/|M_c| of the row's crop, for all M rows (padding 0) or those before the padding;
+                None derives it from the masks.
+        """
+        if masks_weight is None:
+            masks_weight = _weight_of_masked_rows(student_masks_flat, len(student_patch_tokens_masked))
+        num_rows = len(masks_weight)
+        if n_masked_patches is not None:
+            masks_weight = masks_weight * _first_rows(num_rows, n_masked_patches, masks_weight.device)
+        student, teacher = student_patch_tokens_masked[:num_rows], teacher_patch_tokens_masked[:num_rows]
+        return ibot_loss(student, teacher, masks_weight, len(student_masks_flat), self.student_temp)
+
+
+class KDELoss(nn.Module):
+    """`kde_loss` as a module, of (B, D) class tokens."""
+
+    def __init__(self, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> None:
+        super().__init__()
+        self.kappa, self.reference_sign, self.gather = kappa, reference_sign, gather
+
+    def forward(self, student_output: Tensor) -> Tensor:
+        """Return the 0-d loss."""
+        return kde_loss(student_output, self.kappa, self.reference_sign, self.gather)
+
+
+class KoLeoLoss(nn.Module):
+    """`koleo_loss` as a module, of (B, D) class tokens."""
+
+    def __init__(self, gather: bool = False) -> None:
+        super().__init__()
+        self.gather = gather
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """Return the 0-d loss."""
+        return koleo_loss(student_output, self.gather, eps)
+
+
+def forward_backward(arch: SSLMetaArch, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
+    """Losses of a batch from ``collate_data_and_cast``, whose gradients are added to the student's."""
+    batch = {ours: images[metas].to(arch.device, non_blocking=True) for ours, metas in _BATCH.items()}
+    losses = arch.compute_losses(batch, teacher_temp)
+    losses["total_loss"].backward()
+    return losses
+
+
+def _first_rows(num_rows: int, n: Tensor | int, device: torch.device) -> Tensor:
+    return torch.arange(num_rows, device=device) < n
+
+
+def _weight_of_masked_rows(masks: Tensor, num_rows: int) -> Tensor:
+    """Return (num_rows,) 1/|M_c| for the masked patches of (C, N) masks in order, 0 after the last one."""
+    counts = masks.sum(1)
+    ends = counts.cumsum(0)
+    rows = torch.arange(num_rows, device=masks.device)
+    crop = torch.searchsorted(ends, rows, right=True).clamp_max(len(masks) - 1)
+    return (rows < ends[-1]) / counts[crop].clamp_min(1)

@@ -1,0 +1,69 @@
+"""The contract of an augmentation step: what it draws for a view, and how it changes the image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+
+class View(NamedTuple):
+    """One of the views of a sample, before anything is drawn for it.
+
+    Attributes:
+        kind: "global1", "global2" or "local".
+        number: 0 and 1 for the global views, then the local ones.
+        size: side of the rendered view in pixels.
+    """
+
+    kind: str
+    number: int
+    size: int
+
+
+class AugmentationStep(ABC):
+    """A random change of a view.
+
+    What is random is drawn apart from its application, from a stream of its own that depends on the seed, the sample,
+    the view and the name of the step alone: a step that is added, removed or set otherwise leaves the draws of all
+    others as they were. Steps are pickled on their way to the workers.
+
+    Args:
+        options: of a built-in step the section ``augmentation`` of the configuration; of any other step an instance
+            of its `Options`.
+
+    Attributes:
+        Options: dataclass of the keys of ``augmentation.steps.<name>``, its fields made by
+            `dinov2.configs.fields.key`. The built-in steps have none.
+        before: the built-in step in front of which this one is applied; None for behind the last.
+        takes_grey: whether `apply` accepts images without colours as (H, W); they are turned into (H, W, 3) for steps
+            that do not.
+    """
+
+    Options: ClassVar[type]
+    before: ClassVar[str | None] = None
+    takes_grey: ClassVar[bool] = False
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, view: View) -> Any | None:
+        """Draw the parameters of one view; None leaves the step out.
+
+        Drawing whether the step is applied first, and strengths after it, keeps the strengths when its probability
+        changes.
+        """
+
+    @abstractmethod
+    def apply(self, image: np.ndarray, params: Any) -> np.ndarray:
+        """Change an image, in place or not.
+
+        Args:
+            image: uint8 (H, W, 3) RGB, or (H, W) where `takes_grey`.
+            params: what `draw` returned.
+
+        Returns:
+            uint8 of the same height and width, (H, W, 3) or (H, W).
+        """

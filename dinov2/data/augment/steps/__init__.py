@@ -1,0 +1,1 @@
+"""Augmentation steps, one per file; `dinov2.extensions.AUGMENTATIONS` names them."""

@@ -1,0 +1,20 @@
+"""Views without colours."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dinov2.data.augment.ops import grayscale
+from dinov2.data.augment.step import AugmentationStep, View
+
+
+class Grayscale(AugmentationStep):
+    """Drop the colours of a view; what follows works on one channel, in a third of the time."""
+
+    def draw(self, rng: np.random.Generator, view: View) -> bool | None:
+        """Draw whether the colours are dropped."""
+        return rng.random() < self.options.grayscale_prob or None
+
+    def apply(self, image: np.ndarray, params: bool) -> np.ndarray:
+        """Return luma, (H, W)."""
+        return grayscale(image)

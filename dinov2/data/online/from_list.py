@@ -1,0 +1,147 @@
+"""Training straight from the slides that a sample list names."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.resolution import read_mpp_table
+from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
+from dinov2.data.source import DecodeError, EncodedSample
+
+UNIT_LINES = 64
+_OPEN_SLIDES = 64  # per process; each keeps a handle and a small tile cache
+_SAMPLE_BYTES = 80  # a reference, as it waits in the reader's queue
+_OPENING_THREADS = 16
+
+
+class SlideListSource:
+    """Patches cut from slides while training, in the order contract of any other source.
+
+    A unit is 64 consecutive lines. Reading a unit gives references; a worker cuts the patch when it decodes
+    one. Holds no lock, so it may be forked, pickled and used from several threads.
+
+    Args:
+        list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
+            a list of six columns the patch is cut at its mpp from the level that serves it best.
+        slide_root: folder to look for the listed paths in; None takes them as written, see `find.locate`.
+        tile_size: side of a patch in px of its level, or of its mpp.
+        mpp_file: CSV `slide,mpp` for slides that do not say theirs, see `read_mpp_table`.
+        columns: see `read_sample_list`.
+
+    Attributes:
+        unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
+
+    Raises:
+        FileNotFoundError: if the list, or a slide that it names, does not exist.
+        ValueError: if a line is malformed, there is none, `tile_size` is not positive, or a list of six columns
+            names a slide of unknown mpp.
+        SlideError: if a slide had to be opened for its mpp and cannot be.
+    """
+
+    is_remote = False
+
+    def __init__(
+        self,
+        list_path: str | Path,
+        slide_root: str | Path | None = None,
+        tile_size: int = 224,
+        mpp_file: str | Path | None = None,
+        columns: int | None = None,
+    ) -> None:
+        if tile_size < 1:
+            raise ValueError(f"The tile size is {tile_size} px, but it must be at least 1.")
+        self._list_path, self._tile_size = Path(list_path), tile_size
+        self._samples = read_sample_list(list_path, columns)
+        self._paths = {name: locate_slide(name, slide_root, list_path) for name in self._samples.slides}
+        missing = [str(path) for path in self._paths.values() if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist, "
+                f"the first is '{missing[0]}'; mount them or set data.slide_root."
+            )
+        self.num_rows = len(self._samples)
+        starts = np.arange(0, self.num_rows, UNIT_LINES)
+        self.unit_rows = np.minimum(UNIT_LINES, self.num_rows - starts).astype(np.int64)
+        self.unit_bytes = self.unit_rows * _SAMPLE_BYTES
+        self.fingerprint = f"{self._samples.digest()}-{tile_size}"
+        self._mpp: dict[str, float] = {}  # of slides that do not say theirs
+        if self._samples.mpp is not None:
+            self._mpp = self._given_mpp(mpp_file)
+            given = json.dumps(sorted(self._mpp.items())).encode()
+            self.fingerprint += f"-{hashlib.blake2b(given, digest_size=8).hexdigest()}"
+        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
+
+    def _given_mpp(self, mpp_file: str | Path | None) -> dict[str, float]:
+        """Take the mpp of the table, else of the list's description; every other slide must say its own."""
+        described = read_list_description(self._list_path).get("slide_mpp")
+        given = dict(described or {})
+        if mpp_file is not None:
+            table = read_mpp_table(mpp_file)
+            found = {name: table.get(name) for name in self._samples.slides}
+            given |= {name: mpp for name, mpp in found.items() if mpp is not None}
+        if described is None:  # else the list was made by a tool that has seen to it
+            unsure = [name for name in self._samples.slides if name not in given]
+            with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+                known = pool.map(lambda name: SlideReader(self._paths[name]).mpp is not None, unsure)
+            silent = [name for name, knows in zip(unsure, known, strict=True) if not knows]
+            if silent:
+                raise ValueError(
+                    f"{len(silent)} slides of sample list '{self._list_path}' do not say their resolution, the "
+                    f"first is '{silent[0]}'; its six columns need it: name them in a CSV of 'slide,mpp' lines."
+                )
+        return given
+
+    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Give the slide and the reference `x y level [mpp]` of lines of a unit, in the order asked for."""
+        samples = self._samples
+        read = []
+        for i in (unit * UNIT_LINES + int(row) for row in rows):
+            reference = b"%d %d %d" % (samples.x[i], samples.y[i], samples.level[i])
+            if samples.mpp is not None:
+                reference += b" %r" % float(samples.mpp[i])
+            read.append((samples.slides[samples.slide[i]], reference))
+        return read
+
+    def decode(self, sample: EncodedSample) -> np.ndarray:
+        """Cut the patch that a reference names: uint8 (tile_size, tile_size, 3) RGB.
+
+        Raises:
+            DecodeError: if the slide cannot give it; says which slide and location, and why.
+        """
+        reference, size = sample.data.split(), self._tile_size
+        x, y, level = map(int, reference[:3])
+        try:
+            reader = self._open(self._paths[sample.slide], self._mpp.get(sample.slide))
+            if len(reference) == 4:
+                return reader.read_patch(x, y, size, float(reference[3]))
+            return reader.read_region(level, *reader.snap(level, x, y), size, size)
+        except SlideError as error:
+            raise DecodeError(str(error)) from error
+
+    def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its patches, for a message to the user."""
+        first = unit * UNIT_LINES + 1
+        if row is not None:
+            return f"patch {first + row} of sample list '{self._list_path}'"
+        last = first + int(self.unit_rows[unit]) - 1
+        return f"patches {first} to {last} of sample list '{self._list_path}'"
+
+    def slides(self, unit: int) -> list[str]:
+        """Name the slide of every line of a unit."""
+        numbers = self._samples.slide[unit * UNIT_LINES : (unit + 1) * UNIT_LINES]
+        return [self._samples.slides[number] for number in numbers.tolist()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)

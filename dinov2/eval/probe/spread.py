@@ -1,0 +1,84 @@
+"""Spread of embeddings, which needs no labels: RankMe, ODCorr and the mean cosine."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from dinov2.eval.probe.results import Result
+from dinov2.eval.probe.task import Probe, TaskFeatures
+
+
+class RankMe(Probe):
+    """`rankme` of up to 2,048 test tiles."""
+
+    needs_labels: ClassVar[bool] = False
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Measure the sample."""
+        return [Result(task.name, "rankme", "value", rankme(task.sample), count=len(task.sample))]
+
+
+class ODCorr(Probe):
+    """`odcorr` of up to 2,048 test tiles."""
+
+    needs_labels: ClassVar[bool] = False
+
+    def measure(self, task: TaskFeatures) -> list[Result]:
+        """Measure the sample."""
+        return [Result(task.name, "odcorr", "value", odcorr(task.sample), count=len(task.sample))]
+
+
+def rankme(embeddings: np.ndarray) -> float:
+    """Effective rank of embeddings, between 1 (collapsed) and min(N, D).
+
+    ::
+
+        RankMe = exp(-sum_k p_k ln p_k),  p_k = sigma_k / sum_l sigma_l
+
+    with the singular values sigma of the (N, D) matrix, not centred (Garrido et al. 2023, arXiv:2210.02885,
+    who add a small constant to p where this takes 0 ln 0 = 0). Values of different N or D do not compare.
+
+    Args:
+        embeddings: (N, D), N >= 1, not all zero.
+    """
+    sigma = np.linalg.svd(np.asarray(embeddings, np.float64), compute_uv=False)
+    p = sigma[sigma > 0] / sigma.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def mean_cosine(embeddings: np.ndarray) -> float:
+    """Mean cosine between two different rows of (N, D), N >= 2: 1 collapsed, about 0 spread out.
+
+    ::
+
+        (|sum_i z_i|^2 - N) / (N (N - 1)),  z_i = row i / |row i|
+    """
+    z = np.asarray(embeddings, np.float64)
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    n = len(z)
+    return float((np.square(z.sum(0)).sum() - n) / (n * (n - 1)))
+
+
+def odcorr(embeddings: np.ndarray) -> float:
+    """Off-diagonal correlation of (N, D) embeddings, N >= 2: 0 uncorrelated tiles, 1 collapsed.
+
+    ::
+
+        ODCorr = sqrt(sum_{i != j} rho(z_i, z_j)^2 / (N (N - 1)))
+
+    with Pearson's rho over the D entries of two rows (kaiko, arXiv:2404.15217). NaN if a row is constant.
+    """
+    rows = np.asarray(embeddings, np.float64)
+    count = len(rows)
+    if count < 2:
+        raise ValueError(f"ODCorr compares tiles with each other: {count} is given, 2 are needed.")
+    rows = rows - rows.mean(1, keepdims=True)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not norms.all():
+        return float("nan")
+    rows = rows / norms
+    gram = rows.T @ rows if rows.shape[1] < count else rows @ rows.T  # of equal Frobenius norm
+    total = np.square(gram).sum() - count
+    return float(np.sqrt(max(total, 0.0) / (count * (count - 1))))

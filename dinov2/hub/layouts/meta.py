@@ -1,0 +1,202 @@
+"""Meta's names of a DINOv2 ViT's weights, which our backbone has too: what the tensors tell of the architecture."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.models.positions import resample_positions
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
+"""Attention heads by width: the one figure that no tensor's shape tells."""
+
+_DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3}
+
+
+def is_vit(model: nn.Module) -> bool:
+    """Whether a backbone is Meta's ViT, and not one derived from it."""
+    return type(model) is DinoVisionTransformer
+
+
+def from_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename ``blocks.<chunk>.<i>.`` of sharded training to ``blocks.<i>.``."""
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+
+
+def num_registers(state: Mapping[str, Tensor]) -> int:
+    """Count the registers of a ViT's weights."""
+    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
+
+
+def require_vit(path: str, state: Mapping[str, Tensor]) -> None:
+    """Make sure that the tensors by which a ViT's architecture is told are there.
+
+    Raises:
+        ValueError: if one is missing or has another number of dimensions.
+    """
+    absent = [key for key in _DIMENSIONS if key not in state and key != "register_tokens"]
+    if absent:
+        raise ValueError(
+            f"Weights {path!r} hold no backbone: {', '.join(absent)} missing; a DINOv2 ViT is expected."
+        )
+    for key, dimensions in _DIMENSIONS.items():
+        if key in state and (state[key].ndim != dimensions or not state[key].numel()):
+            raise ValueError(
+                f"Weights {path!r} hold no DINOv2 ViT: {key} is {tuple(state[key].shape)}, of other than {dimensions} "
+                "dimensions."
+            )
+
+
+def vit_from_shapes(
+    path: str, state: Mapping[str, Tensor], layout: str, heads: int | None
+) -> DinoVisionTransformer:
+    """Build the ViT that weights are of.
+
+    Positions are resampled as the models with these names do it: timm's always, Meta's and transformers' with
+    registers antialiased to exact sides.
+
+    Args:
+        path: the weights' file, for messages.
+        state: the weights under Meta's names.
+        layout: whose names the file has.
+        heads: attention heads where something beside the file tells them.
+
+    Raises:
+        ValueError: if the number of heads or blocks does not follow.
+    """
+    arguments, width = _arguments(state), state["cls_token"].shape[-1]
+    heads = heads or HEADS.get(width)
+    if heads is None or width % heads or not arguments["depth"]:
+        raise ValueError(
+            f"The architecture of {path!r} cannot be inferred from its width {width}, {heads or 'unknown'} heads and "
+            f"{arguments['depth']} blocks (known widths: {', '.join(map(str, HEADS))}); put a JSON with its "
+            "architecture beside it."
+        )
+    exact = num_registers(state) > 0
+    return DinoVisionTransformer(
+        **arguments,
+        num_heads=heads,
+        interpolate_antialias=exact or layout == "timm",
+        interpolate_offset=0.0 if exact or layout != "meta" else 0.1,
+    )
+
+
+def vit_arguments(model: nn.Module) -> dict[str, Any]:
+    """Constructor keywords of a ViT, all of those that its function and weights depend on.
+
+    Raises:
+        ValueError: if the backbone is another one.
+    """
+    if not is_vit(model):
+        raise ValueError(f"The backbone is a {type(model).__name__}; a DINOv2 ViT is expected.")
+    return _arguments(model.state_dict()) | {
+        "num_heads": model.num_heads,
+        "interpolate_antialias": model.interpolate_antialias,
+        "interpolate_offset": model.interpolate_offset,
+    }
+
+
+def _arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes tell."""
+    blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    ffn_layer, hidden_over_width = "identity", 4.0
+    if "blocks.0.mlp.fc1.weight" in state:
+        ffn_layer, hidden_over_width = "mlp", width_ratio(state["blocks.0.mlp.fc1.weight"].shape[0], width)
+    elif "blocks.0.mlp.w12.weight" in state:
+        # The layer makes its halves 2/3 as wide as it is asked to.
+        half = state["blocks.0.mlp.w12.weight"].shape[0] // 2
+        ffn_layer, hidden_over_width = "swiglufused", width_ratio(-(-3 * half // 2), width)
+        if gated_width(4 * width) == half:
+            hidden_over_width = 4.0
+    return {
+        "img_size": _grid_side(state) * patch,
+        "patch_size": patch,
+        "in_chans": state["patch_embed.proj.weight"].shape[1],
+        "embed_dim": width,
+        "depth": max(blocks, default=-1) + 1,
+        "mlp_ratio": hidden_over_width,
+        "ffn_layer": ffn_layer,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "ffn_bias": "blocks.0.mlp.fc1.bias" in state or "blocks.0.mlp.w12.bias" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "num_register_tokens": num_registers(state),
+    }
+
+
+def gated_width(hidden: int) -> int:
+    """Width of either half of a fused SwiGLU in place of an MLP with ``hidden`` features."""
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
+
+
+def width_ratio(hidden: int, width: int) -> float:
+    """The ratio that gives ``hidden`` when it is multiplied by the width and rounded down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+# The position grid, the one tensor whose shape follows from the size of the images.
+
+
+def take_grid(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a ViT without weights the position grid, of another size, that its weights have."""
+    side = _grid_side(state)
+    if model.pos_embed.shape[1] != 1 + side**2:
+        _set_grid(model, model.pos_embed.new_empty(1, 1 + side**2, model.embed_dim))
+
+
+def resize_grid(model: nn.Module, image_size: int) -> None:
+    """Give a ViT a position grid for square images of so many px, resampled as it resamples its own; in place.
+
+    Raises:
+        ValueError: if the backbone is another one, or the size is not a multiple of the patch.
+    """
+    patch = vit_arguments(model)["patch_size"]
+    if image_size < patch or image_size % patch:
+        raise ValueError(
+            f"The image size is {image_size}; a positive multiple of the patch's {patch} px is expected."
+        )
+    sides = (image_size // patch, image_size // patch)
+    with torch.no_grad():
+        grid = resample_positions(
+            model.pos_embed, sides, model.interpolate_antialias, model.interpolate_offset
+        )
+    _set_grid(model, grid.clone())
+
+
+def with_grid_of(model: nn.Module, state: Mapping[str, Tensor], own: bool) -> dict[str, Tensor]:
+    """Weights with the position grid of a model's size: resampled (bicubic, antialiased, exact sides), or its own.
+
+    Weights of backbones without a position grid, and grids that are not square, stay as they are.
+    """
+    grid = getattr(model, "pos_embed", None)
+    if grid is None:
+        return dict(state)
+    if own:
+        return {**state, "pos_embed": grid.detach()}
+    stored, side = state.get("pos_embed"), math.isqrt(grid.shape[1] - 1)
+    if (
+        stored is None
+        or stored.ndim != 3
+        or _grid_side(state) ** 2 != stored.shape[1] - 1
+        or stored.shape[1] < 2
+    ):
+        return dict(state)
+    return {**state, "pos_embed": resample_positions(stored, (side, side))}
+
+
+def _set_grid(model: nn.Module, grid: Tensor) -> None:
+    rows = math.isqrt(grid.shape[1] - 1)
+    model.pos_embed = nn.Parameter(grid)
+    model.patch_embed.img_size, model.patch_embed.num_patches = rows * model.patch_size, rows**2
+
+
+def _grid_side(state: Mapping[str, Tensor]) -> int:
+    return math.isqrt(max(state["pos_embed"].shape[1] - 1, 0))

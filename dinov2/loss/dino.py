@@ -1,0 +1,86 @@
+"""DINO: the student's class tokens predict the teacher's, view against view."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels
+from dinov2.loss.soft_cross_entropy import soft_cross_entropy
+from dinov2.loss.term import LossTerm, StepOutputs
+
+# Tensor dimensions below: V global views, L local views, B images, K prototypes.
+
+
+def dino_global_loss(
+    student_global: Tensor,
+    teacher_probs: Tensor,
+    num_local_views: int,
+    student_temp: float = 0.1,
+    kernels: PrototypeKernels = EAGER,
+) -> Tensor:
+    """Cross-entropy of each global view against the teacher's targets for the other global views.
+
+    DINO (arXiv:2104.14294, section 3.1, equation 3), averaged over all V L + V (V - 1) pairs of views:
+
+        L_global = 1 / (V L + V (V - 1)) sum_v sum_{v' != v} mean_b CE(t_v'b, s_vb)
+
+    Args:
+        student_global: (V, B, K) student logits, any float dtype.
+        teacher_probs: (V, B, K) teacher probabilities of the same views.
+        num_local_views: L, for the number of pairs only.
+        student_temp: tau > 0.
+        kernels: implementation of the passes over the logits.
+
+    Returns:
+        0-d float32. The mean over ranks is the loss of the joined batch.
+    """
+    num_views = len(teacher_probs)
+    others = sum(teacher_probs.roll(shift, 0) for shift in range(1, num_views))
+    entropy = soft_cross_entropy(student_global, others, student_temp, kernels)
+    return _mean_over_pairs(entropy, num_views, num_local_views)
+
+
+def dino_local_loss(
+    student_local: Tensor,
+    teacher_probs: Tensor,
+    student_temp: float = 0.1,
+    kernels: PrototypeKernels = EAGER,
+) -> Tensor:
+    """Cross-entropy of each local view against the teacher's targets for all global views.
+
+        L_local = 1 / (V L + V (V - 1)) sum_l sum_v mean_b CE(t_vb, s_lb)
+
+    Args:
+        student_local: (L, B, K) student logits, any float dtype.
+        teacher_probs: (V, B, K) teacher probabilities of the global views.
+        student_temp: tau > 0.
+        kernels: implementation of the passes over the logits.
+
+    Returns:
+        0-d float32, see `dino_global_loss`.
+    """
+    entropy = soft_cross_entropy(student_local, teacher_probs.sum(0), student_temp, kernels)
+    return _mean_over_pairs(entropy, len(teacher_probs), len(student_local))
+
+
+def _mean_over_pairs(entropy: Tensor, num_views: int, num_local: int) -> Tensor:
+    return entropy.mean(1).sum() / (num_views * num_local + num_views * (num_views - 1))
+
+
+class DINO(LossTerm):
+    """`dino_local_loss`, where there are local views, and `dino_global_loss`; section ``dino``."""
+
+    @classmethod
+    def options_of(cls, config: Any) -> LossTerm.Options:
+        """``dino.loss_weight``."""
+        return cls.Options(config.dino.loss_weight)
+
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return ``dino_local_crops_loss`` and ``dino_global_crops_loss``."""
+        targets, kernels = outputs.class_targets, outputs.kernels
+        views, others = outputs.class_logits.split([len(targets), len(outputs.class_logits) - len(targets)])
+        losses = {}
+        if len(others):
+            losses["dino_local_crops_loss"] = dino_local_loss(others, targets, kernels=kernels)
+        losses["dino_global_crops_loss"] = dino_global_loss(views, targets, len(others), kernels=kernels)
+        return losses

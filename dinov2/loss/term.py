@@ -1,0 +1,143 @@
+"""A term of the objective: what it is told of a step, and how the configured ones are built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dinov2.configs.fields import key
+from dinov2.extensions import LOSSES
+from dinov2.loss.assignments import Assignments
+from dinov2.loss.prototype_kernels import PrototypeKernels
+
+# Tensor dimensions below: V = 2 global views, L local views, B images of this rank, N patches of a global view, M
+# rows of masked patches with padding, D width, K prototypes.
+
+BUILT_IN = ("dino", "ibot", "kde", "koleo")
+"""Terms of sections ``dino`` and ``ibot``, in the order in which they are added up."""
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """Outputs of student and teacher for one batch of this rank; tensors on the device, views outermost.
+
+    What comes from the student carries gradients, what comes from the teacher none.
+
+    Attributes:
+        class_tokens: (V, B, D) student's class tokens of the global views, whose patches are partly masked.
+        teacher_class_tokens: (V, B, D) teacher's, of the whole views.
+        class_logits: (V + L, B, K) student's, of the global views, then of the local ones.
+        class_targets: (V, B, K) probabilities by the teacher.
+        patch_logits: (M, K') student's, of the masked patches.
+        patch_targets: (M, K') probabilities by the teacher, written out or as factors.
+        masks: bool (V B, N), True where a patch is masked; view-major.
+        mask_indices: int64 (M,) into the V B N patches, 0 on padding.
+        mask_weight: (M,) 1 over the masked patches of that crop, 0 on padding.
+        teacher_temp: temperature of the targets.
+        kernels: passes over prototype logits.
+        patch_tokens: (V, B, N, D) student's, where a term needs them (`LossTerm.needs`); None otherwise.
+        teacher_patch_tokens: (V, B, N, D) teacher's, likewise.
+        slides: name of each image's slide, B of them; empty where the batch does not say.
+        slide_ids: int64 (B,), a hash of each; None where the batch does not say.
+        indices: int64 (B,), sample indices of the images on the run's axis; None where the batch does not say.
+    """
+
+    class_tokens: Tensor
+    teacher_class_tokens: Tensor
+    class_logits: Tensor
+    class_targets: Tensor
+    patch_logits: Tensor
+    patch_targets: Tensor | Assignments
+    masks: Tensor
+    mask_indices: Tensor
+    mask_weight: Tensor
+    teacher_temp: float
+    kernels: PrototypeKernels
+    patch_tokens: Tensor | None = None
+    teacher_patch_tokens: Tensor | None = None
+    slides: Sequence[str] = ()
+    slide_ids: Tensor | None = None
+    indices: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """Sizes that a term may build its modules by.
+
+    Attributes:
+        embed_dim: D.
+        class_prototypes: K of the class tokens' head.
+        patch_prototypes: K' of the patches' head.
+    """
+
+    embed_dim: int
+    class_prototypes: int
+    patch_prototypes: int
+
+
+class LossTerm(nn.Module):
+    """One term: called once a step with a `StepOutputs`, on every rank; it must not wait for the device.
+
+    Its trainable parameters, if any, are treated as a head's: float32, sharded, gradients averaged over ranks, clipped
+    by their own norm (metric ``grad_norm_<name>``), decayed and scheduled with the rest, saved and restored. Buffers
+    of the state dict are saved as rank 0 has them.
+
+    Args:
+        options: an `Options`.
+        context: sizes.
+
+    Attributes:
+        needs: optional fields of `StepOutputs` that are to be filled: ``patch_tokens`` brings those of student and
+            teacher, at the cost of computing the last block for all tokens.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @dataclass(frozen=True)
+    class Options:
+        """Keys of the term's section; those of a subclass extend these."""
+
+        weight: float = key(1.0, "weight in the total loss; 0 leaves the term out", least=0)
+
+    def __init__(self, options: Options, context: LossContext) -> None:
+        super().__init__()
+        self.options = options
+
+    @classmethod
+    def options_of(cls, config: Any) -> Options:
+        """Options from Meta's keys; of built-in terms alone."""
+        raise NotImplementedError
+
+    def forward(self, outputs: StepOutputs) -> Tensor | dict[str, Tensor]:
+        """Return a 0-d float32, logged as ``<name>_loss``, or several by the names that they are logged under.
+
+        Their mean over ranks is the loss of the joined batch.
+        """
+        raise NotImplementedError
+
+
+def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
+    """Build the terms of the configuration whose weight is above 0, by name, on the default device.
+
+    Args:
+        config: a `dinov2.configs.Config`: sections ``dino`` and ``ibot`` for the built-in terms, ``losses`` for others.
+        context: sizes.
+
+    Raises:
+        ValueError: if ``losses`` names a built-in term, or a name twice.
+    """
+    terms = {name: (LOSSES[name], LOSSES[name].options_of(config)) for name in BUILT_IN}
+    for name, options in config.losses.items():
+        label = name.rpartition(":")[2]
+        if label in terms:
+            raise ValueError(
+                f"losses.{name} names the term {label!r} again; {', '.join(BUILT_IN)} are configured by sections dino "
+                "and ibot, and each further term stands once."
+            )
+        terms[label] = LOSSES[name], options
+    return nn.ModuleDict(
+        {name: term(options, context) for name, (term, options) in terms.items() if options.weight > 0}
+    )

@@ -1,0 +1,90 @@
+"""What training, evaluation and export ask of a backbone."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+# Tensor dimensions below: B images, C channels, N patches, D width.
+
+
+class Backbone(nn.Module):
+    """Images to one class token and N = (side / patch_size)^2 patch tokens each.
+
+    A subclass gives `tokens` and sets the attributes; the rest has defaults. Blocks are what is trained alone
+    (``train.unfreeze_last_n_blocks``), sharded, compiled and recomputed one by one, so each must be called once per
+    pass and draw no random numbers. The parameters of the patch embedding have names that begin with ``patch_embed.``;
+    of all others, those of blocks and of ``norm`` are told apart by `layer_of`. It must run on the meta device.
+
+    Attributes:
+        blocks: in the order in which they run; at least one.
+        embed_dim: D.
+        patch_size: side of a patch in pixels.
+        num_prefix_tokens: tokens that are no patches (class token, registers), for those who count tokens.
+        supports_patch_index: whether `forward_features` takes ``patch_index``; otherwise all tokens are computed.
+        compiled_methods: names of methods beside the blocks' that compile into one graph each.
+    """
+
+    blocks: nn.ModuleList
+    embed_dim: int
+    patch_size: int
+    num_prefix_tokens: int = 1
+    supports_patch_index: ClassVar[bool] = False
+    compiled_methods: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
+        """Tokens after the final norm, float32 or better.
+
+        Args:
+            images: (B, C, H, W), normalised; sides are multiples of the patch size.
+            masks: bool (B, N), True for patches that are not to be seen, or None.
+
+        Returns:
+            ``x_norm_clstoken`` (B, D) and ``x_norm_patchtokens`` (B, N, D), patches row by row.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """``arch`` and the arguments, JSON values, with which ``BACKBONES[arch](**arguments)`` builds its like."""
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """`forward_features` in training; otherwise its class token (B, D)."""
+        outputs = self.forward_features(*args, **kwargs)
+        return outputs if is_training else outputs["x_norm_clstoken"]
+
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None
+    ) -> Any:
+        """`tokens` of one batch, or a list of them for several batches of different crop sizes.
+
+        Args:
+            x: (B, C, H, W), or a list of such.
+            masks: bool (B, N) or None; a list of these for a list.
+            patch_index: int64 (M,) into the B * N patches of the (first) batch, only where `supports_patch_index`:
+                dicts then hold ``x_norm_clstoken`` and the first ``x_norm_indexedtokens`` (M, D), nothing else.
+        """
+        if patch_index is not None:
+            raise ValueError(f"{type(self).__name__} computes all tokens; patch_index is not supported.")
+        if isinstance(x, Tensor):
+            return self.tokens(x, masks)
+        return [self.tokens(*pair) for pair in zip(x, masks or [None] * len(x), strict=True)]
+
+    def layer_of(self, parameter_name: str) -> int:
+        """Layer of a parameter for ``optim.layerwise_decay``: 0 embeddings, i + 1 block i, depth + 1 the final norm."""
+        block = re.match(r"blocks\.(\d+)\.", parameter_name)
+        if block:
+            return int(block[1]) + 1
+        return len(self.blocks) + 1 if parameter_name.startswith(("norm.", "head.")) else 0
+
+    def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Make sure that the configured kernels run here; before the first step.
+
+        Raises:
+            ValueError: if one does not.
+        """

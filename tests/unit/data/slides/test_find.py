@@ -1,0 +1,122 @@
+"""One finder for all tools: hidden files, relative paths, slides that are named twice, tables, URLs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dinov2.data.slides.find import SlideRow, find_slides, locate
+from dinov2.data.slides.resolution import MppTable
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_slides_are_listed_from_folders_texts_and_tables(tmp_path: Path) -> None:
+    for name in ("b/2.TIFF", "a.svs", "notes.md", ".hidden.svs"):
+        (tmp_path / "slides" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "slides" / name).touch()
+    found = find_slides(tmp_path / "slides").slides
+    assert found == [SlideRow(str(tmp_path / "slides" / name)) for name in ("a.svs", "b/2.TIFF")]
+    text = tmp_path / "list.txt"
+    text.write_text("# comment\n\n/x/with space.svs\ns3://bucket/y.svs\nslides/a.svs\n")
+    assert sorted(row.path for row in find_slides(text).slides) == sorted([
+        str(tmp_path / "slides/a.svs"), "/x/with space.svs", "s3://bucket/y.svs"])  # fmt: skip
+    table = tmp_path / "table.csv"
+    table.write_text("slide,tumour,mpp\n/x/1.svs,2.5,0.25\n/x/0.svs,1,\n/x/2.svs,0,0.5\n")
+    rows = find_slides(table, "tumour", mpp_table=MppTable({"0": 0.5}, {})).slides
+    assert sorted(rows) == [SlideRow("/x/0.svs", 1.0, 0.5), SlideRow("/x/1.svs", 2.5, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "weight", "message"),
+    [
+        ("a.csv", "slide,w\nx,-1\n", "w", "'-1' in line 2 of .* is no number from 0"),
+        ("a.csv", "slide,w\nx,nan\n", "w", "'nan' in line 2"),
+        ("a.csv", "slide,mpp\nx,40\n", "", "'40' in line 2 .* from 0.1 to 4"),
+        ("a.csv", "slide,w\nx,1\n", "weight", "'weight' is expected"),
+        ("a.csv", "file\nx\n", "", "'path' or 'slide' is expected"),
+        ("a.csv", "slide,w\nx,0\n", "w", "holds no slide"),
+        ("a.csv", "slide,w\nx,1\nx,2\n", "w", "lists slide '.*x' twice"),
+        ("a.csv", "slide,w\n,1\n", "w", "empty in line 2"),
+        ("a.txt", "#\n", "", "holds no slide"),
+        ("a.txt", "x.svs\n", "w", "is no .csv file"),
+    ],
+)
+def test_impossible_lists_are_refused(
+    tmp_path: Path, name: str, content: str, weight: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        find_slides(tmp_path / name, weight)
+
+
+def test_missing_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        find_slides(tmp_path / "nowhere")
+
+
+def keys(source: Path | str) -> dict[str, str]:
+    return {row.path: row.key for row in find_slides(source).slides}
+
+
+def test_hidden_files_and_folders_are_never_taken(tmp_path: Path) -> None:
+    """macOS leaves `._x.svs` beside each slide on foreign disks; snapshots of file systems lie in hidden folders."""
+    touch(tmp_path, "a.svs", "._a.svs", "deep/b.svs", "deep/._b.svs", ".snapshot/a.svs", "deep/.x/c.svs")
+    assert keys(tmp_path) == {str(tmp_path / name): name for name in ("a.svs", "deep/b.svs")}
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+def test_relative_paths_are_relative_to_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Only where there is no such file does one in the current directory count."""
+    touch(tmp_path, "lists/both.svs", "lists/beside.svs", "here/both.svs", "here/current.svs")
+    monkeypatch.chdir(tmp_path / "here")
+    listed = tmp_path / "lists" / f"slides.{ending}"
+    names = ["both.svs", "beside.svs", "current.svs", "neither.svs"]
+    listed.write_text("\n".join(["path"] * (ending == "csv") + names))
+    expected = [tmp_path / name for name in ("lists/both.svs", "lists/beside.svs", "here/current.svs")]
+    assert list(keys(listed)) == [*map(str, expected), str(tmp_path / "lists/neither.svs")]
+    assert list(keys(Path("../lists") / listed.name)) == list(keys(listed))
+    assert locate("s3://b/x.svs", listed) == "s3://b/x.svs"
+
+
+def test_a_file_that_several_paths_lead_to_counts_once(tmp_path: Path, caplog) -> None:
+    touch(tmp_path, "a.svs")
+    (tmp_path / "b.svs").symlink_to(tmp_path / "a.svs")
+    for name in ("list.txt", "list.csv"):
+        (tmp_path / name).write_text("path\nb.svs\na.svs\nb.svs\n"[5 * (name == "list.txt") :])
+        found = find_slides(tmp_path / name)
+        assert [row.key for row in found.slides] == ["b.svs"]
+        assert found.duplicates == [
+            (str(tmp_path / name), str(tmp_path / "b.svs")) for name in ("a.svs", "b.svs")
+        ]
+    assert "2 paths lead to slides that count already" in caplog.text
+    assert [row.key for row in find_slides(tmp_path).slides] == ["a.svs"]
+
+
+def test_one_slide_or_url_is_a_source(tmp_path: Path) -> None:
+    touch(tmp_path, "one/slide.svs")
+    assert keys(tmp_path / "one/slide.svs") == {str(tmp_path / "one/slide.svs"): "slide.svs"}
+    assert keys("https://host/x/c.svs?key=y") == {"https://host/x/c.svs?key=y": "c.svs"}
+    names = tmp_path / "names.txt"
+    names.write_text("# slides\ns3://bucket/a.svs\n\n/local/b.svs\n")
+    assert keys(names) == {"s3://bucket/a.svs": "a.svs", "/local/b.svs": "b.svs"}
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    listed = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=r"The folder '.*locked' cannot be listed"):
+        find_slides(tmp_path)

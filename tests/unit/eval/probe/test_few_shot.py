@@ -1,0 +1,43 @@
+"""Few-shot against scikit-learn's nearest centroid on the same shots."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestCentroid
+
+from dinov2.eval.probe.few_shot import few_shot_scores
+from dinov2.eval.probe.task import Fold
+
+
+def scores_of(train, labels, test, classes, *numbers, **others):
+    return few_shot_scores(Fold(0, (train, labels), (train, labels), test, classes), *numbers, **others)
+
+
+def test_all_tiles_as_shots_is_the_nearest_centroid():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 30)
+    train = (rng.normal(size=(3, 8))[labels] + rng.normal(size=(90, 8))).astype(np.float32)
+    test = rng.normal(size=(200, 8)).astype(np.float32)
+
+    def scaled(rows):
+        rows = rows - train.mean(0)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    reference = NearestCentroid().fit(scaled(train), labels)
+    scores = scores_of(*map(torch.from_numpy, (train, labels, test)), 3, shots=30, draws=2)
+    for draw in scores:
+        np.testing.assert_array_equal(draw.argmax(1), reference.predict(scaled(test)))
+    distances = np.linalg.norm(scaled(test)[:, None] - reference.centroids_, axis=2)
+    np.testing.assert_allclose(scores[0], -(distances**2), atol=1e-5)
+
+
+def test_draws_differ_and_repeat_with_the_seed():
+    rows, labels = torch.randn(40, 6), torch.arange(40) % 2
+    first, again, other = (scores_of(rows, labels, rows, 2, 1, 3, seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_too_few_tiles():
+    with pytest.raises(ValueError, match="4 shots per class cannot be drawn: a class has 3"):
+        scores_of(torch.randn(7, 2), torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.randn(1, 2), 2, 4)

@@ -1,0 +1,101 @@
+"""Terms of the objective: built from the configuration, told of the step, added up; one of one's own among them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2.configs import Config
+from dinov2.extensions import LOSSES
+from dinov2.loss import LossTerm, StepOutputs
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from tests.helpers.batches import random_batch
+from tests.helpers.toys import Discriminator
+from tests.helpers.training import tiny_config
+
+OWN = f"{__name__}:Looking"
+DISCRIMINATOR = f"{Discriminator.__module__}:{Discriminator.__name__}"
+
+
+class Looking(LossTerm):
+    """Keeps what it was told; several values, of which one has no gradient."""
+
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        self.seen = outputs
+        return {"first": outputs.class_tokens.square().mean(), "second": outputs.class_targets.new_ones(())}
+
+
+def arch_of(losses: dict[str, Any], *overrides: str) -> SSLMetaArch:
+    torch.manual_seed(0)
+    config = tiny_config("student.drop_path_rate=0", *overrides)
+    return SSLMetaArch(dataclasses.replace(config, losses=losses)).train()
+
+
+def losses_of(arch: SSLMetaArch, config: Config | None = None) -> dict[str, Tensor]:
+    return arch.compute_losses(random_batch(config or arch.cfg, images=4), 0.05)
+
+
+def test_a_term_of_ones_own_is_added_with_its_weight_and_changes_no_other():
+    expected, found = losses_of(arch_of({})), losses_of(arch_of({OWN: Looking.Options(0.25)}))
+    assert found.keys() - expected.keys() == {"first", "second"}
+    for name in expected.keys() - {"total_loss"}:
+        assert torch.equal(found[name], expected[name]), name
+    total = expected["total_loss"] + 0.25 * (found["first"] + found["second"])
+    torch.testing.assert_close(found["total_loss"], total)
+
+
+def test_what_a_term_is_told():
+    arch = arch_of({OWN: Looking.Options(1.0)})
+    batch = random_batch(arch.cfg, images=4)
+    arch.compute_losses(batch, 0.05)
+    seen = arch.losses["Looking"].seen
+    assert seen.class_tokens.shape == seen.teacher_class_tokens.shape == (2, 4, 128)
+    assert seen.class_logits.shape == (2 + 2, 4, 64) and seen.class_targets.shape == (2, 4, 64)
+    assert seen.patch_logits.shape == (len(batch["mask_indices"]), 48)
+    assert torch.equal(seen.masks, batch["masks"]) and torch.equal(seen.mask_weight, batch["mask_weight"])
+    assert seen.patch_tokens is None and seen.teacher_patch_tokens is None
+    assert seen.slides == ["slide"] * 4 and torch.equal(seen.indices, torch.arange(4))
+    assert torch.equal(seen.slide_ids, batch["slide_ids"]) and seen.teacher_temp == 0.05
+    assert seen.class_tokens.requires_grad and not seen.teacher_class_tokens.requires_grad
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_patch_tokens_come_where_a_term_needs_them(packed: bool):
+    """Masked patches are then those of the whole last block, which is the same up to rounding."""
+    switch = f"performance.packed_crops={str(packed).lower()}"
+    without = arch_of({}, switch)
+    arch = arch_of({DISCRIMINATOR: Discriminator.Options(1.0), OWN: Looking.Options(1.0)}, switch)
+    found, expected = losses_of(arch), losses_of(without)
+    torch.testing.assert_close(found["ibot_loss"], expected["ibot_loss"])
+    seen = arch.losses["Looking"].seen
+    assert seen.patch_tokens.shape == seen.teacher_patch_tokens.shape == (2, 4, 16, 128)
+    assert seen.patch_tokens.requires_grad and not seen.teacher_patch_tokens.requires_grad
+
+
+def test_a_term_with_weights_is_trained_and_clipped_by_itself():
+    arch = arch_of({DISCRIMINATOR: Discriminator.Options(0.5)})
+    assert list(arch.trained) == ["backbone", "dino_head", "ibot_head", "Discriminator"]
+    parameters = {p for group in arch.get_params_groups() for p in group["params"]}
+    assert parameters == {*arch.student.parameters(), *arch.losses.parameters()}
+    losses_of(arch)["total_loss"].backward()
+    assert all(parameter.grad.any() for parameter in arch.losses.Discriminator.parameters())
+    assert not any(name.startswith("Discriminator") for name in arch.teacher.state_dict())
+
+
+def test_weight_zero_leaves_a_term_out():
+    assert list(arch_of({OWN: Looking.Options(0.0)}, "dino.kde_loss_weight=0").losses) == [
+        "dino",
+        "ibot",
+        "koleo",
+    ]
+
+
+@pytest.mark.parametrize("name", ["koleo", "elsewhere.module:dino", "backbone"])
+def test_a_name_that_is_taken_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(LOSSES._targets, "backbone", OWN)
+    with pytest.raises(ValueError, match=rf"losses\.{name}"):
+        arch_of({name: Looking.Options(1.0)})

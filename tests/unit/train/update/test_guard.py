@@ -1,0 +1,49 @@
+"""The non-finite guard: sticky flag, delayed look, what the message names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinov2.train.update.guard import FiniteGuard, NonFiniteError
+
+
+def values(loss: float, norm: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return {"total_loss": torch.tensor(loss)}, {"backbone": torch.tensor(norm)}
+
+
+def test_flag_is_sticky_and_the_host_looks_later():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=16, delay=2)
+    guard.observe(0, *values(1.0))
+    assert guard.all_finite == 1
+    guard.observe(1, *values(float("nan")))
+    assert guard.all_finite == 0
+    guard.observe(2, *values(1.0))
+    assert guard.all_finite == 0
+    with pytest.raises(
+        NonFiniteError, match=r"Step 1 is not finite on rank 0 \(samples 16 to 31\).*total_loss = nan"
+    ):
+        guard.observe(3, *values(1.0))
+
+
+def test_flush_looks_at_once():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=5)
+    guard.observe(0, *values(1.0))
+    guard.flush()
+    guard.observe(1, *values(float("inf")))
+    with pytest.raises(NonFiniteError, match="Step 1"):
+        guard.flush()
+
+
+def test_a_non_finite_gradient_alone_stops_too():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=0)
+    message = r"Step 2 is not finite in the gradient of all ranks \(samples 16 to 23\).*backbone = inf"
+    with pytest.raises(NonFiniteError, match=message):
+        guard.observe(2, *values(1.0, float("inf")))
+    assert guard.all_finite == 0
+
+
+def test_without_gradient_norms_only_the_losses_count():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=0)
+    guard.observe(0, values(1.0)[0], {})
+    assert guard.all_finite == 1
