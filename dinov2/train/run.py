@@ -26,7 +26,7 @@ from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.hardware import ASSUMED_GPU, find_gpu
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
-from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan
+from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.sample_log import SampleLog
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -270,4 +270,5 @@ def dry_run(config: Config, world_size: int) -> str:
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     open_tasks(config, data)
     starting_weights(config)
-    return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{stream}"
+    described = describe_plan(config, plan, costs, name, local_world_size())
+    return f"{described}\n{parameter_table(costs)}\n{stream}"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from dinov2.eval.embed.slides import Grid
 from dinov2.eval.features import Embedding, embed_tiles
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.architecture import describe
+from dinov2.hub.pretrained import local_weights
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
@@ -180,10 +180,7 @@ def _about(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def _sha256(checkpoint: str) -> str:
-    path = Path(checkpoint)
-    if "://" in checkpoint:  # load_teacher has put it there
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(checkpoint).path).name)
-    with path.open("rb") as file:
+    with local_weights(checkpoint).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,6 +119,14 @@ def describe_plan(
             *_cost_lines(config, plan, max(flops.model, flops.hardware), gpu),  # recomputing takes time
         ]
     return "\n".join(lines)
+
+
+def parameter_table(costs: StepCosts) -> str:
+    """The student's parameters by module, as lines of text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what fvcore uses of torch.jit
+        from fvcore.nn import parameter_count_table
+    return parameter_count_table(costs.student, max_depth=2)
 
 
 def _cost_lines(config: Config, plan: RunPlan, flops: int, gpu: Gpu) -> Iterator[str]:

@@ -135,7 +135,7 @@ def test_one_process_of_a_node_checks_and_all_decide_alike(monkeypatch: pytest.M
 
 def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 0))
-    with pytest.raises(ValueError, match="bf16, but NVIDIA H200.*fp16.*grad_scaler"):
+    with pytest.raises(ValueError, match=r"bf16, but NVIDIA H200.*fp16.*grad_scaler"):
         resolve_performance(config(), GPU, checks())
     resolve_performance(config(dtype="fp16"), GPU, checks())
 
