@@ -30,9 +30,7 @@ _MARK = "<!-- Written by python -m dinov2.configs --write -->"
 def default_yaml() -> str:
     """Every key with its default and one line on what it means."""
     return (
-        "\n".join(
-            ["# Every key with its default, written by python -m dinov2.configs --write.", *_yaml(Config())]
-        )
+        "\n".join(["# Every key with its default, written by python -m dinov2.configs --write.", *_yaml(Config())])
         + "\n"
     )
 
@@ -50,9 +48,7 @@ def key_tables() -> str:
     lines += ["", "## Older keys", "", "| key | today |", "|---|---|"]
     for name, entry in OLDER_KEYS.items():
         only = f"only {' or '.join(entry.only)}; " if entry.only else ""
-        lines.append(
-            f"| `{name}` | " + (f"`{entry.new}` |" if entry.new else f"no effect: {only}{entry.ignored} |")
-        )
+        lines.append(f"| `{name}` | " + (f"`{entry.new}` |" if entry.new else f"no effect: {only}{entry.ignored} |"))
     return "\n".join(lines) + "\n"
 
 
@@ -64,9 +60,7 @@ def page() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the default YAML, or write it and the tables of the page."""
     parser = argparse.ArgumentParser(prog="python -m dinov2.configs", description="Default configuration.")
-    parser.add_argument(
-        "--write", action="store_true", help="write the YAML file and the tables of docs/config.md"
-    )
+    parser.add_argument("--write", action="store_true", help="write the YAML file and the tables of docs/config.md")
     args = parser.parse_args(argv)
 
     def body() -> None:

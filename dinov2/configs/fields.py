@@ -109,9 +109,7 @@ def accepted(hint: Any, key: Key, listed: bool = True) -> str:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
         return f"a list of {count}values, each {accepted(args[0], key, listed)}"
     if key.registry:
-        names = _either(
-            [*key.also, *(key.parts if listed else [f"a name in dinov2.extensions.{key.registry}"])]
-        )
+        names = _either([*key.also, *(key.parts if listed else [f"a name in dinov2.extensions.{key.registry}"])])
         return names if hint is str else f"a mapping from names ({names}) to options"
     if origin is not None or hint is Mapping:
         return "a mapping"

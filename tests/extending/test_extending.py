@@ -50,9 +50,7 @@ def out(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
     tiles = write_tissue_shards(tmp_path_factory.mktemp("data") / "tiles")
     recipe = out / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump(_nested([*TINY, "optim.early_stop=0.5", "train.checkpoint_period_iterations=1"]))
-    )
+    recipe.write_text(yaml.safe_dump(_nested([*TINY, "optim.early_stop=0.5", "train.checkpoint_period_iterations=1"])))
     rng = np.random.default_rng(0)
     np.save(out / "tiles.npy", rng.integers(0, 256, (100, 64, 64, 3), np.uint8))
     for label, brightness in {"dark": 40, "light": 200}.items():
@@ -70,9 +68,7 @@ def out(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in PARTS:
         for commands in blocks(part, "bash"):
             script = ["bash", "-euo", "pipefail", "-c", commands]
-            done = subprocess.run(
-                script, cwd=code, env=environment, capture_output=True, text=True, timeout=300
-            )
+            done = subprocess.run(script, cwd=code, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{part}: {done.stdout}{done.stderr}"
     return out
 
@@ -91,13 +87,9 @@ def _nested(overrides: list[str]) -> dict:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_an_addition_touches_few_files(part: str):
-    touched = [
-        name for diff in blocks(part, "diff") for name in re.findall(r"^\+\+\+ b/(.+)$", diff, flags=re.M)
-    ]
+    touched = [name for diff in blocks(part, "diff") for name in re.findall(r"^\+\+\+ b/(.+)$", diff, flags=re.M)]
     assert len(touched) <= MOST_FILES[part]
-    registry = [
-        line for diff in blocks(part, "diff") for line in re.findall(r"^\+[^+].*:[A-Z]\w+\".*$", diff, re.M)
-    ]
+    registry = [line for diff in blocks(part, "diff") for line in re.findall(r"^\+[^+].*:[A-Z]\w+\".*$", diff, re.M)]
     assert len(registry) == 1
 
 
@@ -126,9 +118,7 @@ def test_the_step_shows_in_the_sheet_of_crops(out: Path, code: Path):
     arguments = [out / "aug/config.yaml", out / "tiles.npy", out / "with.npy"]
     subprocess.run([sys.executable, "-c", program, *arguments], cwd=code, check=True)
     with_step = np.load(out / "with.npy")
-    plain = build_augmentation(load_config(out / "recipe.yaml"))(
-        np.load(out / "tiles.npy")[0], 5
-    ).global_crops.numpy()
+    plain = build_augmentation(load_config(out / "recipe.yaml"))(np.load(out / "tiles.npy")[0], 5).global_crops.numpy()
     assert np.array_equal(with_step[0], plain[0]) and not np.array_equal(with_step[1], plain[1])
 
 

@@ -64,9 +64,7 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
         (["performance.recompute=true"], "performance.recompute = True is not valid"),
     ],
 )
-def test_performance(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str
-):
+def test_performance(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str):
     assert train(shards, tmp_path / "out", *overrides) == 2
     (error,) = errors(capsys)
     assert message in error

@@ -48,9 +48,7 @@ class Slides:
         if online.cache_dir:
             cache = Path(online.cache_dir)
         else:
-            cache = (
-                request.cache.with_name("slide_cache") if request.cache else Path(tempfile.mkdtemp("path-fm"))
-            )
+            cache = request.cache.with_name("slide_cache") if request.cache else Path(tempfile.mkdtemp("path-fm"))
         mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
         weights = online.mpp_weights or (1.0,) * len(mpps)
         table = read_mpp_table(data.mpp_file) if data.mpp_file else None
