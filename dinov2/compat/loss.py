@@ -101,9 +101,7 @@ class iBOTPatchLoss(_TeacherCentering):
         row_weight = _first_rows(len(teacher_output), n_masked_patches_tensor, teacher_output.device)
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, row_weight)
 
-    def forward(
-        self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor
-    ) -> Tensor:
+    def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """`ibot_loss` from the outputs for all patches, masked or not.
 
         Args:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +43,28 @@ def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_laye
     return f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}{'_reg4' if num_register_tokens else ''}_pretrain.pth"
 
 
+def local_weights(path_or_url: str) -> Path:
+    """Return the path of a weights file; what a URL names is downloaded to torch.hub's folder once for all processes.
+
+    Raises:
+        OSError: if the URL cannot be read.
+    """
+    url = urlsplit(path_or_url)
+    if url.scheme not in ("http", "https"):
+        return Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    cached_by_torch = cache / Path(url.path).name
+    if cached_by_torch.is_file():
+        return cached_by_torch
+    from iopath.common.file_io import HTTPURLHandler, PathManager
+
+    paths = PathManager()
+    paths.register_handler(HTTPURLHandler())
+    return Path(paths.get_local_path(path_or_url, cache_dir=str(cache)))
+
+
 def read_checkpoint(path_or_url: str) -> Any:
-    """Read a weights file on the CPU; a URL goes through torch.hub's cache. Only tensors and plain data load.
+    """Read a weights file on the CPU, see `local_weights`. Only tensors and plain data load.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -55,13 +77,12 @@ def read_checkpoint(path_or_url: str) -> Any:
     if not is_url and not Path(path_or_url).is_file():
         raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
     try:
-        if is_url:
-            return torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
-        if path_or_url.endswith(".safetensors"):
+        path = local_weights(path_or_url)
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path_or_url)
-        return torch.load(path_or_url, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
         # What follows torch's first sentence is advice to load the file without its safeguard.
         detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
@@ -155,9 +176,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         "unknown": state.keys() - own.keys(),
         "of another shape": shapes,
     }
-    faults = (
-        [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
-    )
+    faults = [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
     for what, found in misfits.items():
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         faults += [f"{what}: {', '.join(sorted(found)[:_SHOWN])}{more}"] if found else []

@@ -68,9 +68,7 @@ class SSLMetaArch(nn.Module):
         context = LossContext(self.embed_dim, cfg.dino.head_n_prototypes, patch_prototypes)
         self.losses = build_terms(cfg, context)
         if clashing := self.student.keys() & self.losses.keys():
-            raise ValueError(
-                f"losses.{min(clashing)} has the name of a network's module; give the term another."
-            )
+            raise ValueError(f"losses.{min(clashing)} has the name of a network's module; give the term another.")
         # Named and shaped as Meta's, whose checkpoints hold them.
         self.dino_loss = Centering((1, context.class_prototypes))
         self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
@@ -182,9 +180,7 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict]:
         """Parameter groups of all that is `trained`; see `parameter_groups`."""
-        return parameter_groups(
-            self.trained, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
-        )
+        return parameter_groups(self.trained, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
 
     def compute_losses(self, batch: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """The losses of one batch; all ranks must call.
@@ -242,9 +238,7 @@ class SSLMetaArch(nn.Module):
             indices=batch.get("indices"),
         )
 
-    def _targets(
-        self, teacher: _Outputs, mask_weight: Tensor, temp: float
-    ) -> tuple[Tensor, Tensor | Assignments]:
+    def _targets(self, teacher: _Outputs, mask_weight: Tensor, temp: float) -> tuple[Tensor, Tensor | Assignments]:
         """Probabilities of the global views' class tokens (V*B, K) and of the masked patches (M, K)."""
         row_weight = (mask_weight > 0).float()
         if self.cfg.train.centering == "sinkhorn_knopp":
@@ -285,9 +279,7 @@ class SSLMetaArch(nn.Module):
         class_logits, patch_logits = self._apply_heads(network, torch.cat(class_tokens), masked)
         return _Outputs(class_tokens[0], class_logits, patch_logits, patch_tokens if all_patches else None)
 
-    def _apply_heads(
-        self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _apply_heads(self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
         precision = self._precision(network)
         if "ibot_head" in network:

@@ -55,9 +55,7 @@ class TrainState:
     """Samples consumed over all ranks; the next step starts at this global sample index."""
 
 
-def describe_state(
-    state: TrainState, stream: dict[str, Any], global_batch: int, config: Config
-) -> dict[str, Any]:
+def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int, config: Config) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     as_dict = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps(as_dict, sort_keys=True).encode()).hexdigest()
@@ -87,9 +85,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
         _flatten(json.loads(json.dumps(dataclasses.asdict(config)))),
     )
     changed = [key for key in now if before.get(key) != now[key]]
-    fixed = [
-        f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS
-    ]
+    fixed = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS]
     if fixed:
         raise ValueError(
             f"The run in this output folder cannot go on with a changed configuration ({'; '.join(fixed)}); restore "

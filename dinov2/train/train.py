@@ -32,18 +32,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DINOv2 self-distillation on pathology tiles.")
     parser.add_argument("--config-file", help="YAML file, merged over ssl_default_config.yaml")
     parser.add_argument("--output-dir", help="the run's folder; train.output_dir where left out")
-    parser.add_argument(
-        "--no-resume", action="store_true", help="start anew; refused where the folder holds a run"
-    )
-    parser.add_argument(
-        "--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check configuration and data, show the plan and stop"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override configuration values"
-    )
+    parser.add_argument("--no-resume", action="store_true", help="start anew; refused where the folder holds a run")
+    parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check configuration and data, show the plan and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override configuration values")
     return parser.parse_intermixed_args(argv)  # overrides may stand before, between and after flags
 
 

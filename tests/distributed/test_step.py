@@ -87,6 +87,4 @@ def test_two_processes_equal_one(overrides: tuple[str, ...]):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
         # Adam divides by the root of the second moment, which lifts rounding in the smallest gradients.
         atol = 2e-5 if name.startswith(("student", "teacher")) else 2e-6
-        torch.testing.assert_close(
-            first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

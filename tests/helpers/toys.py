@@ -27,9 +27,7 @@ class Discriminator(LossTerm):
 
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__(options, context)
-        self.net = nn.Sequential(
-            nn.Linear(context.embed_dim, options.width), nn.GELU(), nn.Linear(options.width, 1)
-        )
+        self.net = nn.Sequential(nn.Linear(context.embed_dim, options.width), nn.GELU(), nn.Linear(options.width, 1))
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, outputs: StepOutputs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -101,8 +102,7 @@ def describe_plan(
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
-        f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, "
-        f"{plan.total_images:,} images",
+        f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, {plan.total_images:,} images",
         f"  peak lr   {plan.peak_lr:.4e}",
         f"  compute   {flops.model / 1e12:.3g} TFLOP per step and process "
         f"({flops.hardware / 1e12:.3g} executed, {flops.dense / 1e12:.3g} without stochastic depth)",
@@ -118,6 +118,14 @@ def describe_plan(
             *_cost_lines(config, plan, max(flops.model, flops.hardware), gpu),  # recomputing takes time
         ]
     return "\n".join(lines)
+
+
+def parameter_table(costs: StepCosts) -> str:
+    """The student's parameters by module, as lines of text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what fvcore uses of torch.jit
+        from fvcore.nn import parameter_count_table
+    return parameter_count_table(costs.student, max_depth=2)
 
 
 def _cost_lines(config: Config, plan: RunPlan, flops: int, gpu: Gpu) -> Iterator[str]:

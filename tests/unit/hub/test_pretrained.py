@@ -1,10 +1,20 @@
 """Published weights and exports fill a backbone, whatever they are wrapped in."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from dinov2.hub.pretrained import backbone_state_dict, load_pretrained, published_url, read_checkpoint
+from dinov2.hub.pretrained import (
+    backbone_state_dict,
+    load_pretrained,
+    local_weights,
+    published_url,
+    read_checkpoint,
+)
 from tests.helpers.backbones import chunked, random_backbone
 
 
@@ -101,9 +111,7 @@ def test_files_without_a_backbone(content, teacher, tmp_path):
 
 
 def test_missing_file():
-    with pytest.raises(
-        FileNotFoundError, match=r"'/no/such/weights.pth' does not exist; give a .pth file or a URL"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'/no/such/weights.pth' does not exist; give a .pth file or a URL"):
         read_checkpoint("/no/such/weights.pth")
 
 
@@ -128,15 +136,57 @@ def test_unreadable_files(kind, teacher, tmp_path, capsys):
     assert "arbitrary code" not in capsys.readouterr().out
 
 
-def test_addresses_go_through_torch_hubs_cache(teacher, tmp_path, monkeypatch):
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder that a server on this machine offers, its address, and the paths that were asked for."""
+    folder, asked = tmp_path / "offered", []
+    folder.mkdir()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_request(self, *_):
+            asked.append(self.path)
+
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    source = tmp_path / "published.pth"
-    torch.save(teacher.state_dict(), source)
-    address = source.as_uri()
-    first = read_checkpoint(address)
-    assert (tmp_path / "hub/checkpoints/published.pth").is_file()
-    source.unlink()
-    torch.testing.assert_close(read_checkpoint(address), first, rtol=0, atol=0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{http.server_port}", asked
+        http.shutdown()
+
+
+def test_weights_by_url_are_downloaded_once(teacher, server):
+    folder, address, asked = server
+    torch.save(teacher.state_dict(), folder / "published.pth")
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(read_checkpoint, [f"{address}/published.pth"] * 4))
+    assert asked == ["/published.pth"]
+    torch.testing.assert_close(read[0], teacher.state_dict(), rtol=0, atol=0)
+
+
+def test_what_torch_hub_has_downloaded_is_used(teacher, server, tmp_path):
+    _, address, asked = server
+    cached = tmp_path / "hub/checkpoints/published.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save(teacher.state_dict(), cached)
+    assert local_weights(f"{address}/any/published.pth") == cached
+    assert asked == []
+
+
+def test_a_url_that_cannot_be_read(server, tmp_path):
+    _, address, _ = server
+    with pytest.raises(ValueError, match=r"none.pth' cannot be read"):
+        read_checkpoint(f"{address}/none.pth")
+    assert not list((tmp_path / "hub").rglob("*.pth"))
+
+
+def test_files_by_url(teacher, tmp_path):
+    path = tmp_path / "with space.pth"
+    torch.save(teacher.state_dict(), path)
+    assert local_weights(path.as_uri()) == path
+    torch.testing.assert_close(read_checkpoint(path.as_uri()), teacher.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"file:///no/such.pth' cannot be read"):
         read_checkpoint("file:///no/such.pth")
 
@@ -156,9 +206,7 @@ def test_published_addresses(arch, registers, name):
 
 @pytest.mark.parametrize("what", [("vit_tiny", 14, 4), ("vit_giant2", 16, 4), ("vit_giant2", 14, 2)])
 def test_unpublished_architectures(what):
-    with pytest.raises(
-        ValueError, match=f"no published DINOv2 weights for {what[0]} with patch size {what[1]}"
-    ):
+    with pytest.raises(ValueError, match=f"no published DINOv2 weights for {what[0]} with patch size {what[1]}"):
         published_url(*what)
 
 

@@ -179,9 +179,7 @@ def test_hooks_and_sinks_are_closed_when_a_step_fails():
     entries: list[tuple[str, str, int]] = []
     sinks = [Records(), Records()]
     batches = failing_after(random_batches(LIGHT, 0, 2), OSError("the disk is gone"))
-    trainer = make_trainer(
-        LIGHT, batches=batches, hooks=[Journal("a", entries), Journal("b", entries)], sinks=sinks
-    )
+    trainer = make_trainer(LIGHT, batches=batches, hooks=[Journal("a", entries), Journal("b", entries)], sinks=sinks)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.fit()
     assert [entry[:2] for entry in entries[-2:]] == [("a", "close"), ("b", "close")]

@@ -117,9 +117,7 @@ def test_all_faults_come_together():
 
 def test_what_is_off_is_not_checked():
     everything = checks(compile=failing, fused_update=failing, fp8=failing)
-    resolve_performance(
-        config("performance.compile=false", "performance.fused_update=false"), GPU, everything
-    )
+    resolve_performance(config("performance.compile=false", "performance.fused_update=false"), GPU, everything)
     resolve_performance(config(), CPU, everything)
 
 
@@ -135,7 +133,7 @@ def test_one_process_of_a_node_checks_and_all_decide_alike(monkeypatch: pytest.M
 
 def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 0))
-    with pytest.raises(ValueError, match="bf16, but NVIDIA H200.*fp16.*grad_scaler"):
+    with pytest.raises(ValueError, match=r"bf16, but NVIDIA H200.*fp16.*grad_scaler"):
         resolve_performance(config(), GPU, checks())
     resolve_performance(config(dtype="fp16"), GPU, checks())
 

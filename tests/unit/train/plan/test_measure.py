@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dinov2
 from dinov2.configs import Config, load_config
 from dinov2.distributed import get_global_size
-from dinov2.layers.linear import Linear
+from dinov2.layers.linear import keep_low_precision_weights
+from dinov2.layers.recompute import compiled_and_recomputed
 from dinov2.models.vision_transformer import vit_giant2
 from dinov2.train.plan.measure import StepCosts, fake_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -56,9 +57,7 @@ def other_parts() -> int:
     return 3 * heads(480, MASKED) + heads(96, MASKED) + pixels + SIMILARITIES
 
 
-@pytest.mark.parametrize(
-    ("drop_path", "kept", "teraflops"), [(0.4, (57, 230), 62.9), (0.0, (96, 384), 105.6)]
-)
+@pytest.mark.parametrize(("drop_path", "kept", "teraflops"), [(0.4, (57, 230), 62.9), (0.0, (96, 384), 105.6)])
 def test_student_forward(drop_path, kept, teraflops):
     """Stochastic depth saves what it should, packing costs nothing."""
     with torch.device("meta"):
@@ -176,16 +175,10 @@ class Saved:
 
 def prepared(config: Config, compiled: bool = False) -> SSLMetaArch:
     """Networks as training computes them, but for heads and losses, which are never compiled here."""
-    from dinov2.layers.recompute import compiled_and_recomputed
-
     arch = SSLMetaArch(config).train()
     arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
-    for layer in arch.student.backbone.modules():
-        if (
-            isinstance(layer, Linear)
-            and config.compute_precision.student.backbone.mixed_precision.param_dtype == "bf16"
-        ):
-            layer.weight_copy = layer.weight.detach().bfloat16()
+    if config.compute_precision.student.backbone.mixed_precision.param_dtype == "bf16":
+        keep_low_precision_weights(arch.student.backbone, torch.bfloat16)
 
     def compiler(function: Any) -> Any:
         return torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
