@@ -60,9 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, least in (("latent_dim", 0), ("batch_size", 1), ("workers", 0)):
         if getattr(args, name) < least:
-            parser.error(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least {least}"
-            )
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least {least}")
     return args
 
 
@@ -126,9 +124,7 @@ def run(
     # gigabytes, are of use to an encoder of one's own.
     module.get_bench_weights = lambda root, name: ""
     fetch = module.snapshot_download
-    module.snapshot_download = lambda *a, **k: (
-        None if k.get("allow_patterns") == ["fm_v1/*"] else fetch(*a, **k)
-    )
+    module.snapshot_download = lambda *a, **k: None if k.get("allow_patterns") == ["fm_v1/*"] else fetch(*a, **k)
     # Names that start with "./" would be relative to the package.
     folders = {name: (args.output / name).resolve() for name in ("weights", "embeddings", "results")}
     for folder in (*folders.values(), args.bench_data):
@@ -141,13 +137,9 @@ def run(
         bench_data_root=str(args.bench_data.resolve()), weights_root=str(folders["weights"]),
         embed_dataroot=str(folders["embeddings"]), results_dir=str(folders["results"]),
     )  # fmt: skip
-    found = sorted(
-        folders["results"].glob("teacher*/dataset_results.json"), key=lambda path: path.stat().st_mtime
-    )
+    found = sorted(folders["results"].glob("teacher*/dataset_results.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(
-            f"HEST left no dataset_results.json in '{folders['results']}'; see its output above."
-        )
+        raise FileNotFoundError(f"HEST left no dataset_results.json in '{folders['results']}'; see its output above.")
     return [
         {"dataset": task["dataset_name"], "mean": own["pearson_mean"], "sd": own["pearson_std"]}
         for task in json.loads(found[-1].read_text())["results"]
@@ -181,12 +173,8 @@ def _check_folders(args: argparse.Namespace) -> None:
     absent = [name for name in args.datasets if not (args.bench_data / name / "splits").is_dir()]
     known = [] if args.offline else [*DATASETS, "HCC"]
     if unknown := [name for name in absent if name not in known]:
-        what = (
-            "offline, there is nothing else" if args.offline else f"what can be fetched is {', '.join(known)}"
-        )
-        raise FileNotFoundError(
-            f"--bench-data '{args.bench_data}' has no {', '.join(unknown)} with splits/; {what}."
-        )
+        what = "offline, there is nothing else" if args.offline else f"what can be fetched is {', '.join(known)}"
+        raise FileNotFoundError(f"--bench-data '{args.bench_data}' has no {', '.join(unknown)} with splits/; {what}.")
 
 
 def _encoder(args: argparse.Namespace) -> tuple[torch.nn.Module, Callable[[Any], torch.Tensor]]:

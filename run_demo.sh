@@ -69,7 +69,7 @@ cut_tiles holdout 64
 
 train=(
     "$python" dinov2/train/train.py --config-file dinov2/configs/train/demo.yaml --output-dir "$demo/run"
-    train.streaming_dataset_path="$demo/parquet/train"
+    data.path="$demo/parquet/train"
 )
 stage "4/6 Training" "Watch total, ibot and kde fall. After the first checkpoint the process is killed (SIGKILL)."
 train_until_killed

@@ -139,10 +139,7 @@ def measure_mixing(rows: int) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": int(unit_rows.sum()), "row_groups": len(unit_rows)}
     starts = (np.arange(4) * 2 + 1) * order.num_rows // 8  # four places of the epoch
     for steps in (1, 10, 100):
-        counts = [
-            len(np.unique(slide[order.locate(np.arange(start, start + steps * 384)).unit]))
-            for start in starts
-        ]
+        counts = [len(np.unique(slide[order.locate(np.arange(start, start + steps * 384)).unit])) for start in starts]
         result[f"slides_in_{steps}_steps"] = statistics.mean(counts)
     return result
 
@@ -193,9 +190,7 @@ def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[
     sidecar, indexed = folder / "one", folder / "all"
     write_shards(folder / "shard", [b""], 1, rows)
     index = load_index(LocalStorage(str(folder / "shard")), sidecar)
-    files = [
-        StoredFile(f"shard-{number:05d}.parquet", index["size"][0].as_py(), "") for number in range(shards)
-    ]
+    files = [StoredFile(f"shard-{number:05d}.parquet", index["size"][0].as_py(), "") for number in range(shards)]
     index = index.take(pa.array(np.zeros(shards, np.int64)))
     for column in ("name", "version"):
         values = pa.array([getattr(file, column) for file in files])
@@ -242,9 +237,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="little data: shows that it runs, and no more")

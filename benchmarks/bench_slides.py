@@ -258,25 +258,19 @@ def table(results: dict[str, Any]) -> str:
             f"| {name} | 224 px patches | {first:.0f}/s | {cached:.0f}/s | {ours:.0f}/s | {ours / first:.1f} |"
         )
         ratio = listed["ours"] / listed["published"]
-        lines.append(
-            f"| {name} | list lines | {listed['published']:.0f}/s | | {listed['ours']:.0f}/s | {ratio:.1f} |"
-        )
+        lines.append(f"| {name} | list lines | {listed['published']:.0f}/s | | {listed['ours']:.0f}/s | {ratio:.1f} |")
         packed, ratio = (
             slide["pack_rows_per_s"],
             slide["pack_rows_per_s"]["ours"] / slide["pack_rows_per_s"]["published"],
         )
-        lines.append(
-            f"| {name} | JPEG rows | {packed['published']:.0f}/s | | {packed['ours']:.0f}/s | {ratio:.1f} |"
-        )
+        lines.append(f"| {name} | JPEG rows | {packed['published']:.0f}/s | | {packed['ours']:.0f}/s | {ratio:.1f} |")
         lines.append(f"| {name} | patches, 20 ms away | | | {slide['remote_patches_per_s']:.0f}/s | |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slides", type=Path, nargs="*", help="slides to measure besides the one that is made")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -47,9 +47,7 @@ KEPT_OUTPUT = 2000  # characters of a failed process's output
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--impl", default="all", help=f"of {', '.join(VARIANTS)}, with commas; or all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

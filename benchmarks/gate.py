@@ -87,9 +87,7 @@ def correctness(
             raise ValueError(
                 f"The {what} {sorted(ours.keys() ^ ref.keys())[:5]} are on one side only; the same names are needed."
             )
-    loss_errors = {
-        name: _relative_error(_number(ours_losses[name]), _number(ref)) for name, ref in ref_losses.items()
-    }
+    loss_errors = {name: _relative_error(_number(ours_losses[name]), _number(ref)) for name, ref in ref_losses.items()}
     products: dict[str, list[float]] = {}
     single: dict[str, float] = {}
     for name, ref in ref_grads.items():
@@ -103,8 +101,7 @@ def correctness(
         loss_errors=loss_errors,
         cosines={module: _cosine(*sums) for module, sums in products.items()},
         norm_errors={
-            module: _relative_error(math.sqrt(ours), math.sqrt(ref))
-            for module, (_, ours, ref) in products.items()
+            module: _relative_error(math.sqrt(ours), math.sqrt(ref)) for module, (_, ours, ref) in products.items()
         },
         worst_parameter=worst,
         worst_parameter_cosine=single[worst],
@@ -137,8 +134,4 @@ def _relative_error(ours: float, ref: float) -> float:
 
 
 def _beyond(what: str, errors: Mapping[str, float], limit: float) -> list[str]:
-    return [
-        f"{what} {name} is {error:.3g}, above {limit:g}"
-        for name, error in errors.items()
-        if not error <= limit
-    ]
+    return [f"{what} {name} is {error:.3g}, above {limit:g}" for name, error in errors.items() if not error <= limit]

@@ -109,9 +109,7 @@ class ReferenceStep(EagerStep):
         return self._total(losses, class_tokens.split(images))
 
     @torch.no_grad()
-    def _targets(
-        self, batch: Mapping[str, Tensor], index: Tensor, temp: float
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _targets(self, batch: Mapping[str, Tensor], index: Tensor, temp: float) -> tuple[tuple[Tensor, ...], Tensor]:
         """Probabilities of the two views' class tokens, (B, K) each, and of the masked patches."""
         backbone = self.teacher["backbone"]
         x = backbone.tokens(batch["global_crops"], None, self.stream)

@@ -325,9 +325,7 @@ class EagerStep(ABC):
             lr_factor = self.spec.patch_lr_factor if "patch_embed" in name else 1.0
             undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
             groups.setdefault((lr_factor, 0.0 if undecayed else 1.0), []).append(parameter)
-        return [
-            {"params": params, "lr_factor": lr, "decay_factor": wd} for (lr, wd), params in groups.items()
-        ]
+        return [{"params": params, "lr_factor": lr, "decay_factor": wd} for (lr, wd), params in groups.items()]
 
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch's tensors on the device, copied on the stream that computes."""
@@ -339,9 +337,7 @@ class EagerStep(ABC):
             ("local_crops", spec.local_crops * images, spec.local_size),
         ):
             if moved[name].shape != (number, 3, size, size):
-                raise ValueError(
-                    f"{name} is {tuple(moved[name].shape)}; {(number, 3, size, size)} is expected."
-                )
+                raise ValueError(f"{name} is {tuple(moved[name].shape)}; {(number, 3, size, size)} is expected.")
         return moved
 
     def _total(self, losses: dict[str, Tensor], class_tokens: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -88,9 +88,7 @@ class ReferenceStep(EagerStep):
             with torch.no_grad():
                 class_token, patches = self._tokens(self.teacher, global_crops, None)
                 class_targets = sinkhorn(self.teacher["dino_head"](class_token), teacher_temp).split(images)
-                patch_targets = sinkhorn(
-                    self._patch_head(self.teacher)(patches.index_select(0, index)), teacher_temp
-                )
+                patch_targets = sinkhorn(self._patch_head(self.teacher)(patches.index_select(0, index)), teacher_temp)
             global_class, patches = self._tokens(self.student, global_crops, masks)
             local_class, _ = self._tokens(self.student, batch["local_crops"], None)
             head = self.student["dino_head"]
@@ -98,9 +96,7 @@ class ReferenceStep(EagerStep):
             pairs = 2 * self.spec.local_crops + 2
             losses = {
                 "dino_local_crops_loss": sum(
-                    cross_entropies(student, target).mean()
-                    for student in local_logits
-                    for target in class_targets
+                    cross_entropies(student, target).mean() for student in local_logits for target in class_targets
                 )
                 / pairs,
                 "dino_global_crops_loss": (

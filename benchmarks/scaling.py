@@ -99,9 +99,7 @@ def volume(net: Network, gpus: int, strategy: str) -> Volume:
     elif strategy == "HYBRID_SHARD":
         between = 2 * gradients * abroad
         inside = _others(local)
-        got = Volume(
-            weights * inside, gradients * inside + between, sums * _others(gpus), between + sums * abroad
-        )
+        got = Volume(weights * inside, gradients * inside + between, sums * _others(gpus), between + sums * abroad)
     else:
         share = _others(gpus)
         got = Volume(weights * share, gradients * share, sums * share, (weights + gradients + sums) * abroad)
@@ -129,9 +127,7 @@ def times(net: Network, gpus: int, strategy: str, step: float, link: float) -> T
     rounds = {"NO_SHARD": 2, "HYBRID_SHARD": 2, "SHARD_GRAD_OP": 3, "FULL_SHARD": 4}[strategy] * net.units
     travelling = max(node, network) + HOP * (nodes - 1) * rounds
     ends = 2 * travelling / net.units
-    sums = 2 * HOP * (nodes - 1) * (SINKHORN_ITERATIONS + 1) + got.sums / (
-        link if nodes == 1 else NETWORK_LINK
-    )
+    sums = 2 * HOP * (nodes - 1) * (SINKHORN_ITERATIONS + 1) + got.sums / (link if nodes == 1 else NETWORK_LINK)
     exposed = sums + ends + max(0.0, travelling - ends - HIDDEN * step)
     return Times(node, network, exposed, travelling + sums)
 
@@ -163,9 +159,7 @@ def tables(config: Config, measured_ms: float | None = None) -> Iterator[str]:
         return best if n == 1 else f"{best}; {worst}"
 
     yield from _table("ms per step: inside the node / between nodes / not hidden", links)
-    yield from _table(
-        "Predicted images per second (share of N times one GPU); the same if nothing were hidden", speed
-    )
+    yield from _table("Predicted images per second (share of N times one GPU); the same if nothing were hidden", speed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     config = load_config(args.config)
     if config.train.batch_size_per_gpu == "auto":
-        parser.error(
-            "train.batch_size_per_gpu = auto says nothing about a step; give a configuration with a number."
-        )
+        parser.error("train.batch_size_per_gpu = auto says nothing about a step; give a configuration with a number.")
     sys.stdout.write("\n".join(tables(config, args.step_ms)) + "\n")
     return 0
 

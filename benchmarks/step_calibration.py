@@ -102,8 +102,7 @@ def token_shapes(config: Config) -> dict[str, tuple[tuple[int, int], ...]]:
 
 def _rows(config: Config) -> dict[str, int]:
     return {
-        network: sum(images * tokens for images, tokens in shapes)
-        for network, shapes in token_shapes(config).items()
+        network: sum(images * tokens for images, tokens in shapes) for network, shapes in token_shapes(config).items()
     }
 
 
@@ -112,9 +111,7 @@ def _linears(student: nn.ModuleDict) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _measure_linears(
-    config: Config, student: nn.ModuleDict, measure: Stopwatch
-) -> dict[str, dict[str, float]]:
+def _measure_linears(config: Config, student: nn.ModuleDict, measure: Stopwatch) -> dict[str, dict[str, float]]:
     """Milliseconds of the products of each linear map of a block, at the student's and the teacher's rows."""
     rows = _rows(config)
     result = {}
@@ -188,8 +185,7 @@ def _floor(config: Config, student: nn.ModuleDict, measured: dict[str, Any]) -> 
     )
     weights = sum(linear.weight.numel() for linear in _linears(student).values())
     pairs = {
-        network: sum(count * tokens**2 for count, tokens in shapes)
-        for network, shapes in token_shapes(config).items()
+        network: sum(count * tokens**2 for count, tokens in shapes) for network, shapes in token_shapes(config).items()
     }
     in_blocks = depth * sum(
         passes * (2 * weights * rows[network] + 4 * width * pairs[network])

@@ -26,9 +26,7 @@ IMPLEMENTATIONS = VARIANTS | {f"{BASE}-{switch}": variant for switch, variant in
 Save = Callable[[dict[str, Any]], None]
 
 
-def measure(
-    name: str, preset: Preset, device: torch.device, *, steps: int | None, brief: bool, save: Save
-) -> None:
+def measure(name: str, preset: Preset, device: torch.device, *, steps: int | None, brief: bool, save: Save) -> None:
     """Check an implementation, time it, and take it apart; the result is handed over anew after each stage.
 
     Args:

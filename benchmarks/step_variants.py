@@ -140,9 +140,7 @@ def build(variant: Variant, config: Config, device: torch.device) -> Ours | Refe
 def check(variant: Variant, preset: Preset, device: torch.device) -> GateResult:
     """Compare losses and gradients with the fp32 reference: same weights and batch, no stochastic depth."""
     images = preset.gate_images
-    config = preset.config(
-        *variant.overrides, "student.drop_path_rate=0.0", f"train.batch_size_per_gpu={images}"
-    )
+    config = preset.config(*variant.overrides, "student.drop_path_rate=0.0", f"train.batch_size_per_gpu={images}")
     batch = to_device(next(host_batches(config, images, device)), config, device)
     losses, gradients = build(variant, config, device).gradients(batch)
     arch = starting_arch(config, device)

@@ -128,9 +128,7 @@ class Build:
                 f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
             ) from error
         self.options, self.samples = options, samples
-        self.patches = Patches(
-            samples, [locate_slide(name, slide_root, list_path) for name in samples.slides], mpps
-        )
+        self.patches = Patches(samples, [locate_slide(name, slide_root, list_path) for name in samples.slides], mpps)
         self.cutting = Cutting(options.encoding, rule, options.tile_size, options.max_slide_failures)
         self.metadata = {
             "schema_version": "1",
@@ -143,9 +141,7 @@ class Build:
         }
         self.identity = {
             **self.metadata,
-            "mpp": hashlib.blake2b(json.dumps(mpps).encode(), digest_size=16).hexdigest()
-            if any(mpps)
-            else None,
+            "mpp": hashlib.blake2b(json.dumps(mpps).encode(), digest_size=16).hexdigest() if any(mpps) else None,
             "rows_per_shard": self.rows_per_shard,
             "shuffle_seed": options.shuffle_seed,
             "max_slide_failures": options.max_slide_failures,
@@ -211,9 +207,7 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
                 partial.unlink(missing_ok=True)
         failures = _finished_shards(build, output, mine)
         work = output / f".shuffle-{mine.start:08d}-{mine.stop:08d}"
-        for number, failed in _missing_shards(
-            build, output, [n for n in mine if n not in failures], work, share
-        ):
+        for number, failed in _missing_shards(build, output, [n for n in mine if n not in failures], work, share):
             failures[number] = failed
         for done in output.glob(".shuffle-*") if share.num_parts == 1 else [work]:
             clear_work(done)
@@ -272,9 +266,7 @@ def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[
             metadata = pq.read_metadata(shard).metadata or {}
         except pa.ArrowException as error:
             if number is not None:
-                raise FileExistsError(
-                    f"'{shard}' is corrupt ({error}); move it away to have it made again."
-                ) from error
+                raise FileExistsError(f"'{shard}' is corrupt ({error}); move it away to have it made again.") from error
         if number is None or metadata.get(b"build_id", b"").decode() != build.metadata["build_id"]:
             raise FileExistsError(
                 f"'{shard}' was not made from this list with these options; give another --output or move it away."
@@ -291,18 +283,14 @@ def _refuse_foreign_report(path: Path) -> None:
     except (ValueError, TypeError):
         ours = False
     if not ours:
-        raise FileExistsError(
-            f"'{path}' was not made by this command; give another --output or move it away."
-        )
+        raise FileExistsError(f"'{path}' was not made by this command; give another --output or move it away.")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "sample_list", type=Path, help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them"
-    )
+    add("sample_list", type=Path, help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them")
     add("--output", type=Path, required=True, help="folder of the shards")
     add("--slide-root", type=Path, help="folder that holds the listed slides, if they have moved")
     add("--columns", type=int, choices=(4, 6), help="of a list without a .meta.json (4)")
@@ -329,13 +317,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.jpeg_quality > 100:
         parser.error(f"--jpeg-quality is {args.jpeg_quality}, but it must be at most 100")
     if not 0 <= args.part < args.num_parts:
-        parser.error(
-            f"--part is {args.part}, but it must lie within 0 to {args.num_parts - 1} (--num-parts less 1)"
-        )
+        parser.error(f"--part is {args.part}, but it must lie within 0 to {args.num_parts - 1} (--num-parts less 1)")
     if args.seed < 0 or args.memory_gib <= 0:
-        parser.error(
-            f"--seed {args.seed} must not be negative, --memory-gib {args.memory_gib} must be positive"
-        )
+        parser.error(f"--seed {args.seed} must not be negative, --memory-gib {args.memory_gib} must be positive")
     return args
 
 
@@ -351,15 +335,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         try:
-            total, failed = build_dataset(
-                Build(args.sample_list, options, args.slide_root), args.output, share
-            )
+            total, failed = build_dataset(Build(args.sample_list, options, args.slide_root), args.output, share)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            raise OSError(
-                f"No room left in '{args.output}'; make some, then run the same command again."
-            ) from error
+            raise OSError(f"No room left in '{args.output}'; make some, then run the same command again.") from error
         if failed <= args.max_failed_share * total:
             return DONE
         report = args.output / share.named("failures", ".jsonl")

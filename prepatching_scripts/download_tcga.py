@@ -131,9 +131,7 @@ def fetch_all(downloads: Downloads, jobs: Sequence[Job], workers: int) -> Iterat
             thread.join(timeout=2.0)
 
 
-def download(
-    gdc: Gdc, jobs: Sequence[Job], folder: Path, stop: threading.Event, args: argparse.Namespace
-) -> int:
+def download(gdc: Gdc, jobs: Sequence[Job], folder: Path, stop: threading.Event, args: argparse.Namespace) -> int:
     """Fetch everything and write failures.jsonl; returns how many files failed.
 
     Raises:

@@ -45,9 +45,7 @@ def index_collection(
     if zarr and len(set(keys.values())) < len(keys):
         names = list(keys.values())
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"Two slides of '{source}' are named '{twice}'; give their folder instead for --zarr."
-        )
+        raise ValueError(f"Two slides of '{source}' are named '{twice}'; give their folder instead for --zarr.")
     output.mkdir(parents=True, exist_ok=True)
     index = output / INDEX_NAME
     fresh, failures = complete_tile_index(index, {row.path: row.mpp for row in rows}, workers)
@@ -67,14 +65,10 @@ def index_collection(
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "slides", help="folder (with subfolders), text or .csv file of paths or URLs, slide, or URL"
-    )
+    parser.add_argument("slides", help="folder (with subfolders), text or .csv file of paths or URLs, slide, or URL")
     parser.add_argument("--output", type=Path, required=True, help=f"folder of {INDEX_NAME}")
     add_mpp_file(parser)
-    parser.add_argument(
-        "--zarr", action="store_true", help="write fsspec references that open slides as Zarr"
-    )
+    parser.add_argument("--zarr", action="store_true", help="write fsspec references that open slides as Zarr")
     add_workers(parser)
     parser.add_argument(
         "--max-failed-share", type=float, default=0.05, help="exit 1 if more of the slides fail (%(default)s)"

@@ -74,9 +74,7 @@ class OpenData:
         return make_order(self.sources, self.weights, **parameters)
 
 
-def open_data(
-    config: Config, index_cache: Path | None = None, saved: dict[str, Any] | None = None
-) -> OpenData:
+def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, Any] | None = None) -> OpenData:
     """Open the datasets that the configuration names and leave out what it excludes.
 
     Args:
@@ -152,19 +150,13 @@ def recognise(path: str) -> str:
     known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
     if place.is_dir():
         files = sorted(file.name for file in islice(place.iterdir(), 1000))
-        seen = (
-            f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
-            if files
-            else "empty"
-        )
+        seen = f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else "empty"
     elif place.is_file():
         with place.open("rb") as file:
             seen = f"a file that begins with {file.read(20)!r}"
     else:
         raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
-    raise ValueError(
-        f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one."
-    )
+    raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one.")
 
 
 def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int = 0) -> dict[str, int]:
@@ -282,9 +274,7 @@ def _open(
     part = SOURCES[kind]()
     options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
     try:
-        return part.open(
-            SourceRequest(dataset.path, commit or dataset.revision, config, options, cache, keep)
-        )
+        return part.open(SourceRequest(dataset.path, commit or dataset.revision, config, options, cache, keep))
     except SlideError as error:
         raise ValueError(str(error)) from error
 

@@ -61,19 +61,13 @@ def load_export(network: nn.ModuleDict, path: str) -> None:
     teacher = read_checkpoint(path).get("teacher", {})
     loaded = ["backbone"]
     for name in ("dino_head", "ibot_head"):
-        head = {
-            key.removeprefix(f"{name}."): value
-            for key, value in teacher.items()
-            if key.startswith(f"{name}.")
-        }
+        head = {key.removeprefix(f"{name}."): value for key, value in teacher.items() if key.startswith(f"{name}.")}
         if not head or name not in network:
             continue
         try:
             network[name].load_state_dict(head)
         except RuntimeError as error:
             detail = " ".join(str(error).split())
-            raise ValueError(
-                f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail})."
-            ) from error
+            raise ValueError(f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail}).") from error
         loaded.append(name)
     logger.info("%s initialised from %s.", ", ".join(loaded), path)

@@ -143,8 +143,7 @@ def collate_data_and_cast(
     if n_tokens is None or mask_generator is None:
         raise ValueError(f"n_tokens is {n_tokens} and mask_generator {mask_generator}; both are needed.")
     global_crops, local_crops = (
-        view_major([torch.stack(views[key]) for views, _ in samples_list])
-        for key in ("global_crops", "local_crops")
+        view_major([torch.stack(views[key]) for views, _ in samples_list]) for key in ("global_crops", "local_crops")
     )
     rng = fresh_rng()
     edges = np.linspace(*mask_ratio_tuple, int(len(global_crops) * mask_probability) + 1)

@@ -101,9 +101,7 @@ class iBOTPatchLoss(_TeacherCentering):
         row_weight = _first_rows(len(teacher_output), n_masked_patches_tensor, teacher_output.device)
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, row_weight)
 
-    def forward(
-        self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor
-    ) -> Tensor:
+    def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """`ibot_loss` from the outputs for all patches, masked or not.
 
         Args:
@@ -168,7 +166,7 @@ class KoLeoLoss(nn.Module):
 
 def forward_backward(arch: SSLMetaArch, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
     """Losses of a batch from ``collate_data_and_cast``, whose gradients are added to the student's."""
-    batch = {ours: images[metas].to(arch.device, non_blocking=True) for ours, metas in _BATCH.items()}
+    batch = {name: images[key].to(arch.device, non_blocking=True) for name, key in _BATCH.items()}
     losses = arch.compute_losses(batch, teacher_temp)
     losses["total_loss"].backward()
     return losses

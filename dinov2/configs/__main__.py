@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -22,15 +23,14 @@ from dinov2.utils.files import write_text
 
 DEFAULTS = Path(__file__).with_name("ssl_default_config.yaml")
 PAGE = Path(__file__).parents[2] / "docs/config.md"
+_MARKUP = re.compile(r"[\[\]`]|\(\w+\.md\)")  # of Markdown
 _MARK = "<!-- Written by python -m dinov2.configs --write -->"
 
 
 def default_yaml() -> str:
     """Every key with its default and one line on what it means."""
     return (
-        "\n".join(
-            ["# Every key with its default, written by python -m dinov2.configs --write.", *_yaml(Config())]
-        )
+        "\n".join(["# Every key with its default, written by python -m dinov2.configs --write.", *_yaml(Config())])
         + "\n"
     )
 
@@ -48,9 +48,7 @@ def key_tables() -> str:
     lines += ["", "## Older keys", "", "| key | today |", "|---|---|"]
     for name, entry in OLDER_KEYS.items():
         only = f"only {' or '.join(entry.only)}; " if entry.only else ""
-        lines.append(
-            f"| `{name}` | " + (f"`{entry.new}` |" if entry.new else f"no effect: {only}{entry.ignored} |")
-        )
+        lines.append(f"| `{name}` | " + (f"`{entry.new}` |" if entry.new else f"no effect: {only}{entry.ignored} |"))
     return "\n".join(lines) + "\n"
 
 
@@ -62,9 +60,7 @@ def page() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the default YAML, or write it and the tables of the page."""
     parser = argparse.ArgumentParser(prog="python -m dinov2.configs", description="Default configuration.")
-    parser.add_argument(
-        "--write", action="store_true", help="write the YAML file and the tables of docs/config.md"
-    )
+    parser.add_argument("--write", action="store_true", help="write the YAML file and the tables of docs/config.md")
     args = parser.parse_args(argv)
 
     def body() -> None:
@@ -81,7 +77,7 @@ def _yaml(section: Any, indent: str = "") -> Iterator[str]:
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            about = "" if indent else f"  # {_sentence(type(value)).replace('`', '')}"
+            about = "" if indent else f"  # {_MARKUP.sub('', _sentence(type(value)))}"
             yield from ([] if indent else [""])
             yield f"{indent}{field.name}:{about}"
             yield from _yaml(value, f"{indent}  ")
@@ -103,7 +99,7 @@ def _rows(section: type, path: str, names: Sequence[str] = ()) -> Iterator[str]:
         for field in group:
             key, default = key_of(field), field.default
             default = {} if default is dataclasses.MISSING else default
-            yield f"| `{prefix}{field.name}` | {accepted(hint, key)} | `{_flow(default)}` | {key.doc} |"
+            yield f"| `{prefix}{field.name}` | {accepted(hint, key, listed=False)} | `{_flow(default)}` | {key.doc} |"
 
 
 def _sentence(section: type) -> str:

@@ -35,9 +35,7 @@ class Decoder:
         if user is None:  # `section:` with nothing under it
             user = {}
         if not isinstance(user, Mapping):
-            self._fault(
-                path, f"{path} = {shortened(user)} is not a section; it holds the keys {', '.join(hints)}."
-            )
+            self._fault(path, f"{path} = {shortened(user)} is not a section; it holds the keys {', '.join(hints)}.")
             user = {}
         for name in user:
             if name not in hints:
@@ -75,14 +73,10 @@ class Decoder:
             problem = "not valid"
         if not problem:
             return converted
-        below = (
-            f", so {path}.{next(iter(value))} cannot be set" if isinstance(value, Mapping) and value else ""
-        )
+        below = f", so {path}.{next(iter(value))} cannot be set" if isinstance(value, Mapping) and value else ""
         named = f"{path} (given as {self._spelled[path]})" if path in self._spelled else path
         problem = "not a section" if below else problem
-        self._fault(
-            path, f"{named} = {shortened(value)} is {problem}{below}; expected {accepted(hint, key)}."
-        )
+        self._fault(path, f"{named} = {shortened(value)} is {problem}{below}; expected {accepted(hint, key)}.")
         return _FAULTY
 
     def _parts(self, user: Mapping[str, Any], key: Key, path: str) -> dict[str, Any]:

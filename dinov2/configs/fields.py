@@ -46,7 +46,7 @@ class Key:
         if isinstance(value, (list, tuple)):
             return all(map(self.accepts, value))
         if self.registry and isinstance(value, str):
-            return value in self.also or value in self.parts or not self.parts
+            return value in self.also or value in self.parts
         if isinstance(value, (bool, str, Mapping)) or value is None or dataclasses.is_dataclass(value):
             return True
         return (
@@ -90,20 +90,26 @@ def key_of(field: dataclasses.Field[Any]) -> Key:
     return field.metadata.get("key", Key(""))
 
 
-def accepted(hint: Any, key: Key) -> str:
-    """What a key accepts, in words: ``a whole number in [1, 64] or auto``."""
+def accepted(hint: Any, key: Key, listed: bool = True) -> str:
+    """What a key accepts, in words: ``a whole number in [1, 64] or auto``.
+
+    Args:
+        hint: its type.
+        key: what else is known of it.
+        listed: list the names that are registered now, rather than saying where they are.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return _either([str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in args])
     if origin in (Union, types.UnionType):
-        return " or ".join(accepted(arg, key) for arg in args)
+        return " or ".join(accepted(arg, key, listed) for arg in args)
     if origin is tuple and dataclasses.is_dataclass(args[0]):
         return f"a list of entries with the keys {', '.join(field.name for field in dataclasses.fields(args[0]))}"
     if origin is tuple and args:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return f"a list of {count}values, each {accepted(args[0], key)}"
+        return f"a list of {count}values, each {accepted(args[0], key, listed)}"
     if key.registry:
-        names = _either([*key.also, *key.parts]) if [*key.also, *key.parts] else "a name"
+        names = _either([*key.also, *(key.parts if listed else [f"a name in dinov2.extensions.{key.registry}"])])
         return names if hint is str else f"a mapping from names ({names}) to options"
     if origin is not None or hint is Mapping:
         return "a mapping"
@@ -117,7 +123,7 @@ def shortened(value: Any, most: int = 80) -> str:
 
 
 def _either(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def _number(value: float) -> str:

@@ -81,9 +81,7 @@ def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
     faults += [*older.faults, *decoder.faults]
     if faults:
         raise ConfigError([*faults, *combination_faults(config, 1, decoder.faulty)])
-    dtypes = {
-        getattr(getattr(config.compute_precision, n), m).mixed_precision.param_dtype for n, m in MODULES
-    }
+    dtypes = {getattr(getattr(config.compute_precision, n), m).mixed_precision.param_dtype for n, m in MODULES}
     return dataclasses.replace(config, precision=dtypes.pop() if len(dtypes) == 1 else "mixed")
 
 

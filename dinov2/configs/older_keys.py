@@ -122,9 +122,7 @@ class OlderKeys:
     def _ignore(self, old: str, value: Any, entry: OlderKey) -> None:
         if entry.only and value not in entry.only:
             accepted = " or ".join(map(str, entry.only))
-            self.faults.append(
-                f"{old} = {shortened(value)} is not available: {entry.ignored}; {accepted} is accepted."
-            )
+            self.faults.append(f"{old} = {shortened(value)} is not available: {entry.ignored}; {accepted} is accepted.")
         else:
             self.notices.append(f"Config key {old} has no effect: {entry.ignored}.")
 
@@ -156,17 +154,13 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(lower)
     for name, value in upper.items():
         below = merged.get(name)
-        merged[name] = (
-            merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-        )
+        merged[name] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
 def _copied(section: Any) -> Any:
     """Nested mappings anew, each by itself: of YAML's aliases several are one object."""
-    return (
-        {name: _copied(value) for name, value in section.items()} if isinstance(section, Mapping) else section
-    )
+    return {name: _copied(value) for name, value in section.items()} if isinstance(section, Mapping) else section
 
 
 def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -47,9 +47,7 @@ class MixedPrecisionConfig:
 class ModulePrecisionConfig:
     """Sharding and dtypes of one module (backbone or head)."""
 
-    sharding_strategy: ShardingStrategy = key(
-        "SHARD_GRAD_OP", "FULL_SHARD gathers weights again for the backward"
-    )
+    sharding_strategy: ShardingStrategy = key("SHARD_GRAD_OP", "FULL_SHARD gathers weights again for the backward")
     mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
 
 
@@ -86,11 +84,9 @@ class DataConfig:
     """The tiles that are trained on; see [data.md](data.md)."""
 
     path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
-    kind: str = key("auto", "what it is; auto: recognised by what is there", **_KIND)
+    kind: str = key("auto", "parquet, sample_list, slides or a further one; auto: as it is recognised", **_KIND)
     revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
-    datasets: tuple[DatasetConfig, ...] = key(
-        (), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]"
-    )
+    datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
@@ -131,9 +127,7 @@ class TrainConfig:
     num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
     prefetch_factor: int = key(4, "batches that each worker prepares ahead", least=1, most=1024)
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules", least=1, most=1e9)
-    centering: Literal["centering", "sinkhorn_knopp"] = key(
-        "centering", "teacher targets; centering: running mean"
-    )
+    centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "teacher targets; centering: running mean")
     use_pretrained: bool = key(False, "start from Meta's published DINOv2 weights of this architecture")
     unfreeze_last_n_blocks: int = key(
         0, "n > 0: only the last n blocks, final norm and heads learn", least=0, most=1000
@@ -163,9 +157,7 @@ class DinoConfig(HeadConfig):
     kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
     kde_kappa: float = key(5.0, "concentration of the KDE kernel", above=0, most=1e4)
     kde_gather: bool = key(False, "true: density over the rows of all processes")
-    kde_reference_sign: bool = key(
-        False, "true: sign and self term of the published code, which reward collapse"
-    )
+    kde_reference_sign: bool = key(False, "true: sign and self term of the published code, which reward collapse")
 
 
 @dataclass(frozen=True)
@@ -177,18 +169,14 @@ class IbotConfig(HeadConfig):
     mask_ratio_min_max: tuple[float, float] = key(
         (0.1, 0.5), "masked fraction of such a crop's patches", **_PROBABILITY
     )
-    separate_head: bool = key(
-        False, "true: patches have a head of their own; false: the DINO head serves both"
-    )
+    separate_head: bool = key(False, "true: patches have a head of their own; false: the DINO head serves both")
 
 
 @dataclass(frozen=True)
 class CropsConfig:
     """Multi-crop sizes and scales."""
 
-    global_crops_scale: tuple[float, float] = key(
-        (0.32, 1.0), "range of a global view's fraction of the tile"
-    )
+    global_crops_scale: tuple[float, float] = key((0.32, 1.0), "range of a global view's fraction of the tile")
     local_crops_number: int = key(8, "local views per image", least=0, most=256)
     local_crops_scale: tuple[float, float] = key((0.05, 0.32), "range of a local view's fraction of the tile")
     global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
@@ -214,9 +202,7 @@ class AugmentationConfig:
     blur_prob_global1: float = key(1.0, "blur of the first global view", **_PROBABILITY)
     blur_prob_global2: float = key(0.1, "blur of the second global view", **_PROBABILITY)
     blur_prob_local: float = key(0.5, "blur of each local view", **_PROBABILITY)
-    blur_sigma_min_max: tuple[float, float] = key(
-        (0.1, 2.0), "range of the blur's sigma in px", above=0, most=1000
-    )
+    blur_sigma_min_max: tuple[float, float] = key((0.1, 2.0), "range of the blur's sigma in px", above=0, most=1000)
     blur_kernel_size: int = key(9, "odd width of the blur's kernel in px", least=1, most=1023)
     normalize_mean: tuple[float, float, float] = key(
         (0.485, 0.456, 0.406), "per channel, of values in [0, 1]", least=-100, most=100
@@ -229,7 +215,7 @@ class AugmentationConfig:
 class StudentConfig:
     """The backbone; the teacher's is the same, without stochastic depth."""
 
-    arch: str = key("vit_large", "backbone", registry="BACKBONES")
+    arch: str = key("vit_large", "vit_demo, vit_tiny, vit_small, vit_base, vit_large, vit_giant2", registry="BACKBONES")
     options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
     patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
@@ -245,9 +231,7 @@ class StudentConfig:
     ffn_bias: bool = key(True, "biases of the FFN")
     num_register_tokens: int = key(0, "registers after the CLS token", least=0, most=1024)
     interpolate_antialias: bool = key(True, "antialias where the position grid is resized to a crop")
-    interpolate_offset: float = key(
-        0.0, "added to the target grid's side; older DINOv2 code: 0.1", least=-10, most=10
-    )
+    interpolate_offset: float = key(0.0, "added to the target grid's side; older DINOv2 code: 0.1", least=-10, most=10)
     attention_backend: Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"] = key(
         "sdpa", "sdpa: PyTorch's choice"
     )
@@ -283,9 +267,7 @@ class OptimConfig:
         "sqrt_wrt_1024", "peak = base_lr x sqrt(global batch / 1024); none: base_lr"
     )
     patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding", **_RATE)
-    layerwise_decay: float = key(
-        0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10
-    )
+    layerwise_decay: float = key(0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10)
     adamw_beta1: float = key(0.9, "decay of the first moment", least=0, below=1)
     adamw_beta2: float = key(0.999, "decay of the second moment", least=0, below=1)
 
@@ -299,9 +281,7 @@ class PerformanceConfig:
     fp8: Literal["none", "teacher", "all"] = key("none", "matrix products of the blocks in 8 bit")
     fp8_scaling: Literal["tensor", "row"] = key("tensor", "what shares one scale; tensor is fastest")
     recompute: Literal["none", "selective", "full"] = key("none", "selective: all but products and attention")
-    prefetch_blocks: int = key(
-        1, "blocks gathered ahead by several processes; 0: FSDP's choice", least=0, most=1000
-    )
+    prefetch_blocks: int = key(1, "blocks gathered ahead by several processes; 0: FSDP's choice", least=0, most=1000)
 
 
 @dataclass(frozen=True)
@@ -329,17 +309,18 @@ class LabelledConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Export of the teacher, and the probes that it goes through; see [probes.md](probes.md)."""
+    """Export of the teacher and its probes, see [probes.md](probes.md)."""
 
     eval_period_iterations: int = key(12500, "between teacher exports and between probes", **_STEPS)
     bach_root: str = key("", "this benchmark's folder: probed on while training")
     breakhis_root: str = key("", "the same for BreakHis")
     pcam_root: str = key("", "the same for PatchCamelyon")
-    labelled: tuple[LabelledConfig, ...] = key(
-        (), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]"
-    )
+    labelled: tuple[LabelledConfig, ...] = key((), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]")
     probes: tuple[str, ...] = key(
-        _PROBES, "rankme and odcorr also on validation patients", registry="PROBES", also=("linear",)
+        _PROBES,
+        "of knn, linear, linear_eva, linear_kaiko, few_shot, rankme, odcorr",
+        registry="PROBES",
+        also=("linear",),
     )
     probe_options: Mapping[str, Any] = key({}, "options of probes: {name: {...}}", registry="PROBES")
     probe_tiles: int = key(2000, "tiles of each split that are used, at most", least=1, most=1e9)
@@ -351,7 +332,7 @@ class LoggingConfig:
 
     period_iterations: int = key(10, "steps per record of console, metrics.jsonl and W&B", **_STEPS)
     samples: bool = key(False, "true: logs/samples.rankN.jsonl says which samples each step consumed")
-    wandb: bool = key(True, "Weights & Biases; offline in the run's folder unless logged in; never prompts")
+    wandb: bool = key(True, "Weights & Biases; offline unless logged in; never prompts")
     wandb_project: str = key("path-fm", "its project")
 
 

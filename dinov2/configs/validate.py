@@ -128,9 +128,7 @@ def _data_faults(config: Config) -> Iterator[_Fault]:
     if not data.path and not data.datasets:
         yield _Fault(keys, f"data.path is empty; give {expected}, or several in data.datasets.")
     if data.path and data.datasets:
-        yield _Fault(
-            keys, f"data.path = {shortened(data.path)} and data.datasets name different data; use one."
-        )
+        yield _Fault(keys, f"data.path = {shortened(data.path)} and data.datasets name different data; use one.")
     if data.revision and data.datasets:
         yield _Fault(
             "data.revision data.datasets",
@@ -166,9 +164,7 @@ def _step_faults(config: Config, world_size: int) -> Iterator[_Fault]:
         yield _Fault("optim.early_stop optim.epochs", f"optim.early_stop = {optim.early_stop} {until}")
     if optim.warmup_epochs > optim.epochs:
         exceeds = f"exceeds optim.epochs = {optim.epochs}."
-        yield _Fault(
-            "optim.warmup_epochs optim.epochs", f"optim.warmup_epochs = {optim.warmup_epochs} {exceeds}"
-        )
+        yield _Fault("optim.warmup_epochs optim.epochs", f"optim.warmup_epochs = {optim.warmup_epochs} {exceeds}")
     steps = (optim.epochs if optim.early_stop is None else optim.early_stop) * epoch
     images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
     if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
@@ -211,9 +207,7 @@ def _network_faults(config: Config) -> Iterator[_Fault]:
 def _precision_faults(config: Config) -> Iterator[_Fault]:
     precision, keys = config.compute_precision, "compute_precision precision"
     of = {(network, module): getattr(getattr(precision, network), module) for network, module in MODULES}
-    in_fp16 = [
-        m for (n, m), one in of.items() if n == "student" and one.mixed_precision.param_dtype == "fp16"
-    ]
+    in_fp16 = [m for (n, m), one in of.items() if n == "student" and one.mixed_precision.param_dtype == "fp16"]
     if in_fp16 and not precision.grad_scaler:
         yield _Fault(
             keys,

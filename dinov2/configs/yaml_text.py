@@ -58,9 +58,7 @@ class _Loader(yaml.SafeLoader):
         mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
         self._level += 1
         if self._level > _MOST_LEVELS:
-            raise yaml.MarkedYAMLError(
-                problem=f"it is nested more than {_MOST_LEVELS} deep", problem_mark=mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"it is nested more than {_MOST_LEVELS} deep", problem_mark=mark)
         node = super().compose_node(parent, index)
         self._level -= 1
         if not is_alias:
@@ -70,9 +68,7 @@ class _Loader(yaml.SafeLoader):
         elif id(node) not in self._values:
             raise yaml.MarkedYAMLError(problem="an alias refers to what it stands in", problem_mark=mark)
         if self._values[id(node)] > _MOST_VALUES:
-            raise yaml.MarkedYAMLError(
-                problem=f"it holds more than {_MOST_VALUES:,} values", problem_mark=mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"it holds more than {_MOST_VALUES:,} values", problem_mark=mark)
         return node
 
     def _find_duplicates(self, node: yaml.MappingNode) -> None:
@@ -81,9 +77,7 @@ class _Loader(yaml.SafeLoader):
             line = name.start_mark.line + 1
             if isinstance(name, yaml.ScalarNode) and name.value != "<<":
                 if name.value in lines:
-                    self.duplicates.append(
-                        f"key {name.value} is there twice, in line {lines[name.value]} and {line}"
-                    )
+                    self.duplicates.append(f"key {name.value} is there twice, in line {lines[name.value]} and {line}")
                 lines[name.value] = line
 
 
@@ -93,9 +87,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 # Before the integers, whose pattern would take the digits of 1e5 for a text that begins with a number.
 for _first in "-+0123456789.":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(
-        0, (_FLOAT_TAG, re.compile(f"(?:{_FLOAT.pattern})$"))
-    )
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, (_FLOAT_TAG, re.compile(f"(?:{_FLOAT.pattern})$")))
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -47,9 +47,7 @@ def teacher(
     if out_indices is None:
         return load_teacher(checkpoint_path, pooling=pooling or output)
     if int(out_indices) != 1:
-        raise ValueError(
-            f"OUT_INDICES is {out_indices}; a teacher gives the map of its last block, so 1 is expected."
-        )
+        raise ValueError(f"OUT_INDICES is {out_indices}; a teacher gives the map of its last block, so 1 is expected.")
     return load_teacher(checkpoint_path, feature_map=True)
 
 
@@ -67,9 +65,7 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
     """
     accelerator = environment.get("ACCELERATOR", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"ACCELERATOR={accelerator} asks for a GPU and none is usable; leave it out or set it to cpu."
-        )
+        raise ValueError(f"ACCELERATOR={accelerator} asks for a GPU and none is usable; leave it out or set it to cpu.")
     if environment.setdefault("MODEL_NAME", BACKBONE) != BACKBONE or "MODEL_EXTRA_KWARGS" in environment:
         return
     path = environment.get("CHECKPOINT_PATH")
@@ -107,9 +103,7 @@ def check_inputs(arguments: Sequence[str], environment: MutableMapping[str, str]
     if not root:
         raise ValueError("DATA_ROOT is not set; name the folder of the data set, see docs/evaluation.md.")
     if environment.get("DOWNLOAD_DATA", "").lower() != "true" and not Path(root).is_dir():
-        raise FileNotFoundError(
-            f"DATA_ROOT={root} is not a folder; docs/evaluation.md says what it should hold."
-        )
+        raise FileNotFoundError(f"DATA_ROOT={root} is not a folder; docs/evaluation.md says what it should hold.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

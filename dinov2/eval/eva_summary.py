@@ -113,9 +113,7 @@ def collect(output: Path) -> list[Row]:
     """
     status = output / STATUS_FILE
     if not status.is_file():
-        raise FileNotFoundError(
-            f"'{output}' has no {STATUS_FILE}; name a folder that scripts/run_eva.sh wrote."
-        )
+        raise FileNotFoundError(f"'{output}' has no {STATUS_FILE}; name a folder that scripts/run_eva.sh wrote.")
     rows = {}
     for line in status.read_text().splitlines():
         try:
@@ -169,9 +167,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path, help="folder that scripts/run_eva.sh wrote")
     output = parser.parse_args(argv).output
     setup_logging()

@@ -86,9 +86,7 @@ def embed_tiles(
     return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
 
 
-def _forward(
-    backbone: Backbone, tiles: Sequence[np.ndarray], how: Embedding, device: torch.device | None
-) -> Tensor:
+def _forward(backbone: Backbone, tiles: Sequence[np.ndarray], how: Embedding, device: torch.device | None) -> Tensor:
     device = device or _device_of(backbone)
     x = network_input(tiles, Colours(how.mean, how.std), device)
     with torch.autocast(device.type, how.autocast) if how.autocast else nullcontext():
@@ -186,9 +184,7 @@ def extract_features(
     gathered = []
     hidden = not (how.show_progress and is_main_process())
     with _evaluation_mode(backbone):
-        for tiles in tqdm(
-            _read_batches(images, own, how, failures), "features", len(own), disable=hidden, leave=False
-        ):
+        for tiles in tqdm(_read_batches(images, own, how, failures), "features", len(own), disable=hidden, leave=False):
             gathered.append(all_gather_rows(embed_tiles(backbone, tiles, how, device)).cpu())
     for src in range(world):
         failures |= broadcast_object(dict(failures), src)

@@ -62,13 +62,9 @@ class Checkpointer:
         try:
             state = json.loads(path.read_bytes())
         except ValueError as error:
-            raise ValueError(
-                f"Checkpoint state {str(path)!r} is not JSON ({error}); {self._way_out(step)}"
-            ) from error
+            raise ValueError(f"Checkpoint state {str(path)!r} is not JSON ({error}); {self._way_out(step)}") from error
         if not isinstance(state, dict) or state.get("step") != step:
-            raise ValueError(
-                f"Checkpoint state {str(path)!r} does not describe step {step}; {self._way_out(step)}"
-            )
+            raise ValueError(f"Checkpoint state {str(path)!r} does not describe step {step}; {self._way_out(step)}")
         return state
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
@@ -170,9 +166,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"Checkpoint metadata names {module}.{name}, which is not checkpoint data."
-        )
+        raise pickle.UnpicklingError(f"Checkpoint metadata names {module}.{name}, which is not checkpoint data.")
 
 
 def _free_mib(folder: Path) -> int:

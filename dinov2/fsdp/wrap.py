@@ -57,9 +57,7 @@ def shard(
     # It warns that views of a module's output must not be changed in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = _mesh(dist.group.WORLD, device.type, _mesh_shape(strategy, ranks_per_node))
-    policy = MixedPrecisionPolicy(
-        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     units = list(units)
     for unit in units:
         again = strategy == "FULL_SHARD" or not _is_trainable(unit)

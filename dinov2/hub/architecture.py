@@ -93,9 +93,7 @@ def _heads_beside(path: str) -> int | None:
         other = {key: config[key] for key, ours in _TRANSFORMERS.items() if config.get(key, ours) != ours}
         heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{str(beside)!r} does not describe a model ({error!r}); mend or remove it."
-        ) from error
+        raise ValueError(f"{str(beside)!r} does not describe a model ({error!r}); mend or remove it.") from error
     if other:
         raise ValueError(f"{str(beside)!r} has {other}, but a DINOv2 ViT has {_TRANSFORMERS}.")
     if heads is not None and not (isinstance(heads, int) and heads > 0):

@@ -176,9 +176,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         "unknown": state.keys() - own.keys(),
         "of another shape": shapes,
     }
-    faults = (
-        [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
-    )
+    faults = [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
     for what, found in misfits.items():
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         faults += [f"{what}: {', '.join(sorted(found)[:_SHOWN])}{more}"] if found else []

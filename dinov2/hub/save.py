@@ -15,9 +15,7 @@ from torch import Tensor
 from dinov2.utils.files import commit, replacing, unfinished
 
 
-def save_teacher(
-    path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]
-) -> None:
+def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
     """Write ``{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}`` in fp32, then the JSON that vouches for it.
 
     Args:
@@ -63,9 +61,7 @@ def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
         missing = [path for path in partials if not path.exists()]
         for path in partials.keys() - set(missing):
             if not filecmp.cmp(path, partials[path], shallow=False):
-                raise FileExistsError(
-                    f"{str(path)!r} exists and differs from this export; name a new or empty folder."
-                )
+                raise FileExistsError(f"{str(path)!r} exists and differs from this export; name a new or empty folder.")
         for path in missing:
             commit(partials[path], path)
         return bool(missing)

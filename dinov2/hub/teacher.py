@@ -83,16 +83,12 @@ def load_teacher(
         ValueError: if it cannot be read, holds no backbone, or does not fit the architecture; or for wrong arguments.
     """
     if (path is None) == (checkpoint_path is None):
-        raise ValueError(
-            f"path is {path!r} and checkpoint_path {checkpoint_path!r}; one of them is expected."
-        )
+        raise ValueError(f"path is {path!r} and checkpoint_path {checkpoint_path!r}; one of them is expected.")
     pooling = pooling or output
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; one of {', '.join(POOLINGS)} is expected.")
     if feature_map and pooling != "cls":
-        raise ValueError(
-            f"A feature map has no class token; pooling = {pooling!r} goes with feature_map = False."
-        )
+        raise ValueError(f"A feature map has no class token; pooling = {pooling!r} goes with feature_map = False.")
     model = _load(str(checkpoint_path if path is None else path))
     if feature_map:
         return FeatureMap(model).eval()

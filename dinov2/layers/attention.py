@@ -38,9 +38,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(
-                f"num_heads = {num_heads} does not divide the width {dim}; choose a divisor of it."
-            )
+            raise ValueError(f"num_heads = {num_heads} does not divide the width {dim}; choose a divisor of it.")
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim, bias=proj_bias)

@@ -42,9 +42,7 @@ def attention_backend(name: str) -> Attend:
             "'xformers'."
         )
     if name not in _ON_CPU and not torch.cuda.is_available():
-        raise ValueError(
-            f"attention_backend = {name!r} needs a CUDA device and there is none; choose 'sdpa'."
-        )
+        raise ValueError(f"attention_backend = {name!r} needs a CUDA device and there is none; choose 'sdpa'.")
     if name == "sdpa":
         return _sdpa
     if name == "xformers":

@@ -98,9 +98,7 @@ class Block(nn.Module):
             mixed = self.attn.mix(self.norm1(x), segments).index_select(0, selected)
             attention_scale = feed_forward_scale = 1.0
         else:
-            kept, also_kept = (
-                kept_rows(segments, orders, self.drop_path_rate, x.dtype) for orders in (first, second)
-            )
+            kept, also_kept = (kept_rows(segments, orders, self.drop_path_rate, x.dtype) for orders in (first, second))
             mixed = self.attn.mix(self.norm1(take_rows(x, kept.rows, kept.inverse)), kept.segments)
             number, attention_scale = kept.of(selected)
             mixed = mixed.index_select(0, number)

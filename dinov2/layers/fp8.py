@@ -88,9 +88,7 @@ def fp8_input_gradient(grad: Tensor, weight: Tensor, per_row: bool) -> Tensor:
     return _scaled_mm(rows, quantise(weight.t(), per_row), None, fast_accum=False)
 
 
-def _scaled_mm(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], bias: Tensor | None, fast_accum: bool
-) -> Tensor:
+def _scaled_mm(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], bias: Tensor | None, fast_accum: bool) -> Tensor:
     return torch._scaled_mm(
         a[0], b[0].t(), a[1], b[1].t(), bias=bias, out_dtype=COMPUTE_DTYPE, use_fast_accum=fast_accum
     )

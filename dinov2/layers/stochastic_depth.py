@@ -46,7 +46,7 @@ class Kept:
         rows: int64 (K,), their numbers.
         inverse: int64 (T,), the number of every row among them, K where it is not kept.
         scale: (K, 1), B / k of the row's segment.
-        segments: theirs.
+        segments: of the kept rows.
     """
 
     rows: Tensor

@@ -12,9 +12,7 @@ from dinov2.loss.term import LossTerm, StepOutputs
 from dinov2.loss.unit_rows import unit_rows
 
 
-def kde_loss(
-    tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False
-) -> Tensor:
+def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> Tensor:
     """Mean log-density of the batch under a von Mises-Fisher kernel estimate; falls as the vectors spread.
 
     With z the vectors scaled to length 1, N of them, each one's density estimated from the others:

@@ -69,9 +69,7 @@ def row_max(logits: Tensor, column_shift: Tensor) -> Tensor:
     return torch.cat([(logits[rows] - column_shift).amax(1) for rows in _tiles(logits)])
 
 
-def column_sums(
-    logits: Tensor, row_shift: Tensor, column_shift: Tensor, v: Tensor, inverse_temp: Tensor
-) -> Tensor:
+def column_sums(logits: Tensor, row_shift: Tensor, column_shift: Tensor, v: Tensor, inverse_temp: Tensor) -> Tensor:
     """Return sum_n v_n E_nk, (K,), with E of `shifted_exp` from (N, K) logits."""
     # Multiplied and summed, not a matmul: that would not fuse, and autocast would round it.
     return sum(
@@ -80,9 +78,7 @@ def column_sums(
     )
 
 
-def row_sums(
-    logits: Tensor, row_shift: Tensor, column_shift: Tensor, u: Tensor, inverse_temp: Tensor
-) -> Tensor:
+def row_sums(logits: Tensor, row_shift: Tensor, column_shift: Tensor, u: Tensor, inverse_temp: Tensor) -> Tensor:
     """Return sum_k E_nk u_k, (N,), with E of `shifted_exp` from (N, K) logits."""
     return torch.cat(
         [

@@ -42,9 +42,7 @@ def soft_cross_entropy(
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kernels: PrototypeKernels, temp: float | Tensor, student: Tensor, *target: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, kernels: PrototypeKernels, temp: float | Tensor, student: Tensor, *target: Tensor) -> Tensor:
         row_max = at_least_float32(student.amax(-1))
         scale = inverse(temp, row_max)
         # Detached, because a compiled kernel is specialised on whether its arguments need gradients.

@@ -10,9 +10,7 @@ from dinov2.extensions import BACKBONES
 from dinov2.models.backbone import Backbone
 
 
-def build_model_from_cfg(
-    cfg: Any, only_teacher: bool = False
-) -> tuple[Backbone, Backbone, int] | tuple[Backbone, int]:
+def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone, Backbone, int] | tuple[Backbone, int]:
     """Build student and teacher backbones with fresh weights, on the default device.
 
     A backbone is given ``student.options`` and those of the other settings that its signature names; one that takes

@@ -11,9 +11,7 @@ from torch import Tensor
 # Tensor dimensions below: N patches of the grid, D width.
 
 
-def resample_positions(
-    pos_embed: Tensor, size: tuple[int, int], antialias: bool = True, offset: float = 0.0
-) -> Tensor:
+def resample_positions(pos_embed: Tensor, size: tuple[int, int], antialias: bool = True, offset: float = 0.0) -> Tensor:
     """Resample a square position grid bicubically in float32; a grid that has the size already is returned as is.
 
     Args:

@@ -88,9 +88,7 @@ class DinoVisionTransformer(Backbone):
         if ffn_layer not in FFN_LAYERS:
             raise ValueError(f"ffn_layer is {ffn_layer!r}; one of {', '.join(FFN_LAYERS)} is expected.")
         if not 0 <= interpolate_offset < 1:
-            raise ValueError(
-                f"interpolate_offset is {interpolate_offset}; a number from 0 to below 1 is expected."
-            )
+            raise ValueError(f"interpolate_offset is {interpolate_offset}; a number from 0 to below 1 is expected.")
         self.embed_dim = self.num_features = embed_dim
         self.num_prefix_tokens = 1 + num_register_tokens
         self.attention_backend = attention_backend
@@ -117,9 +115,7 @@ class DinoVisionTransformer(Backbone):
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
 
-        self.patch_embed = embed_layer(
-            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
-        )
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.register_tokens = (
@@ -213,9 +209,7 @@ class DinoVisionTransformer(Backbone):
         width = self.embed_dim // self.num_heads
         require_kernel(self.attention_backend, head_width=width, dtype=dtype, device=device)
 
-    def forward_features_list(
-        self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
-    ) -> list[dict]:
+    def forward_features_list(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict]:
         """Meta's name for `forward_features` of a list."""
         return self._forward_crops(x_list, masks_list)
 
@@ -238,9 +232,7 @@ class DinoVisionTransformer(Backbone):
             return outputs
         first_patch = 1 + self.num_register_tokens
         outputs = []
-        for prenorm, normed, mask in zip(
-            unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True
-        ):
+        for prenorm, normed, mask in zip(unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True):
             outputs.append(
                 {
                     "x_norm_clstoken": normed[:, 0],

@@ -79,9 +79,7 @@ def as_text(title: str, table: Table) -> str:
     return "\n  ".join([title, *lines])
 
 
-def render_page(
-    title: str, tables: Mapping[str, Table], images: Mapping[str, tuple[str, bytes]], config: str
-) -> str:
+def render_page(title: str, tables: Mapping[str, Table], images: Mapping[str, tuple[str, bytes]], config: str) -> str:
     """HTML with everything in it.
 
     Args:
@@ -92,6 +90,4 @@ def render_page(
     """
     environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    return environment.get_template("page.html").render(
-        title=title, tables=tables, images=images, config=config
-    )
+    return environment.get_template("page.html").render(title=title, tables=tables, images=images, config=config)

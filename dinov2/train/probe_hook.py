@@ -67,9 +67,7 @@ class ProbeHook(PeriodicHook):
             autocast=None if dtype == "fp32" else DTYPES[dtype],
         )
         options = options_for(runs=_RUNS) | dict(evaluation.probe_options)
-        self._probing = Probing(
-            evaluation.probes, options, limit=evaluation.probe_tiles, seed=config.train.seed
-        )
+        self._probing = Probing(evaluation.probes, options, limit=evaluation.probe_tiles, seed=config.train.seed)
 
     def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """Probe the starting weights of a new run."""

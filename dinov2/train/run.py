@@ -69,12 +69,9 @@ class Run:
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
         student = config.compute_precision.student
         in_fp16 = "fp16" in {
-            module.mixed_precision.param_dtype
-            for module in (student.backbone, student.dino_head, student.ibot_head)
+            module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)
         }
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=in_fp16 and config.compute_precision.grad_scaler
-        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16 and config.compute_precision.grad_scaler)
         if saved:
             check_loss_modules(saved, self._loss_modules())
             self.checkpointer.load(self.state.step, self._tensors())
@@ -178,9 +175,7 @@ class Run:
         order = on_main_process(partial(order_parameters, self.config, self.plan, data, lanes))
         loader = build_loader(self.config, self.plan, data, self.state.samples, order, self.device)
         if saved:
-            on_main_process(
-                partial(validate_stream_state, saved["stream"], loader.stream_state, ", ".join(data.names))
-            )
+            on_main_process(partial(validate_stream_state, saved["stream"], loader.stream_state, ", ".join(data.names)))
         logger.info("%s", describe_stream(self.config, self.plan, data, order))
         return loader
 

@@ -14,7 +14,7 @@ class SampleLog:
     """Passes batches on and appends a JSON line for each: the step and the samples it consumes on this rank.
 
     A line holds ``step`` (the first one is 1), ``ranks`` (their number), ``indices`` (global sample indices) and
-    ``rows`` (unit and row of each, as the stream numbers them; of the row that stands in, where one was damaged).
+    ``rows`` (unit and row of each, as the stream numbers them; of the row that stands in, where one was corrupt).
     After a resume the last line of a step is the valid one, on as many ranks as rank 0's says.
 
     Args:

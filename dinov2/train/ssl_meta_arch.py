@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config, config_from_mapping
-from dinov2.distributed import get_global_size, is_main_process
+from dinov2.distributed import broadcast_object, get_global_size, is_main_process
 from dinov2.fsdp import load_full_state_dict, shard
 from dinov2.layers import DINOHead
 from dinov2.loss import (
@@ -68,9 +68,7 @@ class SSLMetaArch(nn.Module):
         context = LossContext(self.embed_dim, cfg.dino.head_n_prototypes, patch_prototypes)
         self.losses = build_terms(cfg, context)
         if clashing := self.student.keys() & self.losses.keys():
-            raise ValueError(
-                f"losses.{min(clashing)} has the name of a network's module; give the term another."
-            )
+            raise ValueError(f"losses.{min(clashing)} has the name of a network's module; give the term another.")
         # Named and shaped as Meta's, whose checkpoints hold them.
         self.dino_loss = Centering((1, context.class_prototypes))
         self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
@@ -143,6 +141,7 @@ class SSLMetaArch(nn.Module):
             for network, precision in self._networks():
                 for name, module in network.items():
                     whole = module.state_dict() if is_main_process() else {}
+                    tables = _buffers_outside_the_state_dict(module)
                     module.to("meta")
                     settings = getattr(precision, name)
                     shard(
@@ -156,6 +155,8 @@ class SSLMetaArch(nn.Module):
                     )
                     module.to_empty(device=device)
                     load_full_state_dict(module, whole)
+                    for buffer_name, value in tables.items():
+                        module.get_buffer(buffer_name).copy_(value)
             self._distribute_terms(device)
         self.to(device)
 
@@ -179,9 +180,7 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict]:
         """Parameter groups of all that is `trained`; see `parameter_groups`."""
-        return parameter_groups(
-            self.trained, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
-        )
+        return parameter_groups(self.trained, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
 
     def compute_losses(self, batch: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """The losses of one batch; all ranks must call.
@@ -239,9 +238,7 @@ class SSLMetaArch(nn.Module):
             indices=batch.get("indices"),
         )
 
-    def _targets(
-        self, teacher: _Outputs, mask_weight: Tensor, temp: float
-    ) -> tuple[Tensor, Tensor | Assignments]:
+    def _targets(self, teacher: _Outputs, mask_weight: Tensor, temp: float) -> tuple[Tensor, Tensor | Assignments]:
         """Probabilities of the global views' class tokens (V*B, K) and of the masked patches (M, K)."""
         row_weight = (mask_weight > 0).float()
         if self.cfg.train.centering == "sinkhorn_knopp":
@@ -282,9 +279,7 @@ class SSLMetaArch(nn.Module):
         class_logits, patch_logits = self._apply_heads(network, torch.cat(class_tokens), masked)
         return _Outputs(class_tokens[0], class_logits, patch_logits, patch_tokens if all_patches else None)
 
-    def _apply_heads(
-        self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _apply_heads(self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
         precision = self._precision(network)
         if "ibot_head" in network:
@@ -319,3 +314,9 @@ class SSLMetaArch(nn.Module):
     def _networks(self) -> tuple[tuple[nn.ModuleDict, Any], ...]:
         precision = self.cfg.compute_precision
         return (self.student, precision.student), (self.teacher, precision.teacher)
+
+
+def _buffers_outside_the_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Rank 0's tables that are computed when a module is built, such as those of rotary positions; all must call."""
+    saved = module.state_dict().keys()
+    return broadcast_object({name: t.clone() for name, t in module.named_buffers() if name not in saved})

@@ -18,6 +18,7 @@ logger = logging.getLogger("dinov2")
 # Keys whose change would make the saved weights, optimiser state or data order mean something else.
 _FIXED_KEYS = (
     "student.arch",
+    "student.options",
     "student.patch_size",
     "student.ffn_layer",
     "student.num_register_tokens",
@@ -54,9 +55,7 @@ class TrainState:
     """Samples consumed over all ranks; the next step starts at this global sample index."""
 
 
-def describe_state(
-    state: TrainState, stream: dict[str, Any], global_batch: int, config: Config
-) -> dict[str, Any]:
+def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int, config: Config) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     as_dict = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps(as_dict, sort_keys=True).encode()).hexdigest()
@@ -86,9 +85,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
         _flatten(json.loads(json.dumps(dataclasses.asdict(config)))),
     )
     changed = [key for key in now if before.get(key) != now[key]]
-    fixed = [
-        f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS
-    ]
+    fixed = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS]
     if fixed:
         raise ValueError(
             f"The run in this output folder cannot go on with a changed configuration ({'; '.join(fixed)}); restore "
@@ -118,9 +115,10 @@ def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; fixed keys that hold a mapping stay whole, so that a name more or less is a change."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in _FIXED_KEYS:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -32,18 +32,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DINOv2 self-distillation on pathology tiles.")
     parser.add_argument("--config-file", help="YAML file, merged over ssl_default_config.yaml")
     parser.add_argument("--output-dir", help="the run's folder; train.output_dir where left out")
-    parser.add_argument(
-        "--no-resume", action="store_true", help="start anew; refused where the folder holds a run"
-    )
-    parser.add_argument(
-        "--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check configuration and data, show the plan and stop"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override configuration values"
-    )
+    parser.add_argument("--no-resume", action="store_true", help="start anew; refused where the folder holds a run")
+    parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check configuration and data, show the plan and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override configuration values")
     return parser.parse_intermixed_args(argv)  # overrides may stand before, between and after flags
 
 
@@ -52,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     setup_logging()
     errors = DeviceError, NonFiniteError
-    return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
+    try:
+        return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
+    finally:
+        destroy_process_group()  # may wait for the other ranks: after the error has been said
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -84,8 +79,6 @@ def _run(args: argparse.Namespace) -> int:
             ". ".join(str(error).split(". ")[:2]),
         )
         return USER_ERROR
-    finally:
-        destroy_process_group()
 
 
 if __name__ == "__main__":

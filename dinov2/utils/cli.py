@@ -86,9 +86,7 @@ def _on_sigterm() -> signal.Handlers | Callable | None:
 
 def add_checkpoint(parser: argparse._ActionsContainer) -> None:
     """``--checkpoint``: the teacher."""
-    parser.add_argument(
-        "--checkpoint", required=True, help="teacher: a file or URL that dinov2.hub.load_teacher opens"
-    )
+    parser.add_argument("--checkpoint", required=True, help="teacher: a file or URL that dinov2.hub.load_teacher opens")
 
 
 def add_pooling(parser: argparse._ActionsContainer) -> None:
@@ -130,9 +128,7 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
 
 
-def add_workers(
-    parser: argparse._ActionsContainer, default: int | None = None, what: str = "processes"
-) -> None:
+def add_workers(parser: argparse._ActionsContainer, default: int | None = None, what: str = "processes") -> None:
     """``--workers``: processes or threads beside the main one."""
     count = default if default is not None else os.cpu_count() or 1
     parser.add_argument("--workers", "--num-workers", type=int, default=count, help=f"{what} (%(default)s)")

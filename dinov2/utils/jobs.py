@@ -52,9 +52,7 @@ def _in_processes(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        places: dict[Future[Result], int] = {
-            pool.submit(function, job): place for place, job in enumerate(jobs)
-        }
+        places: dict[Future[Result], int] = {pool.submit(function, job): place for place, job in enumerate(jobs)}
         pending = set(places)
         try:
             while pending:

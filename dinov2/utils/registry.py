@@ -48,9 +48,7 @@ class Registry(Mapping[str, Any]):
     def problem(self, name: str) -> str | None:
         """One sentence on why a name stands for nothing; None where it stands for a part. Imports nothing."""
         module, colon, attribute = name.partition(":")
-        if name in self._targets or (
-            colon and attribute.isidentifier() and module.replace(".", "").isidentifier()
-        ):
+        if name in self._targets or (colon and attribute.isidentifier() and module.replace(".", "").isidentifier()):
             return None
         near = difflib.get_close_matches(name, self._targets, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(self._targets)}."

@@ -54,6 +54,4 @@ class CosineScheduler:
             return self.start_warmup_value + (self.base_value - self.start_warmup_value) * share
         it -= self.warmup_iters
         span = self.total_iters - self.freeze_iters - self.warmup_iters
-        return self.final_value + 0.5 * (self.base_value - self.final_value) * (
-            1 + math.cos(math.pi * it / span)
-        )
+        return self.final_value + 0.5 * (self.base_value - self.final_value) * (1 + math.cos(math.pi * it / span))

@@ -13,9 +13,7 @@ from dinov2.utils.files import locked
 from prepatching_scripts.gdc.manifest import GdcFile
 from prepatching_scripts.gdc.query import BrokenAnswer, Gdc
 
-_PROGRESS = (
-    8 << 20
-)  # so many bytes gained buy another round of attempts; a server that gives less is given up
+_PROGRESS = 8 << 20  # so many bytes gained buy another round of attempts; a server that gives less is given up
 _BLOCK = 1 << 20
 _BURST_S = 0.5  # seconds' worth of bytes that may come at once
 
@@ -151,9 +149,7 @@ class _Transfer:
             if (md5 := self._digest.hexdigest()) == self._file.md5:
                 return
             self._restart()
-        raise ConnectionError(
-            f"'{self._url}' has md5 {md5} in place of {self._file.md5}, twice; make a new manifest."
-        )
+        raise ConnectionError(f"'{self._url}' has md5 {md5} in place of {self._file.md5}, twice; make a new manifest.")
 
     def _attempt(self) -> None:
         """Ask once for what is missing; keeps what came."""

@@ -39,9 +39,7 @@ class GdcFile:
         if self.name != self.name.strip() or self.name in ("", ".", "..") or _FORBIDDEN.search(self.name):
             raise ValueError(f"filename {self.name!r} is no plain file name, one without a folder")
         if len(self.name.encode(errors="replace")) > _LONGEST_NAME or self.name.endswith(".part"):
-            raise ValueError(
-                f"filename {self.name!r} has more than {_LONGEST_NAME} bytes or the ending .part"
-            )
+            raise ValueError(f"filename {self.name!r} has more than {_LONGEST_NAME} bytes or the ending .part")
         if not _MD5.fullmatch(self.md5):
             raise ValueError(f"md5 {self.md5!r} is not 32 hexadecimal digits")
         if self.size < 0:
@@ -76,9 +74,7 @@ def read_manifest(path: Path) -> list[GdcFile]:
             row = dict(zip(header, cells, strict=True))
             if not (row["size"].isascii() and row["size"].isdigit()):
                 raise ValueError(f"size {row['size']!r} is not a whole number of bytes")
-            file = GdcFile(
-                row["id"], row["filename"], row["md5"].lower(), int(row["size"]), row.get("state", "")
-            )
+            file = GdcFile(row["id"], row["filename"], row["md5"].lower(), int(row["size"]), row.get("state", ""))
             if files.setdefault(file.id, file) != file:
                 raise ValueError(f"id {file.id} differs from an earlier line")
         except ValueError as error:

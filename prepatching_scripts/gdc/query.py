@@ -68,9 +68,7 @@ class Gdc:
     ) -> None:
         url = httpx.URL(endpoint.rstrip("/"))
         if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(
-                f"Endpoint '{endpoint}' is not a URL; https://api.gdc.cancer.gov, say, is expected."
-            )
+            raise ValueError(f"Endpoint '{endpoint}' is not a URL; https://api.gdc.cancer.gov, say, is expected.")
         if token and url.scheme == "http" and url.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"Endpoint '{endpoint}' would get the token unencrypted; https is expected.")
         self.endpoint = str(url)

@@ -26,8 +26,7 @@ def forward_backward(rank: int | None) -> dict[str, Tensor]:
     out["x_norm_clstoken"].sum().backward()
     assert streams == [torch.float32] * 3
     grads = {
-        name: model.get_parameter(name).grad
-        for name in ("cls_token", "blocks.0.ls1.gamma", "blocks.2.norm1.bias")
+        name: model.get_parameter(name).grad for name in ("cls_token", "blocks.0.ls1.gamma", "blocks.2.norm1.bias")
     }
     whole = {name: grad if rank is None else grad.full_tensor() for name, grad in grads.items()}
     assert {grad.dtype for grad in whole.values()} == {torch.float32}

@@ -73,9 +73,7 @@ def evaluate(x: dict[str, Tensor]) -> dict[str, Tensor]:
         "dino global": lambda w: dino_global_loss(x["global_cls"] @ w, cls_targets, 4),
         "dino local": lambda w: dino_local_loss(x["local_cls"] @ w, cls_targets),
         "ibot": lambda w: ibot_loss(x["patches"] @ w, patch_targets, x["mask_weight"], 2 * num_images),
-        "ibot factored": lambda w: ibot_loss(
-            x["patches"] @ w, patches_at_once, x["mask_weight"], 2 * num_images
-        ),
+        "ibot factored": lambda w: ibot_loss(x["patches"] @ w, patches_at_once, x["mask_weight"], 2 * num_images),
         "kde": lambda w: KDELoss(gather=True)(x["global_cls"][0] @ w),
         "kde as published": lambda w: KDELoss(reference_sign=True, gather=True)(x["global_cls"][0] @ w),
         "koleo": lambda w: KoLeoLoss(gather=True)(x["global_cls"][0] @ w),

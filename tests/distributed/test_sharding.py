@@ -48,9 +48,7 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-def student(
-    strategy: str, prefetch: int = 0, recompute: str = "none", compile: str | None = None
-) -> nn.ModuleDict:
+def student(strategy: str, prefetch: int = 0, recompute: str = "none", compile: str | None = None) -> nn.ModuleDict:
     """Two modules with equal weights on every rank, sharded if there are ranks."""
     torch.manual_seed(0)
     modules = nn.ModuleDict({"backbone": Stack(), "head": nn.Linear(D, 7)}).double()

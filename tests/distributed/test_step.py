@@ -74,8 +74,10 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
         ("performance.compile=true", "debug.compile_backend=aot_eager", "performance.recompute=selective",
          "performance.prefetch_blocks=2"),
         (TERM,),
+        ("student.arch=tests.helpers.toys:Patches", "optim.layerwise_decay=0.7", "train.unfreeze_last_n_blocks=1"),
     ],
-    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled", "term-with-weights"],
+    ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled", "term-with-weights",
+         "own-backbone"],
 )  # fmt: skip
 def test_two_processes_equal_one(overrides: tuple[str, ...]):
     one = two_steps(0, overrides)
@@ -85,6 +87,4 @@ def test_two_processes_equal_one(overrides: tuple[str, ...]):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
         # Adam divides by the root of the second moment, which lifts rounding in the smallest gradients.
         atol = 2e-5 if name.startswith(("student", "teacher")) else 2e-6
-        torch.testing.assert_close(
-            first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

@@ -65,10 +65,7 @@ def resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     assert process.returncode == 130, errors.read_text()
     step = int((output_dir / "last_checkpoint").read_text().removeprefix("step_"))
     assert step % 3 == 0
-    assert (
-        run("dinov2/train/train.py", f"{train_line(shards, output_dir)} optim.early_stop={(step + 2) / 2}")
-        == 0
-    )
+    assert run("dinov2/train/train.py", f"{train_line(shards, output_dir)} optim.early_stop={(step + 2) / 2}") == 0
     return output_dir, step
 
 
@@ -120,9 +117,7 @@ def test_teacher_export(teacher: Path, resumed: tuple[Path, int]):
     blocks = {f"backbone.blocks.{n}.{key}": shape for n in range(4) for key, shape in spec["block"].items()}
     exported = torch.load(teacher, weights_only=True)
     assert exported.keys() == {"teacher"}
-    assert {key: list(tensor.shape) for key, tensor in exported["teacher"].items()} == spec[
-        "tensors"
-    ] | blocks
+    assert {key: list(tensor.shape) for key, tensor in exported["teacher"].items()} == spec["tensors"] | blocks
     assert {tensor.dtype for tensor in exported["teacher"].values()} == {torch.float32}
     described = json.loads(teacher.with_suffix(".json").read_text())
     assert described.keys() >= {"architecture", "step", "samples", "config"}

@@ -209,9 +209,7 @@ def test_metas_training_step():
     expected = expand(INTERFACE["state_dicts"]["tiny_run"], "backbone.")
     state = shapes(arch.state_dict())
     for network in ("student", "teacher"):
-        found = {
-            key.removeprefix(f"{network}."): shape for key, shape in state.items() if key.startswith(network)
-        }
+        found = {key.removeprefix(f"{network}."): shape for key, shape in state.items() if key.startswith(network)}
         assert found == expected
     assert (state["dino_loss.center"], state["ibot_patch_loss.center"]) == ([1, 64], [1, 1, 48])
     augment = public("dinov2.data.DataAugmentationDINO")((0.32, 1.0), (0.05, 0.32), 2, 56, 28)

@@ -59,9 +59,7 @@ def record(reason: str) -> None:
     """Write the curve of this machine to `FILE`."""
     with tempfile.TemporaryDirectory() as folder:
         steps = run(Path(folder))
-    FILE.write_text(
-        json.dumps({"reason": reason, "torch": torch.__version__, "steps": steps}, indent=1) + "\n"
-    )
+    FILE.write_text(json.dumps({"reason": reason, "torch": torch.__version__, "steps": steps}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

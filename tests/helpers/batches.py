@@ -24,9 +24,7 @@ def random_batch(
     samples = [
         Sample(
             first_index + i,
-            MultiCrops(
-                views(2, crops.global_crops_size), views(crops.local_crops_number, crops.local_crops_size)
-            ),
+            MultiCrops(views(2, crops.global_crops_size), views(crops.local_crops_number, crops.local_crops_size)),
             "slide",
             replaced=False,
         )

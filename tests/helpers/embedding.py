@@ -48,11 +48,7 @@ def expected(teacher, images, mean=MEAN, std=STD, with_mean=False):
     """Embeddings of uint8 images, one by one."""
     rows = []
     for image in images:
-        x = (
-            torch.from_numpy((np.asarray(image, np.float64) / 255 - mean) / std)
-            .float()
-            .permute(2, 0, 1)[None]
-        )
+        x = torch.from_numpy((np.asarray(image, np.float64) / 255 - mean) / std).float().permute(2, 0, 1)[None]
         tokens = teacher[1].forward_features(x)
         parts = [tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(1)]
         rows.append(torch.cat(parts[: 1 + with_mean], 1)[0].numpy())

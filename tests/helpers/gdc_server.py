@@ -179,9 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return True
         if fault.kind == "html":
-            self._send(
-                200, b"<html>Down for maintenance</html>", {"Content-Type": "text/html; charset=utf-8"}
-            )
+            self._send(200, b"<html>Down for maintenance</html>", {"Content-Type": "text/html; charset=utf-8"})
             return True
         if fault.kind.isdigit():
             self._send(int(fault.kind), b"{}", dict(fault.headers))
@@ -206,9 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self._send(status, content + b"more" * (fault == "endless"), headers, key, sized=False)
         if fault in ("cut", "stall"):
-            self._send(
-                status, content[: len(content) // 2], {**headers, "Content-Length": str(len(content))}, key
-            )
+            self._send(status, content[: len(content) // 2], {**headers, "Content-Length": str(len(content))}, key)
             self.close_connection = True
             return self.gdc.closing.wait(60) if fault == "stall" else None
         return self._send(status, content, headers, key)
@@ -219,9 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, value: Any) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(
-        self, status: int, body: bytes, headers: dict[str, str], key: str = "", *, sized: bool = True
-    ) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str], key: str = "", *, sized: bool = True) -> None:
         self.send_response(status)
         length = {"Content-Length": str(len(body))} if sized else {}
         for name, value in (length | headers).items():

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-_API = re.compile(
-    r"/api/datasets/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<path>/.*)?)?"
-)
+_API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<path>/.*)?)?")
 _FILE = re.compile(r"/(?P<what>datasets|cdn)/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
 
 
@@ -176,9 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, folder: Path, path: str, query: dict[str, list[str]], route: str) -> None:
         if not (folder / path).is_dir():
             return self._error(404, "EntryNotFound", f"{path} does not exist on 'main'")
-        inside = (
-            (folder / path).rglob("*") if query.get("recursive") == ["true"] else (folder / path).iterdir()
-        )
+        inside = (folder / path).rglob("*") if query.get("recursive") == ["true"] else (folder / path).iterdir()
         entries = [_entry(item, folder) for item in sorted(inside)]
         start = int(query.get("cursor", ["0"])[0])
         end, headers = start + self.hub.page, {}

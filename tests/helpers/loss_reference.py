@@ -61,8 +61,7 @@ def kde(x: Tensor, kappa: float) -> Tensor:
     """Mean log-density of each vector among the others."""
     z = _unit(x)
     densities = [
-        sum(torch.exp(kappa * a.dot(b)) for j, b in enumerate(z) if j != i) / (len(z) - 1)
-        for i, a in enumerate(z)
+        sum(torch.exp(kappa * a.dot(b)) for j, b in enumerate(z) if j != i) / (len(z) - 1) for i, a in enumerate(z)
     ]
     return torch.stack(densities).log().mean()
 
@@ -76,9 +75,7 @@ def kde_as_published(x: Tensor, kappa: float) -> Tensor:
 def koleo(x: Tensor, eps: float) -> Tensor:
     """Minus the mean logarithm of the distance to the nearest other vector."""
     z = _unit(x)
-    nearest = [
-        torch.stack([(a - b).norm() for j, b in enumerate(z) if j != i]).min() for i, a in enumerate(z)
-    ]
+    nearest = [torch.stack([(a - b).norm() for j, b in enumerate(z) if j != i]).min() for i, a in enumerate(z)]
     return -(torch.stack(nearest) + eps).log().mean()
 
 

@@ -80,9 +80,7 @@ def damage_tile(slide: Path, copy: Path, tile: int, *, empty: bool) -> Path:
     with tifffile.TiffFile(copy, mode="r+") as tiff:
         counts, offset = list(tiff.pages[0].databytecounts), tiff.pages[0].dataoffsets[tile]
         if empty:
-            tiff.pages[0].tags["TileByteCounts"].overwrite(
-                [0 if i == tile else n for i, n in enumerate(counts)]
-            )
+            tiff.pages[0].tags["TileByteCounts"].overwrite([0 if i == tile else n for i, n in enumerate(counts)])
     if not empty:
         with copy.open("r+b") as file:
             file.seek(offset)
@@ -93,9 +91,7 @@ def damage_tile(slide: Path, copy: Path, tile: int, *, empty: bool) -> Path:
 def write_encoded(path: Path, tiles: Iterable[bytes], compression: int, description: str = "") -> Path:
     """Write a level of 500x300 px from encoded 256x256 tiles (four); TIFF compression 7, 33003 or 33005."""
     size = "500x300"
-    description = (
-        description or f"Aperio Image Library v12.0.15 \r\n{size} [0,0 {size}] (256x256)|AppMag = 20"
-    )
+    description = description or f"Aperio Image Library v12.0.15 \r\n{size} [0,0 {size}] (256x256)|AppMag = 20"
     tifffile.imwrite(path, iter(tiles), shape=(300, 500, 3), dtype=np.uint8, tile=(256, 256), metadata=None,
                      compression=compression, photometric="rgb", description=description, software=None)  # fmt: skip
     return path

@@ -26,9 +26,7 @@ def key(*words: int) -> int:
     return state
 
 
-def epoch_order(
-    unit_rows: Sequence[int], seed: int, lanes: int, block_rows: int, epoch: int
-) -> list[tuple[int, int]]:
+def epoch_order(unit_rows: Sequence[int], seed: int, lanes: int, block_rows: int, epoch: int) -> list[tuple[int, int]]:
     """List (unit, row) of every sample of an epoch, by building the permutation and dealing out its read streams."""
     permuted = []
     for unit in sorted(range(len(unit_rows)), key=lambda unit: key(seed, epoch, unit)):

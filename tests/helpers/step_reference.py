@@ -60,9 +60,7 @@ def step_losses(
             logits.unflatten(0, (num_local, num_images)), cls_targets, STUDENT_TEMP
         )
     student = torch.stack(cls_logits).unflatten(0, (2, num_images))
-    losses["dino_global_crops_loss"] = loss_reference.dino_global(
-        student, cls_targets, num_local, STUDENT_TEMP
-    )
+    losses["dino_global_crops_loss"] = loss_reference.dino_global(student, cls_targets, num_local, STUDENT_TEMP)
     losses["ibot_loss"] = sum(
         loss_reference.cross_entropy(t, s, STUDENT_TEMP).mean() / (2 * num_images)
         for t, s in zip(patch_targets, patch_logits, strict=True)

@@ -27,9 +27,7 @@ class Discriminator(LossTerm):
 
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__(options, context)
-        self.net = nn.Sequential(
-            nn.Linear(context.embed_dim, options.width), nn.GELU(), nn.Linear(options.width, 1)
-        )
+        self.net = nn.Sequential(nn.Linear(context.embed_dim, options.width), nn.GELU(), nn.Linear(options.width, 1))
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, outputs: StepOutputs) -> Tensor:
@@ -40,7 +38,7 @@ class Discriminator(LossTerm):
 
 
 class Patches(Backbone):
-    """Patches through a convolution and two residual MLPs; the class token is their mean."""
+    """Patches through a convolution and two residual MLPs; the class token is their mean, weighted by a table."""
 
     def __init__(self, patch_size: int = 14, width: int = 32) -> None:
         super().__init__()
@@ -51,6 +49,7 @@ class Patches(Backbone):
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()) for _ in range(2)
         )
         self.norm = nn.LayerNorm(width)
+        self.register_buffer("weights", torch.linspace(0.5, 1.5, width), persistent=False)
 
     def describe(self) -> dict[str, Any]:
         arch = f"{Patches.__module__}:{Patches.__name__}"
@@ -63,4 +62,4 @@ class Patches(Backbone):
         for block in self.blocks:
             x = x + block(x)
         x = self.norm(x)
-        return {"x_norm_clstoken": x.mean(1), "x_norm_patchtokens": x}
+        return {"x_norm_clstoken": self.weights * x.mean(1), "x_norm_patchtokens": x}

@@ -58,9 +58,7 @@ def make_trainer(
     arch = build_arch(config, CPU, from_checkpoint=False)
     if batches is None:
         batches = random_batches(config, state.step, plan.total_steps - state.step)
-    optimizer = build_optimizer(
-        arch.get_params_groups(), (config.optim.adamw_beta1, config.optim.adamw_beta2)
-    )
+    optimizer = build_optimizer(arch.get_params_groups(), (config.optim.adamw_beta1, config.optim.adamw_beta2))
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     performance = resolve_performance(config, CPU)
     return Trainer(

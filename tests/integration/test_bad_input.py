@@ -49,7 +49,7 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
             ["performance.compile=1"],
             "performance.compile = 1 is not valid",
         ),
-        (["performance.fused_update=true"], "performance.fused_update = true needs a GPU and there is none"),
+        (["performance.fused_update=true"], "performance.fused_update = true cannot be used"),
         (
             ["performance.fp8=teacher"],
             "compute_precision.teacher.backbone.mixed_precision.param_dtype = fp32",
@@ -58,15 +58,13 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
             [*BF16, "performance.fp8=all", "student.ffn_layer=swiglufused"],
             "0.mlp.w3 maps 344 to 128 features, while FP8 needs multiples of 16",
         ),
-        (["student.attention_backend=cudnn"], "student.attention_backend = cudnn needs a CUDA device"),
+        (["student.attention_backend=cudnn"], "student.attention_backend = cudnn cannot be used"),
         (["student.attention_backend=fast"], "student.attention_backend = 'fast' is not valid"),
         (["performance.prefetch_blocks=-1"], "performance.prefetch_blocks = -1 is out of range"),
         (["performance.recompute=true"], "performance.recompute = True is not valid"),
     ],
 )
-def test_performance(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str
-):
+def test_performance(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str):
     assert train(shards, tmp_path / "out", *overrides) == 2
     (error,) = errors(capsys)
     assert message in error
@@ -177,7 +175,7 @@ def test_odd_images_train(tmp_path: Path):
 def test_one_damaged_row_is_replaced_and_named(tmp_path: Path, capsys, bad: bytes | None):
     data = write_shard(tmp_path / "data", [image(40, 40)] * 7 + [bad])
     assert train(data, tmp_path / "out", "optim.early_stop=0.25", "train.skip_checkpointer=true") == 0
-    assert "replaced a damaged row: row 7 of row group 0" in capsys.readouterr().err
+    assert "row 7 of row group 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -183,8 +183,7 @@ def test_script_goes_on_after_a_failure_and_from_where_it_was(tmp_path):
     assert len(set(embeddings)) == 4
     assert [Path(folder).exists() for folder in embeddings] == [True, False, False, False]
     assert (
-        "| crc | failed |" in result.stdout
-        and "| bach | balanced accuracy, val | 0.500 | 0.100 | 2 |" in result.stdout
+        "| crc | failed |" in result.stdout and "| bach | balanced accuracy, val | 0.500 | 0.100 | 2 |" in result.stdout
     )
     assert (tmp_path / "out/summary.md").read_text() == result.stdout
 
@@ -205,9 +204,7 @@ def test_script_without_data(tmp_path):
     assert result.stderr.count("no data") == 11 and result.stdout.count("no data") == 11
     assert len(list((tmp_path / "out/mhist").glob("embeddings.*/manifest.csv"))) == 1
     assert run_script(tmp_path, "teacher.pth", "named", "mhist", "bach").returncode == 1
-    assert (
-        run_script(tmp_path, "teacher.pth", "fetched", "mhist", "bach", DOWNLOAD_DATA="true").returncode == 0
-    )
+    assert run_script(tmp_path, "teacher.pth", "fetched", "mhist", "bach", DOWNLOAD_DATA="true").returncode == 0
     (tmp_path / "data/mhist").rmdir()
     assert run_script(tmp_path, "teacher.pth", "none").returncode == 1
 
@@ -255,9 +252,7 @@ def test_every_configuration_is_one_of_stock_eva(teacher):
         "PYTHONPATH": str(ROOT), "CHECKPOINT_PATH": str(teacher), "DATA_ROOT": str(teacher.parent),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    result = subprocess.run(
-        [EVA, "-c", PARSE, *configs], env=environment, capture_output=True, text=True, timeout=1800
-    )
+    result = subprocess.run([EVA, "-c", PARSE, *configs], env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert {config: code for config, (code, *_) in found.items() if code} == {}, found
@@ -349,9 +344,7 @@ def test_heads_with_one_output_learn_from_made_up_embeddings(task, teacher):
         "ACCELERATOR": "cpu",
     }  # fmt: skip
     command = [EVA, "-m", "dinov2.eval.eva_cli", "fit", "--config", str(ROOT / f"eval_configs/{task}.yaml")]
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
-    )
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     (path,) = (folder / "out").glob("*/results.json")
     metrics = json.loads(path.read_text())["metrics"]

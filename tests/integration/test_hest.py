@@ -136,9 +136,7 @@ def test_made_up_task_offline(place):
     assert arguments["datasets"] == ["FAKE"]
     image = np.load(place / "image.npy").transpose(2, 0, 1) / 255.0
     image = (image - np.reshape([0.5, 0.6, 0.7], (3, 1, 1))) / np.reshape([0.1, 0.2, 0.3], (3, 1, 1))
-    tokens = load_teacher(place / "teacher.pth").forward_features(
-        torch.tensor(image[None], dtype=torch.float32)
-    )
+    tokens = load_teacher(place / "teacher.pth").forward_features(torch.tensor(image[None], dtype=torch.float32))
     expected = torch.cat([tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(1)], 1)
     np.testing.assert_allclose(features, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
@@ -171,9 +169,7 @@ def test_the_other_package_of_that_name_is_recognised(place, evaluate):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: HeST\nVersion: 0.1.3\n")
     line = one_sentence(evaluate("--latent-dim", "32", site="other"))
     assert "hest 0.1.3 is PyPI's HeST" in line and "scripts/install_hest.sh" in line
-    assert "HEST is not installed; scripts/install_hest.sh" in one_sentence(
-        evaluate("--latent-dim", "32", site="none")
-    )
+    assert "HEST is not installed; scripts/install_hest.sh" in one_sentence(evaluate("--latent-dim", "32", site="none"))
 
 
 def install(place, *arguments, **variables):

@@ -77,9 +77,7 @@ def test_a_backbone_trains_exports_and_opens_again(train: Train, tmp_path: Path)
     assert teacher(torch.randn(2, 3, 56, 56)).shape == (2, 24)
 
 
-def test_a_backbone_that_cannot_be_built_is_one_sentence(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_a_backbone_that_cannot_be_built_is_one_sentence(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture):
     sections = {"student": {"options": {"depth": 3}}}
     assert train(tmp_path / "out", sections, f"student.arch={BACKBONE}") == 2
     error = capsys.readouterr().err

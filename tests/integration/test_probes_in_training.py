@@ -79,9 +79,7 @@ def test_what_cannot_be_probed_is_refused(
     assert len(errors) == 1 and message in errors[0]
 
 
-def test_a_benchmark_that_is_not_there_is_left_out(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_a_benchmark_that_is_not_there_is_left_out(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Published YAML files name folders of their authors' machines."""
     missing = "evaluation.bach_root=/nowhere", "evaluation.probes=[knn]", "optim.early_stop=0.25"
     steps, probes = train(shards, tmp_path / "out", *missing)

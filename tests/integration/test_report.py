@@ -77,9 +77,7 @@ def test_training_tiles_serve_where_none_are_given(run_folder: Path, tmp_path: P
     assert "Embeddings of training tiles" in (tmp_path / "new/report.html").read_text()
 
 
-def test_a_folder_in_other_use_is_left_alone(
-    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_folder_in_other_use_is_left_alone(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "crops.png").write_bytes(b"mine")
     assert main([str(run_folder), "--output", str(tmp_path)]) == 2
     assert "holds other files" in caplog.text
@@ -118,8 +116,6 @@ def test_what_is_missing_is_said_in_one_sentence(
 
 
 def test_missing_tiles_are_named(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    assert (
-        main([str(run_folder), "--tiles", str(tmp_path / "nowhere"), "--output", str(tmp_path / "new")]) == 2
-    )
+    assert main([str(run_folder), "--tiles", str(tmp_path / "nowhere"), "--output", str(tmp_path / "new")]) == 2
     assert "nowhere" in caplog.text
     assert not (tmp_path / "new").exists()

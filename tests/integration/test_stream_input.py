@@ -96,9 +96,7 @@ def test_what_is_wrong_with_a_hub_dataset(
         assert not (tmp_path / f"out{number}/metrics.jsonl").exists()
 
 
-def test_patches_cut_while_training_go_on_where_a_run_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_patches_cut_while_training_go_on_where_a_run_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_demo_slides(tmp_path / "slides")
     (tmp_path / "excluded.txt").write_text("demo_holdout\n")
     options = ("train.online_patching=true", f"online.slides={tmp_path / 'slides'}", "train.tile_size=64",
@@ -110,9 +108,7 @@ def test_patches_cut_while_training_go_on_where_a_run_stopped(
     assert "training on 1 of 2 slides; 1 excluded, 0 kept for validation" in logged
     for stop in ("optim.early_stop=1", "optim.early_stop=2"):
         assert main(["--output-dir", str(tmp_path / "parts"), *TINY, *options, stop]) == 0
-    losses = [
-        [record["total_loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "parts")
-    ]
+    losses = [[record["total_loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
@@ -120,10 +116,10 @@ def test_patches_cut_while_training_go_on_where_a_run_stopped(
     ("overrides", "message"),
     [
         (["train.online_patching=true", "data.path="], "data.path is empty"),
-        (["train.online_patching=true", "online.slides=/nowhere"], "There are no slides at '/nowhere'"),
+        (["train.online_patching=true", "online.slides=/nowhere"], "'/nowhere' does not exist"),
         (["train.online_patching=true", "online.slides=x", "online.mpp=[0.5,0.5]"], "not a list of different numbers"),
         (["train.online_patching=true", "online.slides=x", "online.mpp_weights=[1]"], "does not give each of"),
-        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "(given as online.slide_share) = 0 is out of"),
+        (["train.online_patching=true", "online.slides=x", "online.slide_share=0"], "slide_share) = 0 is out of"),
         (["train.stream_lanes=91"], "data.lanes = 91 exceeds the 90 rows of the dataset"),
         (["train.stream_memory_gib=1.0e-6"], "and data.memory_gib = 1e-06; raise it"),
         (["train.exclusion_file=/nowhere.txt"], "/nowhere.txt"),

@@ -48,13 +48,9 @@ def test_artefacts(finished: Path):
 def test_exported_teacher_is_the_checkpoints_teacher(finished: Path):
     exported = torch.load(finished / "eval/training_8/teacher_checkpoint.pth", weights_only=True)["teacher"]
     tensors = checkpoint_tensors(finished, 8)
-    saved = {
-        key.removeprefix("/teacher/"): value for key, value in tensors.items() if key.startswith("/teacher/")
-    }
+    saved = {key.removeprefix("/teacher/"): value for key, value in tensors.items() if key.startswith("/teacher/")}
     assert exported.keys() == saved.keys()
-    assert all(
-        torch.equal(exported[key], saved[key]) and exported[key].dtype == torch.float32 for key in saved
-    )
+    assert all(torch.equal(exported[key], saved[key]) and exported[key].dtype == torch.float32 for key in saved)
     assert {key.split(".")[0] for key in exported} == {"backbone", "dino_head", "ibot_head"}
     description = json.loads((finished / "eval/training_8/teacher_checkpoint.json").read_text())
     assert (description["architecture"]["arch"], description["step"], description["samples"]) == (

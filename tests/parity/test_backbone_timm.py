@@ -12,9 +12,7 @@ from tests.helpers.backbones import SMALL, SWIGLU_WIDTH, random_backbone, timm_w
 
 # timm resamples positions in float32, as we do; everything else is float64.
 CLOSE = {"rtol": 0, "atol": 1e-6}
-GEOMETRY = {
-    key: SMALL[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "init_values")
-}
+GEOMETRY = {key: SMALL[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "init_values")}
 FFN = {
     "mlp": {},
     "swiglufused": {

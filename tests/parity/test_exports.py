@@ -28,9 +28,7 @@ COLOURS = Colours((0.7, 0.6, 0.8), (0.2, 0.3, 0.25))
 SIZES = {"own grid": (98, 98), "resampled": (56, 56), "oblong": (42, 70)}
 
 
-def teacher_file(
-    folder: Path, registers: int, ffn_layer: str, antialias: bool = True
-) -> tuple[Path, nn.Module]:
+def teacher_file(folder: Path, registers: int, ffn_layer: str, antialias: bool = True) -> tuple[Path, nn.Module]:
     """A teacher of 98 px with a JSON beside it, and its backbone in float64."""
     teacher = random_backbone(
         img_size=98, num_register_tokens=registers, ffn_layer=ffn_layer,
@@ -55,9 +53,7 @@ def exported(path: Path, target: str, *options: str) -> Path:
 
 def tokens_of(teacher: nn.Module, images: Tensor) -> Tensor:
     out = teacher.forward_features(images)
-    return torch.cat(
-        [out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]], dim=1
-    )
+    return torch.cat([out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]], dim=1)
 
 
 @pytest.mark.parametrize("registers", [0, 4, 2])
@@ -79,9 +75,7 @@ def test_timm(ffn_layer, registers, tmp_path):
     by_hand.double().eval()
     for size in SIZES.values():
         images = torch.randn(2, 3, *size, dtype=torch.float64)
-        torch.testing.assert_close(
-            by_hand.forward_features(images), tokens_of(teacher, images), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(by_hand.forward_features(images), tokens_of(teacher, images), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -101,9 +95,7 @@ def test_meta_keys_open_in_timm(ffn_layer, registers, tmp_path):
     ).double().eval()  # fmt: skip
     for size in SIZES.values():
         images = torch.randn(2, 3, *size, dtype=torch.float64)
-        torch.testing.assert_close(
-            theirs.forward_features(images), tokens_of(teacher, images), rtol=0, atol=2e-6
-        )
+        torch.testing.assert_close(theirs.forward_features(images), tokens_of(teacher, images), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("registers", [0, 4, 1])
@@ -129,9 +121,7 @@ def test_transformers(ffn_layer, registers, tmp_path):
 @pytest.mark.parametrize("target", ["meta", "timm", "hf"])
 @torch.no_grad()
 def test_exports_open_here_again(target, registers, tmp_path):
-    path, teacher = teacher_file(
-        tmp_path, registers, "swiglufused", antialias=target != "hf" or registers > 0
-    )
+    path, teacher = teacher_file(tmp_path, registers, "swiglufused", antialias=target != "hf" or registers > 0)
     name = "backbone.pth" if target == "meta" else "model.safetensors"
     again = load_teacher(exported(path, target) / name).double()
     for size in SIZES.values():
@@ -139,9 +129,7 @@ def test_exports_open_here_again(target, registers, tmp_path):
         torch.testing.assert_close(tokens_of(again, images), tokens_of(teacher, images), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name", "relative"), [("fp16", "float16", 5e-3), ("bf16", "bfloat16", 4e-2)]
-)
+@pytest.mark.parametrize(("dtype", "name", "relative"), [("fp16", "float16", 5e-3), ("bf16", "bfloat16", 4e-2)])
 @torch.no_grad()
 def test_half_precision(dtype, name, relative, tmp_path):
     path, teacher = teacher_file(tmp_path, 4, "mlp")
@@ -216,9 +204,7 @@ def test_full_size_in_timm(giant):
     with torch.device("meta"):
         theirs = timm.create_model(config["architecture"], **config["model_args"]).state_dict()
     weights = to_timm(giant.state_dict())
-    assert {key: value.shape for key, value in weights.items()} == {
-        key: value.shape for key, value in theirs.items()
-    }
+    assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in theirs.items()}
     assert len(weights) == 567
     assert round(sum(value.numel() for value in weights.values()) / 1e6, 3) == 1134.774
 
@@ -255,15 +241,11 @@ def test_names_of_transformers_in_memory(prefix, swiglu, registers, tmp_path):
     kind = "Dinov2WithRegisters" if registers else "Dinov2"
     config = getattr(transformers, f"{kind}Config")(**options)
     theirs = getattr(transformers, f"{kind}Model")(config).double().eval()
-    state = {
-        prefix + key: torch.randn_like(value).mul(0.2).float() for key, value in theirs.state_dict().items()
-    }
+    state = {prefix + key: torch.randn_like(value).mul(0.2).float() for key, value in theirs.state_dict().items()}
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
     classifier = {"classifier.weight": torch.zeros(2, 256)} if prefix else {}
     torch.save({"state_dict": state | classifier}, tmp_path / "model.bin")
     ours = load_teacher(tmp_path / "model.bin").double()
     for size in SIZES.values():
         images = torch.randn(1, 3, *size, dtype=torch.float64)
-        torch.testing.assert_close(
-            tokens_of(ours, images), theirs(images).last_hidden_state, rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(tokens_of(ours, images), theirs(images).last_hidden_state, rtol=0, atol=1e-6)

@@ -9,9 +9,7 @@ FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("dinov2/**/*.py"), *ROOT.glob("pr
 MODULES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
 
 
-def public_definitions(
-    body: list[ast.stmt], prefix: str
-) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+def public_definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
     """Public functions and classes, and the public methods of the latter."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):

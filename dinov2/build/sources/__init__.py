@@ -42,6 +42,4 @@ def first_line(path: str) -> str:
 def refuse_revision(request: SourceRequest) -> None:
     """For kinds that have none: raise ValueError where a revision is configured."""
     if request.revision:
-        raise ValueError(
-            f"'{request.path}' has no revisions, so data.revision = {request.revision!r} cannot be taken."
-        )
+        raise ValueError(f"'{request.path}' has no revisions, so data.revision = {request.revision!r} cannot be taken.")

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dinov2.build.sources import first_line, holds, refuse_revision
+from dinov2.build.sources import first_line, holds, is_url, refuse_revision
 from dinov2.data.source import Source, SourceRequest
 
 
@@ -15,17 +15,21 @@ class Slides:
     """Whole-slide images; what is drawn from them has no end, unless ``online.max_patches`` says how many."""
 
     accepts = (
-        "slides (a folder of them, a text file of their paths, or a CSV with a column 'path' or 'slide')"
+        "slides (a folder of them, one slide or its URL, a text file of paths, a CSV with a column 'path' or 'slide', "
+        "or a tile index)"
     )
 
     def recognises(self, path: str) -> bool:
         """Whether there are slides, or a list of them."""
         from dinov2.data.slides.find import SLIDE_SUFFIXES
+        from dinov2.data.slides.index import is_tile_index
 
         def is_slide(name: str) -> bool:
             return os.path.splitext(name.lower())[1] in SLIDE_SUFFIXES
 
-        if holds(path, is_slide):
+        if holds(path, is_slide) or (is_url(path) and is_slide(path)):
+            return True
+        if os.path.isfile(path) and is_tile_index(Path(path)):
             return True
         line = first_line(path)
         if path.lower().endswith(".csv"):
@@ -44,9 +48,7 @@ class Slides:
         if online.cache_dir:
             cache = Path(online.cache_dir)
         else:
-            cache = (
-                request.cache.with_name("slide_cache") if request.cache else Path(tempfile.mkdtemp("path-fm"))
-            )
+            cache = request.cache.with_name("slide_cache") if request.cache else Path(tempfile.mkdtemp("path-fm"))
         mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
         weights = online.mpp_weights or (1.0,) * len(mpps)
         table = read_mpp_table(data.mpp_file) if data.mpp_file else None

@@ -104,9 +104,7 @@ class MultiCropAugmentation:
             ValueError: if the image is of another type or shape, or a step makes it so.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(
-                f"Image {index} is {image.dtype} {image.shape}; uint8 (H, W, 3) with H, W >= 1 is needed."
-            )
+            raise ValueError(f"Image {index} is {image.dtype} {image.shape}; uint8 (H, W, 3) with H, W >= 1 is needed.")
         views = self.sample(image.shape[:2], index)
         return MultiCrops(
             global_crops=self._render(image, views[:2], self.global_crops_size),

@@ -55,9 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.memory_gib:
         parser.error("--memory-gib is 0, but it must be positive")
     if args.batch % args.ranks:
-        parser.error(
-            f"--batch {args.batch} cannot be split over {args.ranks} --ranks; a multiple is expected"
-        )
+        parser.error(f"--batch {args.batch} cannot be split over {args.ranks} --ranks; a multiple is expected")
     if args.json not in (None, "-") and Path(args.json).exists():
         parser.error(f"--json '{args.json}' exists; name a new file")
     return args
@@ -69,9 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # the report says what is logged below
 
     def body() -> int:
-        report = inspect_dataset(
-            args.source, Training(**{name: getattr(args, name) for name, _, _ in _NUMBERS})
-        )
+        report = inspect_dataset(args.source, Training(**{name: getattr(args, name) for name, _, _ in _NUMBERS}))
         text = json.dumps(report, indent=2) + "\n"
         sys.stdout.writelines([text] if args.json == "-" else (f"{line}\n" for line in describe(report)))
         if args.json not in (None, "-"):

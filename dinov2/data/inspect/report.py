@@ -326,7 +326,5 @@ def _mixing(stream: dict[str, Any], rows: int, groups: int, batch: int) -> Itera
 
 def _named(records: list[dict[str, Any]]) -> str:
     """The first few of some files with what is wrong with them."""
-    shown = [
-        f"{record.get('name') or record.get('file')} ({record['reason']})" for record in records[:_NAMED]
-    ]
+    shown = [f"{record.get('name') or record.get('file')} ({record['reason']})" for record in records[:_NAMED]]
     return "; ".join([*shown, f"and {len(records) - _NAMED} more"] if len(records) > _NAMED else shown)

@@ -51,9 +51,7 @@ class PatchOptions:
                 f"Resolutions {self.mpps} and weights {self.weights} do not match; one weight each is expected."
             )
         if not all(0 < value < np.inf for value in (*self.mpps, *self.weights)):
-            raise ValueError(
-                f"Resolutions {self.mpps} and weights {self.weights} must be positive and finite."
-            )
+            raise ValueError(f"Resolutions {self.mpps} and weights {self.weights} must be positive and finite.")
         if self.tile_size < 1 or not 0 <= self.min_foreground <= 1:
             raise ValueError(
                 f"The tile size is {self.tile_size} px and the least foreground {self.min_foreground}; at least 1 and "
@@ -256,9 +254,7 @@ def _longest_patch(tiles: TileIndex | None, geometry: Geometry) -> int:
     return across * down * int(level.lengths.max())
 
 
-def _load_positions(
-    path: Path, geometries: Sequence[Geometry], min_foreground: float
-) -> list[Positions] | None:
+def _load_positions(path: Path, geometries: Sequence[Geometry], min_foreground: float) -> list[Positions] | None:
     ends = load_arrays(path, *(f"ends{number}" for number in range(len(geometries))))
     if ends is None:
         return None

@@ -100,9 +100,7 @@ class OnlinePatchSource:
         max_unreadable_share: float = 0.05,
     ) -> None:
         if max_patches < 0:
-            raise ValueError(
-                f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more."
-            )
+            raise ValueError(f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more.")
         self._options, self._seed, self._max_patches = options, seed, max_patches
         kept = take_fraction(sorted(rows), slide_share, seed)
         jobs = [SlideJob(row, TissueCache(cache_folder, rule), options) for row in kept]

@@ -68,9 +68,7 @@ class Shard(NamedTuple):
     raw_size: int  # side in pixels of raw tiles, 0 for PNG and JPEG
     rows: np.ndarray  # of each row group, int64 (G,)
     images: Chunks
-    slides: list[
-        str | None
-    ]  # the only one of each row group; None where there are several or the footer is silent
+    slides: list[str | None]  # the only one of each row group; None where there are several or the footer is silent
 
 
 def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:

@@ -22,9 +22,7 @@ from dinov2.data.storage.locate import open_storage
 GROUP_ROWS = 64  # rows of a row group after repacking
 OVERSIZED = 1 << 25  # bytes of images in a row group; 64 PNG tiles of 224 px take a fifth
 _REPACK_SPEED = 1.0e8, 1.6e8  # bytes per second and core, of slow and fast machines
-_BATCH_ROWS = (
-    64  # that pyarrow decodes at a time; a whole oversized row group would take three times its size
-)
+_BATCH_ROWS = 64  # that pyarrow decodes at a time; a whole oversized row group would take three times its size
 _GAP = 1 << 18  # bytes between two column chunks that cost less than a second request
 _WINDOW = 1 << 23  # bytes at a time of column chunks that are too long to be fetched whole
 _FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, whose footers are long
@@ -51,9 +49,7 @@ class ParquetSource:
         ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
     """
 
-    def __init__(
-        self, dataset: str, sidecar: Path | None = None, revision: str = "", attempts: int = 8
-    ) -> None:
+    def __init__(self, dataset: str, sidecar: Path | None = None, revision: str = "", attempts: int = 8) -> None:
         self._open(open_storage(dataset, revision, attempts), sidecar)
 
     @classmethod
@@ -123,11 +119,7 @@ class ParquetSource:
 
     def _known_slide(self, unit: int) -> str | None:
         number = int(self._group_slide[unit])
-        return (
-            self._slides[int(self._first_slide[self._find(unit)[0]]) + number].as_py()
-            if number >= 0
-            else None
-        )
+        return self._slides[int(self._first_slide[self._find(unit)[0]]) + number].as_py() if number >= 0 else None
 
     def _columns(self, unit: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
         """Read some rows of one or two columns, with one request where the columns lie close together."""
@@ -143,9 +135,7 @@ class ParquetSource:
         chunks = (group.column(leaf) for leaf in range(group.num_columns))
         extents = [extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
         file = _ShardFile(self._storage, self._names[shard], self._sizes[shard], extents)
-        with pq.ParquetFile(
-            file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False
-        ) as opened:
+        with pq.ParquetFile(file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False) as opened:
             return [_read_rows(file, opened, number, column, rows) for column in columns]
 
 
@@ -230,9 +220,7 @@ class _ShardFile(RangedFile):
             raise
 
 
-def _read_rows(
-    file: _ShardFile, opened: pq.ParquetFile, group: int, column: str, rows: Sequence[int]
-) -> list[bytes]:
+def _read_rows(file: _ShardFile, opened: pq.ParquetFile, group: int, column: str, rows: Sequence[int]) -> list[bytes]:
     """Decode some rows of a column of a row group; nulls, and rows that corruption hides, come as empty bytes."""
     found, first = dict.fromkeys(rows, b""), 0
     try:

@@ -123,9 +123,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
         return SlideDraw(failure=error.detail)
     except OSError as error:
         return SlideDraw(failure=str(error))
-    skipped |= {
-        float(f"{target.mpp:g}"): NO_TISSUE for target, found in corners.items() if target.mpp and not found
-    }
+    skipped |= {float(f"{target.mpp:g}"): NO_TISSUE for target, found in corners.items() if target.mpp and not found}
     rows = [(*corner, target.level) for target, found in corners.items() for corner in found]
     mpp = [target.mpp for target, found in corners.items() for _ in found]
     if not rows:
@@ -134,9 +132,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     return SlideDraw(np.array(rows, np.int32), np.array(mpp, np.float32), "", skipped, given_mpp)
 
 
-def _draw_targets(
-    reader: SlideReader, targets: list[Target], job: SlideJob
-) -> dict[Target, list[tuple[int, int]]]:
+def _draw_targets(reader: SlideReader, targets: list[Target], job: SlideJob) -> dict[Target, list[tuple[int, int]]]:
     """Level-0 positions (x, y) of each target's patches."""
     tissue, unreadable, drawn = TissueMap(reader, job.sampling.rule), [], {}
     for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):

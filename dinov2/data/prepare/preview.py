@@ -109,9 +109,7 @@ def thumbnail(reader: SlideReader) -> tuple[np.ndarray, float]:
         # A remainder at the right and lower edge, less than a pixel of the thumbnail, is left out.
         shape = tuple(side // shrink for side in known.shape)
         if min(shape):
-            pixels = np.where(known[..., None], pixels, np.uint8(_MISSING))[
-                : shape[0] * shrink, : shape[1] * shrink
-            ]
+            pixels = np.where(known[..., None], pixels, np.uint8(_MISSING))[: shape[0] * shrink, : shape[1] * shrink]
             top, left = row // shrink, column // shrink
             small = cv2.resize(pixels, shape[::-1], interpolation=cv2.INTER_AREA)
             image[top : top + shape[0], left : left + shape[1]] = small
@@ -125,12 +123,8 @@ def thumbnail(reader: SlideReader) -> tuple[np.ndarray, float]:
 def _outline(axis: Axes, tissue: TissueMap, threshold: float) -> None:
     rows, columns = tissue.cells.shape
     shrink = max(1, max(rows, columns) // THUMBNAIL_PX)
-    cells = cv2.resize(
-        tissue.cells, (-(-columns // shrink), -(-rows // shrink)), interpolation=cv2.INTER_AREA
-    )
-    fractions = np.pad(
-        cv2.GaussianBlur(cells, (0, 0), 1), 1
-    )  # the border closes outlines at the slide's edge
+    cells = cv2.resize(tissue.cells, (-(-columns // shrink), -(-rows // shrink)), interpolation=cv2.INTER_AREA)
+    fractions = np.pad(cv2.GaussianBlur(cells, (0, 0), 1), 1)  # the border closes outlines at the slide's edge
     axis.plot([], [], color="black", lw=1, label="tissue map")
     if fractions.max() > threshold:
         y, x = ((np.arange(-1, n + 1) + 0.5) * tissue.cell_px * shrink for n in cells.shape)
@@ -154,9 +148,7 @@ def _scale_bar(axis: Axes, mpp: float | None, width: float) -> None:
     if mpp is None:
         return
     limit = width * mpp / 5
-    length = max(
-        step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5) if step * 10.0**power <= limit
-    )
+    length = max(step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5) if step * 10.0**power <= limit)
     words = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
     style = {"xycoords": "axes fraction", "fontsize": 9, "ha": "right", "va": "bottom", "bbox": box}

@@ -97,9 +97,7 @@ def shuffled_shards(
     """
     if not shards:
         return
-    served, run_rows, bucket_rows = _open_work(
-        work, metadata["build_id"], sorted(shards), order, memory_rows, workers
-    )
+    served, run_rows, bucket_rows = _open_work(work, metadata["build_id"], sorted(shards), order, memory_rows, workers)
     starts = [range(stretch.start, stretch.stop, bucket_rows) for stretch in map(order.shard, served)]
     buckets = np.concatenate([np.array(part, np.int64) for part in starts])
     sections = dict(zip(served, pairwise(np.cumsum([0, *map(len, starts)]).tolist()), strict=True))
@@ -168,9 +166,7 @@ def mix_shard(job: MixJob) -> list[dict[str, Any]]:
                 writer.add(row)
             num_rows += len(within)
         if num_rows != job.num_rows:
-            raise ValueError(
-                _corrupt(job.runs[0].parent, f"{num_rows} of {job.num_rows} rows of a shard are there")
-            )
+            raise ValueError(_corrupt(job.runs[0].parent, f"{num_rows} of {job.num_rows} rows of a shard are there"))
     return writer.failures
 
 

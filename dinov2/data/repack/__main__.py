@@ -117,9 +117,7 @@ def _refuse_overlap(source: str, storage: Storage, destination: Path) -> None:
     folder, target = Path(storage.place).resolve(), destination.resolve()
     below = folder in target.parents and not Path(source).expanduser().is_file()
     if target == folder or target in folder.parents or below:
-        raise ValueError(
-            f"source '{source}' and destination '{destination}' overlap; give a folder apart from it"
-        )
+        raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
 
 
 def _refuse_foreign_failures(path: Path) -> None:
@@ -131,9 +129,7 @@ def _refuse_foreign_failures(path: Path) -> None:
     except (ValueError, TypeError):
         ours = False
     if not ours:
-        raise FileExistsError(
-            f"'{path}' was not made by this command; give another destination or move it away"
-        )
+        raise FileExistsError(f"'{path}' was not made by this command; give another destination or move it away")
 
 
 def _report(jobs: Sequence[RepackJob], finished: set[str], seconds: float) -> None:

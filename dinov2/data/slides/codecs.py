@@ -33,9 +33,7 @@ def decode_tile(
         ImportError: if a decoder is not installed.
     """
     try:
-        pixels = (
-            _jpeg(tile, photometric, jpeg_tables) if compression == "jpeg" else _jpeg2000(tile, photometric)
-        )
+        pixels = _jpeg(tile, photometric, jpeg_tables) if compression == "jpeg" else _jpeg2000(tile, photometric)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:

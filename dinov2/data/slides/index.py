@@ -104,9 +104,7 @@ def parse_slide(job: IndexJob) -> TileIndex | str:
         return str(error)
 
 
-def complete_tile_index(
-    path: Path, mpps: Mapping[str, float | None], workers: int
-) -> tuple[set[str], dict[str, str]]:
+def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: int) -> tuple[set[str], dict[str, str]]:
     """Write the index of a collection; what `<path>.part` or an earlier index knows of it is taken over.
 
     Args:
@@ -218,9 +216,7 @@ def _index_at(data: np.ndarray, start: int, *, outline: bool = False) -> TileInd
                 size = int(np.prod(shape)) * np.dtype(kind).itemsize
                 arrays.append(data[position : position + size].view(kind).reshape(shape))
                 position += size + -size % 8
-        levels.append(
-            TileLevel(**level, offsets=arrays[0], lengths=arrays[1], jpeg_tables=bytes.fromhex(tables))
-        )
+        levels.append(TileLevel(**level, offsets=arrays[0], lengths=arrays[1], jpeg_tables=bytes.fromhex(tables)))
     fields["downsamples"] = tuple(fields["downsamples"])
     return TileIndex(**fields, levels=tuple(levels))
 
@@ -297,7 +293,5 @@ def _zarr_codec(index: TileIndex, level: TileLevel) -> dict[str, Any]:
         }
         return {"id": "imagecodecs_jpeg", "tables": tables, **colours}
     if level.photometric != "rgb":
-        raise ValueError(
-            f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are."
-        )
+        raise ValueError(f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are.")
     return {"id": "imagecodecs_jpeg2k"}

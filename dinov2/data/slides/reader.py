@@ -152,9 +152,7 @@ class SlideReader:
             raise SlideReadError(self.path, reason, _location(level, column, row, width, height))
         return pixels
 
-    def read_known(
-        self, level: int, column: int, row: int, width: int, height: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def read_known(self, level: int, column: int, row: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         """Like `read_region`, but says which pixels the file holds: (uint8 (H, W, 3), bool (H, W))."""
         location = _location(level, column, row, width, height)
         self._downsample(level)

@@ -19,9 +19,7 @@ def is_plausible(mpp: float | None) -> bool:
 def check_user_mpp(slide: str | Path, mpp: float | None) -> None:
     """Raise ValueError for a given mpp that no scanner has."""
     if mpp is not None and not is_plausible(mpp):
-        raise ValueError(
-            f"The mpp given for slide '{slide}' is {mpp}, but it must lie within {PLAUSIBLE_MPP}."
-        )
+        raise ValueError(f"The mpp given for slide '{slide}' is {mpp}, but it must lie within {PLAUSIBLE_MPP}.")
 
 
 def resolve_mpp(
@@ -93,9 +91,7 @@ def read_mpp_table(path: str | Path) -> MppTable:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no mpp table '{path}'; a CSV file with columns slide,mpp is expected."
-        )
+        raise FileNotFoundError(f"There is no mpp table '{path}'; a CSV file with columns slide,mpp is expected.")
     columns, rows = read_csv(path)
     if not {"slide", "mpp"} <= set(columns):
         raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")

@@ -60,13 +60,9 @@ def read_list_description(path: str | Path) -> dict[str, Any]:
         fields = json.loads(description.read_text(encoding="utf-8"))
         columns = fields.get("columns", list(COLUMNS[:4]))
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"'{description}' does not describe a sample list ({error!r}); move it away."
-        ) from error
+        raise ValueError(f"'{description}' does not describe a sample list ({error!r}); move it away.") from error
     if columns not in (list(COLUMNS[:4]), list(COLUMNS)):
-        raise ValueError(
-            f"'{description}' names the columns {columns}, but they must be {COLUMNS[:4]} or {COLUMNS}."
-        )
+        raise ValueError(f"'{description}' names the columns {columns}, but they must be {COLUMNS[:4]} or {COLUMNS}.")
     return fields
 
 
@@ -87,9 +83,7 @@ def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList
     if columns not in (None, 4, 6):
         raise ValueError(f"A sample list was said to have {columns} columns, but it must have 4 or 6.")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no sample list '{path}'; a text file of 'path x y level' lines is expected."
-        )
+        raise FileNotFoundError(f"There is no sample list '{path}'; a text file of 'path x y level' lines is expected.")
     columns = len(read_list_description(path).get("columns", ())) or columns or 4
     numbers: dict[bytes, int] = {}
     packed, first = [], 1
@@ -102,9 +96,7 @@ def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList
             first += len(lines)
     slides = [name.decode("utf-8", "surrogateescape") for name in numbers]
     if not slides:
-        raise ValueError(
-            f"The sample list '{path}' holds no patch; at least 1 'path x y level' line is expected."
-        )
+        raise ValueError(f"The sample list '{path}' holds no patch; at least 1 'path x y level' line is expected.")
     return SampleList(slides, *(np.concatenate(parts) for parts in zip(*packed, strict=True)))
 
 

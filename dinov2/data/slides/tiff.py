@@ -69,9 +69,7 @@ def _opened(path: str | Path, retries: Retries) -> Iterator[tuple[BinaryIO, int]
         fs, inner = filesystem(str(path), retries)
         with fs.open(inner, "rb", block_size=_BLOCK_BYTES, cache_type="blockcache") as file:
             if file.size is None:
-                raise RemoteError(
-                    f"the server does not tell the size of '{public_name(path)}'; use a local copy"
-                )
+                raise RemoteError(f"the server does not tell the size of '{public_name(path)}'; use a local copy")
             yield file, file.size
         return
     if not Path(path).is_file():
@@ -114,22 +112,16 @@ def _index(path: str | Path, tiff: Any, size: int, mpp: float | None) -> TileInd
     sides = (number(properties.get("MPP")),) * 2 if aperio else _sides_of_tags(first)
     width, height = levels[0].width, levels[0].height
     downsamples = tuple((width / level.width + height / level.height) / 2 for level in levels)
-    return TileIndex(
-        str(path), size, levels, downsamples, *resolve_mpp(sides, number(properties.get("AppMag")), mpp)
-    )
+    return TileIndex(str(path), size, levels, downsamples, *resolve_mpp(sides, number(properties.get("AppMag")), mpp))
 
 
 def _level(path: str | Path, page: Any, level: int) -> TileLevel:
     compression = int(page.compression)
-    colours = {33003: "ycbcr", 33005: "rgb"}.get(compression) or _COLOURS.get(
-        (compression, int(page.photometric))
-    )
+    colours = {33003: "ycbcr", 33005: "rgb"}.get(compression) or _COLOURS.get((compression, int(page.photometric)))
     plain = page.bitspersample == 8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
     if colours is None or not plain or page.tiledepth != 1 or page.imagedepth != 1:
         kind = f"compression {compression}, photometric {int(page.photometric)}, {page.bitspersample} bits"
-        raise UnsupportedTiles(
-            path, f"{kind} x {page.samplesperpixel}: no JPEG or JPEG 2000 in RGB", f"level {level}"
-        )
+        raise UnsupportedTiles(path, f"{kind} x {page.samplesperpixel}: no JPEG or JPEG 2000 in RGB", f"level {level}")
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     offsets, lengths = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     if len(offsets) != rows * columns or len(lengths) != rows * columns:

@@ -33,9 +33,7 @@ class TissueRule:
     def __post_init__(self) -> None:
         pairs = list(zip(self.lower, self.upper, strict=True))
         if len(pairs) != 3 or not all(0 <= low <= high <= 255 for low, high in pairs):
-            raise ValueError(
-                f"Tissue bounds {self.lower} to {self.upper} must be 3 rising pairs within 0 to 255."
-            )
+            raise ValueError(f"Tissue bounds {self.lower} to {self.upper} must be 3 rising pairs within 0 to 255.")
         if not 0 <= self.min_fraction < 1:
             raise ValueError(f"The tissue fraction is {self.min_fraction}, but it must lie in [0, 1).")
 

@@ -42,14 +42,10 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
     if separator and scheme != "file":
         _refuse_revision(dataset, revision)
         if not rest.strip("/"):
-            raise ValueError(
-                f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://"
-            )
+            raise ValueError(f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://")
         return ObjectStorage(dataset, retries)
     path = rest if separator else dataset
-    named = (
-        None if separator or os.path.exists(path) or path.endswith(".parquet") else _BARE_ID.fullmatch(path)
-    )
+    named = None if separator or os.path.exists(path) or path.endswith(".parquet") else _BARE_ID.fullmatch(path)
     if not named:
         storage = LocalStorage(path)
         _refuse_revision(dataset, revision)

@@ -47,9 +47,7 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
         found = set()
         for pattern in splits["train"]:
             if "://" in pattern or not _stays_inside(pattern):
-                raise ValueError(
-                    f"the card of dataset '{dataset}' names files elsewhere, '{pattern}'; {advice}"
-                )
+                raise ValueError(f"the card of dataset '{dataset}' names files elsewhere, '{pattern}'; {advice}")
             try:
                 found.update(resolve_pattern(pattern, base, allowed_extensions=[".parquet"]))
             except FileNotFoundError:  # one pattern of several may match nothing
@@ -70,13 +68,9 @@ def _default_config(dataset: str, card: str, advice: str) -> dict[str, Any]:
         name = configs.get_default_config_name()
     except (ValueError, TypeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
-        raise ValueError(
-            f"the card of dataset '{dataset}' cannot be understood ({text}); {advice}"
-        ) from error
+        raise ValueError(f"the card of dataset '{dataset}' cannot be understood ({text}); {advice}") from error
     if configs and name is None:
-        raise ValueError(
-            f"dataset '{dataset}' has the configurations {', '.join(configs)}, no default; {advice}"
-        )
+        raise ValueError(f"dataset '{dataset}' has the configurations {', '.join(configs)}, no default; {advice}")
     return configs[name] if name else {}
 
 

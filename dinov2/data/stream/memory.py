@@ -35,9 +35,7 @@ class Prefetch:
         return cls(threads=int(min(16, max(1, at_a_time))), look_ahead=32)
 
 
-def memory_bound(
-    source: Source, order: SampleOrder, *, global_batch: int, world_size: int, prefetch: Prefetch
-) -> int:
+def memory_bound(source: Source, order: SampleOrder, *, global_batch: int, world_size: int, prefetch: Prefetch) -> int:
     """Bytes of encoded images that one process's reader can hold at once.
 
     A read stream holds rows of one unit, at most its part of an epoch, and V / world_size streams' worth of rows

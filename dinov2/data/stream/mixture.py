@@ -57,9 +57,7 @@ class MixedOrder:
         _check_weights(weights, len(unit_rows))
         empty = next((number for number, rows in enumerate(unit_rows) if not np.any(rows)), None)
         if empty is not None:
-            raise ValueError(
-                f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out"
-            )
+            raise ValueError(f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out")
         self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
         counts = divide_lanes(weights, lanes)
         self.parts: list[tuple[int, SampleOrder]] = []
@@ -178,9 +176,7 @@ def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
         ValueError: if there are fewer streams than weights.
     """
     if lanes < len(weights):
-        raise ValueError(
-            f"a mixture of {len(weights)} datasets needs as many lanes, but the order has {lanes}"
-        )
+        raise ValueError(f"a mixture of {len(weights)} datasets needs as many lanes, but the order has {lanes}")
     exact = [Fraction(weight) for weight in weights]
     counts, left, pending = [1] * len(weights), lanes, list(range(len(weights)))
     # Whoever is due less than one stream gets one. That leaves less for the others, so the test is made again.

@@ -67,9 +67,7 @@ class SampleOrder:
             raise ValueError("the dataset holds 0 rows, but an order needs at least 1")
         check_parameters(seed, lanes, block_rows)
         self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
-        self._short, self._longer = divmod(
-            self.num_rows, lanes
-        )  # the first `longer` streams hold one row more
+        self._short, self._longer = divmod(self.num_rows, lanes)  # the first `longer` streams hold one row more
         self._permutations: dict[int, _Permutation] = {}
 
     @property

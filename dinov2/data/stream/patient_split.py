@@ -99,9 +99,7 @@ def split_by_patient(
     )
 
 
-def describe_splits(
-    splits: Sequence[PatientSplit], datasets: Sequence[str], excluded: Sequence[str]
-) -> list[str]:
+def describe_splits(splits: Sequence[PatientSplit], datasets: Sequence[str], excluded: Sequence[str]) -> list[str]:
     """Tell the user what was set aside, a line per dataset and one for names that matched nothing anywhere."""
     lines = [
         f"dataset '{name}': training on {split.counts[Fate.TRAINING]}; "
@@ -164,9 +162,7 @@ def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.nda
     return unit_fate, mixed
 
 
-def _count(
-    source: Source, fates: Fates, unit_fate: np.ndarray, mixed: dict[int, np.ndarray]
-) -> dict[Fate, Count]:
+def _count(source: Source, fates: Fates, unit_fate: np.ndarray, mixed: dict[int, np.ndarray]) -> dict[Fate, Count]:
     counts = {}
     for fate in Fate:
         slides = [slide for slide, of_slide in fates.items() if of_slide == fate]

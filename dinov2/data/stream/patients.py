@@ -31,9 +31,7 @@ def read_exclusions(path: str | Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         cells = [_first_cell(line, delimiter) if delimiter else line for line in lines]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"exclusion file '{path}' cannot be read ({error}); UTF-8 text is expected"
-        ) from None
+        raise ValueError(f"exclusion file '{path}' cannot be read ({error}); UTF-8 text is expected") from None
     if any("\0" in cell for cell in cells):
         raise ValueError(f"exclusion file '{path}' holds zero bytes; UTF-8 text is expected")
     names = [name for name in dict.fromkeys(map(str.strip, cells)) if name and not name.startswith("#")]

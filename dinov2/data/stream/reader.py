@@ -65,9 +65,7 @@ class RankReader:
         fetches: _Fetches = {}
         window: deque[list[tuple[int, _Key]]] = deque()
         closed = threading.Event()
-        pool = ThreadPoolExecutor(
-            self._prefetch.threads, "dinov2-reader", initializer=give_up_when, initargs=(closed,)
-        )
+        pool = ThreadPoolExecutor(self._prefetch.threads, "dinov2-reader", initializer=give_up_when, initargs=(closed,))
         try:
             for first in itertools.count(self._start + self._rank * self._rank_batch, self._batch):
                 window.append(self._plan(first, fetches, pool))

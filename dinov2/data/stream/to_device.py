@@ -22,9 +22,7 @@ class DeviceBatches:
         prepare: called with each moved batch; returns what is yielded.
     """
 
-    def __init__(
-        self, batches: Iterable[Batch], device: torch.device, prepare: Callable[[Batch], Batch]
-    ) -> None:
+    def __init__(self, batches: Iterable[Batch], device: torch.device, prepare: Callable[[Batch], Batch]) -> None:
         self._batches, self._device, self._prepare = batches, device, prepare
 
     def __iter__(self) -> Iterator[Batch]:
@@ -32,9 +30,7 @@ class DeviceBatches:
         for batch in self._batches:
             with torch.cuda.stream(side) if side else contextlib.nullcontext():
                 moved = {
-                    name: value.to(self._device, non_blocking=True)
-                    if isinstance(value, torch.Tensor)
-                    else value
+                    name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                     for name, value in batch.items()
                 }
                 prepared = self._prepare(moved)

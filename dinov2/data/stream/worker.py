@@ -41,9 +41,7 @@ class DecodedRows(Dataset):
             crops = self._transform(image, encoded.index)
         except (ValueError, OSError) as error:
             return error
-        return Sample(
-            encoded.index, crops, encoded.slide, bool(fault), fault, unit=encoded.unit, row=encoded.row
-        )
+        return Sample(encoded.index, crops, encoded.slide, bool(fault), fault, unit=encoded.unit, row=encoded.row)
 
     def _next_good(self, bad: EncodedSample, fault: str) -> tuple[EncodedSample, np.ndarray]:
         source = self._source

@@ -40,9 +40,7 @@ def open_bach(root: str | Path) -> LabelledTiles:
         raise FileNotFoundError(
             f"BACH is not in '{root}'; ICIAR2018_BACH_Challenge/Photos/{{{','.join(_BACH_CLASSES)}}} is expected."
         )
-    names = [
-        f"{name}/{path.name}" for name in _BACH_CLASSES for path in sorted((photos / name).glob("*.tif"))
-    ]
+    names = [f"{name}/{path.name}" for name in _BACH_CLASSES for path in sorted((photos / name).glob("*.tif"))]
     if len(names) != 400:
         raise ValueError(f"BACH in '{photos}' has {len(names)} .tif images; its split needs all 400.")
     labels = np.array([_BACH_CLASSES.index(name.partition("/")[0]) for name in names], np.int64)
@@ -64,14 +62,10 @@ def open_breakhis(root: str | Path) -> LabelledTiles:
     root = Path(root)
     found = sorted(path.relative_to(root).as_posix() for path in root.glob("**/40X/*.png"))
     if not found:
-        raise FileNotFoundError(
-            f"BreaKHis is not in '{root}'; folders 40X with .png images are expected in it."
-        )
+        raise FileNotFoundError(f"BreaKHis is not in '{root}'; folders 40X with .png images are expected in it.")
     parts = {name: name.rpartition("/")[2].split("-") for name in found}
     if wrong := [name for name in found if len(parts[name]) != 5]:
-        raise ValueError(
-            f"Image '{root / wrong[0]}' is not named SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png."
-        )
+        raise ValueError(f"Image '{root / wrong[0]}' is not named SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png.")
     class_of = {name: parts[name][0].rpartition("_")[2] for name in found}
     names = [name for name in found if class_of[name] in _BREAKHIS_CLASSES]
     patients = tuple(parts[name][2] for name in names)
@@ -101,9 +95,7 @@ def open_pcam(root: str | Path) -> LabelledTiles:
         for split, name in _PCAM_SPLITS.items()
     }
     if absent := [path for pair in files.values() for path in pair if not path.is_file()]:
-        raise FileNotFoundError(
-            f"PCam in '{root}' lacks {absent[0].name}; its six unpacked .h5 files are expected."
-        )
+        raise FileNotFoundError(f"PCam in '{root}' lacks {absent[0].name}; its six unpacked .h5 files are expected.")
     labels, splits = [], []
     for split, (_, path) in files.items():
         labels.append(_open(path, "y")[:].reshape(-1).astype(np.int64))
@@ -152,9 +144,7 @@ def _open(path: Path, key: str) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError(
-            "PCam's files need h5py: install the extra 'hdf5' (pip install 'path-fm[hdf5]')."
-        ) from error
+        raise ImportError("PCam's files need h5py: install the extra 'hdf5' (pip install 'path-fm[hdf5]').") from error
     try:
         return h5py.File(path, "r")[key]
     except (OSError, KeyError) as error:

@@ -50,9 +50,7 @@ class LabelledTiles:
             raise ValueError(f"Split {unknown[0]!r} is none of {', '.join(SPLITS)}.")
         for needed in ("train", "test"):
             if needed not in self.splits:
-                raise ValueError(
-                    f"Splits hold no {needed} tiles; train and test are needed, val is optional."
-                )
+                raise ValueError(f"Splits hold no {needed} tiles; train and test are needed, val is optional.")
 
     def groups(self, by: str | None = None) -> np.ndarray:
         """Number of the patient, slide or tile that each tile belongs to, int64 (N,).

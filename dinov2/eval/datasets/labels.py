@@ -85,9 +85,7 @@ def read_labels(path: str | Path) -> tuple[Rows, str]:
         key = next((name for name in ("file", "slide_id") if name in columns), None)
         if key is None or "label" not in columns:
             found = ", ".join(columns) or "none"
-            raise ValueError(
-                f"Labels '{path}' have columns {found}; file,label or slide_id,label are expected."
-            )
+            raise ValueError(f"Labels '{path}' have columns {found}; file,label or slide_id,label are expected.")
         rows: Rows = {}
         for row in reader:
             if not row[key] or not row["label"]:
@@ -102,9 +100,7 @@ def _from_folder(root: Path) -> LabelledTiles:
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
     named = {path: _SPLIT_NAMES.get(path.name.lower()) for path in folders}
     if not folders:
-        raise ValueError(
-            f"Folder '{root}' has no subfolders; one per class is expected, or give labels as a CSV."
-        )
+        raise ValueError(f"Folder '{root}' has no subfolders; one per class is expected, or give labels as a CSV.")
     parts = named.items() if {"train", "test"} <= set(named.values()) else [(root, None)]
     names, labels, splits = [], [], []
     for part, split in parts:
@@ -125,9 +121,7 @@ def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
     columns: dict[str, list[str]] = {"label": [], "patient": [], "split": []}
     shared = set.intersection(*(set(pq.read_schema(shard).names) for shard in shards))
     if "label" not in shared:
-        raise ValueError(
-            f"Shards in '{shards[0].parent}' have no column 'label'; add it or give labels as a CSV."
-        )
+        raise ValueError(f"Shards in '{shards[0].parent}' have no column 'label'; add it or give labels as a CSV.")
     for shard in shards:
         table = pq.read_table(shard, columns=[name for name in columns if name in shared])
         for name in table.column_names:
@@ -139,18 +133,14 @@ def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
     return _build(tiles, columns["label"], tiles.slides(), columns["patient"], columns["split"])
 
 
-def _with_rows(
-    images: TileImages, names: Sequence[str], rows: Rows, source: str | Path, root: Path
-) -> LabelledTiles:
+def _with_rows(images: TileImages, names: Sequence[str], rows: Rows, source: str | Path, root: Path) -> LabelledTiles:
     present = set(image_names(root))
     absent = [name for name in names if name not in present]
     if absent:
         raise ValueError(f"Labels '{source}' name {_first_of(absent)}, which is not in '{root}'.")
     if unlabelled := sorted(present - set(names)):
         raise ValueError(f"Tile {_first_of(unlabelled)} of '{root}' has no label in '{source}'.")
-    values = {
-        column: [rows[name].get(column) or "" for name in names] for column in ("slide", "patient", "split")
-    }
+    values = {column: [rows[name].get(column) or "" for name in names] for column in ("slide", "patient", "split")}
     labels = [rows[name]["label"] for name in names]
     return _build(images, labels, values["slide"], values["patient"], values["split"])
 
@@ -185,9 +175,7 @@ def _build(
     columns = {"slide": slides, "patient": patients, "split": splits or ()}
     for name, values in columns.items():
         if any(values) and not all(values):
-            raise ValueError(
-                f"Column {name!r} is empty for '{images.name(list(map(bool, values)).index(False))}'."
-            )
+            raise ValueError(f"Column {name!r} is empty for '{images.name(list(map(bool, values)).index(False))}'.")
     classes = tuple(sorted(set(labels)))
     number = {name: index for index, name in enumerate(classes)}
     known = {name: tuple(values) if any(values) else None for name, values in columns.items()}
@@ -196,9 +184,7 @@ def _build(
     if known["split"] is not None:
         known["split"] = tuple(_SPLIT_NAMES.get(name.lower(), name) for name in known["split"])
     numbers = np.array([number[label] for label in labels], np.int64)
-    return LabelledTiles(
-        images, numbers, classes, known["slide"], known["patient"], known["split"], per_slide
-    )
+    return LabelledTiles(images, numbers, classes, known["slide"], known["patient"], known["split"], per_slide)
 
 
 def _patients(slides: Sequence[str]) -> tuple[str, ...] | None:
@@ -215,9 +201,7 @@ def _slide_finder(pattern: str | None) -> Callable[[str], str]:
     except re.error as error:
         raise ValueError(f"Slide pattern {pattern!r} is no regular expression ({error}).") from error
     if compiled.groups != 1:
-        raise ValueError(
-            f"Slide pattern {pattern!r} has {compiled.groups} groups; 1 is needed, around the slide."
-        )
+        raise ValueError(f"Slide pattern {pattern!r} has {compiled.groups} groups; 1 is needed, around the slide.")
 
     def find(name: str) -> str:
         if match := compiled.search(name):

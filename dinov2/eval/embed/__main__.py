@@ -62,9 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder (with subfolders) of images, Parquet shards or slides; one of these; a .txt or .csv list of "
         "slides; a glob, hub id or URL of Parquet shards",
     )  # fmt: skip
-    add(
-        "--output", required=True, type=Path, metavar="OUT", help="folder: new, empty, or of the same command"
-    )
+    add("--output", required=True, type=Path, metavar="OUT", help="folder: new, empty, or of the same command")
     add("--kind", choices=KINDS, help="of the input; needed for files of TIFF alone")
     add("--format", choices=ENDINGS, default="parquet", help="of the files (%(default)s)")
     cli.add_pooling(parser)
@@ -114,9 +112,7 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     stride = args.tile_size if args.stride is None else args.stride
     grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue)
     _refuse_overlap(args.input, args.output)
-    source = on_main_process(
-        lambda: open_input(args.input, args.kind, grid, args.rows_per_file, args.mpp_file)
-    )
+    source = on_main_process(lambda: open_input(args.input, args.kind, grid, args.rows_per_file, args.mpp_file))
     backbone = load_teacher(args.checkpoint).to(device)
     patch, width = backbone.patch_size, backbone.embed_dim * (2 if args.pooling == "cls_mean" else 1)
     fitting = Fitting(patch, args.image_size)
@@ -187,9 +183,7 @@ def _sha256(checkpoint: str) -> str:
 def _refuse_overlap(source: str, output: Path) -> None:
     place, target = Path(source).expanduser().resolve(), output.resolve()
     if place.is_dir() and (target == place or place in target.parents):
-        raise ValueError(
-            f"Output '{output}' lies in the input '{source}', which it would change; give another folder."
-        )
+        raise ValueError(f"Output '{output}' lies in the input '{source}', which it would change; give another folder.")
 
 
 if __name__ == "__main__":

@@ -79,9 +79,7 @@ def kind_of(source: str) -> str:
         is_hub_id = source.count("/") == 1 and not source.startswith(("/", ".", "~"))
         if "://" in source or glob.has_magic(source) or is_hub_id:
             return "slides" if path.suffix.lower() in _ENDINGS["slides"] else "parquet"
-        raise FileNotFoundError(
-            f"Input '{source}' does not exist; images, Parquet shards or slides are expected."
-        )
+        raise FileNotFoundError(f"Input '{source}' does not exist; images, Parquet shards or slides are expected.")
     found = {name.suffix.lower() for name in (_files(path) if path.is_dir() else [path])}
     lists = {".txt", ".csv"} if path.is_dir() else set()  # beside the data
     kinds = [kind for kind in KINDS if _ENDINGS[kind] - lists & found]
@@ -130,9 +128,7 @@ class ImageFolder(_NumberedParts):
         root, files = (path, _files(path)) if path.is_dir() else (path.parent, [Path(path.name)])
         names = [file.as_posix() for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not names or not path.exists():
-            raise FileNotFoundError(
-                f"Input '{path}' holds no image; {', '.join(sorted(IMAGE_SUFFIXES))} are read."
-            )
+            raise FileNotFoundError(f"Input '{path}' holds no image; {', '.join(sorted(IMAGE_SUFFIXES))} are read.")
         stats = [os.stat(root / name) for name in names]
         state = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, stats, strict=True)]
         self.fingerprint = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
@@ -184,9 +180,7 @@ class ParquetRows(_NumberedParts):
     def _fetch(self, piece: tuple[int, int, int]) -> list[EncodedSample]:
         unit, begin, end = piece
         read = self._source.read(unit, range(begin, end))
-        return [
-            EncodedSample(0, unit, row, *stored) for row, stored in zip(range(begin, end), read, strict=True)
-        ]
+        return [EncodedSample(0, unit, row, *stored) for row, stored in zip(range(begin, end), read, strict=True)]
 
     def _stored(self, shard: int, begin: int, end: int) -> dict[str, list[Any]]:
         """A name for some rows of a shard, and their values in columns that tell places, null where there is none."""
@@ -196,9 +190,7 @@ class ParquetRows(_NumberedParts):
         try:
             file = pq.ParquetFile(RangedFile(self._storage, name, self._sizes[shard]))
             stored = set(file.schema_arrow.names)
-            wanted = [
-                column for column in (*_COPIED, *(["path"] if "jpeg" in stored else [])) if column in stored
-            ]
+            wanted = [column for column in (*_COPIED, *(["path"] if "jpeg" in stored else [])) if column in stored]
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             groups = list(_pieces(np.cumsum(counts), begin, end))
             if wanted:

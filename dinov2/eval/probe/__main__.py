@@ -48,9 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--labels", metavar="CSV", help="file,label[,slide,patient,split] or slide_id,label[,patient,split]")
     add("--slide-regex", metavar="RE", help="group 1 is a tile's slide (default: its parent folder)")
-    add(
-        "--probes", default=",".join(PROBES), help="comma-separated; linear is both linear ones (%(default)s)"
-    )
+    add("--probes", default=",".join(PROBES), help="comma-separated; linear is both linear ones (%(default)s)")
     add("--output", type=Path, metavar="FILE", help=".csv, appended to, or a new .json")
     add("--folds", type=int, default=default.folds, help="where tiles have no split (%(default)s)")
     add("--group", choices=GROUPINGS, help="never parted by folds (default: the widest known)")
@@ -136,9 +134,7 @@ def open_tasks(
     """
     tasks: dict[str, LabelledTiles] = {}
     if labels is not None and len(data) > 1:
-        raise ValueError(
-            f"Labels '{labels}' are given for {len(data)} roots; one root is possible with labels."
-        )
+        raise ValueError(f"Labels '{labels}' are given for {len(data)} roots; one root is possible with labels.")
     for item in data:
         name, equals, root = item.partition("=")
         if not equals or "/" in name:

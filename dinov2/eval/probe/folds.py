@@ -81,8 +81,7 @@ def divide(
     else:
         fold_of = group_folds(labels, groups, folds, seed)
         parts = [
-            (np.flatnonzero(fold_of != f), np.empty(0, np.int64), np.flatnonzero(fold_of == f))
-            for f in range(folds)
+            (np.flatnonzero(fold_of != f), np.empty(0, np.int64), np.flatnonzero(fold_of == f)) for f in range(folds)
         ]
     return [_complete(labels, groups, *part, seed) for part in parts]
 
@@ -93,13 +92,9 @@ def _complete(
     if not len(val):
         number = len(np.unique(groups[train]))
         if number < 2:
-            raise ValueError(
-                "All training tiles are of one group; 2 are needed, one of them to choose the head on."
-            )
+            raise ValueError("All training tiles are of one group; 2 are needed, one of them to choose the head on.")
         chosen = group_folds(labels[train], groups[train], min(VALIDATION_SHARE, number), seed) == 0
         train, val = train[~chosen], train[chosen]
     if lacking := np.setdiff1d(labels[test], labels[train]).tolist():
-        raise ValueError(
-            f"No training tile is of class number {lacking[0]}, which is tested; use fewer folds."
-        )
+        raise ValueError(f"No training tile is of class number {lacking[0]}, which is tested; use fewer folds.")
     return Division(train, val, test)

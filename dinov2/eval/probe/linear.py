@@ -148,16 +148,11 @@ def train_heads(
     return best
 
 
-def _initial(
-    generators: list[torch.Generator], width: int, classes: int, device: torch.device
-) -> list[Tensor]:
+def _initial(generators: list[torch.Generator], width: int, classes: int, device: torch.device) -> list[Tensor]:
     """Weight (R, D, C) and bias (R, 1, C) as `nn.Linear` draws them: uniform within 1 / sqrt(D)."""
     bound = 1 / math.sqrt(width)
     drawn = [
-        [
-            torch.empty(*shape).uniform_(-bound, bound, generator=g)
-            for shape in ((width, classes), (1, classes))
-        ]
+        [torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((width, classes), (1, classes))]
         for g in generators
     ]
     return [torch.stack(parts).to(device).requires_grad_() for parts in zip(*drawn, strict=True)]

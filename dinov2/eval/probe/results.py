@@ -64,9 +64,7 @@ def append_csv(path: str | Path, results: Sequence[Result], step: int | None) ->
     path = Path(path)
     before = path.read_text() if path.exists() else ""
     if before and tuple(next(csv.reader([before.partition("\n")[0]]))) != COLUMNS:
-        raise ValueError(
-            f"'{path}' is another table; name a new file or one with columns {','.join(COLUMNS)}."
-        )
+        raise ValueError(f"'{path}' is another table; name a new file or one with columns {','.join(COLUMNS)}.")
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     if not before:
@@ -83,19 +81,14 @@ def write_json(path: str | Path, results: Sequence[Result], about: Mapping[str, 
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"'{path}' exists already; name a new file.")
-    rows = [
-        {name: None if value != value else value for name, value in asdict(result).items()}
-        for result in results
-    ]
+    rows = [{name: None if value != value else value for name, value in asdict(result).items()} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {**about, "results": rows})
 
 
 def as_table(results: Sequence[Result]) -> str:
     """One line per probe, for people."""
-    lines = [
-        ("task", "probe", "balanced accuracy", "95 % interval", "sd", "accuracy", "F1", "AUROC", "runs", "n")
-    ]
+    lines = [("task", "probe", "balanced accuracy", "95 % interval", "sd", "accuracy", "F1", "AUROC", "runs", "n")]
     by_probe: dict[tuple[str, str], dict[str, Result]] = {}
     for result in results:
         by_probe.setdefault((result.task, result.probe), {})[result.metric] = result
@@ -103,11 +96,7 @@ def as_table(results: Sequence[Result]) -> str:
         headline = metrics.get(HEADLINE)
         any_one = next(iter(metrics.values()))
         figures = [_show(metrics.get(name)) for name in ("accuracy", "f1", "auroc")]
-        first = (
-            [_show(headline), _interval(headline), _number(headline.sd)]
-            if headline
-            else [_show(any_one), "", ""]
-        )
+        first = [_show(headline), _interval(headline), _number(headline.sd)] if headline else [_show(any_one), "", ""]
         lines.append((task, probe, *first, *figures, str(any_one.runs), str(any_one.count)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

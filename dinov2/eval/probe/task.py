@@ -120,9 +120,7 @@ class TaskFeatures:
         if not tiles.per_slide:
             return Rows(self.features, tiles.labels, groups, splits, None, classes)
         if probing.group == "tile":
-            raise ValueError(
-                "Labels are per slide, so tiles cannot be the groups; slide or patient is possible."
-            )
+            raise ValueError("Labels are per slide, so tiles cannot be the groups; slide or patient is possible.")
         slides = tiles.groups("slide")
         if probing.aggregation == "probabilities":
             return Rows(self.features, tiles.labels, groups, splits, slides, classes)
@@ -152,9 +150,7 @@ class TaskFeatures:
             parts.append(part if rows.slides is None else _pool_by_slide(part, rows.slides[test]))
         count, runs = sum(len(part.target) for part in parts), sum(len(part.scores) for part in parts)
         metrics = estimate(parts, probing.resamples, probing.seed, with_auroc)
-        return [
-            Result(self.name, probe, metric, *figures, runs, count) for metric, figures in metrics.items()
-        ]
+        return [Result(self.name, probe, metric, *figures, runs, count) for metric, figures in metrics.items()]
 
     def _folds(self) -> Iterator[Fold]:
         columns = (self.rows.features, self.rows.labels)

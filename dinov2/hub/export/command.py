@@ -47,9 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--format", required=True, choices=LIBRARIES, help="whose names and files")
     add("--output", required=True, type=Path, help="a new or empty folder")
     cli.add_dtype(parser, "fp32", "of all weights (%(default)s)")
-    cli.add_image_size(
-        parser, "resample the position grid to square images of this side (default: as in the file)"
-    )
+    cli.add_image_size(parser, "resample the position grid to square images of this side (default: as in the file)")
     cli.add_colours(parser)
     add(
         "--verify", nargs="?", const="", metavar="TILES",
@@ -114,9 +112,7 @@ def _verify(
 ) -> int:
     """Report how far the export is from the teacher's tokens for images of these sides."""
     library = LIBRARIES[args.format]
-    found = {
-        side: agreement(of_ours, tokens(theirs, tiles, side, colours)) for side, of_ours in expected.items()
-    }
+    found = {side: agreement(of_ours, tokens(theirs, tiles, side, colours)) for side, of_ours in expected.items()}
     for side, result in found.items():
         sys.stdout.write(f"{library}, {len(tiles)} tiles of {side} px: {result}\n")
     if all(result.holds(args.dtype) for result in found.values()):

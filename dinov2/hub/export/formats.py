@@ -161,18 +161,14 @@ def processor_config(side: int, colours: Colours) -> dict[str, Any]:
 def _require(arguments: Mapping[str, Any], library: str) -> None:
     if arguments["ffn_layer"] == "identity" or arguments["init_values"] is None:
         lacking = "feed-forward layers" if arguments["ffn_layer"] == "identity" else "LayerScale"
-        raise ValueError(
-            f"DINOv2 in {library} has {lacking}, this teacher has none; --format meta can hold it."
-        )
+        raise ValueError(f"DINOv2 in {library} has {lacking}, this teacher has none; --format meta can hold it.")
 
 
 def _whole_ratio(arguments: Mapping[str, Any]) -> int:
     """Transformers' ``mlp_ratio``, a whole number, that gives the feed-forward layers their width."""
     width, ratio = arguments["embed_dim"], arguments["mlp_ratio"]
     gated = arguments["ffn_layer"] == "swiglufused"
-    hidden = [
-        gated_width(int(width * r)) if gated else int(width * r) for r in (ratio, *range(_HIGHEST_RATIO))
-    ]
+    hidden = [gated_width(int(width * r)) if gated else int(width * r) for r in (ratio, *range(_HIGHEST_RATIO))]
     if hidden[0] not in hidden[1:]:
         raise ValueError(f"Transformers' mlp_ratio is a whole number, this teacher's is {ratio:g}.")
     return hidden.index(hidden[0], 1) - 1

@@ -105,9 +105,7 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
             folder, output_loading_info=True
         )
         if report["missing_keys"] or report["unexpected_keys"]:
-            raise ValueError(
-                f"transformers {transformers.__version__} reads other names than {str(folder)!r} has."
-            )
+            raise ValueError(f"transformers {transformers.__version__} reads other names than {str(folder)!r} has.")
         return model.eval()
     import timm
     from safetensors.torch import load_file
@@ -141,9 +139,7 @@ def read_tiles(folder: str | None) -> list[np.ndarray]:
 
     names = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGES)
     if not names:
-        raise FileNotFoundError(
-            f"Tiles {folder!r} are not there; a folder of {', '.join(_IMAGES)} is expected."
-        )
+        raise FileNotFoundError(f"Tiles {folder!r} are not there; a folder of {', '.join(_IMAGES)} is expected.")
     count = min(MAX_TILES, len(names))
     tiles = []
     for i in range(count):
@@ -152,9 +148,7 @@ def read_tiles(folder: str | None) -> list[np.ndarray]:
             with Image.open(path) as image:
                 tiles.append(np.asarray(image.convert("RGB")))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise ValueError(
-                f"Tile {str(path)!r} cannot be decoded ({error}); an image is expected."
-            ) from error
+            raise ValueError(f"Tile {str(path)!r} cannot be decoded ({error}); an image is expected.") from error
     return tiles
 
 

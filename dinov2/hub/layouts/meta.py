@@ -42,9 +42,7 @@ def require_vit(path: str, state: Mapping[str, Tensor]) -> None:
     """
     absent = [key for key in _DIMENSIONS if key not in state and key != "register_tokens"]
     if absent:
-        raise ValueError(
-            f"Weights {path!r} hold no backbone: {', '.join(absent)} missing; a DINOv2 ViT is expected."
-        )
+        raise ValueError(f"Weights {path!r} hold no backbone: {', '.join(absent)} missing; a DINOv2 ViT is expected.")
     for key, dimensions in _DIMENSIONS.items():
         if key in state and (state[key].ndim != dimensions or not state[key].numel()):
             raise ValueError(
@@ -53,9 +51,7 @@ def require_vit(path: str, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def vit_from_shapes(
-    path: str, state: Mapping[str, Tensor], layout: str, heads: int | None
-) -> DinoVisionTransformer:
+def vit_from_shapes(path: str, state: Mapping[str, Tensor], layout: str, heads: int | None) -> DinoVisionTransformer:
     """Build the ViT that weights are of.
 
     Positions are resampled as the models with these names do it: timm's always, Meta's and transformers' with
@@ -160,14 +156,10 @@ def resize_grid(model: nn.Module, image_size: int) -> None:
     """
     patch = vit_arguments(model)["patch_size"]
     if image_size < patch or image_size % patch:
-        raise ValueError(
-            f"The image size is {image_size}; a positive multiple of the patch's {patch} px is expected."
-        )
+        raise ValueError(f"The image size is {image_size}; a positive multiple of the patch's {patch} px is expected.")
     sides = (image_size // patch, image_size // patch)
     with torch.no_grad():
-        grid = resample_positions(
-            model.pos_embed, sides, model.interpolate_antialias, model.interpolate_offset
-        )
+        grid = resample_positions(model.pos_embed, sides, model.interpolate_antialias, model.interpolate_offset)
     _set_grid(model, grid.clone())
 
 
@@ -182,12 +174,7 @@ def with_grid_of(model: nn.Module, state: Mapping[str, Tensor], own: bool) -> di
     if own:
         return {**state, "pos_embed": grid.detach()}
     stored, side = state.get("pos_embed"), math.isqrt(grid.shape[1] - 1)
-    if (
-        stored is None
-        or stored.ndim != 3
-        or _grid_side(state) ** 2 != stored.shape[1] - 1
-        or stored.shape[1] < 2
-    ):
+    if stored is None or stored.ndim != 3 or _grid_side(state) ** 2 != stored.shape[1] - 1 or stored.shape[1] < 2:
         return dict(state)
     return {**state, "pos_embed": resample_positions(stored, (side, side))}
 

@@ -41,9 +41,7 @@ def build_training_step(
     update = FusedWeightUpdate if performance.fused_update else WeightUpdate
     networks = arch.trained, arch.teacher
     max_norm, seed = arch.cfg.optim.clip_grad, arch.cfg.train.seed
-    return TrainingStep(
-        arch, update(optimizer, *networks, max_norm, low_precision, scaler), global_batch, seed
-    )
+    return TrainingStep(arch, update(optimizer, *networks, max_norm, low_precision, scaler), global_batch, seed)
 
 
 def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:

@@ -58,10 +58,7 @@ def resolve_performance(
     """
     on_gpu = device.type == "cuda"
     settings = {name: check.setting(config) for name, check in checks.items()}
-    on = {
-        name: setting not in (False, "none") and (on_gpu or setting != "auto")
-        for name, setting in settings.items()
-    }
+    on = {name: setting not in (False, "none") and (on_gpu or setting != "auto") for name, setting in settings.items()}
     notes = []
     scales_losses = config.compute_precision.grad_scaler and any(_keys_of_dtype(config, "student", "fp16"))
     if on["fused_update"] and settings["fused_update"] == "auto" and scales_losses:

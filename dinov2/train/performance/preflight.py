@@ -60,15 +60,11 @@ class Check:
             return f"it fails ({' '.join(str(error).split())[:_SHOWN].rstrip('.') or type(error).__name__})"
         beyond = [difference for difference in differences if not difference <= self.tolerance]
         if beyond:
-            return (
-                f"it differs from the plain path by {beyond[0]:.2g} of the norm, more than {self.tolerance:g}"
-            )
+            return f"it differs from the plain path by {beyond[0]:.2g} of the norm, more than {self.tolerance:g}"
         return None
 
 
-def compare_compiled(
-    config: Config, device: torch.device, compiler: Callable[..., Any] = torch.compile
-) -> Results:
+def compare_compiled(config: Config, device: torch.device, compiler: Callable[..., Any] = torch.compile) -> Results:
     """A block under stochastic depth and the passes of the losses, forward and backward."""
     backend = config.debug.compile_backend
     dtype = _dtype(config)
@@ -97,9 +93,7 @@ def compare_compiled(
     return list(zip(fast, run(block.forward, EAGER), strict=True))
 
 
-def compare_updates(
-    _: Config, device: torch.device, update: type[WeightUpdate] = FusedWeightUpdate
-) -> Results:
+def compare_updates(_: Config, device: torch.device, update: type[WeightUpdate] = FusedWeightUpdate) -> Results:
     """Two updates of weights, moments, teacher and low-precision weights."""
     student = nn.ModuleDict({"backbone": nn.Linear(67, 33), "dino_head": nn.Linear(33, 65)}).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -199,9 +199,7 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_of_each_kind(
-    meter: Meter, student: nn.Module, teacher: nn.Module
-) -> Iterator[list[tuple[int, Cost]]]:
+def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
     """While open, only one block of each kind runs, and the last one; the others return their first argument.
 
     Of a backbone without ``blocks`` everything runs.
@@ -225,9 +223,7 @@ def one_of_each_kind(
             for i, block in enumerate(getattr(network, "blocks", ())):
                 if i in counts:
 
-                    def measure(
-                        block: nn.Module, args: Any, kwargs: Any, _: Any, count: int = counts[i]
-                    ) -> None:
+                    def measure(block: nn.Module, args: Any, kwargs: Any, _: Any, count: int = counts[i]) -> None:
                         costs.append((count, meter.alone(block, args, kwargs)))
 
                     undo.callback(block.register_forward_hook(measure, with_kwargs=True).remove)

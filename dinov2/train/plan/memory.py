@@ -23,9 +23,7 @@ REFUSED = 1.15
 _GIB = 2**30
 # Batches between and beyond which activations grow linearly. Of tens of crops stochastic depth keeps whole numbers.
 _MEASURED = (10, 30)
-_REMEDIES = (
-    "performance.recompute = selective or full, more GPUs, or sharding_strategy = FULL_SHARD would lower it"
-)
+_REMEDIES = "performance.recompute = selective or full, more GPUs, or sharding_strategy = FULL_SHARD would lower it"
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,7 @@ def describe_plan(
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
-        f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, "
-        f"{plan.total_images:,} images",
+        f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, {plan.total_images:,} images",
         f"  peak lr   {plan.peak_lr:.4e}",
         f"  compute   {flops.model / 1e12:.3g} TFLOP per step and process "
         f"({flops.hardware / 1e12:.3g} executed, {flops.dense / 1e12:.3g} without stochastic depth)",

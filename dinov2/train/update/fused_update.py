@@ -179,9 +179,7 @@ def _match(
         trained = list(module.parameters())
         averages = list(teacher[name].parameters()) if name in teacher else [None] * len(trained)
         weights += [
-            _Weight(
-                parameter, average, index, groups.get(parameter), fused.get(parameter), fused.get(average)
-            )
+            _Weight(parameter, average, index, groups.get(parameter), fused.get(parameter), fused.get(average))
             for parameter, average in zip(trained, averages, strict=True)
         ]
     written = {id(low) for weight in weights for low in (weight.student_low, weight.teacher_low)}

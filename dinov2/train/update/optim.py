@@ -57,9 +57,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> 
         group["weight_decay"] = values.wd * group["wd_multiplier"]
 
 
-def adam_state(
-    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Tensor]]:
+def adam_state(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq`` by parameter name, zeros where no step was made yet.
 
     The tensors are the optimiser's own: filling them restores it.

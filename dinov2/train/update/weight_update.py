@@ -92,9 +92,7 @@ class WeightUpdate:
 
 
 @torch.no_grad()
-def ema_update(
-    student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module], weight: Tensor | float
-) -> None:
+def ema_update(student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module], weight: Tensor | float) -> None:
     """Move the teacher's parameters towards the student's: ``t <- t + weight (s - t)``; no communication.
 
     Args:

@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 # What an installation of PyTorch brings, and omegaconf with its own needs.
-ALLOWED = (
-    "torch torchgen functorch triton nvidia cuda numpy omegaconf yaml antlr4 attr typing_extensions sympy"
-)
+ALLOWED = "torch torchgen functorch triton nvidia cuda numpy omegaconf yaml antlr4 attr typing_extensions sympy"
 ALLOWED += " mpmath networkx jinja2 markupsafe filelock fsspec setuptools pkg_resources dinov2 benchmarks"
 HIDING = f"""
 import sys
@@ -78,18 +76,14 @@ def test_implementation_agrees_with_the_reference_and_is_measured(name):
 
 def test_gate_sees_a_wrong_term(monkeypatch):
     spec_of = step_variants.step_spec
-    monkeypatch.setattr(
-        step_variants, "step_spec", lambda *x: dataclasses.replace(spec_of(*x), kde_kappa=4.0)
-    )
+    monkeypatch.setattr(step_variants, "step_spec", lambda *x: dataclasses.replace(spec_of(*x), kde_kappa=4.0))
     result = measured("ours_bf16")
     assert result["status"] == "failed"
     assert result["gate"]["loss_errors"]["kde_loss"] > 0.02
 
 
 def test_what_fails_the_gate_is_not_timed(monkeypatch):
-    wrong = GateResult(
-        {"total_loss": 0.0}, {"backbone": 0.5}, {"backbone": 0.0}, "backbone.norm.bias", 0.4, 1, 0.99, 1
-    )
+    wrong = GateResult({"total_loss": 0.0}, {"backbone": 0.5}, {"backbone": 0.0}, "backbone.norm.bias", 0.4, 1, 0.99, 1)
     monkeypatch.setattr(step_measure, "check", lambda *_: wrong)
     result = measured("ours_bf16")
     assert result["status"] == "failed"
@@ -103,9 +97,7 @@ def test_command_needs_torch_numpy_and_omegaconf_only(tmp_path):
     command = [sys.executable, "benchmarks/bench_step.py", "--preset", "tiny", "--device", "cpu"]
     command += ["--impl", "ours_bf16", "--no-calibration", "--steps", "1", "--json", str(output)]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    hidden = subprocess.run(
-        [sys.executable, "-c", "import PIL"], env=environment, capture_output=True, text=True
-    )
+    hidden = subprocess.run([sys.executable, "-c", "import PIL"], env=environment, capture_output=True, text=True)
     assert "No module named 'PIL'" in hidden.stderr
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -194,18 +186,14 @@ def test_comparisons():
         "ours_bf16_again": timed(81.0, 550.0),
         "ref_sep": {},
     }
-    found = bench_step.comparisons(
-        {"implementations": outcomes, "calibration": {"floor": {"img_per_s": 120.0}}}
-    )
+    found = bench_step.comparisons({"implementations": outcomes, "calibration": {"floor": {"img_per_s": 120.0}}})
     assert found["ratios"]["ours_bf16"] == {"vs_ref_packed": 2.0, "fraction_of_floor": 0.75}
     assert found["drift"] == pytest.approx(-0.1)
     assert found["ablation"] == {"compile": {"predicted_ms": (20.0, 100.0), "measured_ms": 120.0}}
 
 
 def test_a_part_that_hangs_or_fails_costs_no_other(tmp_path, monkeypatch):
-    outcomes = iter(
-        [{"status": "failed", "error": "exit status 1\nOutOfMemoryError"}, {"status": "measured"}]
-    )
+    outcomes = iter([{"status": "failed", "error": "exit status 1\nOutOfMemoryError"}, {"status": "measured"}])
     seen = []
 
     def run_child(*arguments):

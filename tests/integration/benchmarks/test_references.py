@@ -61,9 +61,7 @@ def spec_of(config: Config, **changes: Any) -> StepSpec:
     )
 
 
-def problem(
-    *overrides: str, dtype: torch.dtype = torch.float32
-) -> tuple[SSLMetaArch, StepSpec, dict[str, Tensor]]:
+def problem(*overrides: str, dtype: torch.dtype = torch.float32) -> tuple[SSLMetaArch, StepSpec, dict[str, Tensor]]:
     """Our networks without stochastic depth, teacher unlike student, and a batch with padded mask rows."""
     plain = ("dino.koleo_loss_weight=0", "student.drop_path_rate=0", "optim.layerwise_decay=1")
     config = tiny_config(*plain, *overrides)
@@ -102,9 +100,7 @@ def test_references_share_no_code_with_the_library():
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                found.add(
-                    node.module if node.module.startswith("benchmarks") else node.module.partition(".")[0]
-                )
+                found.add(node.module if node.module.startswith("benchmarks") else node.module.partition(".")[0])
     assert found - sys.stdlib_module_names == {"torch", "benchmarks.reference_parts"}
 
 

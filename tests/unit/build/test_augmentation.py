@@ -47,9 +47,7 @@ def test_further_steps_are_configured_by_their_own_keys() -> None:
 def test_a_further_step_takes_effect_and_leaves_the_others() -> None:
     tissue = immunohistochemistry()
     config = load_config(None)
-    augment = build_augmentation(
-        dataclasses.replace(config, augmentation=with_steps(**{TINT: Tint.Options()}))
-    )
+    augment = build_augmentation(dataclasses.replace(config, augmentation=with_steps(**{TINT: Tint.Options()})))
     before, after = build_augmentation(config).sample((512, 512), 3), augment.sample((512, 512), 3)
     assert [view._replace(params=view.params | {TINT: 0}) for view in before] == [
         view._replace(params=view.params | {TINT: 0}) for view in after

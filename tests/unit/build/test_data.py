@@ -164,7 +164,7 @@ def places(tmp_path: Path) -> dict[str, str]:
      ("{shards}/shard-00000.parquet", "parquet"), ("org/name", "parquet"), ("org/name@v1", "parquet"),
      ("hf://datasets/org/name/train", "parquet"), ("s3://bucket/tiles", "parquet"), ("{slides}", "slides"),
      ("{list4.txt}", "sample_list"), ("{list6.txt}", "sample_list"), ("{slides.txt}", "slides"),
-     ("{slides.csv}", "slides")],
+     ("{slides.csv}", "slides"), ("{slides}/sub/A.SVS", "slides"), ("https://host/a%20b.svs", "slides")],
 )  # fmt: skip
 def test_kinds_are_recognised(places: dict[str, str], path: str, kind: str) -> None:
     for name, place in places.items():
@@ -177,9 +177,7 @@ def test_kinds_are_recognised(places: dict[str, str], path: str, kind: str) -> N
     [("other", "a folder that holds photo.bmp"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
      ("notes.txt", "a file that begins with b'nothing of the kind"), ("toy", "b'toy tiles'")],
 )  # fmt: skip
-def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(
-    places: dict[str, str], name: str, words: str
-) -> None:
+def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(places: dict[str, str], name: str, words: str) -> None:
     with pytest.raises(ValueError, match=r"parquet: .*; sample_list: .*; slides: ") as caught:
         recognise(places[name])
     assert words in str(caught.value) and places[name] in str(caught.value)
@@ -193,9 +191,7 @@ def test_a_new_kind_feeds_a_run_that_goes_on_where_it_stopped(places: dict[str, 
     for name, stops in {"whole": [2], "parts": [1, 2]}.items():
         for stop in stops:
             assert main(["--output-dir", str(tmp_path / name), *options, f"optim.early_stop={stop}"]) == 0
-    losses = [
-        [record["total_loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "parts")
-    ]
+    losses = [[record["total_loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 

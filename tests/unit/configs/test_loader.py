@@ -172,9 +172,7 @@ def test_faults_of_every_kind_are_reported_together():
 
 
 def test_interpolation(tmp_path: Path):
-    (tmp_path / "run.yaml").write_text(
-        "train: {output_dir: 'runs/${student.arch}'}\nstudent: {arch: vit_small}\n"
-    )
+    (tmp_path / "run.yaml").write_text("train: {output_dir: 'runs/${student.arch}'}\nstudent: {arch: vit_small}\n")
     assert load_config(tmp_path / "run.yaml").train.output_dir == "runs/vit_small"
     with pytest.raises(ConfigError):
         load_config(tmp_path / "run.yaml", ["train.output_dir=${nothing.there}"])
@@ -208,10 +206,7 @@ def test_options_of_registered_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
              "strict": f"{__name__}:Strict"}  # fmt: skip
     monkeypatch.setattr(extensions, "LOSSES", Registry("loss", parts))
     config = load_config(None, [DATA, "losses.gram.weight=1", "losses.bare="])
-    assert (
-        config.losses == {"gram": Gram.Options(1.0, (3, 7)), "bare": {}}
-        or config.losses["gram"].weight == 1.0
-    )
+    assert config.losses == {"gram": Gram.Options(1.0, (3, 7)), "bare": {}} or config.losses["gram"].weight == 1.0
     validate(config, 1)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config

@@ -48,9 +48,7 @@ def test_which_data(overrides: list[str], path: str, kind: str):
 
 def test_which_data_of_a_file_and_the_command_line(tmp_path: Path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        "train: {streaming_from_hf: false, sample_list_path: list.txt, streaming_dataset_path: shards}\n"
-    )
+    file.write_text("train: {streaming_from_hf: false, sample_list_path: list.txt, streaming_dataset_path: shards}\n")
     assert data(file=file) == ("list.txt", "sample_list")
     assert data("train.streaming_from_hf=true", file=file) == ("shards", "parquet")
     assert data("train.sample_list_path=other.txt", file=file) == ("other.txt", "sample_list")
@@ -73,13 +71,7 @@ def test_renamed(old: str):
     value = {bool: not default, str: "aot_eager" if "backend" in new else "text"}.get(
         type(default), 1 if key.most == 1 else 4
     )
-    value = (
-        0.5
-        if new.endswith("fraction")
-        else [{"path": "a", "weight": 2}]
-        if new.endswith("datasets")
-        else value
-    )
+    value = 0.5 if new.endswith("fraction") else [{"path": "a", "weight": 2}] if new.endswith("datasets") else value
     section, name = old.split(".")
     changed = config_from_mapping({section: {name: value}})
     section, name = new.split(".")
@@ -151,8 +143,6 @@ def test_the_users_readme_and_the_published_recipe(tmp_path: Path):
         "        saveckp_freq: 20, cache_dataset: true, dataset_path: 'ImageNet:split=TRAIN'}\n"
         "optim: {lr: 0.0}\nstudent: {block_chunks: 4}\n"
     )
-    config = load_config(
-        file, ["train.streaming_from_hf=false", "train.sample_list_path=sample_dataset_list.txt"]
-    )
+    config = load_config(file, ["train.streaming_from_hf=false", "train.sample_list_path=sample_dataset_list.txt"])
     validate(config, world_size=8)
     assert (config.data.path, config.data.kind) == ("sample_dataset_list.txt", "sample_list")

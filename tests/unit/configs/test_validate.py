@@ -64,9 +64,7 @@ def test_all_faults_at_once():
 def test_values_that_were_put_in_later_are_checked_too():
     config = load_config(None, [DATA])
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, base_lr=-1.0))
-    with pytest.raises(
-        ConfigError, match=r"optim.base_lr = -1.0 is out of range; expected a number in \(0, 1000\]"
-    ):
+    with pytest.raises(ConfigError, match=r"optim.base_lr = -1.0 is out of range; expected a number in \(0, 1000\]"):
         validate(config, world_size=1)
 
 

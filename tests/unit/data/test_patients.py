@@ -53,9 +53,7 @@ def test_names_of_a_tcga_slide(name: str) -> None:
     assert comparable(name) in names_of(f"/data/{TCGA}.svs")
 
 
-@pytest.mark.parametrize(
-    "name", ["TCGA-A6", "TCGA-A6-267", "TCGA-A6-2671", "TCGA-A6-2670-01Z", "data", "/data", ""]
-)
+@pytest.mark.parametrize("name", ["TCGA-A6", "TCGA-A6-267", "TCGA-A6-2671", "TCGA-A6-2670-01Z", "data", "/data", ""])
 def test_not_names_of_a_tcga_slide(name: str) -> None:
     assert comparable(name) not in names_of(f"/data/{TCGA}.svs")
 

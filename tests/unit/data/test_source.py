@@ -8,9 +8,7 @@ from PIL import Image
 
 from dinov2.data.source import DecodeError, decode_image
 
-SMOOTH = np.asarray(
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((64, 48))
-)
+SMOOTH = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((64, 48)))
 
 
 def encoded(image: Image.Image, encoding: str, **options: object) -> bytes:

@@ -55,9 +55,7 @@ def test_wrong_exclusion_files(name: str, content: bytes, message: str, tmp_path
 
 @pytest.mark.parametrize("name", ["missing.txt", ""])
 def test_no_exclusion_file(name: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match="does not exist; a text file of one patient or slide per line"
-    ):
+    with pytest.raises(FileNotFoundError, match="does not exist; a text file of one patient or slide per line"):
         read_exclusions(tmp_path / name)
 
 

@@ -54,9 +54,7 @@ def test_places_come_from_the_environment_and_are_the_task_s_own(task):
     assert {item["init_args"]["root"] for item in datasets["predict"]} == {"${oc.env:DATA_ROOT}"}
     written = callbacks["ClassificationEmbeddingsWriter"]["dataloader_idx_map"]
     assert [item["init_args"]["split"] for item in datasets["predict"]] == list(written.values())
-    assert {item["init_args"]["split"] for role, item in datasets.items() if role != "predict"} == set(
-        written.values()
-    )
+    assert {item["init_args"]["split"] for role, item in datasets.items() if role != "predict"} == set(written.values())
     assert ("test" in datasets) == (task in WITH_TEST)
 
 

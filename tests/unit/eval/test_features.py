@@ -116,9 +116,7 @@ class Mean(torch.nn.Module):
 def tiles(tmp_path):
     """Grey tiles 0, 10, ... 100 of unequal sizes."""
     for number in range(11):
-        Image.fromarray(np.full((14 + number, 20, 3), 10 * number, np.uint8)).save(
-            tmp_path / f"{number:02}.png"
-        )
+        Image.fromarray(np.full((14 + number, 20, 3), 10 * number, np.uint8)).save(tmp_path / f"{number:02}.png")
     return ImageFiles(tmp_path, [f"{number:02}.png" for number in range(11)])
 
 

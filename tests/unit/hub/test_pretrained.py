@@ -111,9 +111,7 @@ def test_files_without_a_backbone(content, teacher, tmp_path):
 
 
 def test_missing_file():
-    with pytest.raises(
-        FileNotFoundError, match=r"'/no/such/weights.pth' does not exist; give a .pth file or a URL"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'/no/such/weights.pth' does not exist; give a .pth file or a URL"):
         read_checkpoint("/no/such/weights.pth")
 
 
@@ -208,9 +206,7 @@ def test_published_addresses(arch, registers, name):
 
 @pytest.mark.parametrize("what", [("vit_tiny", 14, 4), ("vit_giant2", 16, 4), ("vit_giant2", 14, 2)])
 def test_unpublished_architectures(what):
-    with pytest.raises(
-        ValueError, match=f"no published DINOv2 weights for {what[0]} with patch size {what[1]}"
-    ):
+    with pytest.raises(ValueError, match=f"no published DINOv2 weights for {what[0]} with patch size {what[1]}"):
         published_url(*what)
 
 

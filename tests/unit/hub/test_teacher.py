@@ -142,17 +142,13 @@ def test_wrong_json(described, message, tmp_path):
 def test_architecture_that_cannot_be_inferred(tmp_path):
     state = vit_demo(patch_size=14, img_size=28).state_dict()
     torch.save({**state, "cls_token": torch.zeros(1, 1, 130)}, tmp_path / "teacher.pth")
-    with pytest.raises(
-        ValueError, match=r"cannot be inferred from its width 130.*put a JSON with its architecture"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be inferred from its width 130.*put a JSON with its architecture"):
         load_teacher(tmp_path / "teacher.pth")
 
 
 def test_files_that_hold_no_teacher(tmp_path):
     torch.save({"teacher": {"token.weight": torch.zeros(1, 1, 128)}}, tmp_path / "other.pth")
-    with pytest.raises(
-        ValueError, match=r"other.pth' hold no backbone: cls_token, pos_embed, .* a DINOv2 ViT is"
-    ):
+    with pytest.raises(ValueError, match=r"other.pth' hold no backbone: cls_token, pos_embed, .* a DINOv2 ViT is"):
         load_teacher(tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_teacher(tmp_path / "none.pth")
@@ -281,9 +277,7 @@ def test_files_of_something_else(kind, message, tmp_path):
 def test_damaged_files(kind, tmp_path):
     path = tmp_path / ("teacher.safetensors" if kind == "safetensors of text" else "teacher.pth")
     torch.save(vit_demo(patch_size=14, img_size=28).state_dict(), path)
-    path.write_bytes(
-        {"truncated": path.read_bytes()[:9000], "empty": b""}.get(kind, b"version https://git-lfs")
-    )
+    path.write_bytes({"truncated": path.read_bytes()[:9000], "empty": b""}.get(kind, b"version https://git-lfs"))
     with pytest.raises(ValueError, match=r"teacher\.\w+' cannot be read \(.*\); a PyTorch .pth or") as error:
         load_teacher(path)
     assert "\n" not in str(error.value)
@@ -305,9 +299,7 @@ def test_folder(tmp_path):
         load_teacher(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"checkpoint_path": True}, {"feature_map": True}, {"output": "cls_mean"}]
-)
+@pytest.mark.parametrize("options", [{}, {"checkpoint_path": True}, {"feature_map": True}, {"output": "cls_mean"}])
 @torch.no_grad()
 def test_torch_hub(options, tmp_path):
     path, teacher = export(tmp_path)
@@ -357,9 +349,7 @@ def rotary(monkeypatch):
     module = ModuleType("rotary_backbone")
     module.Rotary = Rotary
     monkeypatch.setitem(sys.modules, "rotary_backbone", module)
-    monkeypatch.setattr(
-        Rotary, "describe", lambda self: {"arch": "rotary_backbone:Rotary", "width": 16}, raising=False
-    )
+    monkeypatch.setattr(Rotary, "describe", lambda self: {"arch": "rotary_backbone:Rotary", "width": 16}, raising=False)
     return randomise(Rotary(width=16)).eval()
 
 

@@ -108,9 +108,7 @@ def test_no_float32_kernel_on_the_gpu(name):
 
 
 def test_unknown_backend():
-    with pytest.raises(
-        ValueError, match=r"attention_backend = 'fast' is unknown; choose 'sdpa', .* or 'xformers'\.$"
-    ):
+    with pytest.raises(ValueError, match=r"attention_backend = 'fast' is unknown; choose 'sdpa', .* or 'xformers'\.$"):
         Attention(8, num_heads=2, backend="fast")
 
 
@@ -153,9 +151,7 @@ def test_xformers_built_for_another_torch(xformers):
 
     xformers.memory_efficient_attention = no_kernel
     attention = Attention(8, num_heads=2, backend="xformers")
-    with pytest.raises(
-        ValueError, match=r"no kernel here for torch.float32 on cpu \(No operator.*choose 'sdpa'\.$"
-    ):
+    with pytest.raises(ValueError, match=r"no kernel here for torch.float32 on cpu \(No operator.*choose 'sdpa'\.$"):
         attention(torch.randn(23, 8), SEGMENTS)
 
 

@@ -83,9 +83,7 @@ def test_kept_counts_at_p_04(batch, count):
         seen.append((rows.shape, kept))
         return torch.ones_like(rows)
 
-    out = add_branch(
-        torch.zeros(2 * batch, D), branch, segments, [draw_orders(segments, 1, "cpu")[0][0]], 0.4
-    )
+    out = add_branch(torch.zeros(2 * batch, D), branch, segments, [draw_orders(segments, 1, "cpu")[0][0]], 0.4)
     assert seen == [((2 * count, D), ((count, 2),))]
     assert Counter(out.flatten().tolist()) == {
         **({0.0: 2 * D * (batch - count)} if batch > count else {}),
@@ -99,9 +97,7 @@ def test_updates_are_unbiased_over_draws():
     assert (orders[:, 0].sort(dim=1).values == torch.arange(batch)).all()
     total = torch.zeros(batch, 1, dtype=torch.float64)
     for order in orders:
-        total += add_branch(
-            torch.zeros_like(total), lambda rows, _: torch.ones_like(rows), ((batch, 1),), [order], 0.4
-        )
+        total += add_branch(torch.zeros_like(total), lambda rows, _: torch.ones_like(rows), ((batch, 1),), [order], 0.4)
     # Three of five are kept: each update is 5/3 with probability 3/5, its deviation sqrt(2/3).
     deviation = (2 / 3 / draws) ** 0.5
     assert ((total / draws - 1).abs() < 4.5 * deviation).all()

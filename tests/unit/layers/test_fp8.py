@@ -164,9 +164,7 @@ def test_the_cpu_can():
     assert fp8_problem("cpu") is None
 
 
-@pytest.mark.parametrize(
-    ("capability", "can"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)]
-)
+@pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])
 def test_gpus_can_from_ada_on(monkeypatch, capability, can):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
@@ -178,4 +176,4 @@ def test_gpus_can_from_ada_on(monkeypatch, capability, can):
 def test_other_devices_and_old_torch_cannot(monkeypatch):
     assert "not implemented for mps" in fp8_problem("mps")
     monkeypatch.delattr(torch, "_scaled_mm")
-    assert "has no FP8 products" in fp8_problem("cpu")
+    assert "has no FP8 matmuls" in fp8_problem("cpu")

@@ -32,11 +32,7 @@ class KeptBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given, made = (
-            {
-                t.untyped_storage()._cdata: t.untyped_storage()
-                for t in tree_leaves(tree)
-                if isinstance(t, Tensor)
-            }
+            {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)}
             for tree in ((args, kwargs), out)
         )
         self.given |= given.keys() - self.made.keys()
@@ -147,7 +143,5 @@ def test_two_passes_through_the_same_weights(blocks, mode):
 
 
 def test_unknown_mode():
-    with pytest.raises(
-        ValueError, match=r"^recompute = 'some' is unknown; choose 'none', 'selective' or 'full'\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^recompute = 'some' is unknown; choose 'none', 'selective' or 'full'\.$"):
         recomputed(lambda x: x, "some")

@@ -56,9 +56,7 @@ def test_cross_entropy_equals_the_formulas(make, padding, dtype):
     weight = (torch.arange(len(teacher)) < len(real)).double()
     student, factor = cosines(*teacher.shape).to(dtype), torch.arange(1.0, len(teacher) + 1)
 
-    expected = value_and_grad(
-        lambda s: (reference.cross_entropy(targets, s, TAU) * factor).sum(), student.double()
-    )
+    expected = value_and_grad(lambda s: (reference.cross_entropy(targets, s, TAU) * factor).sum(), student.double())
     assigned = sinkhorn_assignments(teacher, TEMP, row_weight=weight)
     value, grad = value_and_grad(lambda s: (soft_cross_entropy(s, assigned, TAU) * factor).sum(), student)
     assert isinstance(assigned, Assignments)
@@ -86,9 +84,7 @@ def test_extreme_logits(scale):
 def test_ibot_takes_either_form():
     student, teacher, weight = cosines(8, K), cosines(8, K), torch.tensor([0.5] * 6 + [0.0] * 2)
     targets = reference.sinkhorn(teacher[:6], TEMP, 3)
-    expected = value_and_grad(
-        lambda s: (reference.cross_entropy(targets, s[:6], TAU) * 0.5).sum() / 4, student
-    )
+    expected = value_and_grad(lambda s: (reference.cross_entropy(targets, s[:6], TAU) * 0.5).sum() / 4, student)
     assigned = sinkhorn_assignments(teacher, TEMP, row_weight=weight > 0)
     for target in (assigned, assigned.probs()):
         torch.testing.assert_close(
@@ -104,9 +100,7 @@ def test_several_matrices_share_their_collectives(monkeypatch):
     weights = [None, torch.arange(9) < 6, None]
     reduced = {"sum": [], "max": []}
     for name, sizes in reduced.items():
-        monkeypatch.setattr(
-            sinkhorn, f"all_reduce_{name}", lambda t, sizes=sizes: sizes.append(t.numel()) or t
-        )
+        monkeypatch.setattr(sinkhorn, f"all_reduce_{name}", lambda t, sizes=sizes: sizes.append(t.numel()) or t)
     together = sinkhorn_assignments_of(batches, TEMP, 4, weights)
     assert reduced == {"sum": [K + 7 + K] * 4, "max": [K + 7 + K]}
     expected = [reference.sinkhorn(batches[0], TEMP, 4), reference.sinkhorn(batches[1][:6], TEMP, 4)]
@@ -124,9 +118,7 @@ def test_tiles_of_any_length_give_the_same(monkeypatch, elements):
     assigned = sinkhorn_assignments(teacher, TEMP)
     torch.testing.assert_close(assigned.probs(), expected_targets, rtol=1e-11, atol=1e-14)
     for student, target in ((several[0], assigned), (several, expected_targets)):
-        expected = value_and_grad(
-            lambda s: reference.cross_entropy(expected_targets, s, TAU).square().sum(), student
-        )
+        expected = value_and_grad(lambda s: reference.cross_entropy(expected_targets, s, TAU).square().sum(), student)
         actual = value_and_grad(lambda s, t=target: soft_cross_entropy(s, t, TAU).square().sum(), student)
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
@@ -250,9 +242,7 @@ def test_autocast_does_not_lower_the_precision():
 def test_targets_carry_no_gradient():
     logits = cosines(7, K).requires_grad_()
     assert not sinkhorn_knopp(logits, TEMP).requires_grad
-    (grad,) = torch.autograd.grad(
-        soft_cross_entropy(logits, sinkhorn_assignments(logits, TEMP), TAU).sum(), logits
-    )
+    (grad,) = torch.autograd.grad(soft_cross_entropy(logits, sinkhorn_assignments(logits, TEMP), TAU).sum(), logits)
     targets = reference.sinkhorn(logits.detach(), TEMP, 3)
     expected = value_and_grad(lambda s: reference.cross_entropy(targets, s, TAU).sum(), logits)[1]
     torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-12)

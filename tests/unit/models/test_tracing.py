@@ -60,9 +60,7 @@ def test_block_compiles_without_a_graph_break():
     expected = block(x, SEGMENTS, orders)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)(x, SEGMENTS, orders)
     torch.testing.assert_close(compiled, expected)
-    grads = [
-        torch.autograd.grad(out.square().sum(), [x, *block.parameters()]) for out in (compiled, expected)
-    ]
+    grads = [torch.autograd.grad(out.square().sum(), [x, *block.parameters()]) for out in (compiled, expected)]
     torch.testing.assert_close(*grads)
 
 

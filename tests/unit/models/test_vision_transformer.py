@@ -106,9 +106,7 @@ def test_several_crop_sizes_equal_separate_calls():
     assert unmasked[0]["masks"] is None
 
 
-@pytest.mark.parametrize(
-    ("uniform", "rates"), [(True, [0.4, 0.4, 0.4, 0.4]), (False, [0, 0.4 / 3, 0.8 / 3, 0.4])]
-)
+@pytest.mark.parametrize(("uniform", "rates"), [(True, [0.4, 0.4, 0.4, 0.4]), (False, [0, 0.4 / 3, 0.8 / 3, 0.4])])
 def test_rates_of_stochastic_depth(uniform, rates):
     model = DinoVisionTransformer(**{**SMALL, "depth": 4}, drop_path_rate=0.4, drop_path_uniform=uniform)
     assert [block.drop_path_rate for block in model.blocks] == pytest.approx(rates)
@@ -130,9 +128,7 @@ def test_stochastic_depth_acts_in_training_only():
 def test_every_branch_draws_its_own_images():
     model, seen = random_backbone(drop_path_rate=0.4, drop_path_uniform=True).train(), []
     for block in model.blocks:
-        block.register_forward_pre_hook(
-            lambda _, args: seen.extend(order for orders in args[2] for order in orders)
-        )
+        block.register_forward_pre_hook(lambda _, args: seen.extend(order for orders in args[2] for order in orders))
     model([images(40, 14), images(40, 28)], is_training=True)
     assert len({tuple(order[0].tolist()) for order in seen}) == 3 * 2 * 2  # blocks, branches, crop sizes
 
@@ -141,11 +137,7 @@ def independent_grid(model, rows, columns):
     """Positions for a grid by PyTorch's interpolation, with exact sides or with the scale (side + offset) / 4."""
     grid = model.pos_embed[0, 1:].reshape(4, 4, 96).permute(2, 0, 1)[None].float()
     offset = model.interpolate_offset
-    sides = (
-        {"scale_factor": ((rows + offset) / 4, (columns + offset) / 4)}
-        if offset
-        else {"size": (rows, columns)}
-    )
+    sides = {"scale_factor": ((rows + offset) / 4, (columns + offset) / 4)} if offset else {"size": (rows, columns)}
     grid = F.interpolate(grid, mode="bicubic", antialias=model.interpolate_antialias, **sides)
     return grid[0].permute(1, 2, 0).reshape(rows * columns, 96).double()
 

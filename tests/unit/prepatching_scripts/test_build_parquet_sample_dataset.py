@@ -46,9 +46,7 @@ def cut(row: dict) -> np.ndarray:
         return np.asarray(slide.read_region((row["x"], row["y"]), row["level"], size).convert("RGB"))
 
 
-def test_schema_layout_and_metadata(
-    sample_list: Path, demo_slides: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_schema_layout_and_metadata(sample_list: Path, demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
     assert build(sample_list, tmp_path / "out") == 0
     shards = sorted((tmp_path / "out").glob("*.parquet"))
     assert [shard.name for shard in shards] == ["00000000.parquet", "00000001.parquet"]
@@ -71,9 +69,7 @@ def test_schema_layout_and_metadata(
         assert {row["task_id"] for row in rows} == {shard.stem}
         assert len({row["slide_path"] for row in rows}) == 1, "one slide per shard"
     listed = {tuple(line.rsplit(" ", 3)) for line in sample_list.read_text().splitlines()}
-    written = [
-        (r["slide_path"], str(r["x"]), str(r["y"]), str(r["level"])) for r in rows_of(tmp_path / "out")
-    ]
+    written = [(r["slide_path"], str(r["x"]), str(r["y"]), str(r["level"])) for r in rows_of(tmp_path / "out")]
     assert len(written) == 300 and set(written) == listed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "00000000.parquet", "00000001.parquet", "_build.json"
@@ -198,15 +194,10 @@ def test_a_damaged_shard_is_named(short_list: Path, tmp_path: Path, caplog: pyte
     damaged.unlink()
     assert build(short_list, out, *SMALL) == 0 and contents(out) == whole
     (out / "_build.json").write_text("{}")
-    assert (
-        build(short_list, out, *SMALL) == 2
-        and "_build.json' does not describe a build" in caplog.messages[-1]
-    )
+    assert build(short_list, out, *SMALL) == 2 and "_build.json' does not describe a build" in caplog.messages[-1]
     (out / "_build.json").unlink()
     (out / "failures.jsonl").write_text("mine\n")
-    assert (
-        build(short_list, out, *SMALL) == 2 and "failures.jsonl' was not made by this" in caplog.messages[-1]
-    )
+    assert build(short_list, out, *SMALL) == 2 and "failures.jsonl' was not made by this" in caplog.messages[-1]
 
 
 def test_a_slide_that_keeps_failing_is_given_up(train_slide: Path, tmp_path: Path) -> None:
@@ -235,9 +226,7 @@ def test_six_columns_give_patches_of_the_listed_resolution(train_slide: Path, tm
     for row in rows:
         side = row["read_size"]
         with openslide.OpenSlide(train_slide) as slide:
-            region = np.asarray(
-                slide.read_region((row["x"], row["y"]), row["level"], (side, side)).convert("RGB")
-            )
+            region = np.asarray(slide.read_region((row["x"], row["y"]), row["level"], (side, side)).convert("RGB"))
         edges, pixel = np.linspace(0, side, 225), np.arange(side)
         overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
         shares = overlap.clip(0) * 224 / side
@@ -246,9 +235,7 @@ def test_six_columns_give_patches_of_the_listed_resolution(train_slide: Path, tm
         assert np.abs(pixels - exact).max() <= 0.51
 
 
-def test_resolutions_from_a_table(
-    make_slide: MakeSlide, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_resolutions_from_a_table(make_slide: MakeSlide, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     listed, table = tmp_path / "list.txt", tmp_path / "mpp.csv"
     listed.write_text("".join(f"{make_slide(name)} 0 0 0\n" for name in ("a.svs", "b.svs")))
     table.write_text("slide,mpp\na,0.3\n")
@@ -319,10 +306,7 @@ def test_bad_lists_are_refused_in_one_sentence(
 @pytest.mark.data
 def test_real_slides(jpeg_slide: Path, jpeg2000_slide: Path, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
-    assert (
-        create_list([str(jpeg_slide.parent), "--output", str(listed), "--per-level", "10", "--workers", "1"])
-        == 0
-    )
+    assert create_list([str(jpeg_slide.parent), "--output", str(listed), "--per-level", "10", "--workers", "1"]) == 0
     assert build(listed, tmp_path / "out") == 0
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 30
@@ -335,6 +319,4 @@ def test_real_slides(jpeg_slide: Path, jpeg2000_slide: Path, tmp_path: Path) -> 
             exact = coarse[line : line + 224, column : column + 224]
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["image_bytes"]))), exact)
         says = row["slide_id"] == jpeg_slide.stem
-        assert (row["mpp"], row["mpp_source"]) == (
-            (pytest.approx(0.499), "slide") if says else (None, "none")
-        )
+        assert (row["mpp"], row["mpp_source"]) == ((pytest.approx(0.499), "slide") if says else (None, "none"))

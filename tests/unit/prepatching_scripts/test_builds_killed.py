@@ -90,9 +90,7 @@ fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, 2)  # a builder of part 1
 print(flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         for options in (("--num-parts", "4", "--part", "1"), ()):
             assert build(short_list, out, *SMALL, *options) == 2

@@ -88,12 +88,7 @@ def test_meta_tells_how_the_list_was_made(train_slide: Path, tmp_path: Path) -> 
 def test_list_depends_on_seed_and_slide_only(demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
     folder = demo_slides[0].parent
     one, same, other, alone = (tmp_path / f"{name}.txt" for name in ("one", "same", "other", "alone"))
-    assert (
-        create(folder, one)
-        == create(folder, same, "--workers", "2")
-        == create(folder, other, "--seed", "1")
-        == 0
-    )
+    assert create(folder, one) == create(folder, same, "--workers", "2") == create(folder, other, "--seed", "1") == 0
     assert create(demo_slides[1], alone) == 0
     assert one.read_bytes() == same.read_bytes()
     assert not set(lines_of(one)) & set(lines_of(other))
@@ -198,9 +193,7 @@ def test_six_columns_by_mpp(demo_slides: tuple[Path, Path], tmp_path: Path) -> N
     assert meta["num_patches_by_mpp"] == {"0.35": 14, "0.5": 14} and meta["num_targets_skipped"] == 2
     assert meta["num_patches_by_level"] == {"0": 14, "1": 14} and meta["slide_mpp"] == {}
     records = [json.loads(line) for line in Path(f"{output}.failures.jsonl").read_text().splitlines()]
-    assert [(record["slide"], record["mpp"]) for record in records] == [
-        (str(s), 0.2) for s in sorted(demo_slides)
-    ]
+    assert [(record["slide"], record["mpp"]) for record in records] == [(str(s), 0.2) for s in sorted(demo_slides)]
     samples = read_sample_list(output)
     assert sorted(samples.mpp.tolist()) == [np.float32(0.35)] * 14 + [0.5] * 14
 

@@ -100,14 +100,10 @@ def test_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, monkeypatch:
     assert [path.name for path in output.iterdir()] == ["tiles.index.part"]
     assert run(folder, output) == 0
     assert parsed == ["plain.svs", "train.svs", "train.svs"]
-    assert set(TileIndexes(output / "tiles.index")) == {
-        str(folder / name) for name in ("deep/plain.svs", "train.svs")
-    }
+    assert set(TileIndexes(output / "tiles.index")) == {str(folder / name) for name in ("deep/plain.svs", "train.svs")}
 
 
-@pytest.mark.parametrize(
-    ("cut", "expected"), [(0.9, ["train.svs"]), (0.05, ["plain.svs", "train.svs"]), (0, None)]
-)
+@pytest.mark.parametrize(("cut", "expected"), [(0.9, ["train.svs"]), (0.05, ["plain.svs", "train.svs"]), (0, None)])
 def test_damaged_part_of_a_stopped_run_is_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float, expected: list[str] | None
 ) -> None:
@@ -147,9 +143,7 @@ def test_only_what_changed_is_parsed_again(
         "plain.svs": 0.5, "new.svs": 0.3, "train.svs": 0.25}  # fmt: skip
 
 
-def test_zarr_references_lead_to_the_tiles(
-    folder: Path, tmp_path: Path, stored_levels: list[np.ndarray]
-) -> None:
+def test_zarr_references_lead_to_the_tiles(folder: Path, tmp_path: Path, stored_levels: list[np.ndarray]) -> None:
     assert run(folder, tmp_path / "index", "--zarr", "--max-failed-share", "0.5") == 0
     path = tmp_path / "index/zarr/train.svs.json"
     assert (tmp_path / "index/zarr/deep/plain.svs.json").is_file()
@@ -166,9 +160,7 @@ def test_zarr_references_lead_to_the_tiles(
     assert "0.25" in reference.cat(".zattrs").decode()
 
 
-def test_zarr_arrays_hold_the_stored_pixels(
-    folder: Path, tmp_path: Path, stored_levels: list[np.ndarray]
-) -> None:
+def test_zarr_arrays_hold_the_stored_pixels(folder: Path, tmp_path: Path, stored_levels: list[np.ndarray]) -> None:
     imagecodecs.numcodecs.register_codecs(verbose=False)
     run(folder, tmp_path / "index", "--zarr")
     options = {"fo": str(tmp_path / "index/zarr/train.svs.json"), "remote_protocol": "file"}

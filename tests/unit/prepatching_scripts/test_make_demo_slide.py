@@ -48,9 +48,7 @@ def test_stains_change_their_colours() -> None:
     assert (white > 250).all()
 
 
-def test_slides_are_reproducible_and_never_overwritten(
-    demo_slides: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_slides_are_reproducible_and_never_overwritten(demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
     again = make_demo_slide.make_demo_slides(tmp_path)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in demo_slides]
     with pytest.raises(FileExistsError, match=r"demo_train.svs' exists already; name another --output-dir"):

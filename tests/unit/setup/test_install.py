@@ -94,9 +94,7 @@ def install(root, **variables):
         "BUILDS": "default:2.15:",
         **variables,
     }
-    result = subprocess.run(
-        [root / "install.sh"], env=environment, capture_output=True, text=True, timeout=60
-    )
+    result = subprocess.run([root / "install.sh"], env=environment, capture_output=True, text=True, timeout=60)
     return result, record.read_text().splitlines()
 
 

@@ -68,9 +68,7 @@ def refusal(result):
 
 
 def test_one_node_by_default_starts_eight_processes(repository, tmp_path):
-    arguments = arguments_of(
-        launch(repository, "run_1node.sh", "optim.lr=1e-4", "train.name=a b", cwd=tmp_path)
-    )
+    arguments = arguments_of(launch(repository, "run_1node.sh", "optim.lr=1e-4", "train.name=a b", cwd=tmp_path))
     assert arguments == [
         *(str(repository / "scripts/_torchrun.py"), "--nnodes", "1", "--nproc_per_node", "8", "--standalone"),
         str(repository / "dinov2/train/train.py"),
@@ -110,9 +108,7 @@ def test_variables_override_the_defaults(repository, tmp_path):
 
 def test_nodes_agree_on_where_to_meet(repository):
     master = arguments_of(launch(repository, "run_master_node.sh", NNODES="3", MASTER_ADDR="10.0.0.1"))
-    other = arguments_of(
-        launch(repository, "run_other_nodes.sh", NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1")
-    )
+    other = arguments_of(launch(repository, "run_other_nodes.sh", NNODES="3", NODE_RANK="2", MASTER_ADDR="10.0.0.1"))
     for option in ("--nnodes", "--nproc_per_node", "--master_addr", "--master_port", "--config-file"):
         assert value_of(master, option) == value_of(other, option)
     assert (value_of(master, "--node_rank"), value_of(other, "--node_rank")) == ("0", "2")
@@ -220,9 +216,7 @@ def test_wrong_variables_are_refused_in_one_sentence(repository, variables, mess
 def test_other_nodes_need_an_address_and_a_rank_below_the_number_of_nodes(repository):
     assert "MASTER_ADDR is not set" in refusal(launch(repository, "run_other_nodes.sh"))
     variables = dict(MASTER_ADDR="10.0.0.1", NODE_RANK="2")
-    assert "NODE_RANK=2 is not below NNODES=2" in refusal(
-        launch(repository, "run_other_nodes.sh", **variables)
-    )
+    assert "NODE_RANK=2 is not below NNODES=2" in refusal(launch(repository, "run_other_nodes.sh", **variables))
 
 
 def test_hidden_gpus_train_on_the_cpu(repository):

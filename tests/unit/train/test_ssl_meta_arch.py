@@ -67,8 +67,7 @@ def test_losses_centres_and_gradients_equal_the_slow_reference(overrides: tuple[
     config = config_of(*overrides)
     arch = perturbed_arch(config).double()
     centers = tuple(
-        torch.zeros(loss.center.shape[-1], dtype=torch.float64)
-        for loss in (arch.dino_loss, arch.ibot_patch_loss)
+        torch.zeros(loss.center.shape[-1], dtype=torch.float64) for loss in (arch.dino_loss, arch.ibot_patch_loss)
     )
     parameters = dict(arch.student.named_parameters())
     for step in range(2):  # the second one with centres that have moved
@@ -105,8 +104,7 @@ def test_losses_centres_and_gradients_equal_the_slow_reference(overrides: tuple[
 def test_a_term_of_weight_zero_is_left_out(section: str, left_out: set[str]):
     batch = random_batch(config_of(), images=4)
     everything, others = (
-        SSLMetaArch(config).compute_losses(batch, TEMP).keys()
-        for config in (config_of(), config_of(f"{section}=0"))
+        SSLMetaArch(config).compute_losses(batch, TEMP).keys() for config in (config_of(), config_of(f"{section}=0"))
     )
     assert everything - others == left_out
 
@@ -251,9 +249,7 @@ def test_a_bad_step_leaves_the_teacher_bit_identical():
 
 def test_teacher_starts_as_the_student_and_is_never_trained():
     arch = SSLMetaArch(config_of("student.drop_path_rate=0.3"))
-    for (name, student), teacher in zip(
-        arch.student.named_parameters(), arch.teacher.parameters(), strict=True
-    ):
+    for (name, student), teacher in zip(arch.student.named_parameters(), arch.teacher.parameters(), strict=True):
         assert torch.equal(student, teacher), name
         assert student.data_ptr() != teacher.data_ptr()
         assert student.requires_grad and not teacher.requires_grad

@@ -62,12 +62,8 @@ def test_older_spellings_of_options_stay_valid():
     parser = argparse.ArgumentParser()
     for add in (cli.add_pooling, cli.add_dtype, cli.add_image_size, cli.add_device, cli.add_workers):
         add(parser)
-    old = parser.parse_args(
-        ["--output-tokens", "cls_mean", "--autocast", "bf16", "--size", "98", "--num-workers", "3"]
-    )
-    new = parser.parse_args(
-        ["--pooling", "cls_mean", "--dtype", "bf16", "--image-size", "98", "--workers", "3"]
-    )
+    old = parser.parse_args(["--output-tokens", "cls_mean", "--autocast", "bf16", "--size", "98", "--num-workers", "3"])
+    new = parser.parse_args(["--pooling", "cls_mean", "--dtype", "bf16", "--image-size", "98", "--workers", "3"])
     assert old == new and vars(new) == {
         "pooling": "cls_mean", "dtype": "bf16", "image_size": 98, "device": None, "workers": 3,
     }  # fmt: skip

@@ -41,10 +41,7 @@ def test_what_a_part_needs_is_missed_only_where_it_is_used():
 
 def test_names_can_be_checked_without_importing_torch():
     program = "import sys, dinov2.extensions; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-        == "False False\n"
-    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False False\n"
 
 
 @pytest.mark.parametrize("table", ["LOSSES", "AUGMENTATIONS", "SOURCES", "BACKBONES", "PROBES"])

@@ -44,9 +44,7 @@ class Hed(AugmentationStep):
         return perturb_stains(image, *params, clip=self.options.hed_clip)
 
 
-def perturb_stains(
-    image: np.ndarray, scale: Sequence[float], shift: Sequence[float], clip: bool = True
-) -> np.ndarray:
+def perturb_stains(image: np.ndarray, scale: Sequence[float], shift: Sequence[float], clip: bool = True) -> np.ndarray:
     """Change each stain's amount: ``hed' = scale * hed + shift`` (Tellez et al., arXiv:1808.05896).
 
     Args:

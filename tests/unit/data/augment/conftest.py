@@ -14,6 +14,4 @@ def tissue() -> np.ndarray:
 @pytest.fixture(scope="session")
 def tiles(tissue: np.ndarray) -> list[np.ndarray]:
     """Nine tiles of it, uint8 (170, 170, 3)."""
-    return [
-        np.ascontiguousarray(tissue[y : y + 170, x : x + 170]) for y in (0, 170, 340) for x in (0, 170, 340)
-    ]
+    return [np.ascontiguousarray(tissue[y : y + 170, x : x + 170]) for y in (0, 170, 340) for x in (0, 170, 340)]

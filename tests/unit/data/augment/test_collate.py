@@ -48,9 +48,7 @@ def test_batch_equals_a_slow_reference():
     digests = [blake2b(sample.slide.encode(), digest_size=8).hexdigest() for sample in samples]
     assert batch["slide_ids"].tolist() == [int(digest, 16) // 2 for digest in digests]
     assert batch["masks"].dtype == torch.bool and batch["mask_weight"].dtype == torch.float32
-    assert all(
-        batch[key].dtype == torch.int64 for key in ("mask_indices", "n_masked", "indices", "slide_ids")
-    )
+    assert all(batch[key].dtype == torch.int64 for key in ("mask_indices", "n_masked", "indices", "slide_ids"))
     assert batch["n_masked"].shape == ()
 
 

@@ -68,9 +68,7 @@ def test_clipped_stains_are_scikit_images_on_a_real_slide():
         pytest.skip(f"{path} is not there")
     region = openslide.OpenSlide(path).read_region((600, 600), 0, (448, 448)).convert("RGB")
     for scale, shift in CHANGES:
-        difference = perturb_stains(np.asarray(region), scale, shift).astype(int) - reference(
-            region, scale, shift
-        )
+        difference = perturb_stains(np.asarray(region), scale, shift).astype(int) - reference(region, scale, shift)
         assert np.abs(difference).max() <= 1
 
 

@@ -109,9 +109,7 @@ def test_drawn_numbers_are_what_they_were():
     rng.random()
     amounts, order = rng.random(4), np.argsort(rng.random(4))
     low, high = np.array([0.8, 0.8, 0.9, -0.05]), np.array([1.2, 1.2, 1.1, 0.05])
-    assert [amount for _, amount in view.params["jitter"]] == pytest.approx(
-        (low + (high - low) * amounts)[order]
-    )
+    assert [amount for _, amount in view.params["jitter"]] == pytest.approx((low + (high - low) * amounts)[order])
 
 
 def test_a_step_that_is_added_or_set_otherwise_changes_no_other_draw():

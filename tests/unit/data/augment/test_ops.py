@@ -40,9 +40,7 @@ def test_grayscale_is_pillows_luma(tiles):
 
 
 @pytest.mark.parametrize("operation", [lambda x: ops.resized_crop(x, 3, 4, 50, 60, 32), ops.grayscale])
-def test_operations_leave_their_input_alone(
-    tissue: np.ndarray, operation: Callable[[np.ndarray], np.ndarray]
-):
+def test_operations_leave_their_input_alone(tissue: np.ndarray, operation: Callable[[np.ndarray], np.ndarray]):
     before = tissue.copy()
     operation(tissue)
     assert np.array_equal(tissue, before)

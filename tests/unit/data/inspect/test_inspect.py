@@ -74,14 +74,10 @@ def test_layout(report: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     }
 
 
-def test_dictionary_codec_and_page_index_are_seen(
-    report: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_dictionary_codec_and_page_index_are_seen(report: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     images = [encode(tile(number % 5), "png") for number in range(40)]
     table = pa.table({"path": [f"s/{number}_0_1.jpg" for number in range(40)], "jpeg": images})
-    pq.write_table(
-        table, tmp_path / "a.parquet", compression="zstd", write_page_index=True, row_group_size=20
-    )
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", write_page_index=True, row_group_size=20)
     stored = report(tmp_path)["stored"]
     assert (stored["compression"], stored["with_dictionary"], stored["with_page_index"]) == (
         {"ZSTD": 2},
@@ -104,9 +100,7 @@ def write_mixed(folder: Path, **options: Any) -> list[str]:
     )
     write_nanopath(folder / "b.parquet", images[:13])
     tiles = [f"t{number % 3}/{number}_0_1.jpg" for number in range(17)]
-    pq.write_table(
-        pa.table({"path": tiles, "jpeg": images[:17]}), folder / "c.parquet", row_group_size=4, **options
-    )
+    pq.write_table(pa.table({"path": tiles, "jpeg": images[:17]}), folder / "c.parquet", row_group_size=4, **options)
     return names + ["b"] * 13 + [name.split("/")[0] for name in tiles]
 
 
@@ -309,9 +303,7 @@ def test_text_says_what_the_json_says(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "usable for training" in text
 
 
-def test_no_dataset(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_dataset(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing"), "--json", "-"]) == 2
     assert "nothing' does not exist" in caplog.text
     assert main([str(tmp_path)]) == 2

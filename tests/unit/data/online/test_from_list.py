@@ -40,9 +40,7 @@ def test_patches_are_the_stored_pixels_at_the_snapped_place(
     train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
 ) -> None:
     """Level-0 places between pixels of level 1 (601, 703) and 2 (602, 701) go to the nearest pixel."""
-    lines = (
-        f"{train_slide} {x} {y} {level}" for x, y, level in [(601, 703, 0), (602, 703, 1), (603, 701, 2)]
-    )
+    lines = (f"{train_slide} {x} {y} {level}" for x, y, level in [(601, 703, 0), (602, 703, 1), (603, 701, 2)])
     source = SlideListSource(write(tmp_path / "list", *lines), tile_size=96)
     for row, (column, top) in enumerate([(601, 703), (301, 352), (151, 175)]):
         expected = stored_levels[row][top : top + 96, column : column + 96]
@@ -65,9 +63,7 @@ def test_six_column_patches_are_cut_at_their_mpp(
     patch = pickle.loads(pickle.dumps(source)).decode(sample_at(source, 0, 1))
     np.testing.assert_allclose(patch, half, atol=0.51)
     prints = {source.fingerprint, SlideListSource(listed, tile_size=64, columns=6).fingerprint}
-    assert (
-        len(prints | {SlideListSource(write(listed, *lines[:1]), columns=6, tile_size=96).fingerprint}) == 3
-    )
+    assert len(prints | {SlideListSource(write(listed, *lines[:1]), columns=6, tile_size=96).fingerprint}) == 3
 
 
 def test_six_columns_need_every_slides_mpp(train_slide: Path, make_slide: MakeSlide, tmp_path: Path) -> None:
@@ -126,9 +122,7 @@ def test_slide_root_finds_moved_slides(train_slide: Path, tmp_path: Path) -> Non
     assert source.read(0, [0])[0][0] == "/data/TCGA/batch 1/s.svs"
     assert source.decode(sample_at(source, 0, 0)).shape == (224, 224, 3)
     assert source.fingerprint == SlideListSource(listed, slide_root=tmp_path / "mnt").fingerprint
-    assert (
-        source.fingerprint != SlideListSource(listed, slide_root=tmp_path / "mnt", tile_size=256).fingerprint
-    )
+    assert source.fingerprint != SlideListSource(listed, slide_root=tmp_path / "mnt", tile_size=256).fingerprint
 
 
 def test_missing_slides_are_found_before_training(train_slide: Path, tmp_path: Path) -> None:

@@ -27,11 +27,7 @@ def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
     original = TissueMask.of_slide
     monkeypatch.setattr(TissueMask, "of_slide", lambda *args: examined.append(1) or original(*args))
     first = prepare_slide(job(slide, folder))
-    assert (
-        isinstance(first, OnlineSlide)
-        and prepare_slide(job(slide, folder)).key == first.key
-        and len(examined) == 1
-    )
+    assert isinstance(first, OnlineSlide) and prepare_slide(job(slide, folder)).key == first.key and len(examined) == 1
     os.utime(slide, ns=(1, 1))
     assert prepare_slide(job(slide, folder)).stem != first.stem and len(examined) == 2
     stricter = TissueRule(min_fraction=0.9)
@@ -66,9 +62,7 @@ def test_a_shared_folder_holds_whole_files_only(make_slide: MakeSlide, tmp_path:
     assert [len(outline["features"]) for outline in outlines] == [1, 1]
 
 
-def test_a_tile_index_saves_the_parsing(
-    make_slide: MakeSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tile_index_saves_the_parsing(make_slide: MakeSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index tells of a slide's mpp too, where its user told it."""
     told, own = make_slide("a.svs"), make_slide("b.svs", "|MPP = 0.25")
     expected = [prepare_slide(job(told, tmp_path / "one", 0.5)), prepare_slide(job(own, tmp_path / "one"))]
@@ -104,9 +98,7 @@ def test_slides_that_give_nothing_say_why(make_slide: MakeSlide, tmp_path: Path)
         assert made.path == str(path) and made.unreadable is unreadable
 
 
-def test_mpp_comes_from_the_slide_then_its_power_then_the_table(
-    make_slide: MakeSlide, tmp_path: Path
-) -> None:
+def test_mpp_comes_from_the_slide_then_its_power_then_the_table(make_slide: MakeSlide, tmp_path: Path) -> None:
     for name, properties, given, source, side in (
         ("a.svs", "|AppMag = 20|MPP = 0.25", 0.5, "slide", 224),
         ("b.svs", "|AppMag = 40", 0.5, "appmag", 224),

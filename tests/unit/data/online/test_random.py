@@ -78,9 +78,7 @@ def run(source: OnlinePatchSource, world: int, workers: int, start: int = 0, ste
 # --- where patches may lie ---
 
 
-def count_by_hand(
-    cells: np.ndarray, cell_px: float, geometry: Geometry, least: float
-) -> set[tuple[int, int]]:
+def count_by_hand(cells: np.ndarray, cell_px: float, geometry: Geometry, least: float) -> set[tuple[int, int]]:
     n = max(1, round(geometry.side * geometry.downsample / cell_px))
 
     def nearest(place: int, blocks: int) -> int:
@@ -126,9 +124,7 @@ def test_slides_smaller_than_a_patch_have_no_places() -> None:
     assert len(Positions.count(mask, Geometry(0, 100, 90, 1.0, 90, 0.5), 0.4)) == 11
 
 
-def test_slides_resolutions_and_places_are_drawn_as_weighted(
-    make: MakeSource, demo_slides: tuple[Path, Path]
-) -> None:
+def test_slides_resolutions_and_places_are_drawn_as_weighted(make: MakeSource, demo_slides: tuple[Path, Path]) -> None:
     """The seed is fixed, so the tests pass or fail for good; a right draw fails them with probability 0.001 each."""
     rows = [SlideRow(str(path), weight) for path, weight in zip(demo_slides, (1.0, 3.0), strict=True)]
     weights = (1.0, 2.0, 4.0, 1.0)
@@ -259,9 +255,7 @@ def test_a_patch_depends_on_seed_and_number_only(make: MakeSource) -> None:
     source = make()
     whole = source.read(2, range(64))
     assert [source.read(2, [row])[0] for row in (63, 0, 17)] == [whole[63], whole[0], whole[17]]
-    assert (
-        pickle.loads(pickle.dumps(source)).read(2, range(64)) == whole and len(pickle.dumps(source)) < 20_000
-    )
+    assert pickle.loads(pickle.dumps(source)).read(2, range(64)) == whole and len(pickle.dumps(source)) < 20_000
     assert [name for name, _ in whole] == source.slides(2)
     other = make(seed=12)
     assert other.read(2, range(64)) != whole and other.fingerprint != source.fingerprint
@@ -309,13 +303,8 @@ def test_damaged_tile_is_replaced_and_named(make: MakeSource, train_slide: Path,
     batches = iter(loader)
     damages = [text for batch in islice(batches, 3) for text in batch["damage"] if text]
     batches.close()
-    assert damages and all(
-        "garbage.svs" in text and "level 0, tile row 3, tile column 4" in text for text in damages
-    )
-    assert all(
-        f"patch {int(text.split()[1].rstrip(','))}, slide" in text and "0.25 um/px" in text
-        for text in damages
-    )
+    assert damages and all("garbage.svs" in text and "level 0, tile row 3, tile column 4" in text for text in damages)
+    assert all(f"patch {int(text.split()[1].rstrip(','))}, slide" in text and "0.25 um/px" in text for text in damages)
 
 
 def test_missing_tile_is_an_error(make: MakeSource, train_slide: Path, tmp_path: Path) -> None:
@@ -336,17 +325,13 @@ def test_unreadable_slides_are_left_out_up_to_a_share(
     broken = tmp_path / "broken.svs"
     broken.write_bytes(train_slide.read_bytes()[:20_000])
     rows = [SlideRow(str(train_slide)), SlideRow(str(broken))]
-    with pytest.raises(
-        ValueError, match=r"1 of 2 slides cannot be read, where 5.0% may be left out; .*broken.svs'"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 2 slides cannot be read, where 5.0% may be left out; .*broken.svs'"):
         make(rows)
     source = make(rows, max_unreadable_share=0.5)
     assert [Path(slide.path).name for slide in source.dropped] == ["broken.svs"]
     assert "broken.svs' is left out" in caplog.text
     assert source.fingerprint != make(rows[:1]).fingerprint
-    with pytest.raises(
-        ValueError, match=r"None of 1 slides gives patches: 1 because at 0\.25 um/px it is coarser"
-    ):
+    with pytest.raises(ValueError, match=r"None of 1 slides gives patches: 1 because at 0\.25 um/px it is coarser"):
         make(rows[:1], options=PatchOptions((0.1,), (1.0,)))
 
 
@@ -405,9 +390,7 @@ def web(demo_slides: tuple[Path, Path]) -> Iterator[str]:
     server.server_close()
 
 
-def test_slides_on_a_server_give_the_same_patches(
-    make: MakeSource, web: str, demo_slides: tuple[Path, Path]
-) -> None:
+def test_slides_on_a_server_give_the_same_patches(make: MakeSource, web: str, demo_slides: tuple[Path, Path]) -> None:
     local, remote = make(), make([SlideRow(f"{web}/{path.name}") for path in demo_slides])
     assert remote.is_remote and not local.is_remote
     assert [data for _, data in remote.read(0, range(64))] == [

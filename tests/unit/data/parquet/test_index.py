@@ -85,9 +85,7 @@ def test_fingerprint_survives_a_move(folder: Path, tmp_path: Path) -> None:
         lambda folder: (folder / "0001.parquet").unlink(),
         lambda folder: shutil.copy(folder / "0001.parquet", folder / "0003.parquet"),
         lambda folder: (folder / "0001.parquet").rename(folder / "0009.parquet"),
-        lambda folder: write_groups(
-            folder / "0000.parquet", pq.read_table(folder / "0000.parquet"), [5, 3, 1]
-        ),
+        lambda folder: write_groups(folder / "0000.parquet", pq.read_table(folder / "0000.parquet"), [5, 3, 1]),
         lambda folder: os.truncate(folder / "0001.parquet", 100),
         lambda folder: (folder / "0001.parquet").write_bytes(
             bytes((folder / "0001.parquet").stat().st_size)  # same size, no footer
@@ -140,17 +138,13 @@ def test_sidecar_replaces_the_footers(folder: Path, tmp_path: Path, monkeypatch:
     ],
     ids=["time", "more shards", "damaged sidecar", "cut sidecar", "other file"],
 )
-def test_outdated_sidecar_is_rebuilt(
-    folder: Path, tmp_path: Path, change: Callable[[Path, Path], object]
-) -> None:
+def test_outdated_sidecar_is_rebuilt(folder: Path, tmp_path: Path, change: Callable[[Path, Path], object]) -> None:
     sidecar = tmp_path / "index.parquet"
     load(folder, sidecar)
     change(folder, sidecar)
     index = load(folder, sidecar)
     assert index.equals(load(folder))
-    assert index["version"].to_pylist() == [
-        str(shard.stat().st_mtime_ns) for shard in sorted(folder.iterdir())
-    ]
+    assert index["version"].to_pylist() == [str(shard.stat().st_mtime_ns) for shard in sorted(folder.iterdir())]
     assert pa.ipc.open_file(sidecar).read_all().equals(index)
 
 
@@ -220,9 +214,7 @@ def test_a_long_indexing_is_reported(
     assert f"indexed 2 of 3 shards of '{folder}'" in caplog.text
 
 
-def test_a_footer_that_points_out_of_its_file_is_damage(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_footer_that_points_out_of_its_file_is_damage(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = (folder / "0000.parquet").read_bytes()
     footer = int.from_bytes(content[-8:-4], "little") + 8
     (folder / "0000.parquet").write_bytes(content[-footer:])  # as if the beginning were lost

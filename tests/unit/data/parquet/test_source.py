@@ -28,9 +28,7 @@ def decode(source: ParquetSource, unit: int, row: int) -> np.ndarray:
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
 def test_published_schema(tmp_path: Path, encoding: str) -> None:
-    path = write_published(
-        tmp_path / "a.parquet", [encode(tile(i), encoding) for i in range(10)], 4, encoding
-    )
+    path = write_published(tmp_path / "a.parquet", [encode(tile(i), encoding) for i in range(10)], 4, encoding)
     source = ParquetSource(str(path))
     for number in range(10):
         np.testing.assert_array_equal(decode(source, *divmod(number, 4)), tile(number))
@@ -230,9 +228,7 @@ def columns(draw: st.DrawFn) -> tuple[pa.Array, dict]:
 
 @settings(max_examples=60, deadline=None)
 @given(columns(), st.integers(0, 2**32))
-def test_rows_are_what_was_written_and_corruption_raises_nothing(
-    table: tuple[pa.Array, dict], seed: int
-) -> None:
+def test_rows_are_what_was_written_and_corruption_raises_nothing(table: tuple[pa.Array, dict], seed: int) -> None:
     values, options = table
     rng = np.random.default_rng(seed)
     with TemporaryDirectory() as folder:

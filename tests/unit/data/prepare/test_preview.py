@@ -20,9 +20,7 @@ def create(source: Path, output: Path, folder: Path, *options: str) -> int:
     return main([str(source), "--output", str(output), "--workers", "1", "--preview", str(folder), *options])
 
 
-def test_thumbnail_is_the_level_shrunk_by_averaging(
-    train_slide: Path, stored_levels: list[np.ndarray]
-) -> None:
+def test_thumbnail_is_the_level_shrunk_by_averaging(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
     """Level 1, 1152 px wide, is the coarsest of at least 1000 px and is shown as it is."""
     image, scale = thumbnail(SlideReader(train_slide))
     np.testing.assert_array_equal(image, stored_levels[1])
@@ -55,8 +53,7 @@ def test_squares_lie_where_the_patches_are(train_slide: Path) -> None:
             drawn[int(side[0])] = sorted(map(tuple, corners[:, 0].astype(int).tolist()))
             assert (side == side[0]).all() and (np.ptp(corners[:, :, 1], axis=1) == side[0]).all()
     assert drawn == {
-        side: sorted((x, y) for x, y, level in draw.rows.tolist() if level == at)
-        for side, at in ((448, 1), (896, 2))
+        side: sorted((x, y) for x, y, level in draw.rows.tolist() if level == at) for side, at in ((448, 1), (896, 2))
     }
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == ["tissue map", "0.5 µm/px (20x) from level 1: 5", "1 µm/px (10x) from level 2: 5",
@@ -121,9 +118,7 @@ def test_restarted_run_draws_the_missing_previews(
     assert json.loads((tmp_path / "list.meta.json").read_text())["num_patches"] == 6
 
 
-def test_slides_of_one_name_get_a_preview_each(
-    train_slide: Path, make_slide: MakeSlide, tmp_path: Path
-) -> None:
+def test_slides_of_one_name_get_a_preview_each(train_slide: Path, make_slide: MakeSlide, tmp_path: Path) -> None:
     other = make_slide(f"other/{train_slide.name}")
     names = tmp_path / "names"
     names.write_text(f"{train_slide}\n{other}\n")

@@ -81,15 +81,11 @@ def test_pixels_are_those_of_the_row(whole: Path) -> None:
             column, line_ = (round(row[axis] / 2 ** row["level"]) * 2 ** row["level"] for axis in "xy")
             image = slide.read_region((column, line_), row["level"], (64, 64)).convert("RGB")
         assert row["image_bytes"] == np.asarray(image).tobytes()
-        assert (
-            row["slide_id"] == Path(row["slide_path"]).stem and row["level_downsample"] == 2 ** row["level"]
-        )
+        assert row["slide_id"] == Path(row["slide_path"]).stem and row["level_downsample"] == 2 ** row["level"]
 
 
 @pytest.mark.parametrize("memory", [TINY, 7 * TINY, TINY / 20])
-def test_memory_does_not_change_the_shards(
-    sample_list: Path, whole: Path, tmp_path: Path, memory: float
-) -> None:
+def test_memory_does_not_change_the_shards(sample_list: Path, whole: Path, tmp_path: Path, memory: float) -> None:
     assert build(sample_list, tmp_path / "out", "--memory-gib", str(memory)) == 0
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -97,9 +93,7 @@ def test_memory_does_not_change_the_shards(
 def test_the_seed_decides_over_the_order(sample_list: Path, whole: Path, tmp_path: Path) -> None:
     assert build(sample_list, tmp_path / "out", "--seed", "6") == 0
     lines = [line(row) for row in rows_of(tmp_path / "out")]
-    assert lines != [line(row) for row in rows_of(whole)] and sorted(lines) == sorted(
-        map(line, rows_of(whole))
-    )
+    assert lines != [line(row) for row in rows_of(whole)] and sorted(lines) == sorted(map(line, rows_of(whole)))
     before = contents(tmp_path / "out")
     assert build(sample_list, tmp_path / "out") == 2, "another seed is another build"
     assert contents(tmp_path / "out") == before
@@ -116,9 +110,7 @@ def test_failed_rows_leave_no_holes(train_slide: Path, tmp_path: Path) -> None:
     shuffled = [(bad[:2] + good + bad[2:])[i] for i in order]
     assert [line(row) for row in rows_of(tmp_path / "out")] == [text for text in shuffled if text not in bad]
     report = (tmp_path / "out" / "failures.jsonl").read_text()
-    assert [line(json.loads(text)) for text in report.splitlines()] == [
-        text for text in shuffled if text in bad
-    ]
+    assert [line(json.loads(text)) for text in report.splitlines()] == [text for text in shuffled if text in bad]
     assert build(listed, tmp_path / "out", "--max-failed-share", "0.1") == 0
     assert (tmp_path / "out" / "failures.jsonl").read_text() == report
 

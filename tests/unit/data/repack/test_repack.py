@@ -64,9 +64,7 @@ def test_an_oversized_row_group_becomes_small_ones(tmp_path: Path) -> None:
     assert repacked.schema.field("slide_path") == table.schema.field("slide_path")
     expected = dict(table.schema.metadata) | {b"row_group_size": b"64"}
     metadata = dict(repacked.schema.metadata)
-    assert (
-        json.loads(metadata.pop(b"repack_source"))["size"] == (tmp_path / "in" / "a.parquet").stat().st_size
-    )
+    assert json.loads(metadata.pop(b"repack_source"))["size"] == (tmp_path / "in" / "a.parquet").stat().st_size
     assert metadata == expected
     footer = pq.read_metadata(tmp_path / "out" / "a.parquet")
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
@@ -82,9 +80,7 @@ def test_an_oversized_row_group_becomes_small_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("column", "image"), [("slide_path", "image_bytes"), ("path", "jpeg")])
-def test_footers_tell_the_slides_so_that_no_slide_column_is_read(
-    tmp_path: Path, column: str, image: str
-) -> None:
+def test_footers_tell_the_slides_so_that_no_slide_column_is_read(tmp_path: Path, column: str, image: str) -> None:
     names = pa.array([f"slide {row // 128}/{row}.jpg" if column == "path" else "slide" for row in range(256)])
     table = pa.table({column: names.dictionary_encode(), image: [b"x"] * 256})
     pq.write_table(table, tmp_path / "a.parquet", write_statistics=False)
@@ -106,9 +102,7 @@ def test_other_types_and_codecs_stay(tmp_path: Path, kind: str) -> None:
         columns |= {"tags": [["a", "b"][: row % 3] for row in rows], "at": [{"x": row} for row in rows]}
     table, codec = pa.table(columns), kind if kind in ("zstd", "lz4") else "none"
     pq.write_table(table, tmp_path / "a.parquet", compression=codec, row_group_size=40)
-    assert (
-        run(tmp_path / "a.parquet", tmp_path / "out", "--row-group-rows", "32", "--compression", "gzip") == 0
-    )
+    assert run(tmp_path / "a.parquet", tmp_path / "out", "--row-group-rows", "32", "--compression", "gzip") == 0
     repacked = pq.ParquetFile(tmp_path / "out" / "a.parquet")
     assert repacked.read().equals(table)
     groups = [repacked.metadata.row_group(number) for number in range(repacked.num_row_groups)]
@@ -230,9 +224,7 @@ def test_another_layout_does_not_mix_with_the_first(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("where", ["in", "in/sub", ".", "in/../in"])
-def test_source_and_destination_must_not_overlap(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
-) -> None:
+def test_source_and_destination_must_not_overlap(tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str) -> None:
     source = write_dataset(tmp_path / "in", [5])
     before = sorted(tmp_path.rglob("*"))
     assert run(source, tmp_path / where) == 2
@@ -303,9 +295,7 @@ def test_what_does_not_read_back_gets_no_name(
 def test_rows_that_are_missing_count_as_corruption(tmp_path: Path) -> None:
     path = write_published(tmp_path / "a.parquet", [b"x"] * 5)
     file = StoredFile(path.name, path.stat().st_size, "")
-    job = RepackJob(
-        LocalStorage(str(path)), file, "image_bytes", 9, 2, "", Layout(), tmp_path / "out" / "a.parquet"
-    )
+    job = RepackJob(LocalStorage(str(path)), file, "image_bytes", 9, 2, "", Layout(), tmp_path / "out" / "a.parquet")
     assert repack_shard(job) == "5 rows could be read, but the footer promises 9"
     assert names(tmp_path / "out") == []
 

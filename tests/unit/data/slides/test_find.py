@@ -46,9 +46,7 @@ def test_slides_are_listed_from_folders_texts_and_tables(tmp_path: Path) -> None
         ("a.txt", "x.svs\n", "w", "is no .csv file"),
     ],
 )
-def test_impossible_lists_are_refused(
-    tmp_path: Path, name: str, content: str, weight: str, message: str
-) -> None:
+def test_impossible_lists_are_refused(tmp_path: Path, name: str, content: str, weight: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         find_slides(tmp_path / name, weight)
@@ -70,9 +68,7 @@ def test_hidden_files_and_folders_are_never_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["txt", "csv"])
-def test_relative_paths_are_relative_to_the_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
+def test_relative_paths_are_relative_to_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     """Only where there is no such file does one in the current directory count."""
     touch(tmp_path, "lists/both.svs", "lists/beside.svs", "here/both.svs", "here/current.svs")
     monkeypatch.chdir(tmp_path / "here")
@@ -92,9 +88,7 @@ def test_a_file_that_several_paths_lead_to_counts_once(tmp_path: Path, caplog) -
         (tmp_path / name).write_text("path\nb.svs\na.svs\nb.svs\n"[5 * (name == "list.txt") :])
         found = find_slides(tmp_path / name)
         assert [row.key for row in found.slides] == ["b.svs"]
-        assert found.duplicates == [
-            (str(tmp_path / name), str(tmp_path / "b.svs")) for name in ("a.svs", "b.svs")
-        ]
+        assert found.duplicates == [(str(tmp_path / name), str(tmp_path / "b.svs")) for name in ("a.svs", "b.svs")]
     assert "2 paths lead to slides that count already" in caplog.text
     assert [row.key for row in find_slides(tmp_path).slides] == ["a.svs"]
 

@@ -105,9 +105,7 @@ def test_lasting_faults_of_a_server_are_named(server: Server, quick: Retries) ->
     with pytest.raises(OSError):
         read_ranges(server.url, [(0, 10)], quick)
     server.faults = ["all"]
-    with pytest.raises(
-        RemoteError, match="asked for 10 bytes and gave 300000; use a server that supports ranges"
-    ):
+    with pytest.raises(RemoteError, match="asked for 10 bytes and gave 300000; use a server that supports ranges"):
         read_ranges(server.url + "?token=secret", [(0, 10)], quick)
     assert len(server.asked) == 6
 

@@ -21,9 +21,7 @@ def region_by_openslide(path: Path, x: int, y: int, level: int, size: int) -> np
         return np.asarray(slide.read_region((x, y), level, (size, size)).convert("RGB"))
 
 
-def test_demo_slide_is_read_as_stored_at_every_level(
-    train_slide: Path, stored_levels: list[np.ndarray]
-) -> None:
+def test_demo_slide_is_read_as_stored_at_every_level(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
     reader = SlideReader(train_slide)
     for level, (stored, size) in enumerate(zip(stored_levels, reader.level_dimensions, strict=True)):
         assert stored.shape == (size[1], size[0], 3)
@@ -101,9 +99,7 @@ def test_resolution_and_where_it_comes_from(
 
 
 def test_implausible_resolution_is_refused(train_slide: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"mpp given for slide .* is 40, but it must lie within \(0.1, 4.0\)"
-    ):
+    with pytest.raises(ValueError, match=r"mpp given for slide .* is 40, but it must lie within \(0.1, 4.0\)"):
         SlideReader(train_slide, mpp=40)
 
 
@@ -118,9 +114,7 @@ def test_implausible_resolution_is_refused(train_slide: Path) -> None:
         (0, 0, 0, 0),
     ],
 )
-def test_region_off_the_slide_is_refused(
-    train_slide: Path, level: int, column: int, row: int, size: int
-) -> None:
+def test_region_off_the_slide_is_refused(train_slide: Path, level: int, column: int, row: int, size: int) -> None:
     with pytest.raises(SlideRangeError) as caught:
         SlideReader(train_slide).read_region(level, column, row, size, size)
     assert caught.value.slide == str(train_slide)
@@ -160,9 +154,7 @@ def test_garbage_tile_is_an_error_and_spares_its_neighbours(
         (0.5, "not a whole slide"),
     ],
 )
-def test_what_is_no_slide_is_refused_at_once(
-    train_slide: Path, tmp_path: Path, content: object, reason: str
-) -> None:
+def test_what_is_no_slide_is_refused_at_once(train_slide: Path, tmp_path: Path, content: object, reason: str) -> None:
     path = tmp_path / "broken.svs"
     if isinstance(content, float):
         whole = train_slide.read_bytes()
@@ -221,9 +213,7 @@ def test_openslide_handle_is_opened_once_and_again_after_close(
     assert len(opened) == 2
 
 
-def test_garbage_that_openslide_meets_is_an_error(
-    openslide_only: tuple[Path, np.ndarray], tmp_path: Path
-) -> None:
+def test_garbage_that_openslide_meets_is_an_error(openslide_only: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     path, image = openslide_only
     reader = SlideReader(damage_tile(path, tmp_path / "garbage.tif", 0, empty=False))
     with pytest.raises(SlideReadError, match=r"garbage.tif', level 0, .*cannot be decoded"):
@@ -231,9 +221,7 @@ def test_garbage_that_openslide_meets_is_an_error(
     np.testing.assert_array_equal(reader.read_region(0, 256, 0, 224, 224), image[:224, 256:480])
 
 
-def test_file_is_not_parsed_or_opened_for_every_read(
-    train_slide: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_not_parsed_or_opened_for_every_read(train_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, opened = SlideReader(train_slide), []
     original = open
     monkeypatch.setattr("builtins.open", lambda *args, **kw: opened.append(args[0]) or original(*args, **kw))
@@ -289,9 +277,7 @@ def test_file_that_is_not_the_indexed_one_is_refused(train_slide: Path, tmp_path
         reader.read_region(0, 0, 0, 32, 32)
 
 
-def test_threads_share_a_reader_that_one_of_them_closes(
-    train_slide: Path, stored_levels: list[np.ndarray]
-) -> None:
+def test_threads_share_a_reader_that_one_of_them_closes(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
     reader = SlideReader(train_slide, cache_bytes=6 * 3 * 256**2)
 
     def read(seed: int) -> None:
@@ -311,9 +297,7 @@ def test_level_for_takes_the_coarsest_that_is_fine_enough(train_slide: Path) -> 
     reader = SlideReader(train_slide)  # 0.25, 0.5 and 1 um/px
     targets = (0.2476, 0.25, 0.49, 0.4951, 0.5, 0.75, 1.0, 8.0)
     assert [reader.level_for(target) for target in targets] == [0, 0, 0, 1, 1, 1, 2, 2]
-    with pytest.raises(
-        SlideRangeError, match=r"level 0 has 0.25 um/px, which is coarser than the 0.247 um/px"
-    ):
+    with pytest.raises(SlideRangeError, match=r"level 0 has 0.25 um/px, which is coarser than the 0.247 um/px"):
         reader.level_for(0.247)
     assert reader.patch_side(224, 0.5) == 448.0
 
@@ -326,12 +310,8 @@ def test_patch_needs_a_resolution(make_slide: MakeSlide) -> None:
     assert SlideReader(path, mpp=0.5).read_patch(0, 0, 64, 0.5).shape == (64, 64, 3)
 
 
-def test_patch_is_the_mean_of_the_pixels_it_covers(
-    train_slide: Path, stored_levels: list[np.ndarray]
-) -> None:
-    patch = SlideReader(train_slide).read_patch(
-        402, 801, 100, 2.0
-    )  # 200 px of 1 um/px, from column 100.5, row 200.25
+def test_patch_is_the_mean_of_the_pixels_it_covers(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
+    patch = SlideReader(train_slide).read_patch(402, 801, 100, 2.0)  # 200 px of 1 um/px, from column 100.5, row 200.25
     stored = stored_levels[2][200:400, 100:300].astype(float)
     expected = stored.reshape(100, 2, 100, 2, 3).mean((1, 3))
     assert patch.dtype == np.uint8 and np.abs(patch - expected).max() <= 0.5
@@ -345,9 +325,7 @@ def test_patch_is_moved_back_by_rounding_only(train_slide: Path, stored_levels: 
     reader = SlideReader(train_slide)
     last = reader.read_patch(2304 - 223 * 4 - 2, 0, 223, 1.0)  # column 352.5 becomes 352; 353 is the last
     assert last.shape == (223, 223, 3)
-    np.testing.assert_array_equal(
-        reader.read_patch(2304 - 223 * 4 + 2, 0, 223, 1.0), stored_levels[2][:223, -223:]
-    )
+    np.testing.assert_array_equal(reader.read_patch(2304 - 223 * 4 + 2, 0, 223, 1.0), stored_levels[2][:223, -223:])
     for x in (2304 - 223 * 4 + 12, -4):
         with pytest.raises(SlideRangeError, match="the region leaves the level of 576x444 px"):
             reader.read_patch(x, 0, 223, 1.0)

@@ -42,9 +42,7 @@ def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_six_columns(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "list", "/a 1 2/s.svs 10 20 0 0.5 0.5", "b.svs 5 6 1  1 1.01 ", "/a 1 2/s.svs 0 0 0 2 2"
-    )
+    path = write(tmp_path / "list", "/a 1 2/s.svs 10 20 0 0.5 0.5", "b.svs 5 6 1  1 1.01 ", "/a 1 2/s.svs 0 0 0 2 2")
     samples = read_sample_list(path, columns=6)
     assert samples.slides == ["/a 1 2/s.svs", "b.svs"] and samples.slide.tolist() == [0, 1, 0]
     assert samples.x.tolist() == [10, 5, 0] and samples.level.tolist() == [0, 1, 0]
@@ -97,9 +95,7 @@ def test_long_lists_are_read_across_chunks(tmp_path: Path) -> None:
     samples = read_sample_list(path)
     assert [samples.slides[i] for i in samples.slide] == [f"/s \udcff{slide}.svs" for slide in rows[:, 0]]
     np.testing.assert_array_equal(np.stack([samples.x, samples.y, samples.level], 1), rows[:, 1:])
-    assert {column.dtype for column in (samples.slide, samples.x, samples.y, samples.level)} == {
-        np.dtype("int32")
-    }
+    assert {column.dtype for column in (samples.slide, samples.x, samples.y, samples.level)} == {np.dtype("int32")}
 
 
 def test_missing_and_empty_lists(tmp_path: Path) -> None:

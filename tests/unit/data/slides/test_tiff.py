@@ -60,9 +60,7 @@ def test_copy_of_an_index_gives_the_same_pixels(train_slide: Path, stored_levels
     for level, stored in enumerate(stored_levels):
         height, width = stored.shape[:2]
         np.testing.assert_array_equal(read(copy, Region(level, 0, 0, width, height)), stored)
-        np.testing.assert_array_equal(
-            read(copy, Region(level, width - 1, height - 1, 1, 1)), stored[-1:, -1:]
-        )
+        np.testing.assert_array_equal(read(copy, Region(level, width - 1, height - 1, 1, 1)), stored[-1:, -1:])
 
 
 @pytest.mark.data
@@ -102,9 +100,7 @@ def test_missing_tile_is_named(train_slide: Path, tmp_path: Path) -> None:
     index = index_slide(damage_tile(train_slide, tmp_path / "hole.svs", 10, empty=True))  # nine in a row
     region = Region(0, 200, 200, 224, 224)
     assert [length > 0 for _, length in ranges(index, region)] == [True, True, True, False]
-    with pytest.raises(
-        SlideReadError, match=r"hole.svs', level 0, tile row 1, tile column 1: the tile is missing"
-    ):
+    with pytest.raises(SlideReadError, match=r"hole.svs', level 0, tile row 1, tile column 1: the tile is missing"):
         read(index, region)
 
 
@@ -130,9 +126,7 @@ def test_damaged_tile_is_never_decoded(tmp_path: Path, compression: int, damage:
     tiles = read_ranges(path, ranges(index, region))
     assemble(index, region, tiles)
     tiles[1] = DAMAGES[damage](tiles[1])
-    with pytest.raises(
-        SlideReadError, match=r"slide.svs', level 0, tile row 0, tile column 1: its pixels cannot"
-    ):
+    with pytest.raises(SlideReadError, match=r"slide.svs', level 0, tile row 0, tile column 1: its pixels cannot"):
         assemble(index, region, tiles)
 
 
@@ -141,27 +135,21 @@ def test_tile_of_another_size_is_refused(tmp_path: Path, compression: int) -> No
     encode = jpeg2000 if compression == 33005 else lambda pixels: imagecodecs.jpeg8_encode(pixels, 95)
     tiles = [encode(noise(i)[:, : 256 - 8 * (i == 3)].copy()) for i in range(4)]
     index = index_slide(write_encoded(tmp_path / "slide.svs", tiles, compression))
-    with pytest.raises(
-        SlideReadError, match=r"tile column 1: .*uint8 \(256, 248, 3\), not uint8 \(256, 256, 3\)"
-    ):
+    with pytest.raises(SlideReadError, match=r"tile column 1: .*uint8 \(256, 248, 3\), not uint8 \(256, 256, 3\)"):
         read(index, Region(0, 0, 0, 500, 300))
 
 
 def test_tiles_beyond_the_end_are_found_at_once(train_slide: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.svs"
     path.write_bytes(train_slide.read_bytes()[:-5000])
-    with pytest.raises(
-        SlideOpenError, match=r"level 2: not a whole slide, its tiles reach to byte \d+ of \d+"
-    ):
+    with pytest.raises(SlideOpenError, match=r"level 2: not a whole slide, its tiles reach to byte \d+ of \d+"):
         index_slide(path)
     with pytest.raises(SlideOpenError, match="not a whole slide"):
         SlideReader(path)
 
 
 @pytest.mark.parametrize("target", [1 << 40, 2 << 20, 40_000])
-def test_chain_of_pages_that_breaks_off_loses_no_level(
-    train_slide: Path, tmp_path: Path, target: int
-) -> None:
+def test_chain_of_pages_that_breaks_off_loses_no_level(train_slide: Path, tmp_path: Path, target: int) -> None:
     """The link to the second page leads beyond the file, or into pixels."""
     with tifffile.TiffFile(train_slide) as tiff:
         page = tiff.pages[0]
@@ -234,9 +222,7 @@ def test_slide_on_a_server_gives_the_same_pixels(
     try:
         reader = SlideReader("memory://slides/train.svs")
         assert reader.path == "memory://slides/train.svs" and reader.mpp == 0.25
-        np.testing.assert_array_equal(
-            reader.read_region(1, 200, 300, 300, 200), stored_levels[1][300:500, 200:500]
-        )
+        np.testing.assert_array_equal(reader.read_region(1, 200, 300, 300, 200), stored_levels[1][300:500, 200:500])
         with pytest.raises(SlideOpenError, match=r"memory://slides/missing.svs': there is no such file"):
             SlideReader("memory://slides/missing.svs")
         with pytest.raises(SlideOpenError, match=r"memory://slides/none.ndpi"):

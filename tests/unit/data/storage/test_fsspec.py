@@ -157,9 +157,7 @@ def test_s3_errors(bucket: str, quick: Retries, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    with pytest.raises(
-        PermissionError, match=r"may not be read .NoCredentialsError .*; check the credentials"
-    ):
+    with pytest.raises(PermissionError, match=r"may not be read .NoCredentialsError .*; check the credentials"):
         ObjectStorage("s3://slides/tiles", replace(quick, read_s=6.0)).list_files()
 
 

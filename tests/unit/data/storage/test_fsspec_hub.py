@@ -93,9 +93,7 @@ def test_parquet_reads_through_it(hub: HubServer, tmp_path: Path, quick: Retries
     assert pq.read_table(RangedFile(storage, file.name, file.size)).equals(table)
 
 
-def test_bytes_are_the_local_ones_under_faults_from_threads(
-    hub: HubServer, shards: Path, quick: Retries
-) -> None:
+def test_bytes_are_the_local_ones_under_faults_from_threads(hub: HubServer, shards: Path, quick: Retries) -> None:
     hub.push("org/tiles", shards)
     hub.faults = seeded_faults(0, FAULTS)
     storage = HubStorage("org/tiles", "", "", replace(quick, attempts=30))
@@ -105,9 +103,7 @@ def test_bytes_are_the_local_ones_under_faults_from_threads(
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_bytes_are_the_local_ones_in_another_process(
-    hub: HubServer, shards: Path, quick: Retries, method: str
-) -> None:
+def test_bytes_are_the_local_ones_in_another_process(hub: HubServer, shards: Path, quick: Retries, method: str) -> None:
     hub.push("org/tiles", shards)
     storage = HubStorage("org/tiles", "", "", replace(quick, attempts=30))
     assert read_ranges(storage, shards, 0, 5) == 0  # so that there are connections to inherit
@@ -165,9 +161,7 @@ def test_private_and_gated_datasets(
         with pytest.raises(FileNotFoundError, match=hidden):
             HubStorage("org/tiles", revision, "", quick).list_files()
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(
-        FileNotFoundError, match="or it is private and the token in use may not read it"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match="or it is private and the token in use may not read it") as caught:
         HubStorage("org/tiles", "", "", quick)
     assert "hf_wrong" not in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "granted")
@@ -181,9 +175,7 @@ def test_private_and_gated_datasets(
     assert len(storage.list_files()) == 3
     for token, message in {"": "no token is set", "hf_wrong": "the token in use may not read it"}.items():
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(
-            PermissionError, match=f"is private or gated and {message}; ask for access on its page"
-        ):
+        with pytest.raises(PermissionError, match=f"is private or gated and {message}; ask for access on its page"):
             HubStorage("org/tiles", "", "", quick).list_files()
         with pytest.raises(PermissionError, match="private or gated"):
             storage.read_range("c d.parquet", 0, 1)
@@ -217,16 +209,12 @@ def test_a_server_without_ranges_is_refused(hub: HubServer, shards: Path, quick:
     whole = (shards / "data/a.parquet").read_bytes()
     assert storage.read_range("data/a.parquet", 0, len(whole)) == whole
     for start, length in [(0, 10), (10, 10), (1, len(whole) - 1)]:
-        with pytest.raises(
-            RemoteError, match=f"was asked for bytes {start} to {start + length - 1} and gave others"
-        ):
+        with pytest.raises(RemoteError, match=f"was asked for bytes {start} to {start + length - 1} and gave others"):
             storage.read_range("data/a.parquet", start, length)
     assert hub.requests["resolve"] == 4  # asking again would not help
 
 
-def test_links_to_the_storage_behind_the_hub_are_not_told(
-    hub: HubServer, shards: Path, quick: Retries
-) -> None:
+def test_links_to_the_storage_behind_the_hub_are_not_told(hub: HubServer, shards: Path, quick: Retries) -> None:
     hub.push("org/tiles", shards)
     storage = HubStorage("org/tiles", "", "", replace(quick, attempts=1))
     hub.faults = [None, Fault("503")]

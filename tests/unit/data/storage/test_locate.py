@@ -62,9 +62,7 @@ def test_revisions_of_a_hub_dataset(hub: HubServer, shards: Path, tmp_path: Path
 def test_what_can_only_be_local_is_not_sought_elsewhere(hub: HubServer, dataset: str) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         names(dataset)
-    assert re.match(
-        f"dataset '{re.escape(dataset)}' (does not exist; give a folder|holds no)", str(caught.value)
-    )
+    assert re.match(f"dataset '{re.escape(dataset)}' (does not exist; give a folder|holds no)", str(caught.value))
     assert hub.requests.total() == 0
 
 
@@ -122,9 +120,7 @@ def test_bad_names(
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(
-        OSError, match=r"there is no local path 'org/tiles', and 'http://127.0.0.1:1/api/.*' could not"
-    ):
+    with pytest.raises(OSError, match=r"there is no local path 'org/tiles', and 'http://127.0.0.1:1/api/.*' could not"):
         names("org/tiles")
 
 
@@ -135,9 +131,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gs", "gcsfs", "a package for gs:// is not installed: Please install gcsfs"),
     ],
 )
-def test_a_missing_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, scheme: str, package: str, message: str
-) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str, message: str) -> None:
     loaded = import_module("fsspec.registry")._registry
     monkeypatch.setitem(sys.modules, package, None)
     for name in ("s3", "s3a", "gs"):

@@ -222,13 +222,9 @@ def test_seeded_generators_are_left_alone(retries: Retries) -> None:
     assert random.getstate() == before
 
 
-def test_a_limit_holds_up_other_processes_that_ask_the_same_server(
-    retries: Retries, waits: list[float]
-) -> None:
+def test_a_limit_holds_up_other_processes_that_ask_the_same_server(retries: Retries, waits: list[float]) -> None:
     limited = Failing(Refusal(429, {"Retry-After": "120"}))
-    other = multiprocessing.get_context("fork").Process(
-        target=replace(retries, attempts=1).call, args=(URL, limited)
-    )
+    other = multiprocessing.get_context("fork").Process(target=replace(retries, attempts=1).call, args=(URL, limited))
     other.start()
     other.join()
     assert other.exitcode == 1  # gave up

@@ -57,9 +57,7 @@ def test_files_are_those_that_datasets_takes(tmp_path: Path, layout: str) -> Non
         path.touch()
     (tmp_path / "tiles/README.md").write_text(card)
     builder = load_dataset_builder(str(tmp_path / "tiles"), cache_dir=str(tmp_path / "cache"))
-    expected = sorted(
-        str(Path(path).relative_to(tmp_path / "tiles")) for path in builder.config.data_files["train"]
-    )
+    expected = sorted(str(Path(path).relative_to(tmp_path / "tiles")) for path in builder.config.data_files["train"])
     assert len(expected) == count
     assert find_train_files("org/tiles", names, card) == expected
 
@@ -89,9 +87,7 @@ def test_what_leaves_the_files_open_is_refused(card: str, names: list[str], mess
 
 def test_names_that_lead_out_of_the_dataset_are_left_out(tmp_path: Path) -> None:
     outside = tmp_path / "out.parquet"
-    assert find_train_files("org/tiles", [str(outside), "../../out.parquet", "a.parquet"], "") == [
-        "a.parquet"
-    ]
+    assert find_train_files("org/tiles", [str(outside), "../../out.parquet", "a.parquet"], "") == ["a.parquet"]
     assert not outside.exists()
 
 

@@ -51,25 +51,19 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def make_loader(
-    source: ParquetSource, rank: int = 0, world: int = 1, start: int = 0, **options
-) -> TrainLoader:
+def make_loader(source: ParquetSource, rank: int = 0, world: int = 1, start: int = 0, **options) -> TrainLoader:
     options = {"transform": number_of, "collate": collate, "num_workers": 0, "global_batch": BATCH} | options
     lanes = options.pop("lanes", LANES)
     order = SampleOrder(source.unit_rows, seed=SEED, lanes=lanes, block_rows=BLOCK)
     return make_train_loader(source, rank=rank, world_size=world, start_sample=start, order=order, **options)
 
 
-def run(
-    source: ParquetSource, world: int, workers: int, start: int, steps: int
-) -> tuple[list[int], list[int]]:
+def run(source: ParquetSource, world: int, workers: int, start: int, steps: int) -> tuple[list[int], list[int]]:
     """Join the batches of all ranks and return the sample indices and the tiles that came."""
     ranks = [make_loader(source, rank, world, start, num_workers=workers) for rank in range(world)]
     parts = [list(islice(rank, steps)) for rank in ranks]
     batches = [batch for step in zip(*parts, strict=True) for batch in step]
-    return [g for batch in batches for g in batch["indices"]], [
-        n for batch in batches for n in batch["numbers"]
-    ]
+    return [g for batch in batches for g in batch["indices"]], [n for batch in batches for n in batch["numbers"]]
 
 
 def expected(epochs: int) -> list[int]:
@@ -116,9 +110,7 @@ def test_seek_equals_the_uninterrupted_run(source: ParquetSource, start: int) ->
     groups = source.unit_rows.tolist()
     starts = np.cumsum(groups) - groups
     orders = [slow_order.epoch_order(groups, SEED, LANES, BLOCK, e) for e in range(epoch, epoch + 3)]
-    reference = [int(starts[unit]) + row for order in orders for unit, row in order][
-        offset : offset + 3 * BATCH
-    ]
+    reference = [int(starts[unit]) + row for order in orders for unit, row in order][offset : offset + 3 * BATCH]
     indices, numbers = run(source, 1, 0, start, 3)
     assert indices == list(range(start, start + 3 * BATCH))
     assert numbers == reference
@@ -199,9 +191,7 @@ def test_damaged_rows_give_way_to_the_next_good_row_of_their_group(
     reference = [stands_in.get(4 * unit + row, 4 * unit + row) for unit, row in order]
     for world, workers in [(1, 0), (3, 1)]:
         caplog.clear()
-        ranks = [
-            make_loader(source, rank, world, global_batch=12, num_workers=workers) for rank in range(world)
-        ]
+        ranks = [make_loader(source, rank, world, global_batch=12, num_workers=workers) for rank in range(world)]
         batches = [next(iter(rank)) for rank in ranks]
         assert [number for batch in batches for number in batch["numbers"]] == reference
         assert sum(batch["replaced"] for batch in batches) == 3
@@ -209,30 +199,22 @@ def test_damaged_rows_give_way_to_the_next_good_row_of_their_group(
         places = {(1, 0), (2, 0), (3, 1)}  # row in its group, group
         assert len(warnings) == 3
         for row, group in places:
-            named = (
-                f"row {row} of row group {group} of shard '{tmp_path / 'a.parquet'}': a PNG file of 40 bytes"
-            )
+            named = f"row {row} of row group {group} of shard '{tmp_path / 'a.parquet'}': a PNG file of 40 bytes"
             assert any(named in warning for warning in warnings)
 
 
 def test_too_much_damage_stops_with_the_first_rows_named(tmp_path: Path) -> None:
     source = damaged_source(tmp_path, [1, 2, 7])
-    assert (
-        len(list(islice(make_loader(source, max_corrupt_fraction=0.0013), 2))) == 2
-    )  # 12 of the first 10,000
+    assert len(list(islice(make_loader(source, max_corrupt_fraction=0.0013), 2))) == 2  # 12 of the first 10,000
     loader = make_loader(source, max_corrupt_fraction=0.0011)
-    with pytest.raises(
-        ValueError, match=r"12 of 48 samples \(25.00%\) are corrupt, where 0.11% is allowed: row"
-    ):
+    with pytest.raises(ValueError, match=r"12 of 48 samples \(25.00%\) are corrupt, where 0.11% is allowed: row"):
         list(islice(loader, 2))
     with pytest.raises(ValueError, match="6 of 24 samples"):
         next(iter(make_loader(source, max_corrupt_fraction=0)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_rows_of_a_group_without_any_image_come_from_the_next_group_that_has_one(
-    tmp_path: Path, workers: int
-) -> None:
+def test_rows_of_a_group_without_any_image_come_from_the_next_group_that_has_one(tmp_path: Path, workers: int) -> None:
     source = damaged_source(tmp_path, [4, 5, 6, 7, 8])
     order = slow_order.epoch_order([4, 4, 4], SEED, LANES, BLOCK, 0)
     stands_in = {number: 9 for number in range(4, 9)}

@@ -18,9 +18,7 @@ class SizedSource:
         self.is_remote = is_remote
 
 
-def lanes_for(
-    source: SizedSource, lanes: int = 0, batch: int = 384, world: int = 8, limit: float = 16
-) -> int:
+def lanes_for(source: SizedSource, lanes: int = 0, batch: int = 384, world: int = 8, limit: float = 16) -> int:
     def make_order(number: int) -> SampleOrder:
         return SampleOrder(source.unit_rows, seed=0, lanes=number, block_rows=64)
 
@@ -63,9 +61,7 @@ def test_lanes_asked_for_are_taken_or_refused() -> None:
         lanes_for(small, lanes=101)
 
 
-@pytest.mark.parametrize(
-    ("rows", "batch", "expected"), [(3071, 384, 1536), (9, 16, 8), (1, 16, 1), (2, 6, 1)]
-)
+@pytest.mark.parametrize(("rows", "batch", "expected"), [(3071, 384, 1536), (9, 16, 8), (1, 16, 1), (2, 6, 1)])
 def test_a_tiny_dataset_has_no_more_lanes_than_rows(rows: int, batch: int, expected: int) -> None:
     assert lanes_for(SizedSource(rows, 1, 1000), batch=batch, world=1) == expected
 

@@ -35,9 +35,7 @@ SEED, LANES, BLOCK, BATCH = 5, 24, 4, 12
 datasets = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), min_size=1, max_size=4)
 
 
-def mixed_order(
-    unit_rows: Sequence[Sequence[int]] = UNIT_ROWS, weights: Sequence[float] = WEIGHTS, **changes
-):
+def mixed_order(unit_rows: Sequence[Sequence[int]] = UNIT_ROWS, weights: Sequence[float] = WEIGHTS, **changes):
     return MixedOrder(unit_rows, weights, **{"seed": SEED, "lanes": LANES, "block_rows": BLOCK} | changes)
 
 
@@ -151,9 +149,7 @@ def test_members_are_the_inverse_of_locate(unit_rows: list[list[int]], lanes: in
         members, rows = order.members(*key)
         assert np.stack(order.locate(members), axis=1).tolist() == [[*key, row] for row in rows.tolist()]
         listed |= {g: [*key, row] for g, row in zip(members.tolist(), rows.tolist(), strict=True)}
-    assert {g: listed[g] for g in indices.tolist()} == dict(
-        zip(indices.tolist(), places.tolist(), strict=True)
-    )
+    assert {g: listed[g] for g in indices.tolist()} == dict(zip(indices.tolist(), places.tolist(), strict=True))
 
 
 def test_each_dataset_visits_its_rows_once_in_each_of_its_epochs() -> None:
@@ -274,9 +270,7 @@ def steps(world: int, start: int, count: int) -> list[EncodedSample]:
     sources = memory_sources()
     order = make_order(sources, WEIGHTS, seed=SEED, lanes=LANES, block_rows=BLOCK)
     ranks = [
-        RankReader(
-            make_source(sources), order, global_batch=BATCH, rank=rank, world_size=world, start_sample=start
-        )
+        RankReader(make_source(sources), order, global_batch=BATCH, rank=rank, world_size=world, start_sample=start)
         for rank in range(world)
     ]
     return [sample for step in islice(zip(*ranks, strict=True), count) for part in step for sample in part]

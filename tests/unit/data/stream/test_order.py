@@ -65,9 +65,7 @@ def test_any_epoch_visits_each_row_once_as_the_slow_reference_does(
     block_rows=st.integers(1, 15),
     epoch=st.integers(0, 10**6),
 )
-def test_members_are_the_inverse_of_locate(
-    unit_rows: list[int], lanes: int, block_rows: int, epoch: int
-) -> None:
+def test_members_are_the_inverse_of_locate(unit_rows: list[int], lanes: int, block_rows: int, epoch: int) -> None:
     order = SampleOrder(unit_rows, seed=3, lanes=lanes, block_rows=block_rows)
     indices = np.arange(order.num_rows) + epoch * order.num_rows
     places = np.stack(order.locate(indices), axis=1).tolist()

@@ -52,9 +52,7 @@ def expected_rows(units: Sequence[Sequence[str]], *slides: str) -> list[bytes]:
     ]
 
 
-def split(
-    excluded: Sequence[str] = (), share: float = 0.0, source: MemorySource | None = None
-) -> PatientSplit:
+def split(excluded: Sequence[str] = (), share: float = 0.0, source: MemorySource | None = None) -> PatientSplit:
     return split_by_patient(source or MemorySource(UNITS), "tiles", excluded, share)
 
 
@@ -74,9 +72,7 @@ def test_the_share_of_these_tests_holds_patient_a_alone() -> None:
         (["/s/case_17.tiff", "case_17", "TCGA-BB-0002-DX1.svs"], (A1, A2)),
     ],
 )
-def test_rows_of_excluded_patients_and_slides_are_left_out(
-    excluded: list[str], left: tuple[str, ...]
-) -> None:
+def test_rows_of_excluded_patients_and_slides_are_left_out(excluded: list[str], left: tuple[str, ...]) -> None:
     result = split(excluded)
     assert stored_rows(result.training) == expected_rows(UNITS, *left)
     assert result.training.num_rows == len(expected_rows(UNITS, *left))
@@ -156,10 +152,7 @@ def test_fingerprint_tells_which_rows_remain_and_not_why() -> None:
     ]
     assert len(set(prints)) == len(prints)
     assert split([A2, A1]).training.fingerprint == split(["TCGA-AA-0001"]).training.fingerprint
-    assert (
-        split(["x", C, A2, A1]).training.fingerprint
-        == split(["TCGA-AA-0001", "case_17"]).training.fingerprint
-    )
+    assert split(["x", C, A2, A1]).training.fingerprint == split(["TCGA-AA-0001", "case_17"]).training.fingerprint
     assert split(share=SHARE).training.fingerprint == split(["TCGA-AA-0001"]).training.fingerprint
     for units in ([["a", "b"]], [["a"], ["b"]]):  # as many rows remain, but others
         a, b = (split([name], source=MemorySource(units)).training.fingerprint for name in "ab")
@@ -232,9 +225,7 @@ def test_sample_list_names_its_slides_and_loses_lines(tmp_path: Path) -> None:
     named = [slide for unit in range(3) for slide in source.slides(unit)]
     assert named == [line.split()[0] for line in lines]
     training = split_by_patient(source, "list", ["TCGA-AA-0001", "TCGA-AA-0002-DX0"]).training
-    left = [
-        data for unit, rows in enumerate(training.unit_rows) for _, data in training.read(unit, range(rows))
-    ]
+    left = [data for unit, rows in enumerate(training.unit_rows) for _, data in training.read(unit, range(rows))]
     kept = [number for number in range(150) if number < 50 or (number >= 100 and number % 3)]
     assert left == [b"%d 0 0" % number for number in kept]
 
@@ -249,9 +240,7 @@ def test_a_mixture_of_subsets_gives_each_remaining_row_once_and_resumes() -> Non
 
     def read(world: int, start: int, steps: int) -> list[tuple[str, bytes]]:
         ranks = [
-            RankReader(
-                make_source(sources), order, global_batch=4, rank=rank, world_size=world, start_sample=start
-            )
+            RankReader(make_source(sources), order, global_batch=4, rank=rank, world_size=world, start_sample=start)
             for rank in range(world)
         ]
         taken = islice(zip(*ranks, strict=True), steps)
@@ -313,14 +302,9 @@ def test_parquet_of_both_schemas_mixed_through_worker_processes(
     excluded: list[str], share: float, left: set[str], tmp_path: Path
 ) -> None:
     written = write_datasets(tmp_path)
-    splits = [
-        split_by_patient(ParquetSource(str(tmp_path / name)), name, excluded, share) for name in written
-    ]
+    splits = [split_by_patient(ParquetSource(str(tmp_path / name)), name, excluded, share) for name in written]
     sources = [split.training for split in splits]
-    kept = [
-        sorted(number for slide in slides.keys() & left for number in slides[slide])
-        for slides in written.values()
-    ]
+    kept = [sorted(number for slide in slides.keys() & left for number in slides[slide]) for slides in written.values()]
     assert [split.counts[Fate.TRAINING].rows for split in splits] == [len(numbers) for numbers in kept]
     assert not splits[0].unmatched & splits[1].unmatched
     order = make_order(sources, [1, 1], seed=3, lanes=16, block_rows=4)
@@ -328,22 +312,16 @@ def test_parquet_of_both_schemas_mixed_through_worker_processes(
     def read(world: int, start: int, steps: int, workers: int) -> list[int]:
         shared = {"global_batch": 8, "world_size": world, "start_sample": start, "order": order}
         ranks = [
-            make_train_loader(
-                make_source(sources), number_of, collate, rank=rank, num_workers=workers, **shared
-            )
+            make_train_loader(make_source(sources), number_of, collate, rank=rank, num_workers=workers, **shared)
             for rank in range(world)
         ]
         batches = [batch for step in islice(zip(*ranks, strict=True), steps) for batch in step]
-        named = {
-            slide.removeprefix("/slides/").removesuffix(".svs") for b in batches for slide in b["slides"]
-        }
+        named = {slide.removeprefix("/slides/").removesuffix(".svs") for b in batches for slide in b["slides"]}
         assert named <= left
         return [number for batch in batches for number in batch["tiles"]]
 
     whole = read(1, 0, 12, 2)
     assert read(2, 0, 3, 0) + read(4, 24, 4, 0) + read(1, 56, 5, 1) == whole
-    for numbers, mine in zip(
-        kept, ([n for n in whole if n < 100], [n for n in whole if n >= 100]), strict=True
-    ):
+    for numbers, mine in zip(kept, ([n for n in whole if n < 100], [n for n in whole if n >= 100]), strict=True):
         assert len(mine) == len(whole) / 2 >= 2 * len(numbers)
         assert sorted(mine[: len(numbers)]) == sorted(mine[len(numbers) : 2 * len(numbers)]) == numbers

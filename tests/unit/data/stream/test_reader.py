@@ -37,13 +37,9 @@ class MemorySource:
         return [(f"slide{unit}", b"%d:%d" % (unit, row)) for row in rows]
 
 
-def reader(
-    source: MemorySource, lanes: int, batch: int, rank: int = 0, world: int = 1, start: int = 0, **options
-):
+def reader(source: MemorySource, lanes: int, batch: int, rank: int = 0, world: int = 1, start: int = 0, **options):
     order = SampleOrder(source.unit_rows, seed=2, lanes=lanes, block_rows=4)
-    return RankReader(
-        source, order, global_batch=batch, rank=rank, world_size=world, start_sample=start, **options
-    )
+    return RankReader(source, order, global_batch=batch, rank=rank, world_size=world, start_sample=start, **options)
 
 
 def expected(lanes: int, epochs: int) -> list[tuple[int, int]]:
@@ -61,9 +57,7 @@ def test_steps_of_all_ranks_joined_are_the_order(lanes: int, batch: int, start: 
     reference = expected(lanes, 60)[start : start + steps * batch]
     for world in (1, 3, 4):
         ranks = [reader(MemorySource(UNIT_ROWS), lanes, batch, rank, world, start) for rank in range(world)]
-        joined = [
-            sample for step in islice(zip(*ranks, strict=True), steps) for part in step for sample in part
-        ]
+        joined = [sample for step in islice(zip(*ranks, strict=True), steps) for part in step for sample in part]
         assert [sample.index for sample in joined] == list(range(start, start + steps * batch))
         assert [(sample.unit, sample.row) for sample in joined] == reference
         assert all(sample.data == b"%d:%d" % (sample.unit, sample.row) for sample in joined)

@@ -50,8 +50,6 @@ def test_batches_prepared_on_a_side_stream_are_whole_when_used() -> None:
     for step, batch in enumerate(DeviceBatches(pinned, device, prepare)):
         total = (batch["x"] - 20 - step).abs().sum()
         del batch
-        scratch = torch.empty(size, device=device).fill_(
-            -1
-        )  # takes freed memory, were it given back too early
+        scratch = torch.empty(size, device=device).fill_(-1)  # takes freed memory, were it given back too early
         assert total.item() == 0
         assert scratch[0].item() == -1

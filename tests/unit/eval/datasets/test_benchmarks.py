@@ -32,9 +32,7 @@ def test_bach(tmp_path, below):
 
 
 def test_bach_is_wrong(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"BACH is not in .*Photos/\{Benign,InSitu,Invasive,Normal\} is exp"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"BACH is not in .*Photos/\{Benign,InSitu,Invasive,Normal\} is exp"):
         BENCHMARKS["bach"](tmp_path)
     make_bach(tmp_path, 99)
     with pytest.raises(ValueError, match=r"has 396 \.tif images; its split needs all 400"):
@@ -60,9 +58,7 @@ def make_breakhis(root, drop=0):
         "21998EF",
     ]
     kinds = ["benign/SOB/adenosis", "benign/SOB/fibroadenoma", "malignant/SOB/ductal_carcinoma"]
-    patients = [(f"2{i}", 283) for i in range(4)] + [
-        (name, 25 if i < 3 else 24) for i, name in enumerate(test)
-    ]
+    patients = [(f"2{i}", 283) for i in range(4)] + [(name, 25 if i < 3 else 24) for i, name in enumerate(test)]
     short = sum(count for _, count in patients[4:]) - 339
     patients[-1] = (test[-1], 24 - short)
     for index, (patient, count) in enumerate(patients):
@@ -71,9 +67,7 @@ def make_breakhis(root, drop=0):
             folder = root / "histology_slides" / kinds[index % 3] / f"SOB_{patient}" / f"{magnification}X"
             folder.mkdir(parents=True)
             for number in range(count - (drop if index == 0 else 0)):
-                (
-                    folder / f"SOB_{'BM'[index % 2]}_{name}-14-{patient}-{magnification}-{number:03}.png"
-                ).touch()
+                (folder / f"SOB_{'BM'[index % 2]}_{name}-14-{patient}-{magnification}-{number:03}.png").touch()
     other = root / "histology_slides" / "A" / "40X"
     other.mkdir(parents=True)
     (other / "SOB_B_A-14-22549AB-40-001.png").touch()  # adenosis is not among the four
@@ -123,9 +117,7 @@ def test_pcam(tmp_path):
 
 
 def test_pcam_is_wrong(tmp_path, monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=r"lacks camelyonpatch_level_2_split_train_x.h5; its six unpacked"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"lacks camelyonpatch_level_2_split_train_x.h5; its six unpacked"):
         BENCHMARKS["pcam"](tmp_path)
     make_pcam(tmp_path)
     with h5py.File(tmp_path / "camelyonpatch_level_2_split_test_y.h5", "w") as file:

@@ -73,9 +73,7 @@ def test_csv_of_slides(tmp_path, pattern, caplog):
     slides = ["TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "TCGA-AA-0002-01Z-00-DX1"]
     for number, slide in enumerate(slides):
         write(tmp_path / "tiles" / slide / "0_0.png", number)
-    text = "\n".join(
-        ["slide_id,label", *(f"{s},{name}" for s, name in zip(slides, "aab", strict=True)), "gone,a"]
-    )
+    text = "\n".join(["slide_id,label", *(f"{s},{name}" for s, name in zip(slides, "aab", strict=True)), "gone,a"])
     with caplog.at_level(logging.WARNING):
         tiles = open_labelled_tiles(tmp_path / "tiles", csv_file(tmp_path, text), pattern)
     assert tiles.per_slide and tiles.slides == tuple(slides) and tiles.labels.tolist() == [0, 0, 1]
@@ -85,9 +83,7 @@ def test_csv_of_slides(tmp_path, pattern, caplog):
 def shard(path, count, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = [cv2.imencode(".png", np.full((14, 14, 3), 10 * i, np.uint8))[1].tobytes() for i in range(count)]
-    table = pa.table(
-        {"slide_path": [f"/x/s{i % 2}.svs" for i in range(count)], "image_bytes": data, **columns}
-    )
+    table = pa.table({"slide_path": [f"/x/s{i % 2}.svs" for i in range(count)], "image_bytes": data, **columns})
     pq.write_table(table, path, row_group_size=4)
 
 
@@ -103,9 +99,7 @@ def test_shards_with_a_label_column(tmp_path):
 
 def test_shards_with_a_csv_of_slides(tmp_path):
     shard(tmp_path / "shards" / "a.parquet", 6)
-    tiles = open_labelled_tiles(
-        tmp_path / "shards", csv_file(tmp_path, "slide_id,label,patient\ns0,x,p\ns1,y,q\n")
-    )
+    tiles = open_labelled_tiles(tmp_path / "shards", csv_file(tmp_path, "slide_id,label,patient\ns0,x,p\ns1,y,q\n"))
     assert tiles.labels.tolist() == [0, 1, 0, 1, 0, 1] and tiles.patients == tuple("pqpqpq")
 
 

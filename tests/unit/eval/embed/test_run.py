@@ -103,9 +103,7 @@ def shard(path, numbers, group):
 
 @pytest.mark.parametrize("rows", [4, 2048])
 def test_parquet(teacher, tmp_path, rows):
-    tiles = shard(tmp_path / "in/a.parquet", range(13), 5) + shard(
-        tmp_path / "in/b/c.parquet", range(13, 20), 3
-    )
+    tiles = shard(tmp_path / "in/a.parquet", range(13), 5) + shard(tmp_path / "in/b/c.parquet", range(13, 20), 3)
     output = embed(teacher, tmp_path / "in", tmp_path / "out", "--rows-per-file", rows)
     assert len(list(output.glob("*.parquet"))) == -(-20 // rows)
     table, embeddings = rows_of(output)
@@ -180,16 +178,12 @@ def test_two_processes_equal_one(teacher, images, tmp_path):
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert "Wrote 11 embeddings" in said[0]  # files 0, 2, 4, 6 of seven
-    one = embed(
-        teacher, images[0], tmp_path / "one", "--kind", "images", "--batch-size", 4, "--rows-per-file", 3
-    )
+    one = embed(teacher, images[0], tmp_path / "one", "--kind", "images", "--batch-size", 4, "--rows-per-file", 3)
     assert contents(tmp_path / "two") == contents(one)
 
 
 def test_hdf5(teacher, images, tmp_path):
-    output = embed(
-        teacher, images[0], tmp_path / "tiles", "--format", "hdf5", "--kind", "images", "--batch-size", 7
-    )
+    output = embed(teacher, images[0], tmp_path / "tiles", "--format", "hdf5", "--kind", "images", "--batch-size", 7)
     with h5py.File(output / "part-000000.h5") as file:
         assert [name.decode() for name in file["name"]] == list(images[1]) and len(file["features"]) == 20
 
@@ -201,9 +195,7 @@ def test_other_runs_are_refused(teacher, images, tmp_path, capsys):
     other = tmp_path / "other.pth"
     torch.save(randomise(DinoVisionTransformer(**SMALL, num_register_tokens=2)).state_dict(), other)
     other.with_suffix(".json").write_text(teacher[0].with_suffix(".json").read_text())
-    assert "holds a build with checkpoint_sha256" in refused(
-        (other,), capsys, root, output, "--kind", "images"
-    )
+    assert "holds a build with checkpoint_sha256" in refused((other,), capsys, root, output, "--kind", "images")
     said = refused(teacher, capsys, root, output, "--kind", "images", "--output-tokens", "cls_mean")
     assert "output_tokens 'cls', not 'cls_mean'" in said
     said = refused(teacher, capsys, root, output, "--kind", "images", "--dtype", "bf16")
@@ -226,10 +218,7 @@ def test_damaged_images(teacher, tmp_path, capsys):
         Image.fromarray(good).save(tmp_path / "in" / f"{name}.png")
     (tmp_path / "in/b.png").write_bytes(b"no image")
     Image.fromarray(good[:10]).save(tmp_path / "in/d.png")
-    assert (
-        "Image '" in (said := refused(teacher, capsys, tmp_path / "in", tmp_path / "out"))
-        and "b.png'" in said
-    )
+    assert "Image '" in (said := refused(teacher, capsys, tmp_path / "in", tmp_path / "out")) and "b.png'" in said
     assert not contents(tmp_path / "out")
     output = embed(teacher, tmp_path / "in", tmp_path / "out", "--skip-damaged")
     assert "2 tiles could not be read" in capsys.readouterr().err

@@ -52,9 +52,7 @@ def grid(slide, mpp, size, stride, least):
     return places, levels[downsample // 2]
 
 
-@pytest.mark.parametrize(
-    ("mpp", "stride", "least"), [(0.5, 56, 0.4), (0.5, 100, 0.8), (0.6, 90, 0.4), (0.25, 112, 0)]
-)
+@pytest.mark.parametrize(("mpp", "stride", "least"), [(0.5, 56, 0.4), (0.5, 100, 0.8), (0.6, 90, 0.4), (0.25, 112, 0)])
 def test_slide_grid(teacher, slides, tmp_path, mpp, stride, least):
     slide = slides / "demo_train.svs"
     options = ["--mpp", mpp, "--tile-size", 56, "--stride", stride, "--min-tissue", least]
@@ -94,9 +92,7 @@ def test_slides_of_one_name_and_without_tissue(teacher, slides, tmp_path, capsys
     names = sorted(path.stem for path in output.glob("*.parquet"))
     assert len(names) == 2 and all(name.startswith("s.") for name in names)
     assert set(rows_of(output)[0]["slide"].to_pylist()) == set(names)
-    nothing = embed(
-        teacher, tmp_path / "in", tmp_path / "none", "--tile-size", 56, "--min-tissue", 1, "--mpp", 3
-    )
+    nothing = embed(teacher, tmp_path / "in", tmp_path / "none", "--tile-size", 56, "--min-tissue", 1, "--mpp", 3)
     table = pq.read_table(nothing)
     assert len(table) == 0 and "embedding" in table.column_names
     assert "s.svs' has no tile with enough tissue" in capsys.readouterr().err
@@ -163,9 +159,7 @@ def test_bad_input(teacher, slides, tmp_path, capsys, monkeypatch):
     assert "holds no image, Parquet shard or slide" in say(tmp_path / "empty")
     assert "unknown format '.zip'" in say(tmp_path / "a.zip")
     assert "may be images or slides by its endings; say which with --kind" in say(tmp_path / "a.tif")
-    assert "--tile-size is 60, but the network takes multiples of its patch size 14" in say(
-        slides, "--tile-size", 60
-    )
+    assert "--tile-size is 60, but the network takes multiples of its patch size 14" in say(slides, "--tile-size", 60)
     assert "--image-size is 30, but it must be a positive multiple" in say(slides, "--resize", 30)
     assert "--min-tissue is 2" in say(slides, "--min-tissue", 2)
     assert "There is no mpp table" in say(slides, "--mpp-file", tmp_path / "none.csv")
@@ -180,9 +174,7 @@ def test_bad_input(teacher, slides, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    ("name", "given"), [("cmu-1-small-region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.25)]
-)
+@pytest.mark.parametrize(("name", "given"), [("cmu-1-small-region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.25)])
 def test_real_slides(teacher, name, given, tmp_path):
     openslide = pytest.importorskip("openslide")
     slide = Path(os.environ.get("PATHFM_SLIDES_DIR", ""), name)

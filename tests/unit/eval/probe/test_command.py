@@ -76,9 +76,7 @@ def test_from_teacher_to_table(checkpoint, crops, tmp_path, capsys):
     assert main(arguments) == 0
     table = capsys.readouterr().out
     rows = rows_of(output)
-    assert {row["step"] for row in rows.values()} == {"7"} and {row["task"] for row in rows.values()} == {
-        "stain"
-    }
+    assert {row["step"] for row in rows.values()} == {"7"} and {row["task"] for row in rows.values()} == {"stain"}
     assert float(rows["knn5", "balanced_accuracy"]["value"]) > 0.8  # colour is there without training
     assert float(rows["knn5", "balanced_accuracy"]["low"]) > 0.6
     assert rows["linear_eva", "accuracy"]["runs"] == "6" and rows["knn5", "f1"]["count"] == "150"

@@ -10,9 +10,7 @@ from dinov2.eval.probe.folds import divide, group_folds
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15)), min_size=8, max_size=200), st.integers(0, 5)
-)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15)), min_size=8, max_size=200), st.integers(0, 5))
 def test_groups_stay_whole(rows, seed):
     labels, groups = np.array(rows).T
     number = len(np.unique(groups))
@@ -79,6 +77,4 @@ def test_what_cannot_be_divided():
     with pytest.raises(ValueError, match="No training tile is of class number 1"):
         divide(np.array([0, 0, 0, 1]), np.arange(4), np.array(["train"] * 3 + ["test"]), 5)
     with pytest.raises(ValueError, match="All training tiles are of one group"):
-        divide(
-            np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array(["train", "train", "test", "test"]), 5
-        )
+        divide(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array(["train", "train", "test", "test"]), 5)

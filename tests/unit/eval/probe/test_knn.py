@@ -21,14 +21,10 @@ def test_shares_of_the_vote(k, temperature):
     rng = np.random.default_rng(0)
     (train, labels), (test, _) = clouds(rng, 300), clouds(rng, 700)
     weights = "uniform" if temperature is None else lambda d: np.exp((d[:, :1] - d) / temperature)
-    reference = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(
-        train, labels
-    )
+    reference = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(train, labels)
     train, labels, test = map(torch.from_numpy, (train, labels, test))
     (scores,) = knn_scores(Fold(0, (train, labels), (train, labels), test, 3), k, temperature)
-    np.testing.assert_allclose(
-        scores, reference.predict_proba(test), atol=2e-3 if temperature == 1e-3 else 1e-5
-    )
+    np.testing.assert_allclose(scores, reference.predict_proba(test), atol=2e-3 if temperature == 1e-3 else 1e-5)
 
 
 def test_more_neighbours_than_tiles():

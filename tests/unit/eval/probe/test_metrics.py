@@ -41,8 +41,7 @@ def test_auroc_with_ties_and_weights(classes):
         else:
             one_hot = np.eye(classes)[target]
             areas = [
-                sklearn_metrics.roc_auc_score(one_hot[:, c], scores[:, c], sample_weight=row)
-                for c in range(classes)
+                sklearn_metrics.roc_auc_score(one_hot[:, c], scores[:, c], sample_weight=row) for c in range(classes)
             ]
             expected = np.mean(areas)
         assert area == pytest.approx(expected)
@@ -52,9 +51,7 @@ def test_class_that_is_never_tested_does_not_count():
     target, predicted = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
     counts = confusion(target, predicted, 3)
     assert FROM_COUNTS["balanced_accuracy"](counts) == pytest.approx(0.75)
-    assert FROM_COUNTS["f1"](counts) == pytest.approx(
-        sklearn_metrics.f1_score(target, predicted, average="macro")
-    )
+    assert FROM_COUNTS["f1"](counts) == pytest.approx(sklearn_metrics.f1_score(target, predicted, average="macro"))
 
 
 def test_mean_and_deviation_over_runs_and_folds():
@@ -77,17 +74,13 @@ def test_resamples_are_those_of_a_plain_bootstrap():
     clusters = np.repeat(np.arange(20), 3)
     result = estimate([Predictions(target, scores[None], clusters)], resamples=40, seed=3)
     rng = np.random.default_rng(3)
-    drawn = [
-        np.concatenate([np.flatnonzero(clusters == c) for c in rng.integers(0, 20, 20)]) for _ in range(40)
-    ]
+    drawn = [np.concatenate([np.flatnonzero(clusters == c) for c in rng.integers(0, 20, 20)]) for _ in range(40)]
     for name, reference in REFERENCES.items():
         values = [reference(target[rows], scores[rows].argmax(1)) for rows in drawn]
         low, high = np.quantile(values, [0.025, 0.975])
         assert (result[name].low, result[name].high) == pytest.approx((low, high), abs=1e-6)
     values = [sklearn_metrics.roc_auc_score(target[rows], scores[rows, 1]) for rows in drawn]
-    assert (result["auroc"].low, result["auroc"].high) == pytest.approx(
-        tuple(np.quantile(values, [0.025, 0.975]))
-    )
+    assert (result["auroc"].low, result["auroc"].high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 
 
 @pytest.mark.parametrize("per_cluster", [1, 5])

@@ -76,9 +76,7 @@ def test_separable_labels(columns):
     for probe in probes:
         result = found[probe, "balanced_accuracy"]
         # Heads are kept at the first of their best validations, some of them before they are sure of every tile.
-        assert (
-            result.value > (0.95 if "linear" in probe else 0.99) and result.low <= result.value <= result.high
-        )
+        assert result.value > (0.95 if "linear" in probe else 0.99) and result.low <= result.value <= result.high
         assert result.count == (150 if columns else 400)
     assert found["linear_eva", "auroc"].value > 0.99
     assert found["linear_eva", "f1"].runs == (2 if columns else 6)
@@ -102,9 +100,7 @@ def test_patients_never_help():
     knn5 = options_for(neighbours=(5,))
     quick = Probing(("knn",), knn5, resamples=200)
     by_patient = evaluate(Flatten(), {"task": tiles}, EMBEDDING, quick)
-    by_tile = evaluate(
-        Flatten(), {"task": tiles}, EMBEDDING, Probing(("knn",), knn5, resamples=200, group="tile")
-    )
+    by_tile = evaluate(Flatten(), {"task": tiles}, EMBEDDING, Probing(("knn",), knn5, resamples=200, group="tile"))
     key = "task/knn5/balanced_accuracy"
     assert by_tile[key] > 0.95
     assert by_patient[key] < 0.6
@@ -123,9 +119,7 @@ def test_labels_per_slide(aggregation):
         Pixels(levels), labels, ("a", "b"), slides=tuple(f"s{s:02}" for s in slides), splits=splits, per_slide=True
     )  # fmt: skip
     settings = Probing(("knn",), options_for(neighbours=(5,)), aggregation=aggregation, resamples=50)
-    results = {
-        r.metric: r for r in run_probes(Flatten(), {"task": tiles}, EMBEDDING, settings) if r.probe == "knn5"
-    }
+    results = {r.metric: r for r in run_probes(Flatten(), {"task": tiles}, EMBEDDING, settings) if r.probe == "knn5"}
     features = levels.astype(np.uint8).astype(np.float32) - 128
     # The same by hand, less the validation slides, which only heads use but k-NN leaves out, too.
     from dinov2.eval.probe.folds import divide
@@ -141,9 +135,7 @@ def test_labels_per_slide(aggregation):
     tested = row_slides[division.test]
     by_slide = np.stack([scores[tested == s].mean(0) for s in range(40, 60)])
     target = np.arange(40, 60) % 2
-    assert results["balanced_accuracy"].value == pytest.approx(
-        balanced_accuracy_score(target, by_slide.argmax(1))
-    )
+    assert results["balanced_accuracy"].value == pytest.approx(balanced_accuracy_score(target, by_slide.argmax(1)))
     assert results["auroc"].value == pytest.approx(roc_auc_score(target, by_slide[:, 1]))
     assert results["auroc"].count == 20
 
@@ -161,9 +153,7 @@ def test_without_labels():
 def test_label_free_figures_are_of_the_test_tiles():
     tiles = made_up(**SPLITS)
     metrics = evaluate(Flatten(), {"task": tiles}, EMBEDDING, Probing(("rankme",)))
-    assert metrics == {
-        "task/rankme/value": pytest.approx(rankme(tiles.images.features[250:] - 128.0), rel=1e-5)
-    }
+    assert metrics == {"task/rankme/value": pytest.approx(rankme(tiles.images.features[250:] - 128.0), rel=1e-5)}
 
 
 def test_same_seed_same_result_and_nothing_global_changes():
@@ -210,9 +200,7 @@ def test_wrong_settings(settings, message):
 
 
 def test_group_that_is_not_known():
-    with pytest.raises(
-        ValueError, match="Nothing tells the patient of a tile: labels need a column 'patient'"
-    ):
+    with pytest.raises(ValueError, match="Nothing tells the patient of a tile: labels need a column 'patient'"):
         evaluate(Flatten(), {"task": made_up()}, EMBEDDING, Probing(("knn",), group="patient"))
 
 

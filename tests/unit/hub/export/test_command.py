@@ -71,9 +71,7 @@ def test_files(target, tmp_path, capsys):
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()}
     assert run(path, target) == 0
     assert capsys.readouterr().out.startswith("already there: ")
-    assert before == {
-        file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()
-    }
+    assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.parametrize("target", FILES)
@@ -190,9 +188,7 @@ def test_verify_finds_exchanged_tensors(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_other_resampling_is_announced(target, registers, antialias, offset, warned, tmp_path, capsys):
-    path = save(
-        tmp_path, num_register_tokens=registers, interpolate_antialias=antialias, interpolate_offset=offset
-    )
+    path = save(tmp_path, num_register_tokens=registers, interpolate_antialias=antialias, interpolate_offset=offset)
     assert run(path, target) == 0
     said = capsys.readouterr().err
     assert warned in said and "--image-size" in said if warned else said == ""
@@ -305,9 +301,7 @@ def test_weights_that_the_dtype_cannot_hold(value, tmp_path, caplog):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["teacher"]["backbone.norm.bias"][3] = value
     torch.save(checkpoint, path)
-    assert "teacher's norm.bias is not finite in torch.float16" in refusal(
-        caplog, path, "meta", "--dtype", "fp16"
-    )
+    assert "teacher's norm.bias is not finite in torch.float16" in refusal(caplog, path, "meta", "--dtype", "fp16")
 
 
 @pytest.mark.parametrize("kind", ["folder", "absent", "no backbone", "stated otherwise"])

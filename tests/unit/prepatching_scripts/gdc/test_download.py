@@ -202,9 +202,7 @@ fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 print(flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(FileExistsError, match="another process"):
             fetch(slide)

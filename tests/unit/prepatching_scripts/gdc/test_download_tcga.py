@@ -57,9 +57,7 @@ def test_filter_to_folder_and_again(server, cli, tmp_path: Path, caplog):
     assert server.requests == before
     assert cli("--filter") == 2
     assert "was not made by this filter" in caplog.text
-    assert (
-        main(["--output", str(tmp_path / "b"), "--endpoint", server.url, "--filter", "--project", "X"]) == 2
-    )
+    assert main(["--output", str(tmp_path / "b"), "--endpoint", server.url, "--filter", "--project", "X"]) == 2
     assert "has no file for" in caplog.text
 
 

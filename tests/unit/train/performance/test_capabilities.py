@@ -117,9 +117,7 @@ def test_all_faults_come_together():
 
 def test_what_is_off_is_not_checked():
     everything = checks(compile=failing, fused_update=failing, fp8=failing)
-    resolve_performance(
-        config("performance.compile=false", "performance.fused_update=false"), GPU, everything
-    )
+    resolve_performance(config("performance.compile=false", "performance.fused_update=false"), GPU, everything)
     resolve_performance(config(), CPU, everything)
 
 

@@ -57,9 +57,7 @@ def other_parts() -> int:
     return 3 * heads(480, MASKED) + heads(96, MASKED) + pixels + SIMILARITIES
 
 
-@pytest.mark.parametrize(
-    ("drop_path", "kept", "teraflops"), [(0.4, (57, 230), 62.9), (0.0, (96, 384), 105.6)]
-)
+@pytest.mark.parametrize(("drop_path", "kept", "teraflops"), [(0.4, (57, 230), 62.9), (0.0, (96, 384), 105.6)])
 def test_student_forward(drop_path, kept, teraflops):
     """Stochastic depth saves what it should, packing costs nothing."""
     with torch.device("meta"):

@@ -46,9 +46,7 @@ def test_states_by_hand():
     assert (alone.saved, alone.peak) == (72 * GIB, 73 * GIB)
     assert alone.total == alone.weights + alone.moments + alone.copies + alone.batch + 73 * GIB
     eight = MemoryModel(costs, world_size=8)(48)
-    assert eight.weights + eight.moments + eight.gradients == pytest.approx(
-        20 * parameters(costs) / 8, abs=100
-    )
+    assert eight.weights + eight.moments + eight.gradients == pytest.approx(20 * parameters(costs) / 8, abs=100)
     # The student's whole, three blocks of the teacher's.
     assert 2 * parameters(costs) < eight.copies < 2.2 * parameters(costs)
 

@@ -131,9 +131,7 @@ def test_copies_are_bit_equal_to_rounded_weights(interpreted: Call):
 
 def rounding_of_every_kind_of_number() -> None:
     """Ties, subnormals, overflow, infinities and NaN, as teacher's weights that the update leaves as they are."""
-    values = torch.tensor(
-        [0x3F808000, 0x3F818000, 0x3F808001, 0x00018000, 0x7F7FFFFF, 0x477FF000, 0x477FEFFF]
-    )
+    values = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x00018000, 0x7F7FFFFF, 0x477FF000, 0x477FEFFF])
     values = torch.cat([values.int().view(torch.float32), torch.tensor([float("inf"), float("nan"), -0.0])])
     values = torch.cat([values, -values])
     for dtype in (torch.bfloat16, torch.float16):

@@ -20,9 +20,7 @@ def test_flag_is_sticky_and_the_host_looks_later():
     assert guard.all_finite == 0
     guard.observe(2, *values(1.0))
     assert guard.all_finite == 0
-    with pytest.raises(
-        NonFiniteError, match=r"Step 1 is not finite on rank 0 \(samples 16 to 31\).*total_loss = nan"
-    ):
+    with pytest.raises(NonFiniteError, match=r"Step 1 is not finite on rank 0 \(samples 16 to 31\).*total_loss = nan"):
         guard.observe(3, *values(1.0))
 
 

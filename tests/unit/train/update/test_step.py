@@ -87,9 +87,7 @@ def test_a_switch_changes_no_loss_and_no_gradient(overrides: tuple[str, ...]):
     assert expected.keys() == found.keys() and len(expected) > 50
     for name, value in expected.items():
         # KDE, KoLeo and the masks' weights are float32.
-        torch.testing.assert_close(
-            found[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_weight_copies_follow_the_weights():
@@ -137,9 +135,7 @@ def test_all_blocks_share_their_graphs(monkeypatch: pytest.MonkeyPatch, uniform:
 
     monkeypatch.setattr(torch, "compile", counting)
     compiled = ResolvedPerformance(compile=True, fused_update=False)
-    step = make_step(
-        "student.drop_path_rate=0.4", f"student.drop_path_uniform={uniform}", performance=compiled
-    )
+    step = make_step("student.drop_path_rate=0.4", f"student.drop_path_uniform={uniform}", performance=compiled)
     after_two_steps(step)
     assert counters["Block.forward"].frame_count == student_graphs + 2
 
@@ -148,9 +144,7 @@ def _name(function) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-@pytest.mark.parametrize(
-    "overrides", [(), OFF, ("train.centering=centering",)], ids=["on", "off", "centering"]
-)
+@pytest.mark.parametrize("overrides", [(), OFF, ("train.centering=centering",)], ids=["on", "off", "centering"])
 def test_nothing_waits_for_the_device(overrides: tuple[str, ...]):
     """Fake tensors hold no values: reading one, for a shape, a branch or a record, raises."""
     step = make_step(*in_precision("bf16"), *overrides)
