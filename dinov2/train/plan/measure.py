@@ -148,7 +148,7 @@ class StepCosts:
 
     def _measure(self, arch: SSLMetaArch, batch: dict[str, Any]) -> tuple[Cost, Cost]:
         backbones = arch.student.backbone, arch.teacher.backbone
-        with _Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
+        with Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
             loss = arch.compute_losses(batch, _TEACHER_TEMP)["total_loss"]
             saved = meter.live
             loss.backward()
@@ -168,7 +168,7 @@ class StepCosts:
             networks = [network.to_empty(device="cpu") for network in (student.train(), teacher.eval())]
             batch = fake_batch(config, images)
             crops = [batch[name] for name in ("global_crops", "local_crops") if len(batch[name])]
-            with _Meter((networks, batch)) as meter, one_of_each_kind(meter, student, teacher) as costs:
+            with Meter((networks, batch)) as meter, one_of_each_kind(meter, student, teacher) as costs:
                 student(crops, masks=[batch["masks"], None][: len(crops)], is_training=True)
                 with torch.no_grad():
                     teacher(crops[:1], masks=[None], is_training=True)
@@ -199,7 +199,7 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_of_each_kind(meter: _Meter, student: nn.Module, teacher: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
+def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
     """While open, only one block of each kind runs, and the last one; the others return their first argument.
 
     Of a backbone without ``blocks`` everything runs.
@@ -233,7 +233,7 @@ def one_of_each_kind(meter: _Meter, student: nn.Module, teacher: nn.Module) -> I
         yield costs
 
 
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Counts FLOPs of the operations under it, and bytes of the storages that they allocate and free.
 
     Args:

@@ -50,21 +50,26 @@ class MemoryPrediction:
 
     @property
     def total(self) -> int:
-        """The peak: in the backward, or where it has left gradients alone."""
-        return self.weights + self.moments + self.copies + self.batch + max(self.peak, self.gradients)
+        """The peak: where the backward begins, or where it ends, with all gradients and nothing else left."""
+        states = self.weights + self.moments + self.copies + self.batch
+        return states + max(self.saved, self.gradients) + self.backward
+
+    @property
+    def backward(self) -> int:
+        """What the backward takes beyond activations and gradients."""
+        return self.peak - self.saved
 
     def describe(self) -> str:
         """What the peak consists of, in GiB, on one line."""
+        largest = "activations" if self.saved > self.gradients else "gradients"
         parts = {
             "fp32 weights": self.weights,
             "moments": self.moments,
             "low-precision weights": self.copies,
             "crops": self.batch,
+            largest: max(self.saved, self.gradients),
+            "backward": self.backward,
         }
-        if self.peak > self.gradients:
-            parts |= {"activations": self.saved, "backward": self.peak - self.saved}
-        else:
-            parts["gradients"] = self.gradients
         return ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
 
 
