@@ -246,7 +246,7 @@ def test_endless_order_is_its_own_inverse() -> None:
     for epoch, unit in set(zip(places.epoch.tolist(), places.unit.tolist(), strict=True)):
         indices, rows = order.members(epoch, unit, 0)
         found = order.locate(indices)
-        assert set(found.epoch) == {epoch} and set(found.unit) == {unit} and not found.piece.any()
+        assert set(found.epoch) == {epoch} and set(found.unit) == {unit} and not found.chunk.any()
         np.testing.assert_array_equal(found.row, rows)
     np.testing.assert_array_equal(places.unit * 64 + places.row + 192 * places.epoch, np.arange(1000))
 
