@@ -34,14 +34,10 @@ class DeviceBatches:
                     for name, value in batch.items()
                 }
                 prepared = self._prepare(moved)
-            if side:
-                _hand_over(prepared, side, torch.cuda.current_stream(self._device))
+            if side:  # which the step's stream waits for; the tensors' memory stays until that is done with them
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_stream(side)
+                for value in prepared.values():
+                    if isinstance(value, torch.Tensor):
+                        value.record_stream(stream)
             yield prepared
-
-
-def _hand_over(batch: Batch, side: torch.cuda.Stream, user: torch.cuda.Stream) -> None:
-    """Let the user's stream wait for the side stream, and keep the tensors' memory until the user is done."""
-    user.wait_stream(side)
-    for value in batch.values():
-        if isinstance(value, torch.Tensor):
-            value.record_stream(user)

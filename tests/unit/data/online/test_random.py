@@ -24,7 +24,7 @@ from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppTable
 from dinov2.data.source import DecodeError, EncodedSample
-from dinov2.data.stream.loader import make_train_loader
+from dinov2.data.stream.loader import TrainLoader
 from tests.helpers.slides import damage_tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -65,7 +65,7 @@ def collate(samples: list[Sample]) -> dict:
 def run(source: OnlinePatchSource, world: int, workers: int, start: int = 0, steps: int = 3) -> list[tuple]:
     patches: list[tuple] = []
     for rank in range(world):
-        loader = make_train_loader(
+        loader = TrainLoader(
             source, mean_of, collate, global_batch=48, rank=rank, world_size=world, start_sample=start,
             order=source.order(seed=11, lanes=48, block_rows=64), num_workers=workers,
         )  # fmt: skip
@@ -296,7 +296,7 @@ def test_memory_is_estimated_from_above(make: MakeSource) -> None:
 def test_damaged_tile_is_replaced_and_named(make: MakeSource, train_slide: Path, tmp_path: Path) -> None:
     damaged = damage_tile(train_slide, tmp_path / "garbage.svs", 9 * 3 + 4, empty=False)
     source = make([SlideRow(str(damaged))])
-    loader = make_train_loader(
+    loader = TrainLoader(
         source, mean_of, collate, global_batch=64, rank=0, world_size=1, start_sample=0,
         order=source.order(11, 64, 64), num_workers=0, max_corrupt_fraction=1.0,
     )  # fmt: skip
