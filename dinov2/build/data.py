@@ -104,7 +104,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
         cache = index_cache and index_cache.with_name(f"{index_cache.name}{f'.{number}' if number else ''}")
         counts = Counter[int]()
         source = _open(config, dataset, commit, cache, functools.partial(_keep, asked, counts))
-        places.append(getattr(source, "place", dataset.path))
+        places.append(getattr(source, "location", dataset.path))
         if advice := getattr(source, "repack_advice", str)():
             report.append(f"dataset '{dataset.path}': {advice}")
         split = None
