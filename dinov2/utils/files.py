@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,21 @@ def write_text(path: Path, lines: str | Iterable[str]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is whole or absent."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write an .npz file that is whole or absent."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
+    """Read arrays of an .npz file; None where there is no such file, or a corrupt one."""
+    try:
+        with np.load(path) as stored:
+            return [stored[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
 
 
 def write_new(contents: Mapping[Path, Iterable[str]]) -> None:

@@ -15,10 +15,9 @@ import pytest
 from scipy.stats import chisquare
 
 from dinov2.data.augment.collate import Sample
-from dinov2.data.online.order import OnlineOrder
 from dinov2.data.online.positions import Geometry, Positions
 from dinov2.data.online.prepare import PatchOptions, load_plan, mpps_of
-from dinov2.data.online.random import OnlinePatchSource, take_fraction
+from dinov2.data.online.random import OnlineOrder, OnlinePatchSource, take_fraction
 from dinov2.data.online.tissue_mask import TissueMask
 from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
@@ -320,14 +319,15 @@ def test_missing_tile_is_an_error(make: MakeSource, train_slide: Path, tmp_path:
 
 
 def test_unreadable_slides_are_left_out_up_to_a_share(
-    make: MakeSource, train_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make: MakeSource, train_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:
     broken = tmp_path / "broken.svs"
     broken.write_bytes(train_slide.read_bytes()[:20_000])
     rows = [SlideRow(str(train_slide)), SlideRow(str(broken))]
     with pytest.raises(ValueError, match=r"1 of 2 slides cannot be read, where 5.0% may be left out; .*broken.svs'"):
         make(rows)
-    source = make(rows, max_unreadable_share=0.5)
+    monkeypatch.setattr("dinov2.data.online.random._MAX_UNREADABLE", 0.5)
+    source = make(rows)
     assert [Path(slide.path).name for slide in source.dropped] == ["broken.svs"]
     assert "broken.svs' is left out" in caplog.text
     assert source.fingerprint != make(rows[:1]).fingerprint
