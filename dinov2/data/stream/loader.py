@@ -136,9 +136,7 @@ def _until_failure(reader: RankReader, failure: list[Exception]) -> Iterator[lis
         failure.append(error)
 
 
-def _collate_and_report(
-    collate: Collate, samples: list[Sample | Exception]
-) -> Exception | tuple[Batch, int, list[str]]:
+def _collate_and_report(collate: Collate, samples: list[Sample | Exception]) -> Loaded | Exception:
     """Collate, and tell the main process how many samples and what of them was corrupt; errors pass as they are."""
     for sample in samples:
         if isinstance(sample, Exception):
