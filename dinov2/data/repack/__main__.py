@@ -25,7 +25,6 @@ from dinov2.utils.jobs import run_jobs
 logger = logging.getLogger("repack")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LOCK = ".repack.lock"
 
 
 def repack_dataset(source: str, destination: Path, layout: Layout, workers: int = 1) -> int:
@@ -48,7 +47,7 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
     _refuse_foreign_failures(failure_list)
     destination.mkdir(parents=True, exist_ok=True)
     busy = f"another repack is writing into '{destination}'; wait for it or stop it"
-    with locked(destination / _LOCK, busy=busy):
+    with locked(destination, busy=busy):
         failures: dict[str, str] = {}
 
         def fail(name: str, reason: str) -> None:
