@@ -17,7 +17,7 @@ from dinov2.data.storage.retry import RemoteError
 SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
 PAGE_BUFFER = 1 << 20  # pyarrow then reads page by page, not whole column chunks ...
 _REMOTE_PAGE_BUFFER = 1 << 24  # ... and so over a network, in fewer requests
-_THREADS = 32
+THREADS = 32  # that read footers
 _TAIL = 1 << 16  # bytes read from the end of a shard; a longer footer takes a second read
 _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -66,22 +66,8 @@ class Shard(NamedTuple):
     with_page_index: int
 
 
-def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
-    """Do something with each file, in parallel, and give the results in order; the first exception ends it."""
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dinov2-footers")
-    try:
-        yield from pool.map(work, files)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def read_footer(storage: Storage, file: StoredFile) -> Footer:
-    """Read the footer of one file, in two requests at most.
-
-    Raises:
-        CorruptFooter: if there is none that can be read.
-        OSError: if the storage fails.
-    """
+    """Read the footer of one file, in two requests at most; CorruptFooter if there is none, OSError by the storage."""
     length = min(_TAIL, file.size)
     tail = storage.read_range(file.name, file.size - length, length) if length else b""
     needed = int.from_bytes(tail[-8:-4], "little") + 8
@@ -114,8 +100,9 @@ def read_footers(
         except ValueError as error:
             return WrongSchema(file.name, in_one_line(error))
 
-    results = for_each_file(files, one)
-    return list(tqdm(results, total=len(files), desc="footers", unit="file", disable=None, leave=False))
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(one, files)
+        return list(tqdm(results, total=len(files), desc="footers", unit="file", disable=None, leave=False))
 
 
 def parse_footer(data: bytes) -> pq.FileMetaData:
@@ -177,12 +164,12 @@ def extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
 
 def image_column(path: str, schema: pa.Schema) -> str:
     """Name the column that holds the images; ValueError where there is none or it is not binary."""
-    image = next((name for name in SLIDE_COLUMN if name in schema.names), None)
-    if image is None:
-        columns = ", ".join(schema.names) or "none"
-        raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
-    _require_type(path, schema.field(image), "binary", ", an image file in each row")
-    return image
+    for image in SLIDE_COLUMN:
+        if image in schema.names:
+            _require_type(path, schema.field(image), "binary", ", an image file in each row")
+            return image
+    columns = ", ".join(schema.names) or "none"
+    raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
 
 
 def slide_of(name: str, image: str) -> str:
@@ -192,10 +179,9 @@ def slide_of(name: str, image: str) -> str:
 
 def open_shard(storage: Storage, file: StoredFile) -> pq.ParquetFile:
     """Open a file so that pages, not row groups, are what is held in memory."""
-    if isinstance(storage, LocalStorage):
-        return pq.ParquetFile(storage.locate(file.name), pre_buffer=False, buffer_size=PAGE_BUFFER)
-    ranged = RangedFile(storage, file.name, file.size)
-    return pq.ParquetFile(ranged, pre_buffer=False, buffer_size=_REMOTE_PAGE_BUFFER)
+    local = isinstance(storage, LocalStorage)
+    opened = storage.locate(file.name) if local else RangedFile(storage, file.name, file.size)
+    return pq.ParquetFile(opened, pre_buffer=False, buffer_size=PAGE_BUFFER if local else _REMOTE_PAGE_BUFFER)
 
 
 def in_one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dinov2.data.storage.base import StoredFile, no_files
-from dinov2.data.storage.retry import Refusal, RemoteError, Retries, answer, reason
+from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
 from dinov2.data.storage.train_split import find_train_files
 
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
@@ -32,10 +32,7 @@ _Result = TypeVar("_Result")
 
 
 class RemoteStorage:
-    """Reading of files over a network, one request for each range.
-
-    Subclasses list and locate files (see `Storage`), request ranges (`_get_range`) and explain errors (`_explain`).
-    """
+    """Reading of files over a network; subclasses list and locate them, request ranges and explain errors."""
 
     location: str
     _retries: Retries
@@ -234,8 +231,7 @@ class HubStorage(RemoteStorage):
 
         request = {"headers": build_hf_headers(headers=headers), "timeout": self._timeout, "follow_redirects": True}
         with get_session().stream("GET", url, **request) as response:
-            if response.status_code not in (200, 206):
-                raise Refusal(response.status_code, response.headers)
+            response.raise_for_status()
             yield response
 
     def _explain(
