@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_footers
-from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
+from dinov2.data.repack.shard import SOURCE_KEY, Layout, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
-from dinov2.data.storage.locate import open_storage
+from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.utils.cli import DONE, FAILURES, add_workers, run_command
 from dinov2.utils.files import json_lines, leftovers, locked, write_text
 from dinov2.utils.jobs import run_jobs
@@ -29,10 +29,7 @@ _LOCK = ".repack.lock"
 
 
 def repack_dataset(source: str, destination: Path, layout: Layout, workers: int = 1) -> int:
-    """Write the files that are missing, and `failures.jsonl` if some cannot be read.
-
-    Returns:
-        How many files could not be read.
+    """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
     Raises:
         FileNotFoundError: if there is no such dataset.
@@ -98,21 +95,18 @@ def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> No
 
 
 def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
-    """Names of the files that an earlier run of the same command finished.
-
-    Raises:
-        FileExistsError: if a Parquet file in the destination is none of these.
-    """
+    """Names of the files that an earlier run of the same command finished; FileExistsError if there are others."""
     here = LocalStorage(str(destination))
     try:
         files = here.list_files()
     except FileNotFoundError:
         return set()
 
-    def matches(file: StoredFile, footer: Footer) -> bool:
-        return file.name in jobs and jobs[file.name].is_done(footer)
+    def is_ours(file: StoredFile, footer: Footer) -> bool:
+        job, found = jobs.get(file.name), footer.metadata
+        return job is not None and (found.metadata or {}).get(SOURCE_KEY) == job.identity and found.num_rows == job.rows
 
-    for file, ours in zip(files, read_footers(here, files, matches), strict=True):
+    for file, ours in zip(files, read_footers(here, files, is_ours), strict=True):
         if ours is not True:
             raise FileExistsError(
                 f"'{destination / file.name}' was not made by this command from the present state of this source; "
@@ -152,11 +146,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "0.5 GB for oversized row groups of 100 kB images. Ctrl-C ends after the files being written; the same "
         "command then goes on. Exit status: 0 done, 1 done but some files cannot be read, 2 not done, with the reason.",
     )
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ...",
-    )
+    parser.add_argument("source", metavar="SRC", help=NAMES)
     parser.add_argument("destination", metavar="DST", help="folder for the new files, apart from SRC")
     parser.add_argument("--row-group-rows", type=int, default=64, help="rows of a row group (64)")
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import PAGE_BUFFER, Footer, in_one_line, open_shard
+from dinov2.data.parquet.footer import PAGE_BUFFER, in_one_line, open_shard
 from dinov2.data.storage.base import Storage, StoredFile
 from dinov2.data.storage.retry import RemoteError
 from dinov2.utils.files import commit, unfinished
@@ -41,15 +41,10 @@ class RepackJob:
     destination: Path
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> bytes:
         """What the shard keeps under `SOURCE_KEY`."""
         source = {"size": self.file.size, "footer": self.footer_digest}
-        return json.dumps(source | asdict(self.layout), sort_keys=True)
-
-    def is_done(self, footer: Footer) -> bool:
-        """Whether a footer is that of this job's result."""
-        kept = (footer.metadata.metadata or {}).get(SOURCE_KEY, b"")
-        return kept == self.identity.encode() and footer.metadata.num_rows == self.rows
+        return json.dumps(source | asdict(self.layout), sort_keys=True).encode()
 
 
 class _SourceError(Exception):
@@ -57,10 +52,7 @@ class _SourceError(Exception):
 
 
 def repack_shard(job: RepackJob) -> str:
-    """Write one shard.
-
-    Returns:
-        Why the source cannot be read; an empty string when all is well.
+    """Write one shard; return why the source cannot be read, or an empty string.
 
     Raises:
         OSError: if the shard cannot be written, or reads back differently.
@@ -93,7 +85,7 @@ def _rewrite(job: RepackJob, partial: Path) -> str:
     with _source_error():
         file = open_shard(job.storage, job.file)
         schema = file.schema_arrow
-    metadata = {**(schema.metadata or {}), SOURCE_KEY: job.identity.encode()}
+    metadata = {**(schema.metadata or {}), SOURCE_KEY: job.identity}
     if b"row_group_size" in metadata:
         metadata[b"row_group_size"] = str(job.layout.row_group_rows).encode()
     options = _column_options(file.metadata, job.image, job.layout.compression)
@@ -129,15 +121,12 @@ def _groups(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
 def _column_options(metadata: pq.FileMetaData, image: str, compression: str) -> dict[str, object]:
     """Writer options: the image column plain, the others encoded and compressed as they are in the source."""
     leaves = range(metadata.num_columns)
-    others = [path for path in (metadata.schema.column(leaf).path for leaf in leaves) if path != image]
     chunks = [metadata.row_group(0).column(leaf) for leaf in leaves] if metadata.num_row_groups else []
     codecs = {chunk.path_in_schema: chunk.compression.replace("UNCOMPRESSED", "NONE") for chunk in chunks}
-    encoded = {chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page}
-    return {
-        "use_dictionary": [path for path in others if path in encoded],
-        "write_statistics": others,
-        "compression": codecs | {image: compression},
-    }
+    others = [path for path in (metadata.schema.column(leaf).path for leaf in leaves) if path != image]
+    encoded = [chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page and chunk.path_in_schema != image]
+    compression = codecs | {image: compression}
+    return {"use_dictionary": encoded, "write_statistics": others, "compression": compression}
 
 
 def _digest_of(partial: Path, image: str) -> str:

@@ -147,8 +147,8 @@ class ObjectStorage(RemoteStorage):
 class HubStorage(RemoteStorage):
     """Files of one commit on the Hugging Face hub, or on a server that speaks its protocol.
 
-    Only the repository, the commit and the path are kept, neither token nor connection. The server is `HF_ENDPOINT`
-    and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use.
+    The server is `HF_ENDPOINT` and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use; neither
+    token nor connection is kept.
 
     Args:
         repo: org/name.
@@ -158,8 +158,7 @@ class HubStorage(RemoteStorage):
         retries: how long requests are repeated.
 
     Raises:
-        FileNotFoundError: if there is no such dataset, or it is hidden from this user.
-        PermissionError: if it may not be read.
+        FileNotFoundError, PermissionError: if there is no such dataset, it is hidden or may not be read.
         ValueError: if there is no such revision.
         RemoteError: if the hub does not answer.
     """
