@@ -24,8 +24,8 @@ _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
 Result = TypeVar("Result")
 
 
-class CorruptFooter(Exception):
-    """A file that has no readable footer, said in one line."""
+class CorruptShard(Exception):
+    """A file of which the footer, or what was asked for, cannot be read; said in one line."""
 
 
 class Unusable(NamedTuple):
@@ -67,7 +67,7 @@ class Shard(NamedTuple):
 
 
 def read_footer(storage: Storage, file: StoredFile) -> Footer:
-    """Read the footer of one file, in two requests at most; CorruptFooter if there is none, OSError by the storage."""
+    """Read the footer of one file, in two requests at most; CorruptShard if there is none, OSError by the storage."""
     length = min(_TAIL, file.size)
     tail = storage.read_range(file.name, file.size - length, length) if length else b""
     needed = int.from_bytes(tail[-8:-4], "little") + 8
@@ -75,7 +75,7 @@ def read_footer(storage: Storage, file: StoredFile) -> Footer:
         tail = storage.read_range(file.name, file.size - needed, needed - length) + tail
     data = tail[-needed:]
     metadata = parse_footer(data)
-    with _as_corruption():
+    with as_corruption():
         schema = metadata.schema.to_arrow_schema()
     return Footer(data, hashlib.blake2b(data, digest_size=16).hexdigest(), metadata, schema)
 
@@ -85,8 +85,7 @@ def read_footers(
 ) -> list[Result | Unusable]:
     """Read all footers by threads, under a progress bar, and keep a summary of each; not all fit into memory.
 
-    A file that is corrupt, or of which `summarise` raises ValueError, is named in place of its summary. RemoteError
-    is raised: a server that does not answer says nothing about its files.
+    A file that is corrupt, or of which `summarise` raises ValueError, is named in place of its summary.
     """
     from tqdm import tqdm
 
@@ -95,10 +94,10 @@ def read_footers(
             return summarise(file, read_footer(storage, file))
         except RemoteError:
             raise
-        except (CorruptFooter, OSError) as error:
-            return Unusable(file.name, in_one_line(error))
+        except (CorruptShard, OSError) as error:
+            return Unusable(file.name, _in_one_line(error))
         except ValueError as error:
-            return WrongSchema(file.name, in_one_line(error))
+            return WrongSchema(file.name, _in_one_line(error))
 
     with ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(one, files)
@@ -106,8 +105,8 @@ def read_footers(
 
 
 def parse_footer(data: bytes) -> pq.FileMetaData:
-    """Parse the last bytes of a file; CorruptFooter if they are no footer."""
-    with _as_corruption():
+    """Parse the last bytes of a file; CorruptShard if they are no footer."""
+    with as_corruption():
         return pq.read_metadata(pa.BufferReader(data))
 
 
@@ -115,7 +114,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     """Find the columns of a shard and what they hold.
 
     Raises:
-        CorruptFooter: if the footer contradicts itself or the file's size.
+        CorruptShard: if the footer contradicts itself or the file's size.
         ValueError: if columns are missing or have another type, or raw tiles have no size.
     """
     path, metadata, schema = storage.locate(file.name), footer.metadata, footer.schema
@@ -126,7 +125,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     else:
         _require_type(path, schema.field(slide), "string")
     raw_size = _raw_size(path, metadata.metadata or {})
-    with _as_corruption():
+    with as_corruption():
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         images = [group.column(leaves.index(image)) for group in groups]
@@ -137,7 +136,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
         for chunk in (*images, *names):
             start, length = extent(chunk)
             if chunk.num_values and length and not (4 <= start <= file.size - length and length > 0):
-                raise CorruptFooter(f"it places {length} bytes at {start}, but {file.size} are there")
+                raise CorruptShard(f"it places {length} bytes at {start}, but {file.size} are there")
     return Shard(
         file=file,
         columns={field.name: str(field.type) for field in schema},
@@ -184,17 +183,19 @@ def open_shard(storage: Storage, file: StoredFile) -> pq.ParquetFile:
     return pq.ParquetFile(opened, pre_buffer=False, buffer_size=PAGE_BUFFER if local else _REMOTE_PAGE_BUFFER)
 
 
-def in_one_line(error: Exception) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
-
-
 @contextmanager
-def _as_corruption() -> Iterator[None]:
+def as_corruption() -> Iterator[None]:
+    """Turn what pyarrow raises into CorruptShard, but not what a server does: that says nothing about the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorruptFooter(in_one_line(error)) from error
+    except RemoteError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptShard(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:

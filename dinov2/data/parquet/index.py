@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from dinov2.data.parquet.footer import THREADS, CorruptFooter, describe_shard, read_footer
+from dinov2.data.parquet.footer import THREADS, CorruptShard, describe_shard, read_footer
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.utils.files import replacing
 
@@ -96,12 +95,6 @@ def flatten(column: pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(in_one(column).flatten())  # other ways out of Arrow import pandas
 
 
-def first_items(column: pa.ChunkedArray) -> np.ndarray:
-    """Where each shard's list begins among the items of all, int64 (shards,)."""
-    counts = np.from_dlpack(pc.list_value_length(in_one(column))).astype(np.int64)
-    return np.cumsum(counts) - counts
-
-
 def in_one(column: pa.ChunkedArray) -> pa.Array:
     """A column as one array, copied only where it is in several."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -113,7 +106,7 @@ def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
         try:
             footer = read_footer(storage, file)
             shard = describe_shard(storage, file, footer)
-        except CorruptFooter as error:
+        except CorruptShard as error:
             return _NO_GROUPS | file._asdict() | {"error": str(error)}
         slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
         numbers = {name: number for number, name in enumerate(slides)} | {None: -1}

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptFooter, extent, parse_footer, slide_of
-from dinov2.data.parquet.index import fingerprint, first_items, flatten, in_one, load_index
+from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptShard, extent, parse_footer, slide_of
+from dinov2.data.parquet.index import fingerprint, flatten, in_one, load_index
 from dinov2.data.source import DecodeError, EncodedSample, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
 from dinov2.data.storage.locate import open_storage
@@ -51,7 +51,9 @@ class ParquetSource:
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
-        self._first_group, self._first_slide = first_items(index["group_rows"]), first_items(index["slides"])
+        # Where each shard's row groups and slides begin.
+        first = (np.from_dlpack(in_one(index[name]).offsets)[:-1] for name in ("group_rows", "slides"))
+        self._first_group, self._first_slide = first
         self._slides = in_one(index["slides"]).flatten()
         self._group_slide = flatten(index["group_slide"])
         self.unit_rows, self.unit_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
@@ -113,7 +115,7 @@ class ParquetSource:
             metadata = _read_metadata(self, shard)
             group = metadata.row_group(number)
             changed = group.num_rows != self.unit_rows[unit]
-        except (CorruptFooter, IndexError):
+        except (CorruptShard, IndexError):
             changed = True
         if changed:
             raise OSError(f"{self.describe(unit)} is not what it was when the dataset was opened")

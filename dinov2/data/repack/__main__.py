@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_footers
-from dinov2.data.repack.shard import SOURCE_KEY, Layout, RepackJob, repack_shard
+from dinov2.data.repack.shard import SOURCE_KEY, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.utils.cli import DONE, FAILURES, add_workers, run_command
@@ -28,7 +28,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOCK = ".repack.lock"
 
 
-def repack_dataset(source: str, destination: Path, layout: Layout, workers: int = 1) -> int:
+def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
     """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
     Raises:
@@ -54,8 +54,8 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
 
         def plan(file: StoredFile, footer: Footer) -> RepackJob:
             image = image_column(storage.locate(file.name), footer.schema)
-            rows, groups = footer.metadata.num_rows, footer.metadata.num_row_groups
-            return RepackJob(storage, file, image, rows, groups, footer.digest, layout, destination / file.name)
+            found = image, footer.metadata.num_rows, footer.metadata.num_row_groups, footer.digest
+            return RepackJob(storage, file, *found, destination / file.name, row_group_rows, compression)
 
         jobs: dict[str, RepackJob] = {}
         for item in read_footers(storage, files, plan):
@@ -87,7 +87,7 @@ def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> No
     if len(done) == len(finished):
         logger.info("nothing to do: %d files with %d rows are in place", len(done), rows)
         return
-    before, after = sum(job.groups for job in done), sum(-(-job.rows // job.layout.row_group_rows) for job in done)
+    before, after = sum(job.groups for job in done), sum(-(-job.rows // job.row_group_rows) for job in done)
     logger.info(
         "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)",
         len(done) - len(finished), len(finished), rows, before, after, size / 1e6, seconds, size / 1e6 / seconds,
@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         try:
-            layout = Layout(args.row_group_rows, args.compression)
-            failed = repack_dataset(args.source, Path(args.destination).expanduser(), layout, args.workers)
+            destination, layout = Path(args.destination).expanduser(), (args.row_group_rows, args.compression)
+            failed = repack_dataset(args.source, destination, *layout, args.workers)
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -167,7 +167,13 @@ class HubStorage(RemoteStorage):
         self._repo, self._path, self._retries = repo, path.strip("/"), retries
         self._folder, self._revision = _folder_of(self._path), revision
         self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
-        self.commit = revision if COMMIT.fullmatch(revision) else self._resolve()
+        self.commit = revision
+        if not COMMIT.fullmatch(revision):
+            from huggingface_hub import HfApi
+
+            asked = {"revision": revision or None, "timeout": self._timeout}
+            request = partial(HfApi(endpoint=_endpoint()).dataset_info, repo, **asked)
+            self.commit = self._ask(f"{_endpoint()}/api/datasets/{repo}", request, "answer").sha
         self.location = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
@@ -192,13 +198,6 @@ class HubStorage(RemoteStorage):
 
         path = f"{self._folder}/{name}" if self._folder else name
         return hf_hub_url(self._repo, path, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
-
-    def _resolve(self) -> str:
-        from huggingface_hub import HfApi
-
-        api, revision = HfApi(endpoint=_endpoint()), self._revision or None
-        request = partial(api.dataset_info, self._repo, revision=revision, timeout=self._timeout)
-        return self._ask(f"{_endpoint()}/api/datasets/{self._repo}", request, "answer").sha
 
     def _tree(self) -> Iterator[Any]:
         """All files below the folder. Not by `list_repo_tree`: that waits for an answer without end."""
