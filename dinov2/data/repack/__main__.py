@@ -25,7 +25,7 @@ from dinov2.utils.jobs import run_jobs
 logger = logging.getLogger("repack")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LOCK = ".repack.lock"
+_LOCK, _FAILURES = ".repack.lock", "failures.jsonl"
 
 
 def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
@@ -40,9 +40,8 @@ def repack_dataset(source: str, destination: Path, row_group_rows: int, compress
     start = time.monotonic()
     storage = open_storage(source)
     files = storage.list_files()
-    _refuse_overlap(source, storage, destination)
-    failure_list = destination / "failures.jsonl"
-    _refuse_foreign_failures(failure_list)
+    _check_destination(source, storage, destination)
+    failure_list = destination / _FAILURES
     destination.mkdir(parents=True, exist_ok=True)
     busy = f"another repack is writing into '{destination}'; wait for it or stop it"
     with locked(destination / _LOCK, busy=busy):
@@ -115,18 +114,14 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
     return {file.name for file in files}
 
 
-def _refuse_overlap(source: str, storage: Storage, destination: Path) -> None:
-    """Refuse a destination whose files would be, or become, files of the source."""
-    if not isinstance(storage, LocalStorage):
-        return
-    folder, target = Path(storage.location).resolve(), destination.resolve()
-    below = folder in target.parents and not Path(source).expanduser().is_file()
-    if target == folder or target in folder.parents or below:
-        raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
-
-
-def _refuse_foreign_failures(path: Path) -> None:
-    """Refuse to replace a list that another program made."""
+def _check_destination(source: str, storage: Storage, destination: Path) -> None:
+    """Refuse a destination that overlaps the source, or has a list of failures that another program made."""
+    if isinstance(storage, LocalStorage):
+        folder, target = Path(storage.location).resolve(), destination.resolve()
+        below = folder in target.parents and not Path(source).expanduser().is_file()
+        if target == folder or target in folder.parents or below:
+            raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
+    path = destination / _FAILURES
     try:
         ours = all(set(json.loads(line)) == {"file", "reason"} for line in path.read_text().splitlines())
     except FileNotFoundError:

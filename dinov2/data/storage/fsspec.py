@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 class RemoteStorage:
-    """Reading of files over a network; subclasses list and locate them, request ranges and explain errors."""
+    """Reading of files over a network; subclasses list and locate them, and have `_get_range` and `_explain`."""
 
     location: str
     _retries: Retries
