@@ -26,20 +26,12 @@ class DecodeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """One row as stored, on its way from the rank's reader to a decode worker.
+    """One row as stored, on its way from the rank's reader to a decode worker."""
 
-    Attributes:
-        index: global sample index g; it alone fixes the row and the augmentation.
-        unit: number of the unit in the source.
-        row: within the unit.
-        slide: slide the tile was cut from.
-        data: the stored bytes.
-    """
-
-    index: int
-    unit: int
-    row: int
-    slide: str
+    index: int  # global sample index g; it alone fixes the row and the augmentation
+    unit: int  # number of the unit in the source
+    row: int  # within the unit
+    slide: str  # that the tile was cut from
     data: bytes
 
 
@@ -54,30 +46,26 @@ class Source(Protocol):
     that made the source. It must therefore be fit for pickling and forking, so hold no open file, connection or
     lock, and answer from several threads at a time.
 
-    Attributes:
-        unit_rows: rows of each unit, int64 (U,); zeros are allowed, but not only zeros.
-        unit_bytes: bytes that the samples of each unit take in memory, int64 (U,); an upper estimate.
-        fingerprint: digest of names, sizes and layout: equal fingerprints mean equal samples in equal order, which
-            is what a resumed run relies on. Where the dataset lies should not be part of it.
-        num_rows: sum of `unit_rows`.
-        is_remote: whether a read waits for a network, so that many reads at a time pay.
-
     A source may also have ``location``, the path or URL that it was found at, with the commit where there is one;
     ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
     and therefore cannot be mixed with others; and ``order(seed, lanes, block_rows)``, an order of its own.
     """
 
     unit_rows: np.ndarray
+    """Rows of each unit, int64 (U,); zeros are allowed, but not only zeros."""
     unit_bytes: np.ndarray
+    """Bytes that the samples of each unit take in memory, int64 (U,); an upper estimate."""
     fingerprint: str
+    """Digest of names, sizes and layout, not of the location: equal ones mean equal samples in equal order."""
     num_rows: int
+    """Sum of `unit_rows`."""
     is_remote: bool
+    """Whether a read waits for a network, so that many reads at a time pay."""
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
 
-        What is corrupt comes as bytes that `decode` refuses, since another row then stands in for it. An OSError
-        ends the run.
+        What is corrupt comes as bytes that `decode` refuses; another row then stands in. An OSError ends the run.
         """
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
@@ -99,8 +87,7 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
     Grey and palette images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, and EXIF
-    orientation is ignored. OpenCV and libjpeg fill in what is missing from a truncated file, some versions
-    silently, so the end mark is checked first.
+    orientation is ignored.
 
     Args:
         data: a whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
@@ -117,36 +104,30 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     name = image_format(data)
     if not name:
         raise DecodeError(f"{len(data)} bytes beginning {data[:8]!r} are neither PNG nor JPEG")
+    # OpenCV and libjpeg fill in what is missing from a truncated file, some versions silently.
     if _MARKS[name][1] not in data[-_TAIL:]:
         raise DecodeError(f"a {name} file of {len(data)} bytes is cut short")
+    refused = f"OpenCV cannot decode a {name} file of {len(data)} bytes"
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes ({error.err})") from error
+        raise DecodeError(f"{refused} ({error.err})") from error
     if image is None:
-        raise DecodeError(f"OpenCV cannot decode a {name} file of {len(data)} bytes")
+        raise DecodeError(refused)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """What a kind of data is asked to open.
+    """What a kind of data is asked to open."""
 
-    Attributes:
-        path: as configured.
-        revision: branch, tag or commit of it; in a resumed run the commit of its first launch.
-        config: of the run.
-        options: the kind's section in ``data.options``, or its defaults; None where it has no ``Options``.
-        cache: file that this dataset has to itself in the run's folder, for an index; None keeps none.
-        keep: whether a slide is trained on. A kind asks it of every slide, or, as most do, of none: the rows of
-            patients that are excluded or kept for validation are then left out of what it opened.
-    """
-
-    path: str
-    revision: str
+    path: str  # as configured
+    revision: str  # branch, tag or commit of it; in a resumed run the commit of its first launch
     config: Config
-    options: Any
-    cache: Path | None
+    options: Any  # the kind's section in data.options, or its defaults; None where it has no Options
+    cache: Path | None  # file that this dataset has to itself in the run's folder, for an index; None keeps none
+    # Whether a slide is trained on. A kind asks it of every slide, or, as most do, of none: the rows of patients that
+    # are excluded or kept for validation are then left out of what it opened.
     keep: Callable[[str], bool]
 
 
@@ -155,12 +136,9 @@ class SourceKind(Protocol):
 
     Its class may hold a dataclass ``Options``, the keys of its section ``data.options.NAME``. The module is
     imported whenever a path is to be recognised; what takes long to import belongs into `open`.
-
-    Attributes:
-        accepts: the paths that it can open, in words: ``tiles in tar files (a folder, glob or URL of them)``.
     """
 
-    accepts: str
+    accepts: str  # the paths that it can open, in words: "tiles in tar files (a folder, glob or URL of them)"
 
     def recognises(self, path: str) -> bool:
         """Whether a path is of this kind, by names and first bytes alone; nothing is asked of a network."""

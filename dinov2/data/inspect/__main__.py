@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.inspect.report import Training, inspect_dataset
+from dinov2.data.storage.locate import NAMES
 from dinov2.utils.cli import DONE, FAILURES, run_command
 from dinov2.utils.files import write_text
 
@@ -35,19 +36,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.rpartition("\n\n")[0],
         epilog="Exit status: 0 usable for training, 1 not usable (with the reason), 2 wrong arguments or no dataset.",
     )
-    parser.add_argument(
-        "source", metavar="SRC",
-        help="folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ...",
-    )  # fmt: skip
+    parser.add_argument("source", metavar="SRC", help=NAMES)
     options = {name: "--" + name.replace("_", "-") for name, _, _ in _NUMBERS}
     for name, _, text in _NUMBERS:
         value = getattr(default, name)
         parser.add_argument(options[name], type=type(value), default=value, help=f"{text} (%(default)s)")
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the report there as JSON, too; it must not exist; '-': JSON instead of text",
-    )
+    text = "write the report there as JSON, too; it must not exist; '-': JSON instead of text"
+    parser.add_argument("--json", metavar="FILE", help=text)
     args = parser.parse_args(argv)
     for name, least, _ in _NUMBERS:
         if not getattr(args, name) >= least:
@@ -69,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         report = inspect_dataset(args.source, Training(**{name: getattr(args, name) for name, _, _ in _NUMBERS}))
         text = json.dumps(report, indent=2) + "\n"
-        sys.stdout.writelines(
-            [text] if args.json == "-" else (f"{what:<16} {text}\n" for what, text in describe(report))
-        )
+        lines = [f"{about:<16} {line}\n" for about, line in describe(report)]
+        sys.stdout.writelines([text] if args.json == "-" else lines)
         if args.json not in (None, "-"):
             write_text(Path(args.json), text)
         return DONE if report["verdict"]["usable"] else FAILURES

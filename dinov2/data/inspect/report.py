@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dinov2.data.parquet import footer
 from dinov2.data.parquet.footer import Shard, open_shard
@@ -17,7 +16,6 @@ from dinov2.data.parquet.source import repack_advice
 from dinov2.data.source import DecodeError, decode_image, image_format
 from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import open_storage
-from dinov2.data.storage.retry import RemoteError
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.order import SampleOrder
 
@@ -121,13 +119,11 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
             break
         location = {"file": shard.file.name, "row_group": group}
         try:
-            with open_shard(storage, shard.file) as file:
+            with footer.as_corruption(), open_shard(storage, shard.file) as file:
                 batch = next(file.iter_batches(_SAMPLED_ROWS, [group], [shard.image], use_threads=False))
-            images = [value or b"" for value in batch[shard.image].to_pylist()]
-        except RemoteError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            corrupt.append(location | {"reason": footer.in_one_line(error)})
+                images = [value or b"" for value in batch[shard.image].to_pylist()]
+        except footer.CorruptShard as error:
+            corrupt.append(location | {"reason": str(error)})
             continue
         for row, data in enumerate(images):
             kind = "raw" if shard.raw_size else image_format(data)
@@ -182,11 +178,9 @@ def _find_slides(storage: Storage, shards: Sequence[Shard]) -> tuple[np.ndarray,
 def _read_slides(storage: Storage, shard: Shard, group: int) -> list[str]:
     """Slide of every row of a row group; empty where it cannot be read."""
     try:
-        with open_shard(storage, shard.file) as file:
+        with footer.as_corruption(), open_shard(storage, shard.file) as file:
             names = file.read_row_group(group, [shard.slide], use_threads=False)[shard.slide].to_pylist()
-    except RemoteError:
-        raise
-    except (pa.ArrowException, OSError):
+    except footer.CorruptShard:
         return []
     return [footer.slide_of(name or "", shard.image) for name in names]
 

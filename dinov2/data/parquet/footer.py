@@ -17,15 +17,15 @@ from dinov2.data.storage.retry import RemoteError
 SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
 PAGE_BUFFER = 1 << 20  # pyarrow then reads page by page, not whole column chunks ...
 _REMOTE_PAGE_BUFFER = 1 << 24  # ... and so over a network, in fewer requests
-_THREADS = 32
+THREADS = 32  # that read footers
 _TAIL = 1 << 16  # bytes read from the end of a shard; a longer footer takes a second read
 _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 Result = TypeVar("Result")
 
 
-class CorruptFooter(Exception):
-    """A file that has no readable footer, said in one line."""
+class CorruptShard(Exception):
+    """A file of which the footer, or what was asked for, cannot be read; said in one line."""
 
 
 class Unusable(NamedTuple):
@@ -66,22 +66,8 @@ class Shard(NamedTuple):
     with_page_index: int
 
 
-def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
-    """Do something with each file, in parallel, and give the results in order; the first exception ends it."""
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="dinov2-footers")
-    try:
-        yield from pool.map(work, files)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def read_footer(storage: Storage, file: StoredFile) -> Footer:
-    """Read the footer of one file, in two requests at most.
-
-    Raises:
-        CorruptFooter: if there is none that can be read.
-        OSError: if the storage fails.
-    """
+    """Read the footer of one file, in two requests at most; CorruptShard if there is none, OSError by the storage."""
     length = min(_TAIL, file.size)
     tail = storage.read_range(file.name, file.size - length, length) if length else b""
     needed = int.from_bytes(tail[-8:-4], "little") + 8
@@ -89,7 +75,7 @@ def read_footer(storage: Storage, file: StoredFile) -> Footer:
         tail = storage.read_range(file.name, file.size - needed, needed - length) + tail
     data = tail[-needed:]
     metadata = parse_footer(data)
-    with _as_corruption():
+    with as_corruption():
         schema = metadata.schema.to_arrow_schema()
     return Footer(data, hashlib.blake2b(data, digest_size=16).hexdigest(), metadata, schema)
 
@@ -99,8 +85,7 @@ def read_footers(
 ) -> list[Result | Unusable]:
     """Read all footers by threads, under a progress bar, and keep a summary of each; not all fit into memory.
 
-    A file that is corrupt, or of which `summarise` raises ValueError, is named in place of its summary. RemoteError
-    is raised: a server that does not answer says nothing about its files.
+    A file that is corrupt, or of which `summarise` raises ValueError, is named in place of its summary.
     """
     from tqdm import tqdm
 
@@ -109,18 +94,19 @@ def read_footers(
             return summarise(file, read_footer(storage, file))
         except RemoteError:
             raise
-        except (CorruptFooter, OSError) as error:
-            return Unusable(file.name, in_one_line(error))
+        except (CorruptShard, OSError) as error:
+            return Unusable(file.name, _in_one_line(error))
         except ValueError as error:
-            return WrongSchema(file.name, in_one_line(error))
+            return WrongSchema(file.name, _in_one_line(error))
 
-    results = for_each_file(files, one)
-    return list(tqdm(results, total=len(files), desc="footers", unit="file", disable=None, leave=False))
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(one, files)
+        return list(tqdm(results, total=len(files), desc="footers", unit="file", disable=None, leave=False))
 
 
 def parse_footer(data: bytes) -> pq.FileMetaData:
-    """Parse the last bytes of a file; CorruptFooter if they are no footer."""
-    with _as_corruption():
+    """Parse the last bytes of a file; CorruptShard if they are no footer."""
+    with as_corruption():
         return pq.read_metadata(pa.BufferReader(data))
 
 
@@ -128,7 +114,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     """Find the columns of a shard and what they hold.
 
     Raises:
-        CorruptFooter: if the footer contradicts itself or the file's size.
+        CorruptShard: if the footer contradicts itself or the file's size.
         ValueError: if columns are missing or have another type, or raw tiles have no size.
     """
     path, metadata, schema = storage.locate(file.name), footer.metadata, footer.schema
@@ -139,7 +125,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     else:
         _require_type(path, schema.field(slide), "string")
     raw_size = _raw_size(path, metadata.metadata or {})
-    with _as_corruption():
+    with as_corruption():
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         images = [group.column(leaves.index(image)) for group in groups]
@@ -150,7 +136,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
         for chunk in (*images, *names):
             start, length = extent(chunk)
             if chunk.num_values and length and not (4 <= start <= file.size - length and length > 0):
-                raise CorruptFooter(f"it places {length} bytes at {start}, but {file.size} are there")
+                raise CorruptShard(f"it places {length} bytes at {start}, but {file.size} are there")
     return Shard(
         file=file,
         columns={field.name: str(field.type) for field in schema},
@@ -177,12 +163,12 @@ def extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
 
 def image_column(path: str, schema: pa.Schema) -> str:
     """Name the column that holds the images; ValueError where there is none or it is not binary."""
-    image = next((name for name in SLIDE_COLUMN if name in schema.names), None)
-    if image is None:
-        columns = ", ".join(schema.names) or "none"
-        raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
-    _require_type(path, schema.field(image), "binary", ", an image file in each row")
-    return image
+    for image in SLIDE_COLUMN:
+        if image in schema.names:
+            _require_type(path, schema.field(image), "binary", ", an image file in each row")
+            return image
+    columns = ", ".join(schema.names) or "none"
+    raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
 
 
 def slide_of(name: str, image: str) -> str:
@@ -192,23 +178,24 @@ def slide_of(name: str, image: str) -> str:
 
 def open_shard(storage: Storage, file: StoredFile) -> pq.ParquetFile:
     """Open a file so that pages, not row groups, are what is held in memory."""
-    if isinstance(storage, LocalStorage):
-        return pq.ParquetFile(storage.locate(file.name), pre_buffer=False, buffer_size=PAGE_BUFFER)
-    ranged = RangedFile(storage, file.name, file.size)
-    return pq.ParquetFile(ranged, pre_buffer=False, buffer_size=_REMOTE_PAGE_BUFFER)
-
-
-def in_one_line(error: Exception) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
+    local = isinstance(storage, LocalStorage)
+    opened = storage.locate(file.name) if local else RangedFile(storage, file.name, file.size)
+    return pq.ParquetFile(opened, pre_buffer=False, buffer_size=PAGE_BUFFER if local else _REMOTE_PAGE_BUFFER)
 
 
 @contextmanager
-def _as_corruption() -> Iterator[None]:
+def as_corruption() -> Iterator[None]:
+    """Turn what pyarrow raises into CorruptShard, but not what a server does: that says nothing about the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorruptFooter(in_one_line(error)) from error
+    except RemoteError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptShard(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:

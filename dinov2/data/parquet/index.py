@@ -10,14 +10,14 @@ import logging
 import re
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from dinov2.data.parquet.footer import CorruptFooter, describe_shard, for_each_file, read_footer
+from dinov2.data.parquet.footer import THREADS, CorruptShard, describe_shard, read_footer
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.utils.files import replacing
 
@@ -68,18 +68,7 @@ def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
         files = storage.list_files()
         listing = pa.Table.from_pylist([file._asdict() for file in files], schema=_LISTING)
         if kept is None or not kept.select(_LISTING.names).equals(listing):
-            records = _read_footers(storage, files)
-            kept = pa.Table.from_pylist(records, _SCHEMA.with_metadata(_FORMAT | location))
-            errors = kept["error"].drop_null().to_pylist()
-            if len(errors) == len(kept):
-                raise ValueError(
-                    f"none of the {len(kept)} Parquet files of dataset '{storage.location}' has a readable footer "
-                    f"({errors[0]}); at least one is expected"
-                )
-            if not flatten(kept["group_rows"]).any():
-                raise ValueError(
-                    f"dataset '{storage.location}' holds 0 rows in {len(kept)} shards; at least 1 is expected"
-                )
+            kept = _build(storage, files).replace_schema_metadata(_FORMAT | location)
             if sidecar:
                 write_sidecar(sidecar, kept)
     dropped = kept.select(["name", "error"]).filter(kept["error"].is_valid()).to_pylist()
@@ -106,47 +95,50 @@ def flatten(column: pa.ChunkedArray) -> np.ndarray:
     return np.from_dlpack(in_one(column).flatten())  # other ways out of Arrow import pandas
 
 
-def first_items(column: pa.ChunkedArray) -> np.ndarray:
-    """Where each shard's list begins among the items of all, int64 (shards,)."""
-    counts = np.from_dlpack(pc.list_value_length(in_one(column))).astype(np.int64)
-    return np.cumsum(counts) - counts
-
-
 def in_one(column: pa.ChunkedArray) -> pa.Array:
     """A column as one array, copied only where it is in several."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, Any]]:
+def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
+    def describe(file: StoredFile) -> dict[str, Any]:
+        """Describe a shard by its footer; only by an "error" if the footer cannot be read."""
+        try:
+            footer = read_footer(storage, file)
+            shard = describe_shard(storage, file, footer)
+        except CorruptShard as error:
+            return _NO_GROUPS | file._asdict() | {"error": str(error)}
+        slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
+        numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
+        return file._asdict() | {
+            "footer": footer.digest,
+            "footer_size": len(footer.data),
+            "packed_footer": None if isinstance(storage, LocalStorage) else zlib.compress(footer.data),
+            "raw_size": shard.raw_size,
+            "image_column": shard.image,
+            "slides": slides,
+            "group_rows": shard.rows,
+            "group_bytes": shard.plain_sizes,
+            "group_slide": [numbers[name] for name in shard.slides],
+        }
+
     records, reported = [], time.monotonic()
-    for record in for_each_file(files, lambda file: _NO_GROUPS | file._asdict() | _record(storage, file)):
-        records.append(record)
-        if time.monotonic() - reported > _REPORT_EVERY:
-            reported = time.monotonic()
-            logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.location)
-    return records
-
-
-def _record(storage: Storage, file: StoredFile) -> dict[str, Any]:
-    """Describe a shard by its footer; only by an "error" if the footer cannot be read."""
-    try:
-        footer = read_footer(storage, file)
-        shard = describe_shard(storage, file, footer)
-    except CorruptFooter as error:
-        return {"error": str(error)}
-    slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
-    numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
-    return {
-        "footer": footer.digest,
-        "footer_size": len(footer.data),
-        "packed_footer": None if isinstance(storage, LocalStorage) else zlib.compress(footer.data),
-        "raw_size": shard.raw_size,
-        "image_column": shard.image,
-        "slides": slides,
-        "group_rows": shard.rows,
-        "group_bytes": shard.plain_sizes,
-        "group_slide": [numbers[name] for name in shard.slides],
-    }
+    with ThreadPoolExecutor(THREADS) as pool:
+        for record in pool.map(describe, files):
+            records.append(record)
+            if time.monotonic() - reported > _REPORT_EVERY:
+                reported = time.monotonic()
+                logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.location)
+    index = pa.Table.from_pylist(records, _SCHEMA)
+    errors = index["error"].drop_null().to_pylist()
+    if len(errors) == len(index):
+        raise ValueError(
+            f"none of the {len(index)} Parquet files of dataset '{storage.location}' has a readable footer "
+            f"({errors[0]}); at least one is expected"
+        )
+    if not flatten(index["group_rows"]).any():
+        raise ValueError(f"dataset '{storage.location}' holds 0 rows in {len(index)} shards; at least 1 is expected")
+    return index
 
 
 def _load_sidecar(sidecar: Path) -> pa.Table | None:

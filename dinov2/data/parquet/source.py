@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptFooter, extent, parse_footer, slide_of
-from dinov2.data.parquet.index import fingerprint, first_items, flatten, in_one, load_index
+from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptShard, extent, parse_footer, slide_of
+from dinov2.data.parquet.index import fingerprint, flatten, in_one, load_index
 from dinov2.data.source import DecodeError, EncodedSample, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
 from dinov2.data.storage.locate import open_storage
@@ -29,22 +29,16 @@ _FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, 
 
 
 class ParquetSource:
-    """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema.
+    """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema; see `Source`.
 
-    A unit is one row group; they are numbered shard by shard. Holds no open file and no lock, so it may be forked,
-    pickled and used from several threads.
+    A unit is one row group; they are numbered shard by shard.
 
     Args:
-        dataset: a folder (searched with its subfolders), a glob, one Parquet file, a URL or a hub dataset; or the
-            storage of one.
+        dataset: name of a dataset, with ``revision`` and ``attempts`` as for `open_storage`, or its storage.
         sidecar: where to keep the index for the next start; None reads all footers every time.
-        revision: branch, tag or commit of a hub dataset; empty takes the newest.
-        attempts: how often a remote read is tried.
 
     Raises:
-        FileNotFoundError: if there is no shard.
-        OSError: if a shard cannot be read.
-        ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
+        FileNotFoundError, OSError, ValueError: as `open_storage` and `load_index` do.
     """
 
     def __init__(
@@ -57,7 +51,9 @@ class ParquetSource:
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
-        self._first_group, self._first_slide = first_items(index["group_rows"]), first_items(index["slides"])
+        # Where each shard's row groups and slides begin.
+        first = (np.from_dlpack(in_one(index[name]).offsets)[:-1] for name in ("group_rows", "slides"))
+        self._first_group, self._first_slide = first
         self._slides = in_one(index["slides"]).flatten()
         self._group_slide = flatten(index["group_slide"])
         self.unit_rows, self.unit_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
@@ -72,19 +68,17 @@ class ParquetSource:
         Raises:
             OSError: if the shard cannot be read, or is not what it was.
         """
-        image = self._images[self._find(unit)[0]]
-        slide = self._known_slide(unit)
+        slide, image = self._slide_and_image(unit)
         if slide is not None:
             return [(slide, data) for data in self._columns(unit, rows, [image])[0]]
-        images, names = self._columns(unit, rows, [image, SLIDE_COLUMN[image]])
+        names, images = self._columns(unit, rows, [SLIDE_COLUMN[image], image])
         return list(zip(_slide_names(names, image), images, strict=True))
 
     def slides(self, unit: int) -> list[str]:
         """Name the slide of every row of a unit, without reading images."""
-        slide, rows = self._known_slide(unit), range(int(self.unit_rows[unit]))
+        (slide, image), rows = self._slide_and_image(unit), range(int(self.unit_rows[unit]))
         if slide is not None:
             return [slide] * len(rows)
-        image = self._images[self._find(unit)[0]]
         return _slide_names(self._columns(unit, rows, [SLIDE_COLUMN[image]])[0], image)
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
@@ -108,9 +102,11 @@ class ParquetSource:
         shard = int(np.searchsorted(self._first_group, unit, side="right")) - 1
         return shard, int(unit - self._first_group[shard])
 
-    def _known_slide(self, unit: int) -> str | None:
-        number = int(self._group_slide[unit])
-        return self._slides[int(self._first_slide[self._find(unit)[0]]) + number].as_py() if number >= 0 else None
+    def _slide_and_image(self, unit: int) -> tuple[str | None, str]:
+        """The only slide of a unit, or None where its column must be read, and the column of images."""
+        shard, number = self._find(unit)[0], int(self._group_slide[unit])
+        slide = self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
+        return slide, self._images[shard]
 
     def _columns(self, unit: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
         """Read some rows of one or two columns, with one request where the columns lie close together."""
@@ -119,7 +115,7 @@ class ParquetSource:
             metadata = _read_metadata(self, shard)
             group = metadata.row_group(number)
             changed = group.num_rows != self.unit_rows[unit]
-        except (CorruptFooter, IndexError):
+        except (CorruptShard, IndexError):
             changed = True
         if changed:
             raise OSError(f"{self.describe(unit)} is not what it was when the dataset was opened")
@@ -133,13 +129,7 @@ class ParquetSource:
 def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
     """Say what oversized row groups cost, and the command that makes them small and how long it takes.
 
-    Args:
-        storage: where the dataset is.
-        rows: of its row groups, int64 (G,).
-        sizes: bytes of their images, int64 (G,).
-
-    Returns:
-        A sentence; empty where no row group is oversized.
+    Of a dataset's G row groups it takes the rows and the bytes of images, int64 (G,); empty if none is oversized.
     """
     oversized = (sizes > OVERSIZED) & (rows > GROUP_ROWS)
     if not oversized.any():
@@ -176,22 +166,17 @@ class _ShardFile(RangedFile):
     What is needed is fetched here and beforehand: pyarrow's own `pre_buffer` fetches in threads of its own, of which
     there are fewer than readers and whose pauses cannot be interrupted. Column chunks that are too long for that are
     read in windows. Corruption is told from a storage that fails, both of which pyarrow reports as OSError.
-
-    Args:
-        extents: first byte and length of each column chunk.
     """
 
     def __init__(self, storage: Storage, name: str, size: int, extents: Sequence[tuple[int, int]]) -> None:
         super().__init__(storage, name, size)
-        self._spans: list[tuple[int, memoryview]] = []
         self.failure: OSError | None = None
         spans = sorted((start, start + length) for start, length in extents)
         if spans[-1][0] - spans[0][1] <= _GAP:
             spans = [(spans[0][0], max(end for _, end in spans))]
-        for start, end in spans:
-            if end - start <= OVERSIZED:
-                self._spans.append((start, memoryview(storage.read_range(name, start, end - start))))
-        self.buffer_size = _WINDOW if len(self._spans) < len(spans) else 0
+        short = [(start, end - start) for start, end in spans if end - start <= OVERSIZED]
+        self._spans = [(start, memoryview(storage.read_range(name, start, length))) for start, length in short]
+        self.buffer_size = _WINDOW if len(short) < len(spans) else 0
 
     def read(self, size: int = -1) -> bytes | memoryview:
         """Give the next bytes, without a copy where they were fetched before."""
@@ -203,7 +188,7 @@ class _ShardFile(RangedFile):
         return super().read(size)
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer as far as the file goes and return how far that is."""
+        """As in `RangedFile`, noting where the storage fails."""
         try:
             return super().readinto(buffer)
         except OSError as error:
@@ -216,7 +201,9 @@ def _read_rows(file: _ShardFile, opened: pq.ParquetFile, group: int, column: str
     found, first = dict.fromkeys(rows, b""), 0
     try:
         for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
-            values = _binary(batch[0])
+            values = batch[0].dictionary_decode() if pa.types.is_dictionary(batch[0].type) else batch[0]
+            if not pa.types.is_binary(values.type):
+                values = values.cast(pa.large_binary())  # text need not be UTF-8
             for row in found.keys() & range(first, first + len(batch)):
                 found[row] = values[row - first].as_py() or b""
             first += len(batch)
@@ -227,10 +214,3 @@ def _read_rows(file: _ShardFile, opened: pq.ParquetFile, group: int, column: str
         if first != opened.metadata.row_group(group).num_rows:  # a wrong count shifts rows unnoticed
             return [b""] * len(rows)
     return [found[row] for row in rows]
-
-
-def _binary(values: pa.Array) -> pa.Array:
-    """Text as its bytes, which need not be UTF-8."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    return values if pa.types.is_binary(values.type) else values.cast(pa.large_binary())

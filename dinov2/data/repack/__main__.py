@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_footers
-from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
+from dinov2.data.repack.shard import SOURCE_KEY, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
-from dinov2.data.storage.locate import open_storage
+from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.utils.cli import DONE, FAILURES, add_workers, run_command
 from dinov2.utils.files import json_lines, leftovers, locked, write_text
 from dinov2.utils.jobs import run_jobs
@@ -25,13 +25,11 @@ from dinov2.utils.jobs import run_jobs
 logger = logging.getLogger("repack")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FAILURES = "failures.jsonl"
 
 
-def repack_dataset(source: str, destination: Path, layout: Layout, workers: int = 1) -> int:
-    """Write the files that are missing, and `failures.jsonl` if some cannot be read.
-
-    Returns:
-        How many files could not be read.
+def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
+    """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
     Raises:
         FileNotFoundError: if there is no such dataset.
@@ -42,9 +40,8 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
     start = time.monotonic()
     storage = open_storage(source)
     files = storage.list_files()
-    _refuse_overlap(source, storage, destination)
-    failure_list = destination / "failures.jsonl"
-    _refuse_foreign_failures(failure_list)
+    _check_destination(source, storage, destination)
+    failure_list = destination / _FAILURES
     destination.mkdir(parents=True, exist_ok=True)
     busy = f"another repack is writing into '{destination}'; wait for it or stop it"
     with locked(destination, busy=busy):
@@ -56,8 +53,8 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
 
         def plan(file: StoredFile, footer: Footer) -> RepackJob:
             image = image_column(storage.locate(file.name), footer.schema)
-            rows, groups = footer.metadata.num_rows, footer.metadata.num_row_groups
-            return RepackJob(storage, file, image, rows, groups, footer.digest, layout, destination / file.name)
+            found = image, footer.metadata.num_rows, footer.metadata.num_row_groups, footer.digest
+            return RepackJob(storage, file, *found, destination / file.name, row_group_rows, compression)
 
         jobs: dict[str, RepackJob] = {}
         for item in read_footers(storage, files, plan):
@@ -89,7 +86,7 @@ def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> No
     if len(done) == len(finished):
         logger.info("nothing to do: %d files with %d rows are in place", len(done), rows)
         return
-    before, after = sum(job.groups for job in done), sum(-(-job.rows // job.layout.row_group_rows) for job in done)
+    before, after = sum(job.groups for job in done), sum(-(-job.rows // job.row_group_rows) for job in done)
     logger.info(
         "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)",
         len(done) - len(finished), len(finished), rows, before, after, size / 1e6, seconds, size / 1e6 / seconds,
@@ -97,21 +94,18 @@ def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> No
 
 
 def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
-    """Names of the files that an earlier run of the same command finished.
-
-    Raises:
-        FileExistsError: if a Parquet file in the destination is none of these.
-    """
+    """Names of the files that an earlier run of the same command finished; FileExistsError if there are others."""
     here = LocalStorage(str(destination))
     try:
         files = here.list_files()
     except FileNotFoundError:
         return set()
 
-    def matches(file: StoredFile, footer: Footer) -> bool:
-        return file.name in jobs and jobs[file.name].is_done(footer)
+    def is_ours(file: StoredFile, footer: Footer) -> bool:
+        job, found = jobs.get(file.name), footer.metadata
+        return job is not None and (found.metadata or {}).get(SOURCE_KEY) == job.identity and found.num_rows == job.rows
 
-    for file, ours in zip(files, read_footers(here, files, matches), strict=True):
+    for file, ours in zip(files, read_footers(here, files, is_ours), strict=True):
         if ours is not True:
             raise FileExistsError(
                 f"'{destination / file.name}' was not made by this command from the present state of this source; "
@@ -120,18 +114,14 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
     return {file.name for file in files}
 
 
-def _refuse_overlap(source: str, storage: Storage, destination: Path) -> None:
-    """Refuse a destination whose files would be, or become, files of the source."""
-    if not isinstance(storage, LocalStorage):
-        return
-    folder, target = Path(storage.location).resolve(), destination.resolve()
-    below = folder in target.parents and not Path(source).expanduser().is_file()
-    if target == folder or target in folder.parents or below:
-        raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
-
-
-def _refuse_foreign_failures(path: Path) -> None:
-    """Refuse to replace a list that another program made."""
+def _check_destination(source: str, storage: Storage, destination: Path) -> None:
+    """Refuse a destination that overlaps the source, or has a list of failures that another program made."""
+    if isinstance(storage, LocalStorage):
+        folder, target = Path(storage.location).resolve(), destination.resolve()
+        below = folder in target.parents and not Path(source).expanduser().is_file()
+        if target == folder or target in folder.parents or below:
+            raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
+    path = destination / _FAILURES
     try:
         ours = all(set(json.loads(line)) == {"file", "reason"} for line in path.read_text().splitlines())
     except FileNotFoundError:
@@ -151,11 +141,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "0.5 GB for oversized row groups of 100 kB images. Ctrl-C ends after the files being written; the same "
         "command then goes on. Exit status: 0 done, 1 done but some files cannot be read, 2 not done, with the reason.",
     )
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ...",
-    )
+    parser.add_argument("source", metavar="SRC", help=NAMES)
     parser.add_argument("destination", metavar="DST", help="folder for the new files, apart from SRC")
     parser.add_argument("--row-group-rows", type=int, default=64, help="rows of a row group (64)")
     parser.add_argument(
@@ -179,8 +165,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         try:
-            layout = Layout(args.row_group_rows, args.compression)
-            failed = repack_dataset(args.source, Path(args.destination).expanduser(), layout, args.workers)
+            destination, layout = Path(args.destination).expanduser(), (args.row_group_rows, args.compression)
+            failed = repack_dataset(args.source, destination, *layout, args.workers)
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -87,7 +87,7 @@ def no_files(dataset: str) -> FileNotFoundError:
 
 
 class RangedFile(io.RawIOBase):
-    """A stored file as a Python file object, for libraries that want one; every read is a ranged read."""
+    """A stored file as a Python file object, for pyarrow; every read is a ranged read."""
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         self._storage, self._name, self._size, self._position = storage, name, size, 0
@@ -96,14 +96,9 @@ class RangedFile(io.RawIOBase):
         """Always true."""
         return True
 
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position and return it."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + offset
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dinov2.data.storage.base import StoredFile, no_files
-from dinov2.data.storage.retry import Refusal, RemoteError, Retries, answer, reason
+from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
 from dinov2.data.storage.train_split import find_train_files
 
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
@@ -32,10 +32,7 @@ _Result = TypeVar("_Result")
 
 
 class RemoteStorage:
-    """Reading of files over a network, one request for each range.
-
-    Subclasses list and locate files (see `Storage`), request ranges (`_get_range`) and explain errors (`_explain`).
-    """
+    """Reading of files over a network; subclasses list and locate them, and have `_get_range` and `_explain`."""
 
     location: str
     _retries: Retries
@@ -150,8 +147,8 @@ class ObjectStorage(RemoteStorage):
 class HubStorage(RemoteStorage):
     """Files of one commit on the Hugging Face hub, or on a server that speaks its protocol.
 
-    Only the repository, the commit and the path are kept, neither token nor connection. The server is `HF_ENDPOINT`
-    and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use.
+    The server is `HF_ENDPOINT` and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use; neither
+    token nor connection is kept.
 
     Args:
         repo: org/name.
@@ -161,8 +158,7 @@ class HubStorage(RemoteStorage):
         retries: how long requests are repeated.
 
     Raises:
-        FileNotFoundError: if there is no such dataset, or it is hidden from this user.
-        PermissionError: if it may not be read.
+        FileNotFoundError, PermissionError: if there is no such dataset, it is hidden or may not be read.
         ValueError: if there is no such revision.
         RemoteError: if the hub does not answer.
     """
@@ -171,7 +167,13 @@ class HubStorage(RemoteStorage):
         self._repo, self._path, self._retries = repo, path.strip("/"), retries
         self._folder, self._revision = _folder_of(self._path), revision
         self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
-        self.commit = revision if COMMIT.fullmatch(revision) else self._resolve()
+        self.commit = revision
+        if not COMMIT.fullmatch(revision):
+            from huggingface_hub import HfApi
+
+            asked = {"revision": revision or None, "timeout": self._timeout}
+            request = partial(HfApi(endpoint=_endpoint()).dataset_info, repo, **asked)
+            self.commit = self._ask(f"{_endpoint()}/api/datasets/{repo}", request, "answer").sha
         self.location = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
@@ -196,13 +198,6 @@ class HubStorage(RemoteStorage):
 
         path = f"{self._folder}/{name}" if self._folder else name
         return hf_hub_url(self._repo, path, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
-
-    def _resolve(self) -> str:
-        from huggingface_hub import HfApi
-
-        api, revision = HfApi(endpoint=_endpoint()), self._revision or None
-        request = partial(api.dataset_info, self._repo, revision=revision, timeout=self._timeout)
-        return self._ask(f"{_endpoint()}/api/datasets/{self._repo}", request, "answer").sha
 
     def _tree(self) -> Iterator[Any]:
         """All files below the folder. Not by `list_repo_tree`: that waits for an answer without end."""
@@ -234,8 +229,7 @@ class HubStorage(RemoteStorage):
 
         request = {"headers": build_hf_headers(headers=headers), "timeout": self._timeout, "follow_redirects": True}
         with get_session().stream("GET", url, **request) as response:
-            if response.status_code not in (200, 206):
-                raise Refusal(response.status_code, response.headers)
+            response.raise_for_status()
             yield response
 
     def _explain(

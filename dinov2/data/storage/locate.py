@@ -12,6 +12,7 @@ _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
 _ATTEMPTS_FOR_A_PATH = 3
+NAMES = "folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ..."
 
 
 def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage:

@@ -41,14 +41,6 @@ class RemoteError(OSError):
         self.errno = errno.EIO
 
 
-class Refusal(Exception):
-    """An HTTP answer other than the one asked for."""
-
-    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
-        super().__init__(status, headers)
-        self.status, self.headers = status, headers
-
-
 class GivenUp(Exception):
     """Nobody waits any more for what was asked for."""
 
@@ -69,15 +61,13 @@ def _pause(seconds: float) -> None:
 class SharedPause:
     """A pause before a server is asked again, kept by all processes of one user on one machine.
 
-    It is the modification time of an empty file, in a folder or the machine's temporary one; nothing is locked and
-    nothing to clean up. Where the file cannot be written, the process that was told to wait still waits, only the
-    others do not.
+    It is the modification time of an empty file, so nothing is locked and nothing to clean up. Where the file cannot
+    be written, the process that was told to wait still waits, only the others do not.
     """
 
     def __init__(self, server: str, longest_s: float, folder: str = "") -> None:
         name = f"path-fm-pause-{os.getuid()}-{re.sub(r'[^A-Za-z0-9.-]', '_', server)}"
-        self._path = os.path.join(folder or tempfile.gettempdir(), name)
-        self._longest_s = longest_s
+        self._path, self._longest_s = os.path.join(folder or tempfile.gettempdir(), name), longest_s
 
     def remaining_s(self) -> float:
         """Seconds until the server may be asked again; 0 if it may be asked now."""
@@ -119,11 +109,8 @@ class Retries:
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
         """Give what `request` returns, repeated while it fails for a reason that may pass.
 
-        A 429 holds up all processes of this machine's user that ask the same server.
-
-        Args:
-            url: what is asked for, in messages, so without credentials.
-            request: sends it once.
+        A 429 holds up all processes of this machine's user that ask the same server. The URL appears in messages, so
+        it must be one without credentials.
 
         Raises:
             RemoteError: if all retries failed. What cannot pass is raised as it comes.
@@ -178,8 +165,7 @@ def is_transient(error: BaseException) -> bool:
     status, _ = answer(error)
     if status is not None:
         return status in (408, 425, 429) or status >= 500
-    causes = list(_causes(error))
-    return any(map(_is_passing, causes)) and not any(_names(cause) & _LASTING for cause in causes)
+    return any(map(_is_passing, _causes(error))) and not any(_names(cause) & _LASTING for cause in _causes(error))
 
 
 def answer(error: BaseException) -> tuple[int | None, dict[str, str]]:
@@ -203,8 +189,8 @@ def reason(error: BaseException) -> str:
     """Say in a few words why a request failed."""
     status, _ = answer(error)
     if status is not None:
-        known = status in HTTPStatus.__members__.values()
-        return f"HTTP {status}" + (f" ({HTTPStatus(status).phrase})" if known else "")
+        phrase = next((f" ({known.phrase})" for known in HTTPStatus if known == status), "")
+        return f"HTTP {status}{phrase}"
     cause = next(filter(_is_passing, _causes(error)), error)
     text = " ".join(str(cause).split())[:200]
     return f"{type(cause).__name__}" + (f" ({text})" if text else "")

@@ -1,6 +1,7 @@
 """The training split of a Hugging Face dataset."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,8 +37,7 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
             path.touch()
         base = str(Path(folder, config.get("data_dir") or ""))
         try:
-            listed = "data_files" in config
-            splits = sanitize_patterns(config["data_files"]) if listed else get_data_patterns(base)
+            splits = sanitize_patterns(config["data_files"]) if "data_files" in config else get_data_patterns(base)
         except FileNotFoundError:
             return []
         if "train" not in splits:
@@ -48,10 +48,8 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
         for pattern in splits["train"]:
             if "://" in pattern or not _stays_inside(pattern):
                 raise ValueError(f"the card of dataset '{dataset}' names files elsewhere, '{pattern}'; {advice}")
-            try:
+            with suppress(FileNotFoundError):  # one pattern of several may match nothing
                 found.update(resolve_pattern(pattern, base, allowed_extensions=[".parquet"]))
-            except FileNotFoundError:  # one pattern of several may match nothing
-                continue
         return sorted(Path(path).relative_to(folder).as_posix() for path in found)
 
 

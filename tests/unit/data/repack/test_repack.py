@@ -21,7 +21,7 @@ from dinov2.data.parquet.index import load_index
 from dinov2.data.repack import __main__ as repack
 from dinov2.data.repack import shard as repacked_shard
 from dinov2.data.repack.__main__ import main
-from dinov2.data.repack.shard import Layout, RepackJob, repack_shard
+from dinov2.data.repack.shard import RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, StoredFile
 from dinov2.utils.files import locked
 from tests.helpers.remote import RemoteFolder
@@ -295,7 +295,7 @@ def test_what_does_not_read_back_gets_no_name(
 def test_rows_that_are_missing_count_as_corruption(tmp_path: Path) -> None:
     path = write_published(tmp_path / "a.parquet", [b"x"] * 5)
     file = StoredFile(path.name, path.stat().st_size, "")
-    job = RepackJob(LocalStorage(str(path)), file, "image_bytes", 9, 2, "", Layout(), tmp_path / "out" / "a.parquet")
+    job = RepackJob(LocalStorage(str(path)), file, "image_bytes", 9, 2, "", tmp_path / "out" / "a.parquet")
     assert repack_shard(job) == "5 rows could be read, but the footer promises 9"
     assert names(tmp_path / "out") == []
 
