@@ -23,9 +23,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ import pyarrow.parquet as pq
 
 from dinov2.data.prepare.cut import Cutting, Encoding, Patches
 from dinov2.data.prepare.shard import ROWS_PER_GROUP, ShardJob, build_shard
-from dinov2.data.prepare.shuffle import Order, clear_work, shuffled_shards
+from dinov2.data.prepare.shuffle import clear_work, shuffled_rows, shuffled_shards
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
@@ -51,31 +49,22 @@ DESCRIPTION = "_build.json"
 SHUFFLED_ROWS_PER_SHARD = 20_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILURE = {"slide_path", "x", "y", "level", "reason"}
+Failures = dict[int, list[dict[str, Any]]]  # by number of the shard
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What decides over the rows of a build and their order, besides the list.
-
-    Attributes:
-        encoding: of the images.
-        tile_size: side of a patch in px.
-        mpp: um per level-0 px of slides that neither say it nor are in `mpp_file`.
-        mpp_file: CSV of slides and their mpp.
-        columns: of a list that does not say; None means 4.
-        rows_per_shard: None means one shard per slide, or 20,000 rows if shuffled.
-        shuffle_seed: None keeps the rows grouped by slide, in list order within a slide.
-        max_slide_failures: so many undecodable patches make a process give a slide up for the shard (or, before
-            shuffling, for the run) that it works on.
-    """
+    """What decides over the rows of a build and their order, besides the list."""
 
     encoding: Encoding = field(default_factory=Encoding)
-    tile_size: int = 224
-    mpp: float | None = None
-    mpp_file: Path | None = None
-    columns: int | None = None
-    rows_per_shard: int | None = None
-    shuffle_seed: int | None = None
+    tile_size: int = 224  # side of a patch in px
+    mpp: float | None = None  # um per level-0 px of slides that neither say it nor are in `mpp_file`
+    mpp_file: Path | None = None  # CSV of slides and their mpp
+    columns: int | None = None  # of a list that does not say; None means 4
+    rows_per_shard: int | None = None  # None means one shard per slide, or 20,000 rows if shuffled
+    shuffle_seed: int | None = None  # None keeps the rows grouped by slide, in list order within a slide
+    # So many undecodable patches make a process give a slide up for the shard (or, before shuffling, the run) that it
+    # works on.
     max_slide_failures: int = 100
 
 
@@ -92,9 +81,10 @@ class Share:
         """The shards of this part."""
         return range(self.part * num_shards // self.num_parts, (self.part + 1) * num_shards // self.num_parts)
 
-    def named(self, stem: str, ending: str) -> str:
-        """Name of a file that every part writes for itself."""
-        return f"{stem}{'' if self.num_parts == 1 else f'-part-{self.part}-of-{self.num_parts}'}{ending}"
+    def report(self, output: Path) -> Path:
+        """The file of failures, which every part writes for itself."""
+        part = "" if self.num_parts == 1 else f"-part-{self.part}-of-{self.num_parts}"
+        return output / f"failures{part}.jsonl"
 
 
 class Build:
@@ -104,6 +94,9 @@ class Build:
         list_path: the sample list.
         options: see there.
         slide_root: folder that holds the listed slides, if they have moved.
+
+    Attributes:
+        rows: rows of the list that each shard holds, in its order.
 
     Raises:
         FileNotFoundError: if there is no such list or mpp table.
@@ -127,9 +120,17 @@ class Build:
             raise ValueError(
                 f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
             ) from error
-        self.options, self.samples = options, samples
+        self.options = options
         self.patches = Patches(samples, [locate_slide(name, slide_root, list_path) for name in samples.slides], mpps)
         self.cutting = Cutting(options.encoding, rule, options.tile_size, options.max_slide_failures)
+        per_shard = options.rows_per_shard
+        if options.shuffle_seed is not None:
+            per_shard = per_shard or SHUFFLED_ROWS_PER_SHARD
+            self.rows = shuffled_rows(len(samples), per_shard, options.shuffle_seed)
+        else:
+            order = np.argsort(samples.slide, kind="stable")
+            slides_end = np.flatnonzero(np.diff(samples.slide[order])) + 1
+            self.rows = np.split(order, range(per_shard, len(order), per_shard) if per_shard else slides_end)
         self.metadata = {
             "schema_version": "1",
             "tile_size": str(options.tile_size),
@@ -141,18 +142,17 @@ class Build:
         }
         self.identity = {
             **self.metadata,
-            "mpp": hashlib.blake2b(json.dumps(mpps).encode(), digest_size=16).hexdigest() if any(mpps) else None,
-            "rows_per_shard": self.rows_per_shard,
+            "mpp": _digest(mpps) if any(mpps) else None,
+            "rows_per_shard": per_shard,
             "shuffle_seed": options.shuffle_seed,
             "max_slide_failures": options.max_slide_failures,
         }
-        build_id = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16)
-        self.metadata["build_id"] = build_id.hexdigest()
+        self.metadata["build_id"] = _digest(self.identity)
         with list_path.open("rb") as file:
             list_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.description = {
             "build": self.identity,
-            "build_id": build_id.hexdigest(),
+            "build_id": self.metadata["build_id"],
             "list": os.path.abspath(list_path),
             "list_sha256": list_sha256,
             "num_patches": len(samples),
@@ -160,26 +160,6 @@ class Build:
             "num_shards": len(self.rows),
             "versions": package_versions(("path-fm", "numpy", "pyarrow", "opencv-python-headless", "pillow")),
         }
-
-    @property
-    def rows_per_shard(self) -> int | None:
-        """None: one shard per slide."""
-        shuffled = self.options.shuffle_seed is not None
-        return self.options.rows_per_shard or (SHUFFLED_ROWS_PER_SHARD if shuffled else None)
-
-    @cached_property
-    def order(self) -> Order | None:
-        """The shuffled order, if there is one."""
-        seed = self.options.shuffle_seed
-        return None if seed is None else Order.draw(len(self.samples), self.rows_per_shard, seed)
-
-    @cached_property
-    def rows(self) -> list[np.ndarray]:
-        """Rows of the list that each shard holds, in its order."""
-        order = np.argsort(self.samples.slide, kind="stable") if self.order is None else self.order.rows
-        if self.rows_per_shard is None:
-            return np.split(order, np.flatnonzero(np.diff(self.samples.slide[order])) + 1)
-        return np.split(order, range(self.rows_per_shard, len(order), self.rows_per_shard))
 
 
 def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[int, int]:
@@ -193,7 +173,7 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
         OSError: if a file cannot be written.
     """
     mine = share.shards(len(build.rows))
-    report = output / share.named("failures", ".jsonl")
+    report = share.report(output)
     _refuse_foreign_report(report)
     if not check_description(output / DESCRIPTION, build.identity):
         _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
@@ -207,8 +187,8 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
                 partial.unlink(missing_ok=True)
         failures = _finished_shards(build, output, mine)
         work = output / f".shuffle-{mine.start:08d}-{mine.stop:08d}"
-        for number, failed in _missing_shards(build, output, [n for n in mine if n not in failures], work, share):
-            failures[number] = failed
+        missing = {number: output / _name(number) for number in mine if number not in failures}
+        failures |= _missing_shards(build, missing, work, share)
         for done in output.glob(".shuffle-*") if share.num_parts == 1 else [work]:
             clear_work(done)
     records = [record for number in mine for record in failures[number]]
@@ -221,36 +201,27 @@ def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[i
     return total, len(records)
 
 
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _name(number: int) -> str:
     return f"{number:08d}.parquet"
 
 
-def _missing_shards(
-    build: Build, output: Path, missing: list[int], work: Path, share: Share
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    shards = {number: output / _name(number) for number in missing}
-    if build.order is not None:
+def _missing_shards(build: Build, shards: dict[int, Path], work: Path, share: Share) -> Failures:
+    if build.options.shuffle_seed is not None:
         memory_rows = max(1, int(share.memory_gib * 2**30 / (3 * build.options.tile_size**2)))
-        yield from shuffled_shards(
-            shards,
-            build.patches,
-            build.order,
-            build.cutting,
-            build.metadata,
-            work,
-            memory_rows,
-            share.workers,
-        )
-        return
+        how = build.cutting, build.metadata, work, memory_rows, share.workers
+        return dict(shuffled_shards(shards, build.patches, build.rows, *how))
     jobs = [
         ShardJob(shard, build.metadata, build.patches.take(build.rows[number]), build.cutting)
         for number, shard in shards.items()
     ]
-    for place, failed in run_jobs(build_shard, jobs, share.workers, "shard"):
-        yield missing[place], failed
+    return {list(shards)[place]: failed for place, failed in run_jobs(build_shard, jobs, share.workers, "shard")}
 
 
-def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[dict[str, Any]]]:
+def _finished_shards(build: Build, output: Path, mine: range) -> Failures:
     """Which of some shards are there already, with the failures that they keep.
 
     Raises:
@@ -342,8 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             raise OSError(f"No room left in '{args.output}'; make some, then run the same command again.") from error
         if failed <= args.max_failed_share * total:
             return DONE
-        report = args.output / share.named("failures", ".jsonl")
-        logger.error("%d of %d patches failed, see %s.", failed, total, report)
+        logger.error("%d of %d patches failed, see %s.", failed, total, share.report(args.output))
         return FAILURES
 
     return run_command(body, logger, errors=(SlideError,), resumable=True)

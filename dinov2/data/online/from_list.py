@@ -108,11 +108,7 @@ class SlideListSource:
         return read
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Cut the patch that a reference names: uint8 (tile_size, tile_size, 3) RGB.
-
-        Raises:
-            DecodeError: if the slide cannot give it; says which slide and location, and why.
-        """
+        """Cut the patch that a reference names: uint8 (tile_size, tile_size, 3) RGB; DecodeError says why it cannot."""
         reference, size = sample.data.split(), self._tile_size
         x, y, level = map(int, reference[:3])
         try:

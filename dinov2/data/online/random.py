@@ -53,17 +53,10 @@ class Patch(NamedTuple):
 class OnlineOrder:
     """Patches in the order of their numbers: sample g is row g % 64 of unit g // 64; stands in for a `SampleOrder`.
 
-    Args:
-        seed: of the run; the patches are drawn with it, the order itself has nothing random.
-        units: units before the first comes round again.
-
-    Attributes:
-        num_rows: patches before the first comes round again.
-        lanes: 1, since patch follows patch; a process then holds those that it has looked ahead to.
-        block_rows: patches of a unit.
+    The patches are drawn with the seed, the order itself has nothing random; after `units` the first comes again.
     """
 
-    lanes, block_rows = 1, UNIT_PATCHES
+    lanes, block_rows = 1, UNIT_PATCHES  # patch follows patch; a process holds those that it has looked ahead to
 
     def __init__(self, seed: int, units: int = ENDLESS_UNITS) -> None:
         self.seed, self.num_rows = seed, units * UNIT_PATCHES
@@ -100,11 +93,6 @@ class OnlinePatchSource:
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
         workers: processes that make slides ready.
-
-    Attributes:
-        unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
-        slide_list: slides that are drawn from.
-        dropped: slides that are not, and why.
 
     Raises:
         ValueError: if an option is out of range, too many slides cannot be read, or none gives patches.
@@ -172,13 +160,10 @@ class OnlinePatchSource:
         return Patch(slide, geometry, *positions.position(plan.mask, int(rng.integers(len(positions)))))
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Draw patches and fetch their tiles, all of one slide at a time.
+        """Draw patches and fetch their tiles, all of one slide at a time; OSError if one has become unreadable.
 
         Returns:
             The slide, and a header with the tiles behind it, for each row.
-
-        Raises:
-            OSError: if a slide has become unreadable.
         """
         patches = [self.draw(unit * UNIT_PATCHES + int(row)) for row in rows]
         of_slide: dict[int, list[int]] = {}
@@ -194,11 +179,7 @@ class OnlinePatchSource:
         return [(self._name(patch.slide), data[number]) for number, patch in enumerate(patches)]
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Put a patch together: uint8 (tile_size, tile_size, 3) RGB.
-
-        Raises:
-            DecodeError: if a tile is missing or corrupt.
-        """
+        """Put a patch together: uint8 (tile_size, tile_size, 3) RGB; DecodeError if a tile is missing or corrupt."""
         number, which, column, row, count = _HEADER.unpack_from(sample.data)
         slide, size = self.slide_list[number], self._options.tile_size
         geometry = slide.geometries[which]
@@ -277,9 +258,6 @@ def take_fraction(rows: list[SlideRow], fraction: float, seed: int) -> list[Slid
     """Take a fraction of the slides, at least one, by a hash of the seed and each slide's file name.
 
     The slides of a smaller fraction are among those of a larger one, wherever the folder lies.
-
-    Raises:
-        ValueError: if `fraction` is not within (0, 1].
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"The fraction of slides is {fraction}, but it must lie within (0, 1].")

@@ -45,11 +45,7 @@ class ShardJob:
 
 
 def build_shard(job: ShardJob) -> list[dict[str, Any]]:
-    """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps.
-
-    Raises:
-        OSError: if the shard cannot be written.
-    """
+    """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps."""
     with new_shard(job.shard, job.metadata) as writer:
         for rows in cut_patches(job.patches, job.cutting, ROWS_AT_ONCE):
             for row in rows:

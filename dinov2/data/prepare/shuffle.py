@@ -7,7 +7,7 @@ bucket by bucket, from the same section of all runs. Both steps restart where th
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,21 +27,10 @@ _RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
 _PLAN = "plan.json"
 
 
-@dataclass(frozen=True)
-class Order:
-    """The shuffled order: row `rows[p]` of the list comes at position p; shard k ends before (k + 1) * per_shard."""
-
-    rows: np.ndarray
-    per_shard: int
-
-    @classmethod
-    def draw(cls, num_rows: int, per_shard: int, seed: int) -> "Order":
-        """Permute `num_rows` rows; a pure function of its arguments."""
-        return cls(np.random.Generator(np.random.Philox(key=seed)).permutation(num_rows), per_shard)
-
-    def shard(self, number: int) -> range:
-        """Positions of a shard."""
-        return range(number * self.per_shard, min((number + 1) * self.per_shard, len(self.rows)))
+def shuffled_rows(num_rows: int, per_shard: int, seed: int) -> list[np.ndarray]:
+    """Permute the rows of a list and divide them into shards; a pure function of its arguments."""
+    rows = np.random.Generator(np.random.Philox(key=seed)).permutation(num_rows)
+    return np.split(rows, range(per_shard, num_rows, per_shard))
 
 
 @dataclass(frozen=True)
@@ -67,26 +56,18 @@ class MixJob:
 
 
 def shuffled_shards(
-    shards: dict[int, Path],
-    patches: Patches,
-    order: Order,
-    cutting: Cutting,
-    metadata: dict[str, str],
-    work: Path,
-    memory_rows: int,
-    workers: int,
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Write shards of the shuffled order.
+    shards: dict[int, Path], patches: Patches, rows: Sequence[np.ndarray], cutting: Cutting, metadata: dict[str, str],
+    work: Path, memory_rows: int, workers: int,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:  # fmt: skip
+    """Write shards of the shuffled order, by `workers` processes that hold `memory_rows` rows each.
 
     Args:
         shards: number and path of those that are missing.
         patches: the whole list.
-        order: where its rows go.
+        rows: of the list in each shard, in its order; a row's position counts through all shards.
         cutting: how patches are cut.
         metadata: key-values of all shards, with their `build_id`.
         work: folder for the runs, on the same file system or any other; stays until `clear_work`.
-        memory_rows: rows that a process may hold.
-        workers: processes.
 
     Yields:
         Number of a shard and the failures among its rows, as they finish.
@@ -97,27 +78,28 @@ def shuffled_shards(
     """
     if not shards:
         return
-    served, run_rows, bucket_rows = _open_work(work, metadata["build_id"], sorted(shards), order, memory_rows, workers)
-    starts = [range(stretch.start, stretch.stop, bucket_rows) for stretch in map(order.shard, served)]
-    buckets = np.concatenate([np.array(part, np.int64) for part in starts])
+    sizes = {number: len(rows[number]) for number in sorted(shards)}
+    served, run_rows, bucket_rows = _open_work(work, metadata["build_id"], sizes, memory_rows, workers)
+    ends = np.cumsum([0, *map(len, rows)])
+    starts = [np.arange(ends[number], ends[number + 1], bucket_rows) for number in served]
+    buckets = np.concatenate(starts)
     sections = dict(zip(served, pairwise(np.cumsum([0, *map(len, starts)]).tolist()), strict=True))
 
-    positions = np.concatenate([np.array(order.shard(number), np.int64) for number in served])
-    rows = order.rows[positions]
-    by_slide = np.lexsort((rows, patches.samples.slide[rows]))
+    positions = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in served])
+    listed = np.concatenate([rows[number] for number in served])
+    by_slide = np.lexsort((listed, patches.samples.slide[listed]))
     parts = np.split(by_slide, range(run_rows, len(by_slide), run_rows))
     runs = [work / f"{i:06d}.run" for i in range(len(parts))]
     jobs = [
-        RunJob(run, patches.take(rows[part]), positions[part], buckets, cutting)
+        RunJob(run, patches.take(listed[part]), positions[part], buckets, cutting)
         for run, part in zip(runs, parts, strict=True)
         if not run.exists()
     ]
     for _ in run_jobs(write_run, jobs, workers, "run"):
         pass
-    numbers = sorted(shards)
-    mixes = [MixJob(shards[n], metadata, runs, range(*sections[n]), len(order.shard(n))) for n in numbers]
+    mixes = [MixJob(shards[n], metadata, runs, range(*sections[n]), size) for n, size in sizes.items()]
     for number, failures in run_jobs(mix_shard, mixes, workers, "shard"):
-        yield numbers[number], failures
+        yield list(sizes)[number], failures
 
 
 def write_run(job: RunJob) -> None:
@@ -125,9 +107,6 @@ def write_run(job: RunJob) -> None:
 
     A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
     Arrow record batches.
-
-    Raises:
-        OSError: if the run cannot be written.
     """
     [rows] = cut_patches(job.patches, job.cutting, len(job.patches))
     by_position = np.argsort(job.positions)
@@ -148,12 +127,7 @@ def write_run(job: RunJob) -> None:
 
 
 def mix_shard(job: MixJob) -> list[dict[str, Any]]:
-    """Write one shard, unless no patch could be read, and return the failures, which the shard also keeps.
-
-    Raises:
-        OSError: if the shard cannot be written.
-        ValueError: if a run is corrupt.
-    """
+    """Write one shard, unless no patch could be read, and return the failures, which the shard also keeps."""
     num_rows = 0
     with new_shard(job.shard, job.metadata) as writer:
         for bucket in job.buckets:
@@ -188,7 +162,7 @@ def _corrupt(work: Path, reason: str) -> str:
 
 
 def _open_work(
-    work: Path, build_id: str, missing: list[int], order: Order, memory_rows: int, workers: int
+    work: Path, build_id: str, sizes: dict[int, int], memory_rows: int, workers: int
 ) -> tuple[list[int], int, int]:
     """Go on with the runs of an earlier start if they serve, else begin anew: (shards, rows of a run, of a bucket)."""
     try:
@@ -196,15 +170,13 @@ def _open_work(
     except (FileNotFoundError, ValueError):
         plan = {}
     fits = max(plan.get("run_rows", 0), plan.get("bucket_rows", 0)) <= memory_rows
-    if plan.get("build_id") == build_id and set(missing) <= set(plan["shards"]) and fits:
-        return plan["shards"], plan["run_rows"], plan["bucket_rows"]
-    clear_work(work)
-    num_rows = sum(len(order.shard(number)) for number in missing)
-    run_rows = min(memory_rows, max(ROWS_PER_GROUP, -(-num_rows // (_RUNS_PER_WORKER * workers))))
-    plan = {"build_id": build_id, "shards": missing, "run_rows": run_rows, "bucket_rows": memory_rows}
-    work.mkdir()
-    write_json(work / _PLAN, plan)
-    return missing, run_rows, memory_rows
+    if plan.get("build_id") != build_id or not sizes.keys() <= set(plan["shards"]) or not fits:
+        clear_work(work)
+        run_rows = min(memory_rows, max(ROWS_PER_GROUP, -(-sum(sizes.values()) // (_RUNS_PER_WORKER * workers))))
+        plan = {"build_id": build_id, "shards": list(sizes), "run_rows": run_rows, "bucket_rows": memory_rows}
+        work.mkdir()
+        write_json(work / _PLAN, plan)
+    return plan["shards"], plan["run_rows"], plan["bucket_rows"]
 
 
 def clear_work(work: Path) -> None:

@@ -81,11 +81,7 @@ class TissueMap:
         self._integral = cv2.integral(self.cells, sdepth=cv2.CV_64F)
 
     def fraction(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-        """Estimated tissue fraction of squares.
-
-        Args:
-            x, y: (N,) left and top edges in level-0 px.
-            size: side in level-0 px.
+        """Estimate the tissue fraction of squares by their left and top edges, (N,), and side in level-0 px.
 
         Returns:
             float64 (N,) in [0, 1]; edges count to the nearest cell.
