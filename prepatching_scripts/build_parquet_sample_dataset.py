@@ -63,9 +63,7 @@ class BuildOptions:
     columns: int | None = None  # of a list that does not say; None means 4
     rows_per_shard: int | None = None  # None means one shard per slide, or 20,000 rows if shuffled
     shuffle_seed: int | None = None  # None keeps the rows grouped by slide, in list order within a slide
-    # So many undecodable patches make a process give a slide up for the shard (or, before shuffling, the run) that it
-    # works on.
-    max_slide_failures: int = 100
+    max_slide_failures: int = 100  # undecodable patches that give a slide up for the shard or run at hand
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,8 @@ class Share:
 class Build:
     """A list, the options, and the shards that they make.
 
-    Args:
-        list_path: the sample list.
-        options: see there.
-        slide_root: folder that holds the listed slides, if they have moved.
-
-    Attributes:
-        rows: rows of the list that each shard holds, in its order.
+    Its `rows` are the rows of the list that each shard holds, in its order. The slides are looked for below
+    `slide_root`, if they have moved.
 
     Raises:
         FileNotFoundError: if there is no such list or mpp table.
@@ -222,11 +215,7 @@ def _missing_shards(build: Build, shards: dict[int, Path], work: Path, share: Sh
 
 
 def _finished_shards(build: Build, output: Path, mine: range) -> Failures:
-    """Which of some shards are there already, with the failures that they keep.
-
-    Raises:
-        FileExistsError: if the folder holds a Parquet file of another build.
-    """
+    """Which of some shards are there already, with the failures that they keep; FileExistsError if others are."""
     numbers = {_name(number): number for number in range(len(build.rows))}
     finished = {}
     for shard in sorted(output.glob("*.parquet")):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,23 +100,15 @@ class OnlinePatchSource:
     """
 
     def __init__(
-        self,
-        rows: Sequence[SlideRow],
-        cache_folder: str | Path,
-        *,
-        options: PatchOptions,
-        seed: int,
-        slide_share: float = 1.0,
-        max_patches: int = 0,
-        workers: int = 1,
-    ) -> None:
+        self, rows: Sequence[SlideRow], cache_folder: str | Path, *, options: PatchOptions, seed: int,
+        slide_share: float = 1.0, max_patches: int = 0, workers: int = 1,
+    ) -> None:  # fmt: skip
         if max_patches < 0:
             raise ValueError(f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more.")
-        self._options, self._seed, self._max_patches = options, seed, max_patches
+        self._options, self._seed = options, seed
         kept = take_fraction(sorted(rows), slide_share, seed)
         jobs = [SlideJob(row, TissueCache(cache_folder), options) for row in kept]
-        finished = dict(run_jobs(prepare_slide, jobs, workers, "slide"))
-        made = [finished[number] for number in range(len(jobs))]
+        made = [result for _, result in sorted(run_jobs(prepare_slide, jobs, workers, "slide"), key=itemgetter(0))]
         self.slide_list = [result for result in made if isinstance(result, OnlineSlide)]
         self.dropped = [result for result in made if isinstance(result, Dropped)]
         _check_dropped(self.dropped, len(jobs))
@@ -130,18 +123,10 @@ class OnlinePatchSource:
         dropped = [Path(slide.path).name for slide in self.dropped]
         state = [repr(options), repr(CELL_RULE), seed, max_patches, used, dropped]
         self.fingerprint = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-        self._make_units()
-
-    @property
-    def is_endless(self) -> bool:
-        """Whether the number of distinct patches has no limit."""
-        return self._max_patches == 0
-
-    @property
-    def summary(self) -> str:
-        """What is drawn, for the log."""
+        self.is_endless = max_patches == 0
         drawn = "patches without end" if self.is_endless else f"{self.num_rows:,} patches"
-        return f"{drawn} from {len(self.slide_list)} slides; {len(self.dropped)} slides are left out"
+        self.summary = f"{drawn} from {len(self.slide_list)} slides; {len(self.dropped)} slides are left out"
+        self._make_units()
 
     def order(self, seed: int, lanes: int, block_rows: int) -> OnlineOrder | SampleOrder:
         """Patch after patch without end; with `max_patches`, each of them once per epoch, shuffled."""
@@ -236,10 +221,9 @@ class OnlinePatchSource:
     def _make_units(self) -> None:
         """Rows and bytes of units, and what a process keeps open; none of it travels between processes."""
         units = -(-self.num_rows // UNIT_PATCHES)
-        if self._max_patches:
+        self.unit_rows = np.broadcast_to(np.int64(UNIT_PATCHES), units)  # takes no memory
+        if not self.is_endless:
             self.unit_rows = np.minimum(UNIT_PATCHES, self.num_rows - UNIT_PATCHES * np.arange(units))
-        else:
-            self.unit_rows = np.broadcast_to(np.int64(UNIT_PATCHES), units)  # takes no memory
         self.unit_bytes = np.broadcast_to(np.int64(UNIT_PATCHES * self._patch_bytes), units)
         least = self._options.min_foreground
         self._plan = lru_cache(_PLANS_KEPT)(lambda slide: load_plan(self.slide_list[slide], least))

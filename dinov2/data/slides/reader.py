@@ -71,7 +71,7 @@ class SlideReader:
         return round(column * downsample), round(row * downsample)
 
     def level_for(self, target_mpp: float) -> int:
-        """The coarsest level at most 1 % coarser than a resolution in um/px; SlideRangeError if none is or can be known."""
+        """The coarsest level at most 1 % coarser than a resolution in um/px; SlideRangeError without one or an mpp."""
         finest = self._known_mpp()
         level = coarsest_level(self.level_downsamples, finest, target_mpp)
         if level is None:

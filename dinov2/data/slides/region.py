@@ -152,8 +152,6 @@ class OpenSlideReader:
         if handle is not None and self._pid == os.getpid():
             return handle
         openslide = import_package("openslide", "Slides need openslide-python and openslide-bin")
-        if not self._path.is_file():
-            raise SlideOpenError(self._path, "there is no such file")
         try:
             handle = openslide.OpenSlide(self._path)
         except openslide.OpenSlideError as error:

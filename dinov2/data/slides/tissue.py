@@ -49,13 +49,10 @@ class TissueRule:
         """Whether the fraction of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
         if self.fraction(image) <= self.min_fraction:
             return False
-        return not self.reject_pen or pen_fraction(image) <= MAX_PEN_FRACTION
-
-
-def pen_fraction(image: np.ndarray) -> float:
-    """Fraction of pixels of a uint8 (H, W, 3) RGB image that have the colour of a blue pen."""
-    ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
-    return cv2.countNonZero(ink) / ink.size
+        if not self.reject_pen:
+            return True
+        ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
+        return cv2.countNonZero(ink) / ink.size <= MAX_PEN_FRACTION
 
 
 class TissueMap:
