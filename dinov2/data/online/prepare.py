@@ -27,25 +27,12 @@ from dinov2.utils.files import read_arrays, write_arrays
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """What is cut from every slide; ValueError where its values make no sense."""
+    """What is cut from every slide; the configuration has checked it."""
 
     mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # output resolutions in micrometres per px
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
     tile_size: int = 224  # side of a patch in px
     min_foreground: float = 0.4  # least fraction of foreground in a patch
-
-    def __post_init__(self) -> None:
-        if len(self.mpps) != len(self.weights) or not self.mpps or len(set(self.mpps)) < len(self.mpps):
-            raise ValueError(
-                f"Resolutions {self.mpps} and weights {self.weights} do not match; one weight each is expected."
-            )
-        if not all(0 < value < np.inf for value in (*self.mpps, *self.weights)):
-            raise ValueError(f"Resolutions {self.mpps} and weights {self.weights} must be positive and finite.")
-        if self.tile_size < 1 or not 0 <= self.min_foreground <= 1:
-            raise ValueError(
-                f"The tile size is {self.tile_size} px and the least foreground {self.min_foreground}; at least 1 and "
-                "a fraction within [0, 1] are expected."
-            )
 
 
 def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:

@@ -96,15 +96,13 @@ class OnlinePatchSource:
         workers: processes that make slides ready.
 
     Raises:
-        ValueError: if an option is out of range, too many slides cannot be read, or none gives patches.
+        ValueError: if too many slides cannot be read, or none gives patches.
     """
 
     def __init__(
         self, rows: Sequence[SlideRow], cache_folder: str | Path, *, options: PatchOptions, seed: int,
         slide_share: float = 1.0, max_patches: int = 0, workers: int = 1,
     ) -> None:  # fmt: skip
-        if max_patches < 0:
-            raise ValueError(f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more.")
         self._options, self._seed = options, seed
         kept = take_fraction(sorted(rows), slide_share, seed)
         jobs = [SlideJob(row, TissueCache(cache_folder), options) for row in kept]
@@ -239,12 +237,10 @@ class OnlinePatchSource:
 
 
 def take_fraction(rows: list[SlideRow], fraction: float, seed: int) -> list[SlideRow]:
-    """Take a fraction of the slides, at least one, by a hash of the seed and each slide's file name.
+    """Take a fraction in (0, 1] of the slides, at least one, by a hash of the seed and each slide's file name.
 
     The slides of a smaller fraction are among those of a larger one, wherever the folder lies.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"The fraction of slides is {fraction}, but it must lie within (0, 1].")
 
     def key(number: int) -> tuple[int, str]:
         name = os.path.basename(rows[number].path).encode(errors="surrogateescape")

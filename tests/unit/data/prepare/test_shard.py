@@ -9,7 +9,7 @@ import openslide
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.prepare.shuffle import shuffled_rows
+from dinov2.data.prepare.shard import shuffled_rows
 from prepatching_scripts.build_parquet_sample_dataset import main
 from tests.helpers.builder_process import killer, run_builder
 from tests.helpers.slides import damage_tile
