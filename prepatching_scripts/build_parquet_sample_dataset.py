@@ -23,9 +23,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +32,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov2.data.prepare.cut import Cutting, Encoding, Patches
-from dinov2.data.prepare.shard import ROWS_PER_GROUP, ShardJob, build_shard
-from dinov2.data.prepare.shuffle import Order, clear_work, shuffled_shards
+from dinov2.data.prepare.shard import (
+    ROWS_PER_GROUP,
+    ShardJob,
+    build_shard,
+    clear_work,
+    shuffled_rows,
+    shuffled_shards,
+)
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
@@ -51,75 +55,33 @@ DESCRIPTION = "_build.json"
 SHUFFLED_ROWS_PER_SHARD = 20_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILURE = {"slide_path", "x", "y", "level", "reason"}
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What decides over the rows of a build and their order, besides the list.
-
-    Attributes:
-        encoding: of the images.
-        tile_size: side of a patch in px.
-        mpp: um per level-0 px of slides that neither say it nor are in `mpp_file`.
-        mpp_file: CSV of slides and their mpp.
-        columns: of a list that does not say; None means 4.
-        rows_per_shard: None means one shard per slide, or 20,000 rows if shuffled.
-        shuffle_seed: None keeps the rows grouped by slide, in list order within a slide.
-        max_slide_failures: so many undecodable patches make a process give a slide up for the shard (or, before
-            shuffling, for the run) that it works on.
-    """
-
-    encoding: Encoding = field(default_factory=Encoding)
-    tile_size: int = 224
-    mpp: float | None = None
-    mpp_file: Path | None = None
-    columns: int | None = None
-    rows_per_shard: int | None = None
-    shuffle_seed: int | None = None
-    max_slide_failures: int = 100
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a start of the builder does: part `part` of `num_parts`, with so many processes of so much memory."""
-
-    part: int = 0
-    num_parts: int = 1
-    workers: int = 1
-    memory_gib: float = 1.0
-
-    def shards(self, num_shards: int) -> range:
-        """The shards of this part."""
-        return range(self.part * num_shards // self.num_parts, (self.part + 1) * num_shards // self.num_parts)
-
-    def named(self, stem: str, ending: str) -> str:
-        """Name of a file that every part writes for itself."""
-        return f"{stem}{'' if self.num_parts == 1 else f'-part-{self.part}-of-{self.num_parts}'}{ending}"
+Failures = dict[int, list[dict[str, Any]]]  # by number of the shard
 
 
 class Build:
-    """A list, the options, and the shards that they make.
+    """A list, and the shards that the options of a command line make of it.
 
-    Args:
-        list_path: the sample list.
-        options: see there.
-        slide_root: folder that holds the listed slides, if they have moved.
+    Attributes:
+        rows: rows of the list that each shard holds, in its order.
+        mine: the shards of this part.
+        report: the file of failures, which every part writes for itself.
 
     Raises:
         FileNotFoundError: if there is no such list or mpp table.
         ValueError: if one of them is malformed, or the list was drawn for another tile size.
     """
 
-    def __init__(self, list_path: Path, options: BuildOptions, slide_root: Path | None = None) -> None:
-        samples = read_sample_list(list_path, options.columns)
+    def __init__(self, args: argparse.Namespace) -> None:
+        list_path, tile_size, seed = args.sample_list, args.tile_size, args.seed if args.shuffle else None
+        samples = read_sample_list(list_path, args.columns)
         drawn = read_list_description(list_path)
-        if drawn.get("tile_size", options.tile_size) != options.tile_size:
+        if drawn.get("tile_size", tile_size) != tile_size:
             raise ValueError(
-                f"The list '{list_path}' was drawn for tiles of {drawn['tile_size']} px, not {options.tile_size} px."
+                f"The list '{list_path}' was drawn for tiles of {drawn['tile_size']} px, not {tile_size} px."
             )
-        table = read_mpp_table(options.mpp_file) if options.mpp_file else None
+        table = read_mpp_table(args.mpp_file) if args.mpp_file else None
         given = [table.get(name) if table else None for name in samples.slides]
-        mpps = [options.mpp if mpp is None else mpp for mpp in given]
+        mpps = [args.mpp if mpp is None else mpp for mpp in given]
         try:
             drawn_by = drawn.get("rule") or asdict(TissueRule())
             rule = TissueRule(tuple(drawn_by["lower"]), tuple(drawn_by["upper"]), drawn_by["min_fraction"])
@@ -127,13 +89,25 @@ class Build:
             raise ValueError(
                 f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
             ) from error
-        self.options, self.samples = options, samples
-        self.patches = Patches(samples, [locate_slide(name, slide_root, list_path) for name in samples.slides], mpps)
-        self.cutting = Cutting(options.encoding, rule, options.tile_size, options.max_slide_failures)
+        paths = [locate_slide(name, args.slide_root, list_path) for name in samples.slides]
+        encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
+        self.args, self.patches = args, Patches(samples, paths, mpps)
+        self.cutting = Cutting(encoding, rule, tile_size, args.max_slide_failures)
+        per_shard = args.rows_per_shard
+        if args.shuffle:
+            per_shard = per_shard or SHUFFLED_ROWS_PER_SHARD
+            self.rows = shuffled_rows(len(samples), per_shard, seed)
+        else:
+            order = np.argsort(samples.slide, kind="stable")
+            slides_end = np.flatnonzero(np.diff(samples.slide[order])) + 1
+            self.rows = np.split(order, range(per_shard, len(order), per_shard) if per_shard else slides_end)
+        num_shards, parts = len(self.rows), args.num_parts
+        self.mine = range(args.part * num_shards // parts, (args.part + 1) * num_shards // parts)
+        self.report = args.output / f"failures{'' if parts == 1 else f'-part-{args.part}-of-{parts}'}.jsonl"
         self.metadata = {
             "schema_version": "1",
-            "tile_size": str(options.tile_size),
-            **options.encoding.metadata(),
+            "tile_size": str(tile_size),
+            **encoding.metadata(),
             "row_group_size": str(ROWS_PER_GROUP),
             "sample_list": samples.digest(),
             "seed": str(drawn.get("seed", "")),
@@ -141,124 +115,88 @@ class Build:
         }
         self.identity = {
             **self.metadata,
-            "mpp": hashlib.blake2b(json.dumps(mpps).encode(), digest_size=16).hexdigest() if any(mpps) else None,
-            "rows_per_shard": self.rows_per_shard,
-            "shuffle_seed": options.shuffle_seed,
-            "max_slide_failures": options.max_slide_failures,
+            "mpp": _digest(mpps) if any(mpps) else None,
+            "rows_per_shard": per_shard,
+            "shuffle_seed": seed,
+            "max_slide_failures": args.max_slide_failures,
         }
-        build_id = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16)
-        self.metadata["build_id"] = build_id.hexdigest()
+        self.metadata["build_id"] = _digest(self.identity)
         with list_path.open("rb") as file:
             list_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.description = {
             "build": self.identity,
-            "build_id": build_id.hexdigest(),
+            "build_id": self.metadata["build_id"],
             "list": os.path.abspath(list_path),
             "list_sha256": list_sha256,
             "num_patches": len(samples),
             "num_slides": len(samples.slides),
-            "num_shards": len(self.rows),
+            "num_shards": num_shards,
             "versions": package_versions(("path-fm", "numpy", "pyarrow", "opencv-python-headless", "pillow")),
         }
 
-    @property
-    def rows_per_shard(self) -> int | None:
-        """None: one shard per slide."""
-        shuffled = self.options.shuffle_seed is not None
-        return self.options.rows_per_shard or (SHUFFLED_ROWS_PER_SHARD if shuffled else None)
 
-    @cached_property
-    def order(self) -> Order | None:
-        """The shuffled order, if there is one."""
-        seed = self.options.shuffle_seed
-        return None if seed is None else Order.draw(len(self.samples), self.rows_per_shard, seed)
-
-    @cached_property
-    def rows(self) -> list[np.ndarray]:
-        """Rows of the list that each shard holds, in its order."""
-        order = np.argsort(self.samples.slide, kind="stable") if self.order is None else self.order.rows
-        if self.rows_per_shard is None:
-            return np.split(order, np.flatnonzero(np.diff(self.samples.slide[order])) + 1)
-        return np.split(order, range(self.rows_per_shard, len(order), self.rows_per_shard))
-
-
-def build_dataset(build: Build, output: Path, share: Share = Share()) -> tuple[int, int]:
-    """Write the shards of a share that are missing, and `failures.jsonl` if a patch cannot be read.
+def build_dataset(build: Build) -> tuple[int, int]:
+    """Write the shards of a part that are missing, and `failures.jsonl` if a patch cannot be read.
 
     Returns:
-        Number of patches in the share, and of those that could not be read.
+        Number of patches in the part, and of those that could not be read.
 
     Raises:
         FileExistsError: if the folder holds another build, or another process writes the same shards.
         OSError: if a file cannot be written.
     """
-    mine = share.shards(len(build.rows))
-    report = output / share.named("failures", ".jsonl")
-    _refuse_foreign_report(report)
+    output, mine, is_whole = build.args.output, build.mine, build.args.num_parts == 1
+    _refuse_foreign_report(build.report)
     if not check_description(output / DESCRIPTION, build.identity):
-        _finished_shards(build, output, range(len(build.rows)))  # refuses what others made
+        _finished_shards(build, range(len(build.rows)))  # refuses what others made
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / DESCRIPTION, build.description)
     busy = f"Another builder is writing some of these shards into '{output}'; wait for it or stop it."
     with locked(output / DESCRIPTION, mine.start, len(mine), busy):
-        names = {_name(number) for number in mine} | ({DESCRIPTION} if share.num_parts == 1 else set())
+        names = {_name(number) for number in mine} | ({DESCRIPTION} if is_whole else set())
         for name, partial in leftovers(output):
             if name in names:
                 partial.unlink(missing_ok=True)
-        failures = _finished_shards(build, output, mine)
+        failures = _finished_shards(build, mine)
         work = output / f".shuffle-{mine.start:08d}-{mine.stop:08d}"
-        for number, failed in _missing_shards(build, output, [n for n in mine if n not in failures], work, share):
-            failures[number] = failed
-        for done in output.glob(".shuffle-*") if share.num_parts == 1 else [work]:
+        missing = {number: output / _name(number) for number in mine if number not in failures}
+        failures |= _missing_shards(build, missing, work)
+        for done in output.glob(".shuffle-*") if is_whole else [work]:
             clear_work(done)
     records = [record for number in mine for record in failures[number]]
     if records:
-        write_text(report, json_lines(records))
+        write_text(build.report, json_lines(records))
     else:  # no other file then lies among the shards, which some readers of folders would trip over
-        report.unlink(missing_ok=True)
+        build.report.unlink(missing_ok=True)
     total = sum(len(build.rows[number]) for number in mine)
     logger.info("%d of %d patches are in %s", total - len(records), total, output)
     return total, len(records)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _name(number: int) -> str:
     return f"{number:08d}.parquet"
 
 
-def _missing_shards(
-    build: Build, output: Path, missing: list[int], work: Path, share: Share
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    shards = {number: output / _name(number) for number in missing}
-    if build.order is not None:
-        memory_rows = max(1, int(share.memory_gib * 2**30 / (3 * build.options.tile_size**2)))
-        yield from shuffled_shards(
-            shards,
-            build.patches,
-            build.order,
-            build.cutting,
-            build.metadata,
-            work,
-            memory_rows,
-            share.workers,
-        )
-        return
-    jobs = [
-        ShardJob(shard, build.metadata, build.patches.take(build.rows[number]), build.cutting)
-        for number, shard in shards.items()
-    ]
-    for place, failed in run_jobs(build_shard, jobs, share.workers, "shard"):
-        yield missing[place], failed
+def _missing_shards(build: Build, shards: dict[int, Path], work: Path) -> Failures:
+    args = build.args
+    if args.shuffle:
+        memory_rows = max(1, int(args.memory_gib * 2**30 / (3 * args.tile_size**2)))
+        how = build.cutting, build.metadata, work, memory_rows, args.workers
+        return dict(shuffled_shards(shards, build.patches, build.rows, *how))
+    numbers = list(shards)
+    jobs = [ShardJob(shards[n], build.metadata, build.patches.take(build.rows[n]), build.cutting) for n in numbers]
+    return {numbers[place]: failed for place, failed in run_jobs(build_shard, jobs, args.workers, "shard")}
 
 
-def _finished_shards(build: Build, output: Path, mine: range) -> dict[int, list[dict[str, Any]]]:
-    """Which of some shards are there already, with the failures that they keep.
-
-    Raises:
-        FileExistsError: if the folder holds a Parquet file of another build.
-    """
+def _finished_shards(build: Build, mine: range) -> Failures:
+    """Which of some shards are there already, with the failures that they keep; FileExistsError if others are."""
     numbers = {_name(number): number for number in range(len(build.rows))}
     finished = {}
-    for shard in sorted(output.glob("*.parquet")):
+    for shard in sorted(build.args.output.glob("*.parquet")):
         number, metadata = numbers.get(shard.name), {}
         if number is not None and number not in mine:
             continue
@@ -327,23 +265,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = BuildOptions(
-        Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling), args.tile_size, args.mpp, args.mpp_file,
-        args.columns, args.rows_per_shard, args.seed if args.shuffle else None, args.max_slide_failures,
-    )  # fmt: skip
-    share = Share(args.part, args.num_parts, args.workers, args.memory_gib)
 
     def body() -> int:
         try:
-            total, failed = build_dataset(Build(args.sample_list, options, args.slide_root), args.output, share)
+            build = Build(args)
+            total, failed = build_dataset(build)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             raise OSError(f"No room left in '{args.output}'; make some, then run the same command again.") from error
         if failed <= args.max_failed_share * total:
             return DONE
-        report = args.output / share.named("failures", ".jsonl")
-        logger.error("%d of %d patches failed, see %s.", failed, total, report)
+        logger.error("%d of %d patches failed, see %s.", failed, total, build.report)
         return FAILURES
 
     return run_command(body, logger, errors=(SlideError,), resumable=True)

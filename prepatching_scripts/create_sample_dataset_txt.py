@@ -13,13 +13,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.prepare.draw import Sampling, SlideJob
-from dinov2.data.prepare.parts import Part, PartJob, make_part
+from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
+from dinov2.data.prepare.parts import PartJob, make_part
 from dinov2.data.prepare.preview import preview_mark
 from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
@@ -35,13 +36,7 @@ PARTS_VERSION = 1  # of what a slide gives under given options; raise it when th
 
 
 def create_sample_list(
-    source: Path,
-    output: Path,
-    sampling: Sampling,
-    *,
-    workers: int = 1,
-    mpp_file: Path | None = None,
-    preview: Path | None = None,
+    source: Path, output: Path, sampling: Sampling, workers: int, mpp_file: Path | None, preview: Path | None
 ) -> tuple[int, int]:
     """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`, and a PNG per slide into `preview`.
 
@@ -72,21 +67,21 @@ def create_sample_list(
         PartJob(SlideJob(row.path, row.key, sampling, row.mpp), parts, picture)
         for row, picture in zip(found.slides, pictures, strict=True)
     ]
-    finished = dict(run_jobs(make_part, jobs, workers, "slide"))
-    made = [finished[number] for number in range(len(jobs))]
-    unseen = [part.preview_failure for part in made if part.preview_failure]
+    made = [draw for _, draw in sorted(run_jobs(make_part, jobs, workers, "slide"), key=itemgetter(0))]
+    unseen = [draw.preview_failure for draw in made if draw.preview_failure]
     if unseen:
         logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
 
     digest = hashlib.sha256()
-    contents = {
-        output: _lines(found, made, sampling, digest),
-        meta: _description(found, made, sampling, digest),
-        failures: json_lines(_failures(found, made)),
-    }
-    write_new(contents)
+    write_new(
+        {
+            output: _lines(found, made, sampling, digest),
+            meta: _description(found, made, sampling, digest),
+            failures: json_lines(_failures(found, made)),
+        }
+    )
     shutil.rmtree(parts)
-    total, failed = sum(len(part.draw.rows) for part in made), sum(bool(part.draw.failure) for part in made)
+    total, failed = sum(len(draw.rows) for draw in made), sum(bool(draw.failure) for draw in made)
     logger.info("%d patches of %d slides are in %s", total, len(made) - failed, output)
     return len(made), failed
 
@@ -104,44 +99,44 @@ def _pictures(found: FoundSlides, preview: Path | None) -> list[Path | None]:
     return pictures
 
 
-def _failures(found: FoundSlides, made: list[Part]) -> Iterator[dict[str, Any]]:
-    for row, part in zip(found.slides, made, strict=True):
-        if part.draw.failure:
-            yield {"slide": row.path, "reason": part.draw.failure}
-        for mpp, reason in part.draw.skipped.items():
+def _failures(found: FoundSlides, made: list[SlideDraw]) -> Iterator[dict[str, Any]]:
+    for row, draw in zip(found.slides, made, strict=True):
+        if draw.failure:
+            yield {"slide": row.path, "reason": draw.failure}
+        for mpp, reason in draw.skipped.items():
             yield {"slide": row.path, "mpp": mpp, "reason": reason}
 
 
-def _lines(found: FoundSlides, made: list[Part], sampling: Sampling, digest: Any) -> Iterator[str]:
+def _lines(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, digest: Any) -> Iterator[str]:
     """The shuffled lines; `digest` takes them up."""
-    slide = np.repeat(np.arange(len(made)), [len(part.draw.rows) for part in made])
-    rows = np.concatenate([part.draw.rows for part in made])
+    slide = np.repeat(np.arange(len(made)), [len(draw.rows) for draw in made])
+    rows = np.concatenate([draw.rows for draw in made])
     ends = [""] * len(slide)
     if sampling.mpps:
-        ends = [f" {mpp:g} {mpp:g}" for mpp in np.concatenate([part.draw.mpp for part in made]).tolist()]
+        ends = [f" {mpp:g} {mpp:g}" for mpp in np.concatenate([draw.mpp for draw in made]).tolist()]
     for i in np.random.Generator(np.random.Philox(key=sampling.seed)).permutation(len(rows)):
         line = f"{found.slides[slide[i]].path} {rows[i, 0]} {rows[i, 1]} {rows[i, 2]}{ends[i]}\n"
         digest.update(line.encode(errors="surrogateescape"))
         yield line
 
 
-def _description(found: FoundSlides, made: list[Part], sampling: Sampling, digest: Any) -> Iterator[str]:
+def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, digest: Any) -> Iterator[str]:
     """The `.meta.json`, once the lines have been written."""
-    levels = Counter(level for part in made for level in part.draw.rows[:, 2].tolist())
-    mpps = Counter(mpp for part in made for mpp in part.draw.mpp.tolist() if mpp)
+    levels = Counter(level for draw in made for level in draw.rows[:, 2].tolist())
+    mpps = Counter(mpp for draw in made for mpp in draw.mpp.tolist() if mpp)
     given = zip(found.slides, made, strict=True)
     description = {
         "columns": COLUMNS if sampling.mpps else COLUMNS[:4],
         **asdict(sampling),
         "num_slides": len(made),
-        "num_slides_failed": sum(bool(part.draw.failure) for part in made),
+        "num_slides_failed": sum(bool(draw.failure) for draw in made),
         "num_slides_duplicate": len(found.duplicates),
-        "num_targets_skipped": sum(len(part.draw.skipped) for part in made),
+        "num_targets_skipped": sum(len(draw.skipped) for draw in made),
         "num_patches": levels.total(),
         "num_patches_by_level": {str(level): n for level, n in sorted(levels.items())},
         "num_patches_by_mpp": {f"{mpp:g}": n for mpp, n in sorted(mpps.items())},
         # what slides were told their mpp to be, so that training needs no table
-        "slide_mpp": {row.path: part.draw.given_mpp for row, part in given if part.draw.given_mpp},
+        "slide_mpp": {row.path: draw.given_mpp for row, draw in given if draw.given_mpp},
         "sha256": digest.hexdigest(),
     }
     yield json.dumps(description, indent=2) + "\n"
@@ -185,25 +180,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """What the command line asks for; mpp are rounded as the list writes them."""
-    rule = TissueRule(tuple(args.hsv_lower), tuple(args.hsv_upper), args.min_tissue, args.reject_pen)
-    levels = tuple(sorted(set(args.levels))) if args.levels else None
-    mpps = tuple(sorted({float(f"{mpp:g}") for mpp in args.mpp}))
-    per_target = args.per_mpp or args.per_level or 500
-    return Sampling(rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:
+        rule = TissueRule(tuple(args.hsv_lower), tuple(args.hsv_upper), args.min_tissue, args.reject_pen)
+        levels = tuple(sorted(set(args.levels))) if args.levels else None
+        mpps = tuple(sorted({float(f"{mpp:g}") for mpp in args.mpp}))  # rounded as the list writes them
+        per_target = args.per_mpp or args.per_level or 500
+        sampling = Sampling(rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps)
         total, failed = create_sample_list(
-            args.slides, args.output, sampling_of(args),
-            workers=args.workers, mpp_file=args.mpp_file, preview=args.preview,
-        )  # fmt: skip
+            args.slides, args.output, sampling, args.workers, args.mpp_file, args.preview
+        )
         if failed <= args.max_failed_share * total:
             return DONE
         logger.error("%d of %d slides failed, see %s.failures.jsonl.", failed, total, args.output)

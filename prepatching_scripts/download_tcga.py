@@ -38,8 +38,7 @@ def find_or_reuse(gdc: Gdc, filters: dict[str, Any], folder: Path) -> Path:
         FileExistsError: if the folder holds the manifest of something else.
         ValueError: if the filter describes no file.
     """
-    manifest = folder / FOUND
-    meta = folder / f"{FOUND}.meta.json"
+    manifest, meta = folder / FOUND, folder / f"{FOUND}.meta.json"
     wanted = {"endpoint": gdc.endpoint, "filters": filters}
     if manifest.exists():
         known = json.loads(meta.read_text()) if meta.exists() else {}
@@ -51,18 +50,13 @@ def find_or_reuse(gdc: Gdc, filters: dict[str, Any], folder: Path) -> Path:
     files = gdc.find(filters)
     if not files:
         raise ValueError(f"{gdc.endpoint} has no file for {json.dumps(filters)}; check --project.")
-    figures = {"num_files": len(files), "num_bytes": sum(file.size for file in files)}
-    write_json(meta, {**wanted, **figures})
+    write_json(meta, {**wanted, "num_files": len(files), "num_bytes": sum(file.size for file in files)})
     write_text(manifest, manifest_lines(files))
     return manifest
 
 
 def lay_out(files: Sequence[GdcFile], folder: Path, flat: bool) -> list[Job]:
-    """Give each file its path: <id>/<name>, or <name> if flat.
-
-    Raises:
-        ValueError: if two files would have one path.
-    """
+    """Give each file its path: <id>/<name>, or <name> if flat; ValueError if two files would have one path."""
     if not flat:
         return [(file, folder / file.id / file.name) for file in files]
     taken = {name.casefold(): "this tool" for name in (FOUND, f"{FOUND}.meta.json", FAILED)}
@@ -74,20 +68,15 @@ def lay_out(files: Sequence[GdcFile], folder: Path, flat: bool) -> list[Job]:
 
 
 def check_space(jobs: Sequence[Job], folder: Path, ignore: bool) -> None:
-    """Compare the bytes that are missing with the space that is left.
-
-    Raises:
-        OSError: if they do not fit, and this is not to be ignored.
-    """
-
-    def there(file: GdcFile, path: Path) -> int:
-        if path.exists():
-            return file.size if path.stat().st_size == file.size else 0
+    """Compare the bytes that are missing with the space that is left; OSError if they do not fit, unless ignored."""
+    total = missing = sum(file.size for file, _ in jobs)
+    for file, path in jobs:
         part = part_of(path)
-        return min(file.size, part.stat().st_size) if part.exists() else 0
-
-    total, free = sum(file.size for file, _ in jobs), shutil.disk_usage(folder).free
-    missing = total - sum(there(file, path) for file, path in jobs)
+        if path.exists():
+            missing -= file.size if path.stat().st_size == file.size else 0
+        elif part.exists():
+            missing -= min(file.size, part.stat().st_size)
+    free = shutil.disk_usage(folder).free
     logger.info("%d files of %.3f GB, of which %.3f GB are missing", len(jobs), total / 1e9, missing / 1e9)
     if missing > free:
         message = f"'{folder}' has {free / 1e9:.3f} GB free, but {missing / 1e9:.3f} GB are missing"
@@ -132,11 +121,7 @@ def fetch_all(downloads: Downloads, jobs: Sequence[Job], workers: int) -> Iterat
 
 
 def download(gdc: Gdc, jobs: Sequence[Job], folder: Path, stop: threading.Event, args: argparse.Namespace) -> int:
-    """Fetch everything and write failures.jsonl; returns how many files failed.
-
-    Raises:
-        OSError: if the disk is full.
-    """
+    """Fetch everything and write failures.jsonl; returns how many files failed, OSError if the disk is full."""
     lock, failed, finished, fetched = threading.Lock(), [], 0, 0
     total = sum(file.size for file, _ in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar, logging_redirect_tqdm():
@@ -170,11 +155,7 @@ def download(gdc: Gdc, jobs: Sequence[Job], folder: Path, stop: threading.Event,
 
 
 def read_token(path: Path | None) -> str:
-    """Read an access token from a file; empty if there is none to read.
-
-    Raises:
-        ValueError: if it cannot be a token.
-    """
+    """Read an access token from a file, empty if there is none to read; ValueError if it cannot be a token."""
     token = path.read_text(encoding="utf-8", errors="replace").strip() if path else ""
     if path and not (token and token.isascii() and token.isprintable() and " " not in token):
         raise ValueError(f"'{path}' holds no token; one line of letters and digits is expected.")

@@ -32,8 +32,6 @@ def index_collection(
         source: what `find_slides` takes.
         output: folder to write to.
         table: mpp of slides that do not say theirs.
-        workers: processes.
-        zarr: write references.
 
     Returns:
         Number of slides, and of slides that failed.
@@ -62,8 +60,8 @@ def index_collection(
     return len(keys), len(records)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slides", help="folder (with subfolders), text or .csv file of paths or URLs, slide, or URL")
     parser.add_argument("--output", type=Path, required=True, help=f"folder of {INDEX_NAME}")
@@ -76,12 +74,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}, but it must be at least 1")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
-    args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:

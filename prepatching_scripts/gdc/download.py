@@ -45,10 +45,7 @@ class Downloads:
         self._lock, self._paid_until = threading.Lock(), 0.0
 
     def fetch(self, file: GdcFile, path: Path) -> bool:
-        """Bring a file to `path`.
-
-        Returns:
-            Whether it was fetched; False if it was there.
+        """Bring a file to `path`; returns whether it was fetched, False if it was there.
 
         Raises:
             Stopped: if `stop` was set.
@@ -60,10 +57,7 @@ class Downloads:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(path)
         # Closing the file drops the lock, so it stays open until the part has its name.
-        with (
-            locked(part, busy=f"'{part}' is being written by another process."),
-            part.open("r+b", 0) as target,
-        ):
+        with locked(part, busy=f"'{part}' is being written by another process."), part.open("r+b", 0) as target:
             try:
                 if path.exists():  # another process was faster
                     return False

@@ -14,24 +14,13 @@ _LONGEST_NAME = 240  # leaves room in a file system's 255 bytes for what is appe
 
 @dataclass(frozen=True)
 class GdcFile:
-    """One file of the GDC, checked: it may be used as a path and in a URL.
+    """One file of the GDC, checked: it may be used as a path and in a URL; ValueError if not."""
 
-    Attributes:
-        id: its UUID.
-        name: its file name.
-        md5: of its content, 32 lower-case hexadecimal digits.
-        size: in bytes.
-        state: as the GDC has it ("released"), or empty.
-
-    Raises:
-        ValueError: if a value is not of this form, or the name leads out of its folder.
-    """
-
-    id: str
-    name: str
-    md5: str
-    size: int
-    state: str = ""
+    id: str  # its UUID
+    name: str  # its file name, which does not lead out of a folder
+    md5: str  # of its content, 32 lower-case hexadecimal digits
+    size: int  # in bytes
+    state: str = ""  # as the GDC has it ("released"), or empty
 
     def __post_init__(self) -> None:
         if not _UUID.fullmatch(self.id):

@@ -15,17 +15,12 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _FIELDS = ("file_id", "file_name", "md5sum", "file_size", "state")
-_ADVICE = dict.fromkeys((401, 403), "give a --token-file that may read it")
-_ADVICE |= dict.fromkeys((404, 410), "make a new manifest")
+_CLOSED, _GONE = "give a --token-file that may read it", "make a new manifest"
+_ADVICE = {401: _CLOSED, 403: _CLOSED, 404: _GONE, 410: _GONE}
 
 
 def slide_filter(strategies: Sequence[str], projects: Sequence[str] = ()) -> dict[str, Any]:
-    """Describe TCGA's open-access SVS slides in the API's terms.
-
-    Args:
-        strategies: "Diagnostic Slide" (paraffin), "Tissue Slide" (frozen), or both.
-        projects: TCGA-BRCA, say; all of TCGA if empty.
-    """
+    """Describe TCGA's open-access SVS slides ("Diagnostic Slide", "Tissue Slide"), of all projects if none is named."""
     wanted = {
         "cases.project.program.name": ["TCGA"],
         "data_format": ["SVS"],
@@ -58,14 +53,9 @@ class Gdc:
     """
 
     def __init__(
-        self,
-        endpoint: str,
-        token: str = "",
-        attempts: int = 8,
-        wait_s: float = 1.0,
-        read_s: float = 60.0,
+        self, endpoint: str, token: str = "", attempts: int = 8, wait_s: float = 1.0, read_s: float = 60.0,
         sleep: Callable[[float], object] = time.sleep,
-    ) -> None:
+    ) -> None:  # fmt: skip
         url = httpx.URL(endpoint.rstrip("/"))
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"Endpoint '{endpoint}' is not a URL; https://api.gdc.cancer.gov, say, is expected.")
@@ -81,11 +71,7 @@ class Gdc:
         )
 
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
-        """Repeat a request while it fails for a reason that may pass.
-
-        Raises:
-            ConnectionError: if it failed in the end; says why, and what to do.
-        """
+        """Repeat a request while it fails for a reason that may pass; ConnectionError says why it failed in the end."""
 
         def wait(state: RetryCallState) -> float:
             error = state.outcome.exception()

@@ -38,23 +38,16 @@ class SlideListSource:
 
     Raises:
         FileNotFoundError: if the list, or a slide that it names, does not exist.
-        ValueError: if a line is malformed, there is none, `tile_size` is not positive, or a list of six columns
-            names a slide of unknown mpp.
+        ValueError: if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.
         SlideError: if a slide had to be opened for its mpp and cannot be.
     """
 
     is_remote = False
 
     def __init__(
-        self,
-        list_path: str | Path,
-        slide_root: str | Path | None = None,
-        tile_size: int = 224,
-        mpp_file: str | Path | None = None,
-        columns: int | None = None,
-    ) -> None:
-        if tile_size < 1:
-            raise ValueError(f"The tile size is {tile_size} px, but it must be at least 1.")
+        self, list_path: str | Path, slide_root: str | Path | None = None, tile_size: int = 224,
+        mpp_file: str | Path | None = None, columns: int | None = None,
+    ) -> None:  # fmt: skip
         self._list_path, self._tile_size = Path(list_path), tile_size
         self._samples = read_sample_list(list_path, columns)
         self._paths = {name: locate_slide(name, slide_root, list_path) for name in self._samples.slides}
@@ -108,11 +101,7 @@ class SlideListSource:
         return read
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Cut the patch that a reference names: uint8 (tile_size, tile_size, 3) RGB.
-
-        Raises:
-            DecodeError: if the slide cannot give it; says which slide and location, and why.
-        """
+        """Cut the patch that a reference names: uint8 (tile_size, tile_size, 3) RGB; DecodeError says why it cannot."""
         reference, size = sample.data.split(), self._tile_size
         x, y, level = map(int, reference[:3])
         try:

@@ -27,30 +27,12 @@ from dinov2.utils.files import read_arrays, write_arrays
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """What is cut from every slide.
-
-    Raises:
-        ValueError: if a value is out of range, a resolution is there twice, or resolutions and weights differ in
-            number.
-    """
+    """What is cut from every slide; the configuration has checked it."""
 
     mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # output resolutions in micrometres per px
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
     tile_size: int = 224  # side of a patch in px
     min_foreground: float = 0.4  # least fraction of foreground in a patch
-
-    def __post_init__(self) -> None:
-        if len(self.mpps) != len(self.weights) or not self.mpps or len(set(self.mpps)) < len(self.mpps):
-            raise ValueError(
-                f"Resolutions {self.mpps} and weights {self.weights} do not match; one weight each is expected."
-            )
-        if not all(0 < value < np.inf for value in (*self.mpps, *self.weights)):
-            raise ValueError(f"Resolutions {self.mpps} and weights {self.weights} must be positive and finite.")
-        if self.tile_size < 1 or not 0 <= self.min_foreground <= 1:
-            raise ValueError(
-                f"The tile size is {self.tile_size} px and the least foreground {self.min_foreground}; at least 1 and "
-                "a fraction within [0, 1] are expected."
-            )
 
 
 def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:
@@ -58,8 +40,7 @@ def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(10 / magnification for magnification in magnifications)
 
 
-@dataclass(frozen=True)
-class SlideJob:
+class SlideJob(NamedTuple):
     """One slide to make ready."""
 
     row: SlideRow
@@ -108,11 +89,12 @@ _Known = tuple[TissueMask, dict[str, Any], TileIndex | None]
 
 def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
     """Make one slide ready, from the cache where that was done before; says why where it cannot be."""
-    row, options, name = job.row, job.options, public_name(job.row.path)
+    row, cache, options = job
+    name = public_name(row.path)
     try:
         size, version = _stat(row.path)
-        stem = job.cache.stem(row.path, size, version)
-        mask, facts, tiles = _recall(stem, row, job.cache) or _examine(stem, row, job.cache)
+        stem = cache.stem(row.path, size, version)
+        mask, facts, tiles = _recall(stem, row, cache) or _examine(stem, row, cache)
     except RemoteError:
         raise  # the server's fault; a slide left out because of it would change the dataset
     except (SlideError, OSError) as error:
@@ -132,10 +114,11 @@ def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
         return Dropped(name, f"at {mpp:.4g} um/px it is coarser than every resolution that is wanted")
     state = [mask.digest(), mpp, facts, list(map(asdict, geometries)), options.min_foreground]
     key = hashlib.blake2b(json.dumps(state).encode(), digest_size=10).hexdigest()
-    positions = _load_positions(stem, key, geometries, options.min_foreground)
+    counted = Path(f"{stem}-{key}.npz")
+    positions = _load_positions(counted, geometries, options.min_foreground)
     if positions is None:
         positions = [Positions.count(mask, geometry, options.min_foreground) for geometry in geometries]
-        write_arrays(_positions_file(stem, key), **{f"ends{number}": p.ends for number, p in enumerate(positions)})
+        write_arrays(counted, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
         scarce = f"no patch of it is {options.min_foreground:.0%} tissue"
         return Dropped(name, scarce if mask.packed.any() else "it shows no tissue")
@@ -148,13 +131,9 @@ def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
 
 
 def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:
-    """Load what a draw from the slide looks at.
-
-    Raises:
-        FileNotFoundError: if the cache was emptied.
-    """
+    """Load what a draw from the slide looks at; FileNotFoundError if the cache was emptied."""
     known = TissueCache(slide.stem.parent).load(slide.stem)
-    positions = _load_positions(slide.stem, slide.key, slide.geometries, min_foreground)
+    positions = _load_positions(Path(f"{slide.stem}-{slide.key}.npz"), slide.geometries, min_foreground)
     if known is None or positions is None:
         raise FileNotFoundError(f"What is known of slide '{slide.path}' has gone from '{slide.stem.parent}'.")
     index = None if slide.tiles is None else _tile_indexes(slide.stem, slide.tile_index)[slide.path]
@@ -209,14 +188,8 @@ def _longest_patch(tiles: TileIndex | None, geometry: Geometry) -> int:
     return across * down * int(level.lengths.max())
 
 
-def _positions_file(stem: Path, key: str) -> Path:
-    return Path(f"{stem}-{key}.npz")
-
-
-def _load_positions(
-    stem: Path, key: str, geometries: Sequence[Geometry], min_foreground: float
-) -> list[Positions] | None:
-    ends = read_arrays(_positions_file(stem, key), *(f"ends{number}" for number in range(len(geometries))))
+def _load_positions(path: Path, geometries: Sequence[Geometry], min_foreground: float) -> list[Positions] | None:
+    ends = read_arrays(path, *(f"ends{number}" for number in range(len(geometries))))
     return ends and [Positions(g, e, min_foreground) for g, e in zip(geometries, ends, strict=True)]
 
 

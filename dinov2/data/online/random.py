@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,17 +54,10 @@ class Patch(NamedTuple):
 class OnlineOrder:
     """Patches in the order of their numbers: sample g is row g % 64 of unit g // 64; stands in for a `SampleOrder`.
 
-    Args:
-        seed: of the run; the patches are drawn with it, the order itself has nothing random.
-        units: units before the first comes round again.
-
-    Attributes:
-        num_rows: patches before the first comes round again.
-        lanes: 1, since patch follows patch; a process then holds those that it has looked ahead to.
-        block_rows: patches of a unit.
+    The patches are drawn with the seed, the order itself has nothing random; after `units` the first comes again.
     """
 
-    lanes, block_rows = 1, UNIT_PATCHES
+    lanes, block_rows = 1, UNIT_PATCHES  # patch follows patch; a process holds those that it has looked ahead to
 
     def __init__(self, seed: int, units: int = ENDLESS_UNITS) -> None:
         self.seed, self.num_rows = seed, units * UNIT_PATCHES
@@ -101,33 +95,18 @@ class OnlinePatchSource:
         max_patches: number of distinct patches; 0 draws without end (2^30).
         workers: processes that make slides ready.
 
-    Attributes:
-        unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
-        slide_list: slides that are drawn from.
-        dropped: slides that are not, and why.
-
     Raises:
-        ValueError: if an option is out of range, too many slides cannot be read, or none gives patches.
+        ValueError: if too many slides cannot be read, or none gives patches.
     """
 
     def __init__(
-        self,
-        rows: Sequence[SlideRow],
-        cache_folder: str | Path,
-        *,
-        options: PatchOptions,
-        seed: int,
-        slide_share: float = 1.0,
-        max_patches: int = 0,
-        workers: int = 1,
-    ) -> None:
-        if max_patches < 0:
-            raise ValueError(f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more.")
-        self._options, self._seed, self._max_patches = options, seed, max_patches
+        self, rows: Sequence[SlideRow], cache_folder: str | Path, *, options: PatchOptions, seed: int,
+        slide_share: float = 1.0, max_patches: int = 0, workers: int = 1,
+    ) -> None:  # fmt: skip
+        self._options, self._seed = options, seed
         kept = take_fraction(sorted(rows), slide_share, seed)
         jobs = [SlideJob(row, TissueCache(cache_folder), options) for row in kept]
-        finished = dict(run_jobs(prepare_slide, jobs, workers, "slide"))
-        made = [finished[number] for number in range(len(jobs))]
+        made = [result for _, result in sorted(run_jobs(prepare_slide, jobs, workers, "slide"), key=itemgetter(0))]
         self.slide_list = [result for result in made if isinstance(result, OnlineSlide)]
         self.dropped = [result for result in made if isinstance(result, Dropped)]
         _check_dropped(self.dropped, len(jobs))
@@ -142,18 +121,10 @@ class OnlinePatchSource:
         dropped = [Path(slide.path).name for slide in self.dropped]
         state = [repr(options), repr(CELL_RULE), seed, max_patches, used, dropped]
         self.fingerprint = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-        self._make_units()
-
-    @property
-    def is_endless(self) -> bool:
-        """Whether the number of distinct patches has no limit."""
-        return self._max_patches == 0
-
-    @property
-    def summary(self) -> str:
-        """What is drawn, for the log."""
+        self.is_endless = max_patches == 0
         drawn = "patches without end" if self.is_endless else f"{self.num_rows:,} patches"
-        return f"{drawn} from {len(self.slide_list)} slides; {len(self.dropped)} slides are left out"
+        self.summary = f"{drawn} from {len(self.slide_list)} slides; {len(self.dropped)} slides are left out"
+        self._make_units()
 
     def order(self, seed: int, lanes: int, block_rows: int) -> OnlineOrder | SampleOrder:
         """Patch after patch without end; with `max_patches`, each of them once per epoch, shuffled."""
@@ -172,13 +143,10 @@ class OnlinePatchSource:
         return Patch(slide, geometry, *positions.position(plan.mask, int(rng.integers(len(positions)))))
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Draw patches and fetch their tiles, all of one slide at a time.
+        """Draw patches and fetch their tiles, all of one slide at a time; OSError if one has become unreadable.
 
         Returns:
             The slide, and a header with the tiles behind it, for each row.
-
-        Raises:
-            OSError: if a slide has become unreadable.
         """
         patches = [self.draw(unit * UNIT_PATCHES + int(row)) for row in rows]
         of_slide: dict[int, list[int]] = {}
@@ -194,11 +162,7 @@ class OnlinePatchSource:
         return [(self._name(patch.slide), data[number]) for number, patch in enumerate(patches)]
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Put a patch together: uint8 (tile_size, tile_size, 3) RGB.
-
-        Raises:
-            DecodeError: if a tile is missing or corrupt.
-        """
+        """Put a patch together: uint8 (tile_size, tile_size, 3) RGB; DecodeError if a tile is missing or corrupt."""
         number, which, column, row, count = _HEADER.unpack_from(sample.data)
         slide, size = self.slide_list[number], self._options.tile_size
         geometry = slide.geometries[which]
@@ -255,10 +219,9 @@ class OnlinePatchSource:
     def _make_units(self) -> None:
         """Rows and bytes of units, and what a process keeps open; none of it travels between processes."""
         units = -(-self.num_rows // UNIT_PATCHES)
-        if self._max_patches:
+        self.unit_rows = np.broadcast_to(np.int64(UNIT_PATCHES), units)  # takes no memory
+        if not self.is_endless:
             self.unit_rows = np.minimum(UNIT_PATCHES, self.num_rows - UNIT_PATCHES * np.arange(units))
-        else:
-            self.unit_rows = np.broadcast_to(np.int64(UNIT_PATCHES), units)  # takes no memory
         self.unit_bytes = np.broadcast_to(np.int64(UNIT_PATCHES * self._patch_bytes), units)
         least = self._options.min_foreground
         self._plan = lru_cache(_PLANS_KEPT)(lambda slide: load_plan(self.slide_list[slide], least))
@@ -274,15 +237,10 @@ class OnlinePatchSource:
 
 
 def take_fraction(rows: list[SlideRow], fraction: float, seed: int) -> list[SlideRow]:
-    """Take a fraction of the slides, at least one, by a hash of the seed and each slide's file name.
+    """Take a fraction in (0, 1] of the slides, at least one, by a hash of the seed and each slide's file name.
 
     The slides of a smaller fraction are among those of a larger one, wherever the folder lies.
-
-    Raises:
-        ValueError: if `fraction` is not within (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"The fraction of slides is {fraction}, but it must lie within (0, 1].")
 
     def key(number: int) -> tuple[int, str]:
         name = os.path.basename(rows[number].path).encode(errors="surrogateescape")

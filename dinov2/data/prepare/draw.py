@@ -87,6 +87,7 @@ class SlideDraw:
     failure: str = ""  # why it gave nothing
     skipped: dict[float, str] = field(default_factory=dict)  # mpp that it cannot give, with the reason
     given_mpp: float | None = None  # the mpp of the job, if it was needed
+    preview_failure: str = ""  # why its preview is missing
 
 
 def draw_from_slide(job: SlideJob) -> SlideDraw:

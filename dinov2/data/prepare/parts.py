@@ -21,15 +21,7 @@ class PartJob:
     preview: Path | None
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the slide gave, and why its preview is missing ("" where it is not)."""
-
-    draw: SlideDraw
-    preview_failure: str = ""
-
-
-def make_part(job: PartJob) -> Part:
+def make_part(job: PartJob) -> SlideDraw:
     """Draw from a slide unless its part is there, then the preview unless it shows just that.
 
     A slide that cannot be read leaves no part: it is tried again.
@@ -55,10 +47,9 @@ def make_part(job: PartJob) -> Part:
         words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
         if draw.failure in ("", NO_TISSUE):
             write_arrays(path, rows=draw.rows, mpp=draw.mpp, words=json.dumps(words))
-    if job.preview is None or draw.failure not in ("", NO_TISSUE):
-        return Part(draw)
-    try:
-        draw_preview(slide, draw, job.preview, f"{job.folder.name} {name}")
-    except SlideError as error:
-        return Part(draw, str(error))
-    return Part(draw)
+    if job.preview is not None and draw.failure in ("", NO_TISSUE):
+        try:
+            draw_preview(slide, draw, job.preview, f"{job.folder.name} {name}")
+        except SlideError as error:
+            draw.preview_failure = str(error)
+    return draw

@@ -45,13 +45,7 @@ def preview_mark(path: Path) -> str | None:
 
 
 def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
-    """Write the preview of a slide as PNG, unless the one at `path` bears the same mark.
-
-    Args:
-        job: the slide.
-        draw: what it gave.
-        path: PNG to write or replace; its folder is made.
-        mark: stands for all that the preview depends on.
+    """Write the preview of a slide as PNG, unless the one at `path` bears the mark of all that it depends on.
 
     Raises:
         FileExistsError: if a file at `path` is no preview.
@@ -94,7 +88,10 @@ def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figur
     _scale_bar(axis, reader.mpp, extent[1])
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0), "ncols": 3}
     figure.legend(*axis.get_legend_handles_labels(), fontsize=9, frameon=False, **where)
-    figure.text(0.5, 1 - 0.12 / page_height, _title(reader, draw), ha="center", va="top", fontsize=10)
+    own = "mpp unknown" if reader.mpp is None else f"{reader.mpp:.4g} µm/px ({reader.mpp_source})"
+    found = f"{len(draw.rows):,} patches" if len(draw.rows) else draw.failure
+    title = "{}\n{:,} x {:,} px, {}; {}".format(Path(reader.path).name, *reader.level_dimensions[0], own, found)
+    figure.text(0.5, 1 - 0.12 / page_height, title, ha="center", va="top", fontsize=10)
     return figure
 
 
@@ -134,12 +131,10 @@ def _outline(axis: Axes, tissue: TissueMap, threshold: float) -> None:
 def _squares(axis: Axes, corners: np.ndarray, side: float, colour: str, label: str) -> None:
     from matplotlib.collections import PolyCollection
 
-    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * side
-    outlines = corners[:, None, :] + square
+    outlines = corners[:, None, :] + np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * side
     width = 0.5 if len(corners) * side**2 > _CROWDED * axis.get_xlim()[1] * axis.get_ylim()[0] else 1
-    axis.add_collection(
-        PolyCollection(outlines, facecolors="none", edgecolors=colour, linewidths=width, zorder=2 + 1 / side)
-    )
+    style = {"facecolors": "none", "edgecolors": colour, "linewidths": width, "zorder": 2 + 1 / side}
+    axis.add_collection(PolyCollection(outlines, **style))
     axis.plot([], [], "s", color="none", markeredgecolor=colour, markeredgewidth=1.5, label=label)
 
 
@@ -153,10 +148,8 @@ def _scale_bar(axis: Axes, mpp: float | None, width: float) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
     style = {"xycoords": "axes fraction", "fontsize": 9, "ha": "right", "va": "bottom", "bbox": box}
     axis.annotate(words, (0.985, 0.03), **style)
-    axis.plot(
-        [0.985 - length / mpp / width, 0.985], [0.02, 0.02], color="black", lw=3, transform=axis.transAxes,
-        solid_capstyle="butt",
-    )  # fmt: skip
+    ends = [0.985 - length / mpp / width, 0.985]
+    axis.plot(ends, [0.02, 0.02], color="black", lw=3, transform=axis.transAxes, solid_capstyle="butt")
 
 
 def _kind(reader: SlideReader, mpp: float, level: int | None) -> str:
@@ -164,10 +157,3 @@ def _kind(reader: SlideReader, mpp: float, level: int | None) -> str:
         return f"{mpp:g} µm/px ({10 / mpp:g}x)" + ("" if level is None else f" from level {level}")
     own = "" if reader.mpp is None else f", {reader.mpp * reader.level_downsamples[level]:.3g} µm/px"
     return f"level {level}{own}"
-
-
-def _title(reader: SlideReader, draw: SlideDraw) -> str:
-    width, height = reader.level_dimensions[0]
-    mpp = "mpp unknown" if reader.mpp is None else f"{reader.mpp:.4g} µm/px ({reader.mpp_source})"
-    found = f"{len(draw.rows):,} patches" if len(draw.rows) else draw.failure
-    return f"{Path(reader.path).name}\n{width:,} x {height:,} px, {mpp}; {found}"

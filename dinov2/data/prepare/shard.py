@@ -1,17 +1,27 @@
-"""Parquet shards of the published schema: row groups of 64, a name only when whole."""
+"""Parquet shards of the published schema: row groups of 64, a name only when whole; plain or shuffled.
+
+Shuffled shards, whose rows come from all slides, take bounded memory: an external sort by position in the order.
+First the patches are cut slide by slide in runs that fit in memory. A run's rows are sorted by their position and
+spilled in sections, one per bucket: a stretch of one shard that fits in memory. Then each shard is written,
+bucket by bucket, from the same section of all runs. Both steps restart where they were stopped.
+"""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov2.data.prepare.cut import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Patches, cut_patches
-from dinov2.utils.files import commit, unfinished
+from dinov2.utils.files import commit, leftovers, unfinished, write_json
+from dinov2.utils.jobs import run_jobs
 
 ROWS_PER_GROUP = 64
 SCHEMA = pa.schema(
@@ -32,6 +42,10 @@ SCHEMA = pa.schema(
         ("tissue_frac", pa.float32()),
     ]
 )
+_POSITION = "position"
+_ROWS = pa.schema([(_POSITION, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])
+_RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
+_PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,7 @@ class ShardJob:
 
 
 def build_shard(job: ShardJob) -> list[dict[str, Any]]:
-    """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps.
-
-    Raises:
-        OSError: if the shard cannot be written.
-    """
+    """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps."""
     with new_shard(job.shard, job.metadata) as writer:
         for rows in cut_patches(job.patches, job.cutting, ROWS_AT_ONCE):
             for row in rows:
@@ -96,3 +106,166 @@ def new_shard(shard: Path, metadata: dict[str, str]) -> Iterator[ShardWriter]:
             writer.add_key_value_metadata({"failures": json.dumps(rows.failures)})
         if rows.num_rows:
             commit(partial, shard)
+
+
+def shuffled_rows(num_rows: int, per_shard: int, seed: int) -> list[np.ndarray]:
+    """Permute the rows of a list and divide them into shards; a pure function of its arguments."""
+    rows = np.random.Generator(np.random.Philox(key=seed)).permutation(num_rows)
+    return np.split(rows, range(per_shard, num_rows, per_shard))
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """Patches to cut and spill, their positions, and the positions where buckets begin."""
+
+    run: Path
+    patches: Patches
+    positions: np.ndarray
+    buckets: np.ndarray
+    cutting: Cutting
+
+
+@dataclass(frozen=True)
+class MixJob:
+    """One shard to write from the sections `buckets` of all runs; `num_rows` with those that failed."""
+
+    shard: Path
+    metadata: dict[str, str]
+    runs: list[Path]
+    buckets: range
+    num_rows: int
+
+
+def shuffled_shards(
+    shards: dict[int, Path], patches: Patches, rows: Sequence[np.ndarray], cutting: Cutting, metadata: dict[str, str],
+    work: Path, memory_rows: int, workers: int,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:  # fmt: skip
+    """Write shards of the shuffled order, by `workers` processes that hold `memory_rows` rows each.
+
+    Args:
+        shards: number and path of those that are missing.
+        patches: the whole list.
+        rows: of the list in each shard, in its order; a row's position counts through all shards.
+        cutting: how patches are cut.
+        metadata: key-values of all shards, with their `build_id`.
+        work: folder for the runs, on the same file system or any other; stays until `clear_work`.
+
+    Yields:
+        Number of a shard and the failures among its rows, as they finish.
+
+    Raises:
+        OSError: if a run or a shard cannot be written.
+        ValueError: if a run is corrupt.
+    """
+    if not shards:
+        return
+    sizes = {number: len(rows[number]) for number in sorted(shards)}
+    served, run_rows, bucket_rows = _open_work(work, metadata["build_id"], sizes, memory_rows, workers)
+    ends = np.cumsum([0, *map(len, rows)])
+    starts = [np.arange(ends[number], ends[number + 1], bucket_rows) for number in served]
+    buckets = np.concatenate(starts)
+    sections = dict(zip(served, pairwise(np.cumsum([0, *map(len, starts)]).tolist()), strict=True))
+
+    positions = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in served])
+    listed = np.concatenate([rows[number] for number in served])
+    by_slide = np.lexsort((listed, patches.samples.slide[listed]))
+    parts = np.split(by_slide, range(run_rows, len(by_slide), run_rows))
+    runs = [work / f"{i:06d}.run" for i in range(len(parts))]
+    jobs = [
+        RunJob(run, patches.take(listed[part]), positions[part], buckets, cutting)
+        for run, part in zip(runs, parts, strict=True)
+        if not run.exists()
+    ]
+    for _ in run_jobs(write_run, jobs, workers, "run"):
+        pass
+    numbers = list(sizes)
+    mixes = [MixJob(shards[n], metadata, runs, range(*sections[n]), sizes[n]) for n in numbers]
+    for place, failures in run_jobs(mix_shard, mixes, workers, "shard"):
+        yield numbers[place], failures
+
+
+def write_run(job: RunJob) -> None:
+    """Cut the patches of a run and spill them by position.
+
+    A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
+    Arrow record batches.
+    """
+    [rows] = cut_patches(job.patches, job.cutting, len(job.patches))
+    by_position = np.argsort(job.positions)
+    cuts = np.append(np.searchsorted(job.positions[by_position], job.buckets), len(by_position))
+    with unfinished(job.run) as partial:
+        with partial.open("wb") as file:
+            offsets = [8 * len(cuts)]
+            file.seek(offsets[0])
+            for start, stop in pairwise(cuts.tolist()):
+                section = [rows[i] | {_POSITION: int(job.positions[i])} for i in by_position[start:stop]]
+                if section:
+                    with pa.ipc.new_stream(file, _ROWS) as stream:
+                        stream.write_table(pa.Table.from_pylist(section, _ROWS))
+                offsets.append(file.tell())
+            file.seek(0)
+            file.write(np.array(offsets, "<i8").tobytes())
+        commit(partial, job.run)
+
+
+def mix_shard(job: MixJob) -> list[dict[str, Any]]:
+    """Write one shard, unless no patch could be read, and return the failures, which the shard also keeps."""
+    num_rows = 0
+    with new_shard(job.shard, job.metadata) as writer:
+        for bucket in job.buckets:
+            sections = [section for run in job.runs if (section := _read_section(run, bucket)) is not None]
+            positions = [section[_POSITION].to_numpy() for section in sections]
+            which = np.repeat(np.arange(len(sections)), [len(part) for part in positions])
+            within = np.concatenate([np.arange(len(part)) for part in positions])
+            for i in np.argsort(np.concatenate(positions)).tolist():
+                [row] = sections[which[i]].slice(within[i], 1).to_pylist()
+                writer.add(row)
+            num_rows += len(within)
+        if num_rows != job.num_rows:
+            raise ValueError(_corrupt(job.runs[0].parent, f"{num_rows} of {job.num_rows} rows of a shard are there"))
+    return writer.failures
+
+
+def _read_section(run: Path, bucket: int) -> pa.Table | None:
+    with run.open("rb") as file:
+        start, stop = np.frombuffer(os.pread(file.fileno(), 16, 8 * bucket), "<i8").tolist()
+        if start == stop:
+            return None
+        file.seek(start)
+        data = file.read(stop - start)
+    try:
+        return pa.ipc.open_stream(data).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(_corrupt(run.parent, f"'{run.name}' cannot be read: {error}")) from error
+
+
+def _corrupt(work: Path, reason: str) -> str:
+    return f"The intermediate rows in '{work}' are corrupt ({reason}); delete that folder and start again."
+
+
+def _open_work(
+    work: Path, build_id: str, sizes: dict[int, int], memory_rows: int, workers: int
+) -> tuple[list[int], int, int]:
+    """Go on with the runs of an earlier start if they serve, else begin anew: (shards, rows of a run, of a bucket)."""
+    try:
+        plan = json.loads((work / _PLAN).read_text())
+    except (FileNotFoundError, ValueError):
+        plan = {}
+    fits = max(plan.get("run_rows", 0), plan.get("bucket_rows", 0)) <= memory_rows
+    if plan.get("build_id") != build_id or not sizes.keys() <= set(plan["shards"]) or not fits:
+        clear_work(work)
+        run_rows = min(memory_rows, max(ROWS_PER_GROUP, -(-sum(sizes.values()) // (_RUNS_PER_WORKER * workers))))
+        plan = {"build_id": build_id, "shards": list(sizes), "run_rows": run_rows, "bucket_rows": memory_rows}
+        work.mkdir()
+        write_json(work / _PLAN, plan)
+    return plan["shards"], plan["run_rows"], plan["bucket_rows"]
+
+
+def clear_work(work: Path) -> None:
+    """Remove a folder of runs, if there is one."""
+    if not work.is_dir():
+        return
+    (work / _PLAN).unlink(missing_ok=True)  # first: runs without a plan are never used
+    for path in [*(partial for _, partial in leftovers(work)), *work.glob("*.run")]:
+        path.unlink(missing_ok=True)
+    work.rmdir()

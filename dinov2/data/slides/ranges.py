@@ -2,6 +2,7 @@
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,16 +43,17 @@ class SlideBytes:
             OSError: if the file cannot be read, or ends within a range.
             RemoteError: if the server cannot be read.
         """
-        wanted = {(offset, offset + length) for offset, length in ranges if length > 0}
+        wanted = [(offset, offset + length) for offset, length in ranges if length > 0]
         spans = merge(wanted, _REMOTE_GAP if self._remote else 0)
         blocks = self._from_server(spans) if self._remote else self._from_disk(spans)
-        parts, number = {}, 0
-        for start, end in sorted(wanted):
-            while end > spans[number][1]:
-                number += 1
-            first = spans[number][0]
-            parts[start, end] = blocks[number][start - first : end - first]
-        return [parts[offset, offset + length] if length > 0 else b"" for offset, length in ranges]
+        starts, parts = [start for start, _ in spans], []
+        for offset, length in ranges:
+            if length <= 0:
+                parts.append(b"")
+                continue
+            number = bisect_right(starts, offset) - 1
+            parts.append(blocks[number][offset - starts[number] : offset - starts[number] + length])
+        return parts
 
     def size(self) -> int:
         """Size of the local file in bytes, as opened."""

@@ -32,10 +32,9 @@ class SlideReader:
 
     Attributes:
         path: the file, text where it is a URL.
-        level_dimensions: (width, height) in px of each level.
-        level_downsamples: level-0 px per px of each level.
-        mpp: micrometres per level-0 px, None when unknown.
-        mpp_source: where `mpp` comes from: "slide", 10 / its objective power ("appmag"), "user", or "none".
+        level_dimensions, level_downsamples: (width, height) in px, and level-0 px per px, of each level.
+        mpp, mpp_source: micrometres per level-0 px or None, and where it comes from: "slide", 10 / its objective
+            power ("appmag"), "user", or "none".
 
     Raises:
         SlideOpenError: if the file is missing, no slide, or its levels make no sense.
@@ -72,11 +71,7 @@ class SlideReader:
         return round(column * downsample), round(row * downsample)
 
     def level_for(self, target_mpp: float) -> int:
-        """The coarsest level that is at most 1 % coarser than a resolution in um/px.
-
-        Raises:
-            SlideRangeError: if even level 0 is coarser, or the slide's mpp is unknown.
-        """
+        """The coarsest level at most 1 % coarser than a resolution in um/px; SlideRangeError without one or an mpp."""
         finest = self._known_mpp()
         level = coarsest_level(self.level_downsamples, finest, target_mpp)
         if level is None:
@@ -89,20 +84,13 @@ class SlideReader:
         return size * target_mpp / self._known_mpp()
 
     def read_patch(self, x: int, y: int, size: int, target_mpp: float) -> np.ndarray:
-        """Read a square patch at a resolution, resized from the coarsest level that is fine enough.
+        """Read a patch of `size` px at a resolution in um/px, resized from the coarsest level that is fine enough.
 
-        Args:
-            x, y: upper left corner in level-0 px, snapped to the level's grid. A patch that only rounding takes over
-                the slide's border is moved back on it.
-            size: side of the patch in px.
-            target_mpp: its resolution in um/px.
+        Its upper left corner in level-0 px is snapped to the level's grid; a patch that only rounding takes over the
+        slide's border is moved back on it. Raises what `level_for` and `read_region` do.
 
         Returns:
             uint8 (size, size, 3) RGB.
-
-        Raises:
-            SlideRangeError: see `level_for`, or the patch leaves the slide.
-            SlideReadError: see `read_region`.
         """
         level = self.level_for(target_mpp)
         side = max(1, round(self.patch_side(size, target_mpp) / self.level_downsamples[level]))
@@ -114,12 +102,7 @@ class SlideReader:
         return patch if side == size else cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA)
 
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
-        """Read a region at the level's own resolution.
-
-        Args:
-            level: 0 is the finest.
-            column, row: top-left corner in px of that level.
-            width, height: size in px of that level.
+        """Read a region, given in px of its level (0 is the finest), at the level's own resolution.
 
         Returns:
             uint8 (height, width, 3) RGB, contiguous.
@@ -154,11 +137,7 @@ class SlideReader:
             raise SlideReadError(self.path, f"its {what} ({error})", _location(region)) from error
 
     def read_blocks(self, level: int, side: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Read a whole level square by square, to bound memory.
-
-        Yields:
-            Column and row of a square of at most `side` px, and what `read_known` gives of it.
-        """
+        """Read a whole level by squares of at most `side` px: column, row, and what `read_known` gives of each."""
         width, height = self.level_dimensions[level]
         for row in range(0, height, side):
             for column in range(0, width, side):

@@ -20,14 +20,7 @@ class TileReader:
     """One slide, read tile by tile at the whole pixels of each level's grid.
 
     Holds no lock and no file position, so threads and forked processes may share it. A tile that two threads want
-    at once is decoded twice.
-
-    Args:
-        index: of the slide.
-        cache_bytes: decoded tiles to keep, those used last.
-
-    Attributes:
-        level_dimensions, level_downsamples, mpp, mpp_source: as in `SlideReader`.
+    at once is decoded twice. The decoded tiles used last are kept.
     """
 
     def __init__(self, index: TileIndex, cache_bytes: int) -> None:
@@ -113,14 +106,6 @@ class OpenSlideReader:
     OpenSlide places regions in whole level-0 pixels; where the downsample is not a whole number, it interpolates
     over an offset of at most half a level-0 pixel.
 
-    Args:
-        path: a file that OpenSlide can read.
-        mpp: as in `SlideReader`.
-        cache_bytes: decoded tiles that the handle may keep.
-
-    Attributes:
-        level_dimensions, level_downsamples, mpp, mpp_source: as in `SlideReader`.
-
     Raises:
         SlideOpenError: if the file is missing or no slide.
     """
@@ -167,8 +152,6 @@ class OpenSlideReader:
         if handle is not None and self._pid == os.getpid():
             return handle
         openslide = import_package("openslide", "Slides need openslide-python and openslide-bin")
-        if not self._path.is_file():
-            raise SlideOpenError(self._path, "there is no such file")
         try:
             handle = openslide.OpenSlide(self._path)
         except openslide.OpenSlideError as error:

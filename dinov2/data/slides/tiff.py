@@ -72,8 +72,6 @@ def _opened(path: str | Path, retries: Retries) -> Iterator[tuple[BinaryIO, int]
                 raise RemoteError(f"the server does not tell the size of '{public_name(path)}'; use a local copy")
             yield file, file.size
         return
-    if not Path(path).is_file():
-        raise SlideOpenError(path, "there is no such file")
     with open(path, "rb") as file:
         yield file, os.fstat(file.fileno()).st_size
 

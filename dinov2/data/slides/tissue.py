@@ -49,13 +49,10 @@ class TissueRule:
         """Whether the fraction of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
         if self.fraction(image) <= self.min_fraction:
             return False
-        return not self.reject_pen or pen_fraction(image) <= MAX_PEN_FRACTION
-
-
-def pen_fraction(image: np.ndarray) -> float:
-    """Fraction of pixels of a uint8 (H, W, 3) RGB image that have the colour of a blue pen."""
-    ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
-    return cv2.countNonZero(ink) / ink.size
+        if not self.reject_pen:
+            return True
+        ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
+        return cv2.countNonZero(ink) / ink.size <= MAX_PEN_FRACTION
 
 
 class TissueMap:
@@ -81,11 +78,7 @@ class TissueMap:
         self._integral = cv2.integral(self.cells, sdepth=cv2.CV_64F)
 
     def fraction(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-        """Estimated tissue fraction of squares.
-
-        Args:
-            x, y: (N,) left and top edges in level-0 px.
-            size: side in level-0 px.
+        """Estimate the tissue fraction of squares by their left and top edges, (N,), and side in level-0 px.
 
         Returns:
             float64 (N,) in [0, 1]; edges count to the nearest cell.

@@ -129,8 +129,6 @@ def test_missing_slides_are_found_before_training(train_slide: Path, tmp_path: P
     listed = write(tmp_path / "list", f"{train_slide} 0 0 0", "/no/a.svs 0 0 0", "/no/b.svs 0 0 0")
     with pytest.raises(FileNotFoundError, match=r"2 of 3 slides of sample list .* the first is '/no/a.svs'"):
         SlideListSource(listed)
-    with pytest.raises(ValueError, match="The tile size is 0 px"):
-        SlideListSource(listed, tile_size=0)
 
 
 def _identity(image: np.ndarray, index: int) -> np.ndarray:

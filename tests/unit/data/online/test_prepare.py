@@ -106,20 +106,3 @@ def test_mpp_comes_from_the_slide_then_its_power_then_the_table(make_slide: Make
     ):
         made = prepare_slide(job(make_slide(name, properties), tmp_path / "cache", given))
         assert (made.mpp_source, made.geometries[0].mpp, made.geometries[0].side) == (source, 0.25, side)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mpps": (0.5, 1.0), "weights": (1.0,)},
-        {"mpps": (0.5, 0.5), "weights": (1.0, 1.0)},
-        {"mpps": (), "weights": ()},
-        {"mpps": (0.5,), "weights": (0.0,)},
-        {"mpps": (float("inf"),), "weights": (1.0,)},
-        {"tile_size": 0},
-        {"min_foreground": 1.5},
-    ],
-)
-def test_impossible_options_are_refused(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"Resolutions|tile size"):
-        PatchOptions(**options)

@@ -9,7 +9,7 @@ import openslide
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.prepare.shuffle import Order
+from dinov2.data.prepare.shard import shuffled_rows
 from prepatching_scripts.build_parquet_sample_dataset import main
 from tests.helpers.builder_process import killer, run_builder
 from tests.helpers.slides import damage_tile
@@ -200,8 +200,8 @@ def test_a_damaged_run_is_named(sample_list: Path, tmp_path: Path, caplog: pytes
 
 def test_the_order_mixes_slides_evenly() -> None:
     slides = np.repeat(np.arange(40), 2500)
-    order = Order.draw(len(slides), 5000, 0)
-    for number in range(20):
-        counts = np.bincount(slides[order.rows[order.shard(number)]], minlength=40)
+    shards = shuffled_rows(len(slides), 5000, 0)
+    for rows in shards:
+        counts = np.bincount(slides[rows], minlength=40)
         assert counts.sum() == 5000 and np.abs(counts - 125).max() < 6 * np.sqrt(125)
-    assert sorted(order.rows.tolist()) == list(range(len(slides)))
+    assert sorted(np.concatenate(shards).tolist()) == list(range(len(slides)))
