@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from dinov2.configs.decode import plain
 from dinov2.configs.fields import accepted, key_of
 from dinov2.configs.older_keys import OLDER_KEYS
 from dinov2.configs.schema import Config
@@ -29,10 +28,8 @@ _MARK = "<!-- Written by python -m dinov2.configs --write -->"
 
 def default_yaml() -> str:
     """Every key with its default and one line on what it means."""
-    return (
-        "\n".join(["# Every key with its default, written by python -m dinov2.configs --write.", *_yaml(Config())])
-        + "\n"
-    )
+    title = "# Every key with its default, written by python -m dinov2.configs --write."
+    return "\n".join([title, *_yaml(Config())]) + "\n"
 
 
 def key_tables() -> str:
@@ -107,7 +104,7 @@ def _sentence(section: type) -> str:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(plain(value), default_flow_style=True, width=1000)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

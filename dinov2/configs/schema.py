@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dinov2.configs.fields import key
+from dinov2.extensions import BUILT_IN_LOSSES, BUILT_IN_STEPS
 
 Precision = Literal["bf16", "fp16", "fp32"]
 ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
@@ -25,6 +26,8 @@ _SIDE = {"least": 1, "most": 8192}
 _RATE = {"least": 0, "most": 1000}
 _STRENGTH = {"least": 0, "most": 100}
 _KIND = {"registry": "SOURCES", "also": ("auto",)}
+_ADDED_LOSSES = {"registry": "LOSSES", "built_in": BUILT_IN_LOSSES}
+_ADDED_STEPS = {"registry": "AUGMENTATIONS", "built_in": BUILT_IN_STEPS}
 _PROBES = ("knn", "linear", "rankme", "odcorr")
 
 
@@ -208,7 +211,7 @@ class AugmentationConfig:
         (0.485, 0.456, 0.406), "per channel, of values in [0, 1]", least=-100, most=100
     )
     normalize_std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "per channel", above=0, most=100)
-    steps: Mapping[str, Any] = key({}, "further registered steps: {name: {...}}", registry="AUGMENTATIONS")
+    steps: Mapping[str, Any] = key({}, "further registered steps: {name: {...}}", **_ADDED_STEPS)
 
 
 @dataclass(frozen=True)
@@ -350,7 +353,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     dino: DinoConfig = DinoConfig()
     ibot: IbotConfig = IbotConfig()
-    losses: Mapping[str, Any] = key({}, "further losses: {name: {weight: 0.1, ...}}", registry="LOSSES")
+    losses: Mapping[str, Any] = key({}, "further losses: {name: {weight: 0.1, ...}}", **_ADDED_LOSSES)
     crops: CropsConfig = CropsConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     student: StudentConfig = StudentConfig()
