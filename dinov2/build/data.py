@@ -79,6 +79,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
     data, datasets = config.data, _datasets(config)
     excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []
     fates = Fates(excluded, data.validation_fraction)  # of the slides that kinds leave out themselves
+    names, weights = zip(*((dataset.path, dataset.weight) for dataset in datasets), strict=True)
     sources: list[Source] = []
     places, held_out, report, splits = [], [], [], {}
     for number, (dataset, commit) in enumerate(zip(datasets, _commits(config, saved), strict=True)):
@@ -112,14 +113,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
     if splits:
         unmatched = [replace(split, unmatched=split.unmatched - fates.matched) for split in splits.values()]
         report += describe_splits(unmatched, list(splits), excluded)
-    return OpenData(
-        names=tuple(dataset.path for dataset in datasets),
-        places=tuple(places),
-        weights=tuple(dataset.weight for dataset in datasets),
-        sources=tuple(sources),
-        held_out=tuple(held_out),
-        report=tuple(report),
-    )
+    return OpenData(names, tuple(places), weights, tuple(sources), tuple(held_out), tuple(report))
 
 
 def recognise(path: str) -> str:

@@ -35,13 +35,7 @@ def default_yaml() -> str:
 def key_tables() -> str:
     """Tables of all keys, section by section, and of older keys, in Markdown."""
     lines = ["## Keys", "", "| key | accepted | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(Config):
-        value = getattr(Config(), field.name)
-        if dataclasses.is_dataclass(value):
-            lines.append(f"| **{field.name}** | | | {_sentence(type(value))} |")
-            lines += _rows(type(value), field.name)
-        else:
-            lines += _rows(Config, "", (field.name,))
+    lines += _rows(Config)
     lines += ["", "## Older keys", "", "| key | today |", "|---|---|"]
     for name, entry in OLDER_KEYS.items():
         only = f"only {' or '.join(entry.only)}; " if entry.only else ""
@@ -83,14 +77,15 @@ def _yaml(section: Any, indent: str = "") -> Iterator[str]:
             yield f"{text:<40}  # {key_of(field).doc}"
 
 
-def _rows(section: type, path: str, names: Sequence[str] = ()) -> Iterator[str]:
+def _rows(section: type, path: str = "") -> Iterator[str]:
     """Rows of a section's keys; sections of one type in it share theirs."""
     hints = get_type_hints(section)
-    fields = [field for field in dataclasses.fields(section) if not names or field.name in names]
     prefix = f"{path}." if path else ""
-    for hint, group in groupby(fields, lambda field: hints[field.name]):
+    for hint, group in groupby(dataclasses.fields(section), lambda field: hints[field.name]):
         if dataclasses.is_dataclass(hint):
             names = [field.name for field in group]
+            if not path:
+                yield f"| **{names[0]}** | | | {_sentence(hint)} |"
             yield from _rows(hint, prefix + (f"{{{','.join(names)}}}" if len(names) > 1 else names[0]))
             continue
         for field in group:

@@ -12,6 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dinov2.configs.fields import Key, accepted, key_of, shortened
 from dinov2.configs.older_keys import OLDER_KEYS
 
+_FAULTY = object()
+_NoOptions = dataclasses.make_dataclass("_NoOptions", [], frozen=True)  # of a part that takes none
+
 
 class Decoder:
     """Decodes sections; a value that cannot be used is named, and its default stands in.
@@ -109,14 +112,6 @@ class Decoder:
     def _fault(self, path: str, sentence: str) -> None:
         self.faulty.add(path)
         self.faults.append(sentence)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoOptions:
-    """Of a part that takes none."""
-
-
-_FAULTY = object()
 
 
 def keys_of(value: Any, path: str = "") -> Iterator[tuple[str, Any, Key, Any]]:

@@ -48,10 +48,9 @@ class MixedOrder(SampleOrder):
             raise ValueError(f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out")
         super().__init__(np.concatenate(unit_rows), seed=seed, lanes=lanes, block_rows=block_rows)
         counts = divide_lanes(weights, lanes)
-        seeds = [int(hash_words(seed, d)[0]) for d in range(len(counts))]
         orders = [
-            SampleOrder(rows, seed=own, lanes=count, block_rows=block_rows)
-            for rows, own, count in zip(unit_rows, seeds, counts, strict=True)
+            SampleOrder(rows, seed=int(hash_words(seed, d)[0]), lanes=counts[d], block_rows=block_rows)
+            for d, rows in enumerate(unit_rows)
         ]
         self.parts = list(zip(first_units(unit_rows), orders, strict=True))
         self._dataset = spread(counts)
