@@ -16,6 +16,9 @@ LOSSES = Registry(
 )
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""
 
+BUILT_IN_LOSSES = ("dino", "ibot", "kde", "koleo")
+"""Those that sections ``dino`` and ``ibot`` set, in the order in which they are added up; ``losses`` names others."""
+
 AUGMENTATIONS = Registry(
     "augmentation step",
     {

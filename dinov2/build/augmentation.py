@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,28 +32,14 @@ def build_steps(augmentation: AugmentationConfig) -> dict[str, AugmentationStep]
 
 def build_augmentation(config: Config) -> MultiCropAugmentation:
     """The multi-crop transform of the configuration."""
-    crops = config.crops
-    return MultiCropAugmentation(
-        build_steps(config.augmentation),
-        crops.global_crops_scale,
-        crops.local_crops_scale,
-        crops.local_crops_number,
-        crops.global_crops_size,
-        crops.local_crops_size,
-        seed=config.train.seed,
-    )
+    steps = build_steps(config.augmentation)
+    return MultiCropAugmentation(steps, **dataclasses.asdict(config.crops), seed=config.train.seed)
 
 
 def build_collate(config: Config) -> MultiCropCollate:
     """The collate function of the configuration, which also draws the masks."""
-    ibot = config.ibot
-    return MultiCropCollate(
-        config.train.seed,
-        config.student.patch_size,
-        ibot.mask_sample_probability,
-        ibot.mask_ratio_min_max,
-        config.crops.global_crops_size,
-    )
+    ibot, patch_size, size = config.ibot, config.student.patch_size, config.crops.global_crops_size
+    return MultiCropCollate(config.train.seed, patch_size, ibot.mask_sample_probability, ibot.mask_ratio_min_max, size)
 
 
 def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> Iterator[dict[str, Any]]:

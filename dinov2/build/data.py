@@ -25,14 +25,7 @@ from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.mixture import describe_shares, make_order
 from dinov2.data.stream.order import SampleOrder
-from dinov2.data.stream.patient_split import (
-    Fate,
-    Fates,
-    PatientSplit,
-    describe_splits,
-    read_exclusions,
-    split_by_patient,
-)
+from dinov2.data.stream.patient_split import Fate, Fates, describe_splits, read_exclusions, split_by_patient
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
 
@@ -50,23 +43,14 @@ class Workload(Protocol):
 
 @dataclass(frozen=True)
 class OpenData:
-    """The datasets of a run.
-
-    Attributes:
-        names: as configured.
-        places: where their files are, with the commit where there is one.
-        weights: fraction of the samples of each, up to a common factor.
-        sources: their rows to train on.
-        held_out: of each, the rows of validation patients; None where there are none.
-        report: lines on what was left out, and on what makes reading slow.
-    """
+    """The datasets of a run, in the order in which they are configured."""
 
     names: tuple[str, ...]
-    places: tuple[str, ...]
-    weights: tuple[float, ...]
-    sources: tuple[Source, ...]
-    held_out: tuple[Source | None, ...]
-    report: tuple[str, ...] = ()
+    places: tuple[str, ...]  # where their files are, with the commit where there is one
+    weights: tuple[float, ...]  # fraction of the samples of each, up to a common factor
+    sources: tuple[Source, ...]  # their rows to train on
+    held_out: tuple[Source | None, ...]  # of each, the rows of validation patients; None where there are none
+    report: tuple[str, ...] = ()  # lines on what was left out, and on what makes reading slow
 
     @functools.cached_property
     def source(self) -> Source:
@@ -94,53 +78,42 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
     """
     data, datasets = config.data, _datasets(config)
     excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []
-    asked = Fates(excluded, data.validation_fraction)  # of the slides that kinds leave out themselves
-    opened: list[Source] = []
-    places: list[str] = []
-    held_out: list[Source | None] = []
-    splits: dict[str, PatientSplit] = {}
-    report: list[str] = []
+    fates = Fates(excluded, data.validation_fraction)  # of the slides that kinds leave out themselves
+    names, weights = zip(*((dataset.path, dataset.weight) for dataset in datasets), strict=True)
+    sources: list[Source] = []
+    places, held_out, report, splits = [], [], [], {}
     for number, (dataset, commit) in enumerate(zip(datasets, _commits(config, saved), strict=True)):
         cache = index_cache and index_cache.with_name(f"{index_cache.name}{f'.{number}' if number else ''}")
-        counts = Counter[int]()
-        source = _open(config, dataset, commit, cache, functools.partial(_keep, asked, counts))
-        places.append(getattr(source, "location", dataset.path))
+        name, counts = dataset.path, Counter[int]()
+        source = _open(config, dataset, commit, cache, functools.partial(_keep, fates, counts))
+        if _is_endless(source) and len(datasets) > 1:
+            raise ValueError(
+                f"data.datasets mixes '{name}', which is drawn without end, with others; give its patches a number by "
+                "online.max_patches, or train on it alone."
+            )
+        places.append(getattr(source, "location", name))
         if advice := getattr(source, "repack_advice", str)():
-            report.append(f"dataset '{dataset.path}': {advice}")
-        split = None
+            report.append(f"dataset '{name}': {advice}")
+        validation = None
         if counts.total() > counts[Fate.TRAINING]:
             report.append(
-                f"dataset '{dataset.path}': training on {counts[Fate.TRAINING]} of {counts.total()} slides; "
+                f"dataset '{name}': training on {counts[Fate.TRAINING]} of {counts.total()} slides; "
                 f"{counts[Fate.EXCLUDED]} excluded, {counts[Fate.VALIDATION]} kept for validation"
             )
         elif not counts and (excluded or data.validation_fraction):
             if _is_endless(source):
                 raise ValueError(
-                    f"Dataset '{dataset.path}' is drawn without end, so that data.exclusion_file and "
+                    f"Dataset '{name}' is drawn without end, so that data.exclusion_file and "
                     "data.validation_fraction cannot be applied to its rows."
                 )
-            split = split_by_patient(source, dataset.path, excluded, data.validation_fraction)
-            splits[dataset.path] = split
-        opened.append(split.training if split else source)
-        held_out.append(split.validation if split else None)
-    names = tuple(dataset.path for dataset in datasets)
-    endless = [name for name, source in zip(names, opened, strict=True) if _is_endless(source)]
-    if endless and len(names) > 1:
-        raise ValueError(
-            f"data.datasets mixes '{endless[0]}', which is drawn without end, with others; give its patches a number "
-            "by online.max_patches, or train on it alone."
-        )
+            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction)
+            source, validation = split.training, split.validation
+        sources.append(source)
+        held_out.append(validation)
     if splits:
-        unmatched = [replace(split, unmatched=split.unmatched - asked.matched) for split in splits.values()]
+        unmatched = [replace(split, unmatched=split.unmatched - fates.matched) for split in splits.values()]
         report += describe_splits(unmatched, list(splits), excluded)
-    return OpenData(
-        names=names,
-        places=tuple(places),
-        weights=tuple(dataset.weight for dataset in datasets),
-        sources=tuple(opened),
-        held_out=tuple(held_out),
-        report=tuple(report),
-    )
+    return OpenData(names, tuple(places), weights, tuple(sources), tuple(held_out), tuple(report))
 
 
 def recognise(path: str) -> str:
@@ -190,13 +163,9 @@ def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int 
 def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[str, int]) -> str:
     """The stream as lines of text, for the start of a run and for ``--dry-run``."""
     sample_order, source = data.order(**order), data.source
-    stored = memory_bound(
-        source,
-        sample_order,
-        global_batch=plan.global_batch,
-        world_size=plan.world_size,
-        prefetch=Prefetch.suited_to(source, config.data.memory_gib * GIB),
-    )
+    prefetch = Prefetch.suited_to(source, config.data.memory_gib * GIB)
+    split = {"global_batch": plan.global_batch, "world_size": plan.world_size}
+    stored = memory_bound(source, sample_order, prefetch=prefetch, **split)
     crops = config.crops
     pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
     in_flight = max(1, config.train.num_workers * config.train.prefetch_factor) + 1
@@ -210,11 +179,9 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
             f"{source.unit_rows.max()} rows",
             *(f"  {line}" for line in describe_shares(sample_order, data.names)),
         ]
-    lines += [
-        *(f"  {line}" for line in data.report),
-        f"  memory    up to {stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches on each "
-        "process",
-    ]
+    lines += [f"  {line}" for line in data.report]
+    held = f"{stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches"
+    lines.append(f"  memory    up to {held} on each process")
     # Workers hand batches over in shared memory, of which containers often have very little; a worker then dies.
     needed = batches * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.train.num_workers and os.path.isdir(_SHARED_MEMORY):
@@ -230,15 +197,9 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
 def build_loader(
     config: Config, plan: Workload, data: OpenData, start_sample: int, order: dict[str, int], device: torch.device
 ) -> TrainLoader:
-    """Build this rank's training loader.
+    """Build this rank's training loader, which begins after the ``start_sample`` samples consumed so far.
 
-    Args:
-        config: validated configuration.
-        plan: of the run.
-        data: from `open_data`.
-        start_sample: samples consumed so far.
-        order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
-        device: where batches go.
+    ``order`` is what `order_parameters` returned; batches go to ``device``.
     """
     return TrainLoader(
         data.source,
@@ -265,8 +226,7 @@ def _datasets(config: Config) -> tuple[DatasetConfig, ...]:
 def _open(
     config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[[str], bool]
 ) -> Source:
-    named = [kind for kind in (dataset.kind, config.data.kind) if kind != "auto"]
-    kind = named[0] if named else recognise(dataset.path)
+    kind = next((kind for kind in (dataset.kind, config.data.kind) if kind != "auto"), "") or recognise(dataset.path)
     part = SOURCES[kind]()
     options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
     try:
@@ -296,14 +256,11 @@ def _is_anonymous(places: tuple[str, ...]) -> bool:
 
 def _commits(config: Config, saved: dict[str, Any] | None) -> list[str]:
     """The commit at which each dataset was first opened, where that was on the hub and the entries are unchanged."""
-    unknown = [""] * len(_datasets(config))
-    if saved is None:
-        return unknown
-    before = saved_config(saved["config"])["data"]
     now = [(dataset.path, dataset.revision) for dataset in _datasets(config)]
-    then = [(entry["path"], entry.get("revision", "")) for entry in before["datasets"] or [before]]
-    places = saved.get("places", [])
-    if then != now or len(places) != len(unknown):
-        return unknown
-    found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", place) for place in places]
-    return [match[1] if match else "" for match in found]
+    if saved is not None:
+        before, places = saved_config(saved["config"])["data"], saved.get("places", [])
+        then = [(entry["path"], entry.get("revision", "")) for entry in before["datasets"] or [before]]
+        if then == now and len(places) == len(now):
+            found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", place) for place in places]
+            return [match[1] if match else "" for match in found]
+    return [""] * len(now)

@@ -14,51 +14,19 @@ logger = logging.getLogger("dinov2")
 
 
 def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
-    """Fill a network from the weights that the configuration names, if any.
+    """Fill a network, whole ``backbone`` and heads, from the weights that the configuration names, if any.
 
-    ``MODEL.WEIGHTS`` is a teacher export (backbone, and heads where it holds them); otherwise
+    ``MODEL.WEIGHTS`` is a teacher export, of which the backbone and each head that it holds are taken; otherwise
     ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone.
-
-    Args:
-        network: ``backbone`` and heads, whole.
-        config: validated configuration.
 
     Raises:
         FileNotFoundError, ValueError: if the weights are missing or do not fit.
     """
-    weights = starting_weights(config)
-    if config.MODEL.WEIGHTS:
-        load_export(network, weights)
-    elif weights:
-        load_pretrained(network.backbone, weights, config.student.pretrained_pos_embed)
-        logger.info("Backbone initialised from %s.", weights)
-
-
-def starting_weights(config: Config) -> str:
-    """Path or URL of the weights that the configuration names, or an empty text.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if none are published for this architecture.
-    """
-    student = config.student
-    if config.train.use_pretrained:
-        return published_url(student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer)
-    for key, weights in (("MODEL.WEIGHTS", config.MODEL.WEIGHTS),
-                         ("student.pretrained_weights", student.pretrained_weights)):  # fmt: skip
-        if weights and "://" not in weights and not Path(weights).is_file():
-            raise FileNotFoundError(f"{key} = {weights!r} is no file; give the path or URL of a .pth file.")
-    return config.MODEL.WEIGHTS or student.pretrained_weights
-
-
-def load_export(network: nn.ModuleDict, path: str) -> None:
-    """Fill a network from a teacher export: the backbone always, each head that the file holds.
-
-    Raises:
-        ValueError: if a head's shapes differ, or the backbone does not fit.
-    """
-    load_pretrained(network.backbone, path)
-    teacher = read_checkpoint(path).get("teacher", {})
+    path = starting_weights(config)
+    if not path:
+        return
+    load_pretrained(network.backbone, path, bool(config.MODEL.WEIGHTS) or config.student.pretrained_pos_embed)
+    teacher = read_checkpoint(path).get("teacher", {}) if config.MODEL.WEIGHTS else {}
     loaded = ["backbone"]
     for name in ("dino_head", "ibot_head"):
         head = {key.removeprefix(f"{name}."): value for key, value in teacher.items() if key.startswith(f"{name}.")}
@@ -70,4 +38,20 @@ def load_export(network: nn.ModuleDict, path: str) -> None:
             detail = " ".join(str(error).split())
             raise ValueError(f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail}).") from error
         loaded.append(name)
-    logger.info("%s initialised from %s.", ", ".join(loaded), path)
+    logger.info("Initialised from %s: %s.", path, ", ".join(loaded))
+
+
+def starting_weights(config: Config) -> str:
+    """Path or URL of the weights that the configuration names, or an empty text.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if none are published for this architecture.
+    """
+    student, export = config.student, config.MODEL.WEIGHTS
+    if config.train.use_pretrained:
+        return published_url(student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer)
+    for key, weights in (("MODEL.WEIGHTS", export), ("student.pretrained_weights", student.pretrained_weights)):
+        if weights and "://" not in weights and not Path(weights).is_file():
+            raise FileNotFoundError(f"{key} = {weights!r} is no file; give the path or URL of a .pth file.")
+    return export or student.pretrained_weights

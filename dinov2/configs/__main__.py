@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from dinov2.configs.decode import plain
 from dinov2.configs.fields import accepted, key_of
 from dinov2.configs.older_keys import OLDER_KEYS
 from dinov2.configs.schema import Config
@@ -29,22 +28,14 @@ _MARK = "<!-- Written by python -m dinov2.configs --write -->"
 
 def default_yaml() -> str:
     """Every key with its default and one line on what it means."""
-    return (
-        "\n".join(["# Every key with its default, written by python -m dinov2.configs --write.", *_yaml(Config())])
-        + "\n"
-    )
+    title = "# Every key with its default, written by python -m dinov2.configs --write."
+    return "\n".join([title, *_yaml(Config())]) + "\n"
 
 
 def key_tables() -> str:
     """Tables of all keys, section by section, and of older keys, in Markdown."""
     lines = ["## Keys", "", "| key | accepted | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(Config):
-        value = getattr(Config(), field.name)
-        if dataclasses.is_dataclass(value):
-            lines.append(f"| **{field.name}** | | | {_sentence(type(value))} |")
-            lines += _rows(type(value), field.name)
-        else:
-            lines += _rows(Config, "", (field.name,))
+    lines += _rows(Config)
     lines += ["", "## Older keys", "", "| key | today |", "|---|---|"]
     for name, entry in OLDER_KEYS.items():
         only = f"only {' or '.join(entry.only)}; " if entry.only else ""
@@ -86,14 +77,15 @@ def _yaml(section: Any, indent: str = "") -> Iterator[str]:
             yield f"{text:<40}  # {key_of(field).doc}"
 
 
-def _rows(section: type, path: str, names: Sequence[str] = ()) -> Iterator[str]:
+def _rows(section: type, path: str = "") -> Iterator[str]:
     """Rows of a section's keys; sections of one type in it share theirs."""
     hints = get_type_hints(section)
-    fields = [field for field in dataclasses.fields(section) if not names or field.name in names]
     prefix = f"{path}." if path else ""
-    for hint, group in groupby(fields, lambda field: hints[field.name]):
+    for hint, group in groupby(dataclasses.fields(section), lambda field: hints[field.name]):
         if dataclasses.is_dataclass(hint):
             names = [field.name for field in group]
+            if not path:
+                yield f"| **{names[0]}** | | | {_sentence(hint)} |"
             yield from _rows(hint, prefix + (f"{{{','.join(names)}}}" if len(names) > 1 else names[0]))
             continue
         for field in group:
@@ -107,7 +99,7 @@ def _sentence(section: type) -> str:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(plain(value), default_flow_style=True, width=1000)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -12,6 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dinov2.configs.fields import Key, accepted, key_of, shortened
 from dinov2.configs.older_keys import OLDER_KEYS
 
+_FAULTY = object()
+_NoOptions = dataclasses.make_dataclass("_NoOptions", [], frozen=True)  # of a part that takes none
+
 
 class Decoder:
     """Decodes sections; a value that cannot be used is named, and its default stands in.
@@ -37,99 +40,78 @@ class Decoder:
         if not isinstance(user, Mapping):
             self._fault(path, f"{path} = {shortened(user)} is not a section; it holds the keys {', '.join(hints)}.")
             user = {}
+        prefix = f"{path}." if path else ""
         for name in user:
             if name not in hints:
-                self._unknown(path, str(name), list(hints))
+                self._unknown(prefix, str(name), list(hints))
         values, missing = {}, False
         for field in dataclasses.fields(section):
-            child = f"{path}.{field.name}" if path else field.name
-            if field.name in user or dataclasses.is_dataclass(hints[field.name]):
-                value = self._value(hints[field.name], field, user.get(field.name), child)
+            hint, child = hints[field.name], prefix + field.name
+            is_required = field.default is field.default_factory  # both MISSING
+            if field.name in user or dataclasses.is_dataclass(hint):
+                value = self._value(hint, key_of(field), user.get(field.name), child)
                 if value is not _FAULTY:
                     values[field.name] = value
-            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                expected = accepted(hints[field.name], key_of(field))
-                self._fault(child, f"{child} is missing; expected {expected}.")
-            missing |= field.name not in values and field.default is field.default_factory
+            elif is_required:
+                self._fault(child, f"{child} is missing; expected {accepted(hint, key_of(field))}.")
+            missing |= is_required and field.name not in values
         try:
             return None if missing else section(**values)
         except ValueError as error:  # the options of a part have a rule of their own
             self._fault(path, f"{path} cannot be used: {str(error).rstrip('.')}.")
             return None
 
-    def _value(self, hint: Any, field: dataclasses.Field[Any], value: Any, path: str) -> Any:
-        key = key_of(field)
+    def _value(self, hint: Any, key: Key, value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return self.section(hint, value, path)
         if get_origin(hint) is Mapping and isinstance(value, Mapping | None):
-            return self._parts(value or {}, key, path)
+            return self._parts(value or {}, key, path) if key.registry else dict(value or {})
         entry = next(iter(get_args(hint)), None)
         if dataclasses.is_dataclass(entry) and isinstance(value, (list, tuple)):
             return tuple(self.section(entry, item, f"{path}[{number}]") for number, item in enumerate(value))
         try:
             converted = _convert(hint, value)
             problem = "" if key.accepts(converted) else "out of range" if not key.registry else "unknown"
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, LookupError, OverflowError):
             problem = "not valid"
         if not problem:
             return converted
-        below = f", so {path}.{next(iter(value))} cannot be set" if isinstance(value, Mapping) and value else ""
+        if isinstance(value, Mapping) and value:
+            problem = f"not a section, so {path}.{next(iter(value))} cannot be set"
         named = f"{path} (given as {self._spelled[path]})" if path in self._spelled else path
-        problem = "not a section" if below else problem
-        self._fault(path, f"{named} = {shortened(value)} is {problem}{below}; expected {accepted(hint, key)}.")
+        self._fault(path, f"{named} = {shortened(value)} is {problem}; expected {accepted(hint, key)}.")
         return _FAULTY
 
     def _parts(self, user: Mapping[str, Any], key: Key, path: str) -> dict[str, Any]:
         """Decode the options of registered parts by name."""
-        if not key.registry:
-            return dict(user)
         decoded = {}
         for name, values in user.items():
             child = f"{path}.{name}"
             if problem := key.parts.problem(str(name)):
                 self._fault(child, f"Unknown config key {child}; {problem[0].lower()}{problem[1:]}")
-                continue
-            try:
-                options = getattr(key.parts[name], "Options", _NoOptions)
-            except (ImportError, AttributeError) as error:
-                self._fault(child, f"{child} cannot be used: {error}.")
-                continue
-            decoded[name] = self.section(options, values, child)
+            elif name in key.built_in:
+                self._fault(child, f"{child} is a built-in {key.parts.kind}, which has keys of its own; leave it out.")
+            else:
+                try:
+                    options = getattr(key.parts[name], "Options", _NoOptions)
+                except (ImportError, AttributeError) as error:
+                    self._fault(child, f"{child} cannot be used: {error}.")
+                else:
+                    decoded[name] = self.section(options, values, child)
         return decoded
 
-    def _unknown(self, path: str, name: str, known: list[str]) -> None:
-        prefix = f"{path}." if path else ""
-        older = [key[len(prefix) :] for key in OLDER_KEYS if prefix and key.startswith(prefix)]
-        near = difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.6)
-        if near:
-            hint = f"did you mean {prefix}{near[0]}?"
-            meant = OLDER_KEYS.get(f"{prefix}{near[0]}")
-            self.faulty.add(meant.new if meant else f"{prefix}{near[0]}")
-        else:
-            hint = f"known keys: {', '.join(known)}." if known else "there are no keys here."
+    def _unknown(self, prefix: str, name: str, known: list[str]) -> None:
+        older = [key.removeprefix(prefix) for key in OLDER_KEYS if prefix and key.startswith(prefix)]
+        hint = f"known keys: {', '.join(known)}." if known else "there are no keys here."
+        for near in difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.6):
+            hint, meant = f"did you mean {prefix}{near}?", OLDER_KEYS.get(prefix + near)
+            self.faulty.add(meant.new if meant else prefix + near)
         name = name if len(name) <= 80 else f"{name[:80]}..."
-        self._fault(f"{prefix}{name}", f"Unknown config key {prefix}{name}; {hint}")
+        self._fault(prefix + name, f"Unknown config key {prefix}{name}; {hint}")
 
     def _fault(self, path: str, sentence: str) -> None:
         self.faulty.add(path)
         self.faults.append(sentence)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoOptions:
-    """Of a part that takes none."""
-
-
-_FAULTY = object()
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and tuples as the dicts and lists that YAML and JSON know."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def keys_of(value: Any, path: str = "") -> Iterator[tuple[str, Any, Key, Any]]:
@@ -146,32 +128,21 @@ def keys_of(value: Any, path: str = "") -> Iterator[tuple[str, Any, Key, Any]]:
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """Return ``value`` as the hinted type, without lossy coercion; raise TypeError or ValueError otherwise."""
+    """Return ``value`` as the hinted type, without lossy coercion; raise an error otherwise."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if not any(value == arg and type(value) is type(arg) for arg in args):  # 1 is not true
-            raise ValueError
-        return value
+        return {(type(arg), arg): arg for arg in args}[type(value), value]  # 1 is not true
     if origin in (Union, types.UnionType):
         return _convert(args[1] if isinstance(value, str) or value is None else args[0], value)
-    if hint is types.NoneType and value is None:
-        return None
     if origin is tuple:
-        return _convert_items(args, value)
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(hint, item) for hint, item in zip(hints, value, strict=True))
     if hint is str and value is None:  # `key:` with nothing after it
         return ""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int:
         value = float(value)
-    if type(value) is not hint:
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise TypeError
-    if hint is float and not math.isfinite(value):
-        raise ValueError
     return value
-
-
-def _convert_items(hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError
-    if hints[-1] is Ellipsis:
-        hints = (hints[0],) * len(value)
-    return tuple(_convert(hint, item) for hint, item in zip(hints, value, strict=True))

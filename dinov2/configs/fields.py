@@ -11,13 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from dinov2 import extensions
 from dinov2.utils.registry import Registry
 
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    types.NoneType: "null",
-}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,7 @@ class Key:
         registry: table in `dinov2.extensions` of which the value is a name. Of a mapping the names are the keys,
             and the values are decoded by each part's ``Options`` dataclass.
         also: names accepted beside those of the registry.
+        built_in: names of the registry that a mapping does not take, since sections of their own set them.
     """
 
     doc: str
@@ -40,6 +35,7 @@ class Key:
     below: float | None = None
     registry: str = ""
     also: tuple[str, ...] = ()
+    built_in: tuple[str, ...] = ()
 
     def accepts(self, value: Any) -> bool:
         """Whether a value of the right type is within the bounds, or a registered name."""
@@ -47,7 +43,7 @@ class Key:
             return all(map(self.accepts, value))
         if self.registry and isinstance(value, str):
             return value in self.also or value in self.parts
-        if isinstance(value, (bool, str, Mapping)) or value is None or dataclasses.is_dataclass(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return True
         return (
             (self.least is None or value >= self.least)
@@ -63,22 +59,16 @@ class Key:
 
     def interval(self) -> str:
         """The bounds as `` in [0, 1)``; empty where there are none."""
+        ends = (("[{}", self.least), ("({}", self.above), ("{}]", self.most), ("{})", self.below))
         least, above, most, below = (
-            None if end is None else _number(end) for end in (self.least, self.above, self.most, self.below)
+            "" if end is None else form.format(int(end) if end == int(end) else end) for form, end in ends
         )
-        low = f"[{least}" if least else f"({above}" if above else ""
-        high = f"{most}]" if most else f"{below})" if below else ""
+        low, high = least or above, most or below
         return f" in {low or '(-inf'}, {high or 'inf)'}" if low or high else ""
 
 
 def key(default: Any, doc: str, **accepted: Any) -> Any:
-    """A dataclass field that is a configuration key.
-
-    Args:
-        default: of the key; a mapping or list is copied.
-        doc: one line, without a full stop.
-        **accepted: see `Key`.
-    """
+    """A dataclass field that is a configuration key; ``accepted`` are fields of `Key`, ``doc`` has no full stop."""
     metadata = {"key": Key(doc, **accepted)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -91,12 +81,9 @@ def key_of(field: dataclasses.Field[Any]) -> Key:
 
 
 def accepted(hint: Any, key: Key, listed: bool = True) -> str:
-    """What a key accepts, in words: ``a whole number in [1, 64] or auto``.
+    """What a key of some type accepts, in words: ``a whole number in [1, 64] or auto``.
 
-    Args:
-        hint: its type.
-        key: what else is known of it.
-        listed: list the names that are registered now, rather than saying where they are.
+    With ``listed`` the names that are registered now are listed; otherwise it is said where they are.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -124,11 +111,3 @@ def shortened(value: Any, most: int = 80) -> str:
 
 def _either(names: list[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
-
-
-def _number(value: float) -> str:
-    return (
-        str(value if isinstance(value, int) else int(value))
-        if abs(value) >= 1 and value == int(value)
-        else f"{value:g}"
-    )

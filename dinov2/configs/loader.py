@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinov2.configs.decode import Decoder, plain
+from dinov2.configs.decode import Decoder
 from dinov2.configs.fields import shortened
 from dinov2.configs.older_keys import MODULES, OlderKeys, merge
 from dinov2.configs.schema import Config
@@ -25,11 +26,7 @@ logger = logging.getLogger("dinov2")
 
 
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Merge defaults <- YAML file <- overrides and decode the result.
-
-    Args:
-        config_file: YAML file, or None for the defaults alone.
-        overrides: ``section.key=value`` strings, values in YAML syntax.
+    """Merge defaults <- YAML file, if any <- ``section.key=value`` overrides in YAML syntax, and decode the result.
 
     Raises:
         FileNotFoundError: if the file is not there.
@@ -52,12 +49,13 @@ def config_from_mapping(user: Mapping[str, Any] | DictConfig) -> Config:
 
 def saved_config(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that some version saved in a checkpoint, in today's keys, as plain values."""
-    return merge(plain(Config()), OlderKeys().translate(saved))
+    defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
+    return merge(defaults, OlderKeys().translate(saved))
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the merged configuration as YAML, atomically; an unequal earlier file is kept under its date."""
-    text = yaml.safe_dump(plain(config), sort_keys=False)
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     if path.exists():
         if path.read_bytes() == text.encode():
             return
@@ -71,7 +69,8 @@ def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
     for layer in layers:
         user = merge(user, older.translate(layer))
     try:
-        user = _interpolated(user)
+        if "${" in str(user):
+            user = OmegaConf.to_container(OmegaConf.create(user), resolve=True)
     except OmegaConfBaseException as error:
         faults.append(f"The configuration cannot be resolved: {shortened(str(error).splitlines()[0], 300)}.")
     for notice in dict.fromkeys(older.notices):
@@ -85,11 +84,6 @@ def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
     return dataclasses.replace(config, precision=dtypes.pop() if len(dtypes) == 1 else "mixed")
 
 
-def _interpolated(user: dict[str, Any]) -> dict[str, Any]:
-    """Values with ``${section.key}`` resolved as OmegaConf does."""
-    return OmegaConf.to_container(OmegaConf.create(user), resolve=True) if "${" in str(user) else user
-
-
 def _read_file(path: Path, faults: list[str]) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"Config file {str(path)!r} does not exist; give the path of a YAML file.")
@@ -98,10 +92,11 @@ def _read_file(path: Path, faults: list[str]) -> Mapping[str, Any]:
     except (YamlError, UnicodeDecodeError, OSError) as error:
         faults.append(f"Config file {str(path)!r} is not YAML that can be read: {error}.")
         return {}
-    if loaded is not None and not isinstance(loaded, Mapping):
-        kind = "a list" if isinstance(loaded, list) else f"the value {shortened(loaded)}"
-        faults.append(f"Config file {str(path)!r} holds {kind}; sections with keys are expected.")
-    return loaded if isinstance(loaded, Mapping) else {}
+    if isinstance(loaded, Mapping | None):
+        return loaded or {}
+    kind = "a list" if isinstance(loaded, list) else f"the value {shortened(loaded)}"
+    faults.append(f"Config file {str(path)!r} holds {kind}; sections with keys are expected.")
+    return {}
 
 
 def _read_override(override: str, faults: list[str]) -> Mapping[str, Any]:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinov2.configs.fields import shortened
 
 MODULES = tuple((n, m) for n in ("teacher", "student") for m in ("backbone", "dino_head", "ibot_head"))
 
 
-@dataclass(frozen=True)
-class OlderKey:
-    """What became of a key.
+class OlderKey(NamedTuple):
+    """What became of a key."""
 
-    Attributes:
-        new: key that has taken its place.
-        ignored: why it decides nothing, where it is accepted without effect.
-        only: of a key without effect the values that are still accepted; empty accepts any.
-    """
+    new: str = ""  # key that has taken its place
+    ignored: str = ""  # why it decides nothing, where it is accepted without effect
+    only: tuple[str, ...] = ()  # of a key without effect the values that are still accepted; empty accepts any
 
-    new: str = ""
-    ignored: str = ""
-    only: tuple[Any, ...] = ()
+
+def _moved(old: str, new: str, **names: str) -> dict[str, OlderKey]:
+    """Keys of one section that are in another today, by their older names."""
+    return {f"{old}.{name}": OlderKey(f"{new}.{today}") for name, today in names.items()}
 
 
 OLDER_KEYS = {
@@ -33,26 +30,19 @@ OLDER_KEYS = {
     "train.streaming_dataset_path": OlderKey("data.path"),
     "train.sample_list_path": OlderKey("data.path"),
     "online.slides": OlderKey("data.path"),
-    "train.streaming_dataset_revision": OlderKey("data.revision"),
-    "train.datasets": OlderKey("data.datasets"),
-    "train.exclusion_file": OlderKey("data.exclusion_file"),
-    "train.validation_share": OlderKey("data.validation_fraction"),
-    "train.tile_size": OlderKey("data.tile_size"),
-    "train.slide_mpp_file": OlderKey("data.mpp_file"),
-    "train.slide_root": OlderKey("data.slide_root"),
-    "train.sample_list_columns": OlderKey("data.sample_list_columns"),
-    "train.stream_lanes": OlderKey("data.lanes"),
-    "train.stream_block_rows": OlderKey("data.block_rows"),
-    "train.stream_memory_gib": OlderKey("data.memory_gib"),
-    "train.stream_attempts": OlderKey("data.retries"),
-    "train.max_damaged_share": OlderKey("data.max_corrupt_fraction"),
+    **_moved(
+        "train", "data", streaming_dataset_revision="revision", datasets="datasets", exclusion_file="exclusion_file",
+        validation_share="validation_fraction", tile_size="tile_size", slide_mpp_file="mpp_file",
+        slide_root="slide_root", sample_list_columns="sample_list_columns", stream_lanes="lanes",
+        stream_block_rows="block_rows", stream_memory_gib="memory_gib", stream_attempts="retries",
+        max_damaged_share="max_corrupt_fraction",
+    ),
     "online.slide_share": OlderKey("online.slide_fraction"),
-    "performance.packed_crops": OlderKey("debug.packed_crops"),
-    "performance.inverse_gather": OlderKey("debug.inverse_gather"),
-    "performance.factored_targets": OlderKey("debug.factored_targets"),
-    "performance.prune_last_block": OlderKey("debug.prune_last_block"),
-    "performance.weight_copies": OlderKey("debug.weight_copies"),
-    "performance.compile_backend": OlderKey("debug.compile_backend"),
+    **_moved(
+        "performance", "debug", packed_crops="packed_crops", inverse_gather="inverse_gather",
+        factored_targets="factored_targets", prune_last_block="prune_last_block", weight_copies="weight_copies",
+        compile_backend="compile_backend",
+    ),
     "dino.do_kde": OlderKey(ignored="dino.kde_loss_weight > 0 decides"),
     "dino.do_koleo": OlderKey(ignored="dino.koleo_loss_weight > 0 decides"),
     "train.saveckp_freq": OlderKey(ignored="train.checkpoint_period_iterations decides"),
@@ -66,7 +56,7 @@ OLDER_KEYS = {
     "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
         ignored="the teacher has no gradients to reduce"
     ),
-}
+}  # fmt: skip
 """Every older key; ``*`` stands for any part of a path."""
 
 _SWITCHES = ("train.streaming_from_hf", "train.online_patching")
@@ -89,13 +79,8 @@ class OlderKeys:
         self._chosen = False  # whether data.path and data.kind come from them
 
     def translate(self, layer: Mapping[str, Any]) -> dict[str, Any]:
-        """A layer in today's keys, in which ``precision`` is written out for every module.
-
-        Args:
-            layer: nested mapping of user values; left as it is.
-        """
-        layer = _copied(layer)
-        given: dict[str, Any] = {}
+        """A copy of a nested mapping in today's keys, in which ``precision`` is written out for every module."""
+        layer, given = merge({}, layer), {}  # of YAML's aliases several are one mapping
         data = layer.get("data")
         for new in [new for new in self.spelled if any(_matches(layer, new.split(".")))]:
             del self.spelled[new]
@@ -103,8 +88,12 @@ class OlderKeys:
         for pattern, entry in OLDER_KEYS.items():
             for old, parent, name in list(_matches(layer, pattern.split("."))):
                 value = parent.pop(name)
-                if entry.ignored:
-                    self._ignore(old, value, entry)
+                if entry.only and value not in entry.only:
+                    only = " or ".join(entry.only)
+                    given_as = f"{old} = {shortened(value)} is not available"
+                    self.faults.append(f"{given_as}: {entry.ignored}; {only} is accepted.")
+                elif entry.ignored:
+                    self.notices.append(f"Config key {old} has no effect: {entry.ignored}.")
                 elif entry.new in ("data.kind", "data.path"):
                     given[old] = value
                 elif not _put(layer, entry.new, value):
@@ -116,15 +105,11 @@ class OlderKeys:
         elif names_data and self._chosen:
             _put(layer, "data.kind", "auto")
             self._chosen = False
-        _expand_precision(layer)
+        if layer.get("precision") in ("bf16", "fp16", "fp32"):
+            for network, module in MODULES:
+                key = f"compute_precision.{network}.{module}.mixed_precision.param_dtype"
+                _put(layer, key, layer["precision"])
         return layer
-
-    def _ignore(self, old: str, value: Any, entry: OlderKey) -> None:
-        if entry.only and value not in entry.only:
-            accepted = " or ".join(map(str, entry.only))
-            self.faults.append(f"{old} = {shortened(value)} is not available: {entry.ignored}; {accepted} is accepted.")
-        else:
-            self.notices.append(f"Config key {old} has no effect: {entry.ignored}.")
 
     def _choose_data(self, layer: dict[str, Any], given: dict[str, Any]) -> None:
         """Set data.kind and data.path as the switches say, from the older keys of this layer and those before."""
@@ -150,17 +135,14 @@ class OlderKeys:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; where both have a value, the upper one's counts."""
+    """Two nested mappings as one; where both have a value, the upper one's counts, and its mappings are copied."""
     merged = dict(lower)
     for name, value in upper.items():
-        below = merged.get(name)
-        merged[name] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            below = merged.get(name)
+            value = merge(below if isinstance(below, Mapping) else {}, value)
+        merged[name] = value
     return merged
-
-
-def _copied(section: Any) -> Any:
-    """Nested mappings anew, each by itself: of YAML's aliases several are one object."""
-    return {name: _copied(value) for name, value in section.items()} if isinstance(section, Mapping) else section
 
 
 def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -179,20 +161,12 @@ def _put(layer: MutableMapping[str, Any], path: str, value: Any) -> bool:
     """Set a nested key, unless it or a section above it has a value; returns whether it was set."""
     *sections, name = path.split(".")
     for section in sections:
-        below = layer.get(section)
-        if below is None:
-            below = layer[section] = {}
-        if not isinstance(below, dict):
+        if layer.get(section) is None:
+            layer[section] = {}
+        layer = layer[section]
+        if not isinstance(layer, dict):
             return False
-        layer = below
     if name in layer:
         return False
     layer[name] = value
     return True
-
-
-def _expand_precision(layer: dict[str, Any]) -> None:
-    if layer.get("precision") not in ("bf16", "fp16", "fp32"):
-        return
-    for network, module in MODULES:
-        _put(layer, f"compute_precision.{network}.{module}.mixed_precision.param_dtype", layer["precision"])

@@ -12,19 +12,28 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dinov2.configs.fields import key
+from dinov2.extensions import BUILT_IN_LOSSES, BUILT_IN_STEPS
 
 Precision = Literal["bf16", "fp16", "fp32"]
 ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
+Auto = Literal["auto"]
 Switch = Literal["auto", True, False]
+FfnLayer = Literal["mlp", "swiglu", "swiglufused", "identity"]
+AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
+Range = tuple[float, float]  # lowest and highest
+Colour = tuple[float, float, float]  # red, green and blue
 
 _WEIGHT = {"least": 0, "most": 1e6}  # of a loss
 _PROBABILITY = {"least": 0, "most": 1}
 _EPOCHS = {"least": 0, "most": 1e9}
 _STEPS = {"least": 1, "most": 1e12}
 _SIDE = {"least": 1, "most": 8192}
-_RATE = {"least": 0, "most": 1000}
+_TO_1000 = {"least": 0, "most": 1000}
 _STRENGTH = {"least": 0, "most": 100}
 _KIND = {"registry": "SOURCES", "also": ("auto",)}
+_ADDED_LOSSES = {"registry": "LOSSES", "built_in": BUILT_IN_LOSSES}
+_ADDED_STEPS = {"registry": "AUGMENTATIONS", "built_in": BUILT_IN_STEPS}
+_PROBE = {"registry": "PROBES", "also": ("linear",)}
 _PROBES = ("knn", "linear", "rankme", "odcorr")
 
 
@@ -119,9 +128,7 @@ class OnlineConfig:
 class TrainConfig:
     """Batch, steps, checkpoints."""
 
-    batch_size_per_gpu: int | Literal["auto"] = key(
-        64, "images per process, even; auto: as many as the GPU holds", least=2, most=1e6
-    )
+    batch_size_per_gpu: int | Auto = key(64, "images per process, even; auto: what the GPU holds", least=2, most=1e6)
     output_dir: str = key(".", "the run's folder where --output-dir is not given")
     seed: int = key(0, "of everything random", least=0, most=2**64 - 1)
     num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
@@ -129,9 +136,7 @@ class TrainConfig:
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules", least=1, most=1e9)
     centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "teacher targets; centering: running mean")
     use_pretrained: bool = key(False, "start from Meta's published DINOv2 weights of this architecture")
-    unfreeze_last_n_blocks: int = key(
-        0, "n > 0: only the last n blocks, final norm and heads learn", least=0, most=1000
-    )
+    unfreeze_last_n_blocks: int = key(0, "n > 0: only the last n blocks, final norm and heads learn", **_TO_1000)
     skip_checkpointer: bool | None = key(False, "true: no checkpoints, so no resume")
     checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
     keep_checkpoints: int = key(2, "newest complete checkpoints kept", least=1, most=1e6)
@@ -166,9 +171,7 @@ class IbotConfig(HeadConfig):
 
     loss_weight: float = key(1.0, "of the masked-patch cross-entropy", **_WEIGHT)
     mask_sample_probability: float = key(0.5, "of global crops masked, a multiple of 0.25", **_PROBABILITY)
-    mask_ratio_min_max: tuple[float, float] = key(
-        (0.1, 0.5), "masked fraction of such a crop's patches", **_PROBABILITY
-    )
+    mask_ratio_min_max: Range = key((0.1, 0.5), "masked fraction of such a crop's patches", **_PROBABILITY)
     separate_head: bool = key(False, "true: patches have a head of their own; false: the DINO head serves both")
 
 
@@ -176,9 +179,9 @@ class IbotConfig(HeadConfig):
 class CropsConfig:
     """Multi-crop sizes and scales."""
 
-    global_crops_scale: tuple[float, float] = key((0.32, 1.0), "range of a global view's fraction of the tile")
+    global_crops_scale: Range = key((0.32, 1.0), "range of a global view's fraction of the tile")
     local_crops_number: int = key(8, "local views per image", least=0, most=256)
-    local_crops_scale: tuple[float, float] = key((0.05, 0.32), "range of a local view's fraction of the tile")
+    local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile")
     global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
     local_crops_size: int = key(98, "side of a local view in px, a multiple of the patch", **_SIDE)
 
@@ -202,13 +205,11 @@ class AugmentationConfig:
     blur_prob_global1: float = key(1.0, "blur of the first global view", **_PROBABILITY)
     blur_prob_global2: float = key(0.1, "blur of the second global view", **_PROBABILITY)
     blur_prob_local: float = key(0.5, "blur of each local view", **_PROBABILITY)
-    blur_sigma_min_max: tuple[float, float] = key((0.1, 2.0), "range of the blur's sigma in px", above=0, most=1000)
+    blur_sigma_min_max: Range = key((0.1, 2.0), "range of the blur's sigma in px", above=0, most=1000)
     blur_kernel_size: int = key(9, "odd width of the blur's kernel in px", least=1, most=1023)
-    normalize_mean: tuple[float, float, float] = key(
-        (0.485, 0.456, 0.406), "per channel, of values in [0, 1]", least=-100, most=100
-    )
-    normalize_std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "per channel", above=0, most=100)
-    steps: Mapping[str, Any] = key({}, "further registered steps: {name: {...}}", registry="AUGMENTATIONS")
+    normalize_mean: Colour = key((0.485, 0.456, 0.406), "per channel, of values in [0, 1]", least=-100, most=100)
+    normalize_std: Colour = key((0.229, 0.224, 0.225), "per channel", above=0, most=100)
+    steps: Mapping[str, Any] = key({}, "further registered steps: {name: {...}}", **_ADDED_STEPS)
 
 
 @dataclass(frozen=True)
@@ -219,22 +220,18 @@ class StudentConfig:
     options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
     patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
-    layerscale: float = key(1.0e-05, "initial gain of each residual branch", least=0, most=1000)
+    layerscale: float = key(1.0e-05, "initial gain of each residual branch", **_TO_1000)
     drop_path_uniform: bool = key(True, "false: the rate grows linearly from 0 in the first block")
     pretrained_weights: str = key("", "path or URL of backbone weights to start from")
     pretrained_pos_embed: bool = key(True, "take their position grid; false: start from noise")
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = key(
-        "mlp", "swiglufused: two thirds as wide, as published"
-    )
+    ffn_layer: FfnLayer = key("mlp", "swiglufused: two thirds as wide, as published")
     qkv_bias: bool = key(True, "bias of queries, keys and values")
     proj_bias: bool = key(True, "bias of the attention's output")
     ffn_bias: bool = key(True, "biases of the FFN")
     num_register_tokens: int = key(0, "registers after the CLS token", least=0, most=1024)
     interpolate_antialias: bool = key(True, "antialias where the position grid is resized to a crop")
     interpolate_offset: float = key(0.0, "added to the target grid's side; older DINOv2 code: 0.1", least=-10, most=10)
-    attention_backend: Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"] = key(
-        "sdpa", "sdpa: PyTorch's choice"
-    )
+    attention_backend: AttentionBackend = key("sdpa", "sdpa: PyTorch's choice")
 
 
 @dataclass(frozen=True)
@@ -253,20 +250,18 @@ class OptimConfig:
     """AdamW, its schedules and parameter groups. Epochs are of ``train.OFFICIAL_EPOCH_LENGTH`` steps."""
 
     epochs: float = key(100.0, "span of the schedules, and of training", above=0, most=1e9)
-    early_stop: float | None = key(
-        None, "training ends here, schedules unchanged; null: optim.epochs", above=0, most=1e9
-    )
-    weight_decay: float = key(0.04, "at the start of its cosine", **_RATE)
-    weight_decay_end: float = key(0.4, "at the end", **_RATE)
+    early_stop: float | None = key(None, "training ends here, same schedules; null: optim.epochs", above=0, most=1e9)
+    weight_decay: float = key(0.04, "at the start of its cosine", **_TO_1000)
+    weight_decay_end: float = key(0.4, "at the end", **_TO_1000)
     base_lr: float = key(0.004, "peak learning rate at a global batch of 1024", above=0, most=1000)
     warmup_epochs: float = key(10.0, "linear warm-up of the learning rate from 0", **_EPOCHS)
-    min_lr: float = key(1.0e-06, "learning rate at the end of its cosine", **_RATE)
+    min_lr: float = key(1.0e-06, "learning rate at the end of its cosine", **_TO_1000)
     clip_grad: float = key(3.0, "largest gradient norm, backbone and each head; 0: off", least=0, most=1e9)
     freeze_last_layer_epochs: float = key(1.0, "in which the heads' last layers do not learn", **_EPOCHS)
     scaling_rule: Literal["sqrt_wrt_1024", "none"] = key(
         "sqrt_wrt_1024", "peak = base_lr x sqrt(global batch / 1024); none: base_lr"
     )
-    patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding", **_RATE)
+    patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding", **_TO_1000)
     layerwise_decay: float = key(0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10)
     adamw_beta1: float = key(0.9, "decay of the first moment", least=0, below=1)
     adamw_beta2: float = key(0.999, "decay of the second moment", least=0, below=1)
@@ -281,7 +276,7 @@ class PerformanceConfig:
     fp8: Literal["none", "teacher", "all"] = key("none", "matrix products of the blocks in 8 bit")
     fp8_scaling: Literal["tensor", "row"] = key("tensor", "what shares one scale; tensor is fastest")
     recompute: Literal["none", "selective", "full"] = key("none", "selective: all but products and attention")
-    prefetch_blocks: int = key(1, "blocks gathered ahead by several processes; 0: FSDP's choice", least=0, most=1000)
+    prefetch_blocks: int = key(1, "blocks gathered ahead by several processes; 0: FSDP's choice", **_TO_1000)
 
 
 @dataclass(frozen=True)
@@ -317,10 +312,7 @@ class EvaluationConfig:
     pcam_root: str = key("", "the same for PatchCamelyon")
     labelled: tuple[LabelledConfig, ...] = key((), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]")
     probes: tuple[str, ...] = key(
-        _PROBES,
-        "of knn, linear, linear_eva, linear_kaiko, few_shot, rankme, odcorr",
-        registry="PROBES",
-        also=("linear",),
+        _PROBES, "of knn, linear, linear_eva, linear_kaiko, few_shot, rankme, odcorr", **_PROBE
     )
     probe_options: Mapping[str, Any] = key({}, "options of probes: {name: {...}}", registry="PROBES")
     probe_tiles: int = key(2000, "tiles of each split that are used, at most", least=1, most=1e9)
@@ -350,7 +342,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     dino: DinoConfig = DinoConfig()
     ibot: IbotConfig = IbotConfig()
-    losses: Mapping[str, Any] = key({}, "further losses: {name: {weight: 0.1, ...}}", registry="LOSSES")
+    losses: Mapping[str, Any] = key({}, "further losses: {name: {weight: 0.1, ...}}", **_ADDED_LOSSES)
     crops: CropsConfig = CropsConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     student: StudentConfig = StudentConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -11,8 +12,8 @@ _MOST_BYTES = 1 << 17
 _MOST_VALUES = 20_000
 _MOST_LEVELS = 32
 _FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+    r"([-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+    r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"
 )
 _FLOAT_TAG, _DATE_TAG = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 
@@ -62,9 +63,11 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._level -= 1
         if not is_alias:
-            self._values[id(node)] = 1 + sum(self._values[id(child)] for child in _children(node))
+            children = [] if isinstance(node, yaml.ScalarNode) else node.value
             if isinstance(node, yaml.MappingNode):
                 self._find_duplicates(node)
+                children = chain.from_iterable(children)
+            self._values[id(node)] = 1 + sum(self._values[id(child)] for child in children)
         elif id(node) not in self._values:
             raise yaml.MarkedYAMLError(problem="an alias refers to what it stands in", problem_mark=mark)
         if self._values[id(node)] > _MOST_VALUES:
@@ -87,10 +90,4 @@ _Loader.yaml_implicit_resolvers = {
 }
 # Before the integers, whose pattern would take the digits of 1e5 for a text that begins with a number.
 for _first in "-+0123456789.":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, (_FLOAT_TAG, re.compile(f"(?:{_FLOAT.pattern})$")))
-
-
-def _children(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
-    return node.value if isinstance(node, yaml.SequenceNode) else []
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, (_FLOAT_TAG, _FLOAT))

@@ -9,15 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dinov2.configs.fields import key
-from dinov2.extensions import LOSSES
+from dinov2.extensions import BUILT_IN_LOSSES, LOSSES
 from dinov2.loss.prototype_kernels import PrototypeKernels
 from dinov2.loss.sinkhorn import Assignments
 
 # Tensor dimensions below: V = 2 global views, L local views, B images of this rank, N patches of a global view, M
 # rows of masked patches with padding, D width, K prototypes.
-
-BUILT_IN = ("dino", "ibot", "kde", "koleo")
-"""Terms of sections ``dino`` and ``ibot``, in the order in which they are added up."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,13 @@ def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
     Raises:
         ValueError: if ``losses`` names a built-in term, or a name twice.
     """
-    terms = {name: (LOSSES[name], LOSSES[name].options_of(config)) for name in BUILT_IN}
+    terms = {name: (LOSSES[name], LOSSES[name].options_of(config)) for name in BUILT_IN_LOSSES}
     for name, options in config.losses.items():
         label = name.rpartition(":")[2]
         if label in terms:
             raise ValueError(
-                f"losses.{name} names the term {label!r} again; {', '.join(BUILT_IN)} are configured by sections dino "
-                "and ibot, and each further term stands once."
+                f"losses.{name} names the term {label!r} again; {', '.join(BUILT_IN_LOSSES)} are configured by "
+                "sections dino and ibot, and each further term stands once."
             )
         terms[label] = LOSSES[name], options
     built = {name: term(options, context) for name, (term, options) in terms.items() if options.weight > 0}

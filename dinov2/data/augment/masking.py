@@ -22,20 +22,12 @@ def block_mask(
 ) -> np.ndarray:
     """Cover a patch grid with random rectangles until ``num_patches`` are masked (BEiT, arXiv:2106.08254).
 
-    A block's area is U(min_block, min(remaining, max_block)), its log aspect uniform. A block that adds
-    nothing or too much is drawn again; after ten such draws the mask stays as it is. The count is never
-    exceeded, and falls short by about one patch in a thousand on a 16 x 16 grid.
-
-    Args:
-        rng: source of all draws.
-        grid_size: (rows, columns) of patches.
-        num_patches: patches to mask.
-        min_block: least area drawn, in patches.
-        max_block: most patches that one block may add; half the grid if None.
-        aspect_min_max: range of height / width.
+    A block's area is U(min_block, min(remaining, max_block)) patches, its log aspect (height / width) uniform. A block
+    that adds nothing or more than max_block, by default half the grid, is drawn again; after ten such draws the mask
+    stays as it is. The count is never exceeded, and falls short by about one patch in a thousand on a 16 x 16 grid.
 
     Returns:
-        bool (rows, columns), True where masked.
+        bool ``grid_size`` (rows, columns), True where masked.
     """
     height, width = grid_size
     log_low, log_high = map(math.log, aspect_min_max)

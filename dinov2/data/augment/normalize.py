@@ -17,16 +17,9 @@ def normalize(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute ``(images / 255 - mean) / std`` per channel.
+    """Compute ``(images / 255 - mean) / std`` per channel of uint8 (B, 3, H, W), mean and std of values in [0, 1].
 
-    Args:
-        images: uint8 (B, 3, H, W).
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        dtype: of the result; the arithmetic is float32.
-
-    Returns:
-        (B, 3, H, W) of ``dtype`` on the same device.
+    The arithmetic is float32, the result (B, 3, H, W) of ``dtype`` on the same device.
     """
     # Plain numbers per channel: a tensor of constants would be a blocking copy to the device.
     channels = zip(images.unbind(1), mean, std, strict=True)

@@ -9,17 +9,11 @@ import numpy as np
 
 
 class View(NamedTuple):
-    """One of the views of a sample, before anything is drawn for it.
+    """One of the views of a sample, before anything is drawn for it."""
 
-    Attributes:
-        kind: "global1", "global2" or "local".
-        number: 0 and 1 for the global views, then the local ones.
-        size: side of the rendered view in pixels.
-    """
-
-    kind: str
-    number: int
-    size: int
+    kind: str  # "global1", "global2" or "local"
+    number: int  # 0 and 1 for the global views, then the local ones
+    size: int  # side of the rendered view in pixels
 
 
 class AugmentationStep(ABC):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,7 @@ def make_source(sources: Sequence[Source]) -> Source:
 
 def first_units(unit_rows: Sequence[np.ndarray]) -> list[int]:
     """First unit of each dataset, where those of several are numbered through."""
-    lengths = [len(rows) for rows in unit_rows]
-    return [sum(lengths[:d]) for d in range(len(lengths))]
+    return list(accumulate(map(len, unit_rows[:-1]), initial=0))
 
 
 def part_of(parts: Sequence[tuple[int, Any]], unit: int) -> int:

@@ -16,15 +16,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Prefetch:
-    """How far the reader of one process works ahead.
+    """How far the reader of one process works ahead."""
 
-    Attributes:
-        threads: units fetched at a time.
-        look_ahead: steps planned before they are asked for.
-    """
-
-    threads: int = 4
-    look_ahead: int = 8
+    threads: int = 4  # units fetched at a time
+    look_ahead: int = 8  # steps planned before they are asked for
 
     @classmethod
     def suited_to(cls, source: Source, limit: float) -> "Prefetch":
@@ -83,8 +78,7 @@ def fit_lanes(
         source: what they read.
         lanes: V as the user wants it; 0 takes the first that fits of `most`, 1/2, 1/4 ... of it times the batch.
             Whole multiples keep a stream on one process; below them several processes fetch the same units.
-        global_batch: samples per step over all processes.
-        world_size: of the run.
+        global_batch, world_size: samples per step over all processes, and their number.
         limit_gib: most that the reader of one process may hold, in GiB.
         most: read streams per sample of the batch to begin with.
 

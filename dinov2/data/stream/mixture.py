@@ -19,12 +19,12 @@ import numpy as np
 
 from dinov2.data.source import Source
 from dinov2.data.stream.derived import first_units, part_of
-from dinov2.data.stream.order import Locations, SampleOrder, check_parameters
+from dinov2.data.stream.order import Locations, SampleOrder
 from dinov2.utils.seeding import hash_words
 
 
-class MixedOrder:
-    """Order of a mixture; stands in for a `SampleOrder`.
+class MixedOrder(SampleOrder):
+    """Order of a mixture.
 
     Args:
         unit_rows: rows of each unit, for each dataset; units are numbered through, dataset by dataset.
@@ -32,10 +32,6 @@ class MixedOrder:
         seed: any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
         lanes: V, of all datasets together.
         block_rows: R.
-
-    Attributes:
-        num_rows: rows of all datasets together.
-        parts: first unit and order of each dataset.
 
     Raises:
         ValueError: if a weight is not positive and finite, weights and datasets differ in number, there are fewer
@@ -45,19 +41,18 @@ class MixedOrder:
     def __init__(
         self, unit_rows: Sequence[np.ndarray], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
     ) -> None:
-        check_parameters(seed, lanes, block_rows)
         if len(weights) != len(unit_rows):
             raise ValueError(f"{len(weights)} weights are given for {len(unit_rows)} datasets; one each is expected")
         empty = next((number for number, rows in enumerate(unit_rows) if not np.any(rows)), None)
         if empty is not None:
             raise ValueError(f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out")
-        self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
+        super().__init__(np.concatenate(unit_rows), seed=seed, lanes=lanes, block_rows=block_rows)
         counts = divide_lanes(weights, lanes)
-        self.parts: list[tuple[int, SampleOrder]] = []
-        for d, first in enumerate(first_units(unit_rows)):
-            own = {"seed": int(hash_words(seed, d)[0]), "lanes": counts[d], "block_rows": block_rows}
-            self.parts.append((first, SampleOrder(unit_rows[d], **own)))
-        self.num_rows = sum(order.num_rows for _, order in self.parts)
+        orders = [
+            SampleOrder(rows, seed=int(hash_words(seed, d)[0]), lanes=counts[d], block_rows=block_rows)
+            for d, rows in enumerate(unit_rows)
+        ]
+        self.parts = list(zip(first_units(unit_rows), orders, strict=True))
         self._dataset = spread(counts)
         self._slots = [np.flatnonzero(self._dataset == d) for d in range(len(counts))]
         self._number = np.empty_like(self._dataset)  # k of each slot
@@ -67,8 +62,7 @@ class MixedOrder:
     @property
     def parameters(self) -> dict[str, Any]:
         """What fixes the order besides the datasets; of the weights only the read streams that they came to."""
-        fixed = {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
-        return fixed | {"dataset_lanes": [order.lanes for _, order in self.parts]}
+        return super().parameters | {"dataset_lanes": [order.lanes for _, order in self.parts]}
 
     def locate(self, indices: np.ndarray) -> Locations:
         """Find global sample indices, int64 (n,), in any order; `epoch` is the dataset's own."""
@@ -94,7 +88,7 @@ class MixedOrder:
 
 def make_order(
     sources: Sequence[Source], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
-) -> SampleOrder | MixedOrder:
+) -> SampleOrder:
     """Order the rows of `make_source(sources)`; a single dataset is in `SampleOrder`, whatever its weight.
 
     Raises:
@@ -107,7 +101,7 @@ def make_order(
     return MixedOrder(unit_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
 
 
-def describe_shares(order: SampleOrder | MixedOrder, datasets: Sequence[str]) -> list[str]:
+def describe_shares(order: SampleOrder, datasets: Sequence[str]) -> list[str]:
     """Tell the user each dataset's rows and actual fraction of the samples, a line per dataset."""
     return [
         f"dataset '{name}': {part.num_rows:,} rows, {part.lanes / order.lanes:.2%} of the samples "

@@ -12,7 +12,7 @@ which is a bijection between [e*N, (e+1)*N) and the rows for any N and V, uneven
 Ranks, workers and the point of resumption do not enter.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,19 +37,6 @@ class _Permutation(NamedTuple):
     starts: np.ndarray  # position of each unit's first row, by unit number
 
 
-def check_parameters(seed: int, lanes: int, block_rows: int) -> None:
-    """Refuse parameters that make no order.
-
-    Raises:
-        ValueError: if one of them is out of range.
-    """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"the order's seed is {seed}, but it must lie in [0, 2**64)")
-    for name, value in (("lanes", lanes), ("block_rows", block_rows)):
-        if value < 1:
-            raise ValueError(f"the order's {name} is {value}, but it must be at least 1")
-
-
 class SampleOrder:
     """Order of one dataset; it locates any global sample index in O(log units), after one sort per epoch.
 
@@ -58,6 +45,13 @@ class SampleOrder:
         seed: any integer in [0, 2**64).
         lanes: V. A multiple of the global batch keeps each read stream on one rank, so that ranks share no unit.
         block_rows: R.
+
+    Attributes:
+        num_rows: rows of all units together.
+        parts: first unit and order of each dataset: this one alone, from unit 0.
+
+    Raises:
+        ValueError: if there is no row, or a parameter is out of range.
     """
 
     def __init__(self, unit_rows: np.ndarray, *, seed: int, lanes: int, block_rows: int) -> None:
@@ -65,18 +59,18 @@ class SampleOrder:
         self.num_rows = int(self._rows.sum())
         if self.num_rows == 0:
             raise ValueError("the dataset holds 0 rows, but an order needs at least 1")
-        check_parameters(seed, lanes, block_rows)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"the order's seed is {seed}, but it must lie in [0, 2**64)")
+        for name, value in (("lanes", lanes), ("block_rows", block_rows)):
+            if value < 1:
+                raise ValueError(f"the order's {name} is {value}, but it must be at least 1")
+        self.parts: list[tuple[int, SampleOrder]] = [(0, self)]
         self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
         self._short, self._longer = divmod(self.num_rows, lanes)  # the first `longer` streams hold one row more
         self._permutations: dict[int, _Permutation] = {}
 
     @property
-    def parts(self) -> list[tuple[int, "SampleOrder"]]:
-        """First unit and order of each dataset: this one alone, from unit 0."""
-        return [(0, self)]
-
-    @property
-    def parameters(self) -> dict[str, int]:
+    def parameters(self) -> dict[str, Any]:
         """What fixes the order besides the dataset."""
         return {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
 

@@ -25,13 +25,9 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_exclusions(path: str | Path) -> list[str]:
-    """Read a list of patients or slides, one per line; blank lines and those that begin with # are skipped.
+    """Read the names of patients or slides from UTF-8 text, one per line, each once and in order.
 
-    Args:
-        path: UTF-8 text. Of a .csv or .tsv file the first column counts.
-
-    Returns:
-        Each name once, as written and in order.
+    Blank lines and those that begin with # are skipped; of a .csv or .tsv file the first column counts.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -92,21 +88,13 @@ class Count:
 
 @dataclass(frozen=True)
 class PatientSplit:
-    """A dataset split by patient.
+    """A dataset split by patient."""
 
-    Attributes:
-        training: the rows to train on; the source itself where these are all.
-        validation: the rows of validation patients; None if there are none.
-        counts: slides, patients and rows of each fate. A patient counts in each fate that a slide of theirs has.
-        unmatched: names of the exclusion list that no slide of this dataset has.
-        unnamed: whether some rows name no slide, so that they cannot be excluded.
-    """
-
-    training: Source
-    validation: Source | None
-    counts: dict[Fate, Count]
-    unmatched: frozenset[str]
-    unnamed: bool
+    training: Source  # the rows to train on; the source itself where these are all
+    validation: Source | None  # the rows of validation patients; None if there are none
+    counts: dict[Fate, Count]  # a patient counts in each fate that a slide of theirs has
+    unmatched: frozenset[str]  # names of the exclusion list that no slide of this dataset has
+    unnamed: bool  # whether some rows name no slide, so that they cannot be excluded
 
 
 def split_by_patient(
@@ -117,8 +105,7 @@ def split_by_patient(
     Looks up the slide of every row, which costs reads where the source's index does not know it.
 
     Args:
-        source: the dataset.
-        dataset: its name, for messages.
+        source: the dataset, called ``dataset`` in messages.
         excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
         validation_fraction: of patients to keep for validation, see `in_validation`.
 
@@ -201,10 +188,7 @@ def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.nda
                 unit_fate[unit] = _MIXED
                 mixed[unit] = np.fromiter(map(fates.__getitem__, slides), np.uint8, len(slides))
 
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        for _ in pool.map(look_up, range(0, total, step)):
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(look_up, range(0, total, step)):  # which cancels the rest where one fails
             pass
-    finally:
-        pool.shutdown(cancel_futures=True)
     return unit_fate, mixed

@@ -134,7 +134,7 @@ def test_every_key_is_read_somewhere(key: str):
     """Its name is read as an attribute, or mirrored by a field's name, outside the configuration itself."""
     name = key.rsplit(".", 1)[-1]
     name = "blur_prob_" if name.startswith("blur_prob_") else name  # of a view, whose name is put in
-    pattern = rf"\b{name}" if key.startswith("augmentation.") else rf"\.{name}\b|\"{name}\""
+    pattern = rf"\b{name}" if key.startswith(("augmentation.", "crops.")) else rf"\.{name}\b|\"{name}\""
     sources = (path for path in PACKAGE.rglob("*.py") if "configs" not in path.parts)
     assert key == "precision" or any(re.search(pattern, path.read_text()) for path in sources), key
 

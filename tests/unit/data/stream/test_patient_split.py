@@ -17,12 +17,11 @@ from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.derived import make_source
-from dinov2.data.stream.loader import TrainLoader
+from dinov2.data.stream.loader import DecodedRows, TrainLoader
 from dinov2.data.stream.mixture import make_order
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.patient_split import Count, Fate, PatientSplit, describe_splits, in_validation, split_by_patient
 from dinov2.data.stream.reader import RankReader
-from dinov2.data.stream.worker import DecodedRows
 from tests.helpers.memory_source import MemorySource
 from tests.helpers.shards import encode, tile, tile_number, write_groups, write_published
 
