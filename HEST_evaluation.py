@@ -9,7 +9,6 @@ import argparse
 import csv
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -79,7 +78,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     module = find_benchmark()
     results = run(module, model, transform, args)
     text = as_markdown(results, f"HEST: {Path(args.checkpoint).name}")
-    write_csv(args.output / "hest.csv", results)
+    with replacing(args.output / "hest.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("dataset", "mean", "sd"))
+        writer.writeheader()
+        writer.writerows(results)
     write_text(args.output / "hest.md", text)
     sys.stdout.write(text)
 
@@ -91,29 +93,21 @@ def find_benchmark() -> ModuleType:
         ImportError: if HEST is not there, is another package of that name, or lacks a requirement.
     """
     try:
-        is_there = importlib.util.find_spec("hest.bench") is not None
-    except ImportError:
-        is_there = False
-    if not is_there:
-        try:
-            found = importlib.metadata.version("hest")
-        except importlib.metadata.PackageNotFoundError:
-            raise ImportError(f"HEST is not installed; {_INSTALL}.") from None
-        raise ImportError(
-            f"The installed hest {found} is PyPI's HeST, a simulator of helium detectors, without hest.bench; "
-            f"{_INSTALL}."
-        )
-    try:
         return importlib.import_module("hest.bench.benchmark")
     except ImportError as error:
-        raise ImportError(f"HEST cannot be imported ({error}); {_INSTALL}.") from error
+        if error.name not in ("hest", "hest.bench"):
+            raise ImportError(f"HEST cannot be imported ({error}); {_INSTALL}.") from error
+    try:
+        found = importlib.metadata.version("hest")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"HEST is not installed; {_INSTALL}.") from None
+    raise ImportError(
+        f"The installed hest {found} is PyPI's HeST, a simulator of helium detectors, without hest.bench; {_INSTALL}."
+    )
 
 
 def run(
-    module: ModuleType,
-    model: torch.nn.Module,
-    transform: Callable[[Any], torch.Tensor],
-    args: argparse.Namespace,
+    module: ModuleType, model: torch.nn.Module, transform: Callable[[Any], torch.Tensor], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Benchmark through keyword arguments; returns ``dataset``, ``mean`` and ``sd`` over folds per task.
 
@@ -156,14 +150,6 @@ def as_markdown(results: Sequence[dict[str, Any]], title: str) -> str:
     if {row["dataset"] for row in results} == set(DATASETS):
         lines += [f"| average, {model} | {value:.3f} | |" for model, value in PUBLISHED.items()]
     return "\n".join(lines) + "\n"
-
-
-def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """One line per task."""
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("dataset", "mean", "sd"))
-        writer.writeheader()
-        writer.writerows(results)
 
 
 def _check_folders(args: argparse.Namespace) -> None:

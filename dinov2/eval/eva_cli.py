@@ -38,11 +38,8 @@ def teacher(
         checkpoint_path: any file that `dinov2.hub.load_teacher` opens.
         pooling: "cls" (the default) for embeddings (B, D), "cls_mean" for (B, 2D).
         out_indices: 1 for what segmentation needs: a list with the un-normalised map (B, D, H/p, W/p) of the last
-            block, whatever ``pooling`` says.
+            block, whatever ``pooling`` says; another number is a ValueError.
         output: an older name of ``pooling``.
-
-    Raises:
-        ValueError: if another number of maps is asked for.
     """
     if out_indices is None:
         return load_teacher(checkpoint_path, pooling=pooling or output)
@@ -68,8 +65,7 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
         raise ValueError(f"ACCELERATOR={accelerator} asks for a GPU and none is usable; leave it out or set it to cpu.")
     if environment.setdefault("MODEL_NAME", BACKBONE) != BACKBONE or "MODEL_EXTRA_KWARGS" in environment:
         return
-    path = environment.get("CHECKPOINT_PATH")
-    if not path:
+    if not (path := environment.get("CHECKPOINT_PATH")):
         raise ValueError("CHECKPOINT_PATH is not set; name a teacher's file.")
     given = {name: environment[name] for name in ("POOLING", "EMBEDDING") if environment.get(name)}
     pooling = next(iter(given.values()), "cls")
@@ -87,20 +83,14 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
 
 
 def check_inputs(arguments: Sequence[str], environment: MutableMapping[str, str]) -> None:
-    """Look whether the configuration and the data are there before eva is loaded.
-
-    Raises:
-        FileNotFoundError: if there is no such configuration or folder of data.
-        ValueError: if ``DATA_ROOT`` is not set.
-    """
+    """Look whether the configuration and the data are there before eva is loaded; the error says what is not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[])
     for config in parser.parse_known_args(arguments)[0].config:
         if "://" not in config and not Path(config).is_file():
             known = ", ".join(sorted(path.stem for path in _CONFIGS.glob("*.yaml")))
             raise FileNotFoundError(f"Configuration '{config}' does not exist; eval_configs/ has {known}.")
-    root = environment.get("DATA_ROOT")
-    if not root:
+    if not (root := environment.get("DATA_ROOT")):
         raise ValueError("DATA_ROOT is not set; name the folder of the data set, see docs/evaluation.md.")
     if environment.get("DOWNLOAD_DATA", "").lower() != "true" and not Path(root).is_dir():
         raise FileNotFoundError(f"DATA_ROOT={root} is not a folder; docs/evaluation.md says what it should hold.")
@@ -110,7 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run eva; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging()
-    if status := run_command(lambda: _prepare(arguments), logger):
+
+    def prepare() -> None:
+        if arguments and not {"-h", "--help", "--version"} & set(arguments):
+            if arguments != ["check"]:
+                check_inputs(arguments, os.environ)
+            fill_in(os.environ)
+        _registered()
+
+    if status := run_command(prepare, logger):
         return status
     if arguments == ["check"]:
         logger.info("Evaluating on the %s.", "GPU" if torch.cuda.is_available() else "CPU: no GPU is usable")
@@ -118,14 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = ["eva", *arguments]  # eva's callbacks read the configuration's name there, too
     _registered()()
     return DONE
-
-
-def _prepare(arguments: Sequence[str]) -> None:
-    if arguments and not {"-h", "--help", "--version"} & set(arguments):
-        if arguments != ["check"]:
-            check_inputs(arguments, os.environ)
-        fill_in(os.environ)
-    _registered()
 
 
 def _registered() -> Callable[[], None]:

@@ -11,11 +11,10 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from dinov2.logging import setup_logging
 from dinov2.utils.cli import run_command
@@ -44,7 +43,6 @@ METRICS = {
 }
 """What a task is measured by: the first of these that eva recorded (MulticlassAccuracy is a mean over classes)."""
 
-DONE = "done"
 STATUS_FILE = "status.tsv"
 """``task status seconds``, separated by tabs; the last line of a task counts."""
 
@@ -53,50 +51,28 @@ logger = logging.getLogger("dinov2")
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a task.
+    """What became of a task; the last five fields are empty without results."""
 
-    Attributes:
-        task: one of `TASKS`.
-        status: "done", "no data" or "failed".
-        seconds: spent on it.
-        metric: in words; empty without results, as are the next.
-        split: whose tiles or slides were measured: "test" where the task has such, else "val".
-        mean: over runs.
-        sd: over runs (n - 1); NaN of one run.
-        runs: number of runs.
-    """
-
-    task: str
-    status: str
-    seconds: float = math.nan
-    metric: str = ""
-    split: str = ""
-    mean: float = math.nan
-    sd: float = math.nan
+    task: str  # one of TASKS
+    status: str  # "done", "no data" or "failed"
+    seconds: float  # spent on it
+    metric: str = ""  # in words
+    split: str = ""  # whose tiles or slides were measured: "test" where the task has such, else "val"
+    mean: float = math.nan  # over runs
+    sd: float = math.nan  # over runs (n - 1); NaN of one run
     runs: int = 0
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Metric, split, mean, sd and runs of eva's ``results.json``.
-
-    Raises:
-        ValueError: if it is none, or has none of `METRICS`.
-    """
+def read_results(path: Path) -> tuple[str, str, float, float, int]:
+    """Metric, split, mean, sd and runs of eva's ``results.json``; ValueError if it is none or without `METRICS`."""
     try:
         metrics = json.loads(path.read_text())["metrics"]
         for split in ("test", "val"):
             for name, words in METRICS.items():
-                found = metrics[split] and metrics[split][0].get(f"{split}/{name}")
-                if found:
+                if found := metrics[split] and metrics[split][0].get(f"{split}/{name}"):
                     values = [float(value) for value in found["values"]]
                     sd = float(found["stdev"]) if len(values) > 1 else math.nan
-                    return {
-                        "metric": words,
-                        "split": split,
-                        "mean": fmean(values),
-                        "sd": sd,
-                        "runs": len(values),
-                    }
+                    return words, split, fmean(values), sd, len(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' is not a results.json of eva ({error!r}).") from error
     raise ValueError(f"'{path}' has none of {', '.join(METRICS)}.")
@@ -109,7 +85,7 @@ def collect(output: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: if the folder has no `STATUS_FILE`.
-        ValueError: if a file in it is damaged.
+        ValueError: if a file in it is corrupt.
     """
     status = output / STATUS_FILE
     if not status.is_file():
@@ -118,41 +94,29 @@ def collect(output: Path) -> list[Row]:
     for line in status.read_text().splitlines():
         try:
             task, outcome, seconds = line.split("\t")
-            found = {}
-            if outcome == DONE:
-                # eva's folders begin with the time.
+            found = ()
+            if outcome == "done":  # eva's folders begin with the time
                 found = read_results(max((output / task / "results").glob("*/results.json")))
-            rows[task] = Row(task, outcome, float(seconds), **found)
+            rows[TASKS.index(task)] = Row(task, outcome, float(seconds), *found)
         except ValueError as error:
             raise ValueError(f"'{status}': {line!r} cannot be read ({error}).") from error
-    return sorted(rows.values(), key=lambda row: TASKS.index(row.task))
-
-
-def averages(rows: Iterable[Row]) -> tuple[float, list[float]] | None:
-    """Mean over all tasks, of ours and of each published row; None where a task has no result."""
-    means = [row.mean for row in rows if row.runs]
-    return (fmean(means), [fmean(row) for row in PUBLISHED.values()]) if len(means) == len(TASKS) else None
+    return [rows[number] for number in sorted(rows)]
 
 
 def as_markdown(rows: Sequence[Row], title: str) -> str:
-    """The table as a page."""
+    """The table as a page, with averages where all tasks have a result."""
     header = ["task", "metric", "mean", "sd", "runs", "time", *PUBLISHED]
-    lines = [f"# {title}", "", _line(header), _line(["---"] * len(header))]
+    table: list[list[object]] = [header, ["---"] * len(header)]
     for row in rows:
         metric = f"{row.metric}, {row.split}" if row.runs else row.status
         own = [row.task, metric, _figure(row.mean), _figure(row.sd), row.runs or "", _clock(row.seconds)]
-        lines.append(_line(own + [_figure(value) for value in _published(row.task)]))
-    if over_all := averages(rows):
-        own = [
-            "average",
-            "all twelve",
-            _figure(over_all[0]),
-            "",
-            "",
-            _clock(math.fsum(row.seconds for row in rows)),
-        ]
-        lines.append(_line(own + [_figure(value) for value in over_all[1]]))
-    return "\n".join(lines) + "\n"
+        table.append(own + list(map(_figure, _published(row.task))))
+    means = [row.mean for row in rows if row.runs]
+    if len(means) == len(TASKS):
+        own = ["average", "all twelve", _figure(fmean(means)), "", "", _clock(math.fsum(row.seconds for row in rows))]
+        table.append(own + [_figure(fmean(figures)) for figures in PUBLISHED.values()])
+    lines = (f"| {' | '.join(map(str, cells))} |" for cells in table)
+    return "\n".join([f"# {title}", "", *lines]) + "\n"
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -165,29 +129,8 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow([*own, *_published(row.task)])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0])
-    parser.add_argument("output", type=Path, help="folder that scripts/run_eva.sh wrote")
-    output = parser.parse_args(argv).output
-    setup_logging()
-    return run_command(lambda: _summarise(output), logger)
-
-
-def _summarise(output: Path) -> None:
-    rows = collect(output)
-    text = as_markdown(rows, f"eva: {output.name}")
-    write_csv(output / "summary.csv", rows)
-    write_text(output / "summary.md", text)
-    sys.stdout.write(text)
-
-
 def _published(task: str) -> list[float]:
-    return [row[TASKS.index(task)] for row in PUBLISHED.values()]
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
+    return [figures[TASKS.index(task)] for figures in PUBLISHED.values()]
 
 
 def _figure(value: float) -> str:
@@ -197,6 +140,23 @@ def _figure(value: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0])
+    parser.add_argument("output", type=Path, help="folder that scripts/run_eva.sh wrote")
+    output = parser.parse_args(argv).output
+    setup_logging()
+
+    def summarise() -> None:
+        rows = collect(output)
+        text = as_markdown(rows, f"eva: {output.name}")
+        write_csv(output / "summary.csv", rows)
+        write_text(output / "summary.md", text)
+        sys.stdout.write(text)
+
+    return run_command(summarise, logger)
 
 
 if __name__ == "__main__":

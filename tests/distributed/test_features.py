@@ -45,8 +45,8 @@ def features_and_results(rank, root, shard):
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-    features, kept = extract_features(model, tiles.images, EMBEDDING, torch.device("cpu"))
-    return features, kept, evaluate(model, {"task": tiles}, EMBEDDING, PROBING, torch.device("cpu"))
+    features, kept = extract_features(model, tiles.images, EMBEDDING)
+    return features, kept, evaluate(model, {"task": tiles}, EMBEDDING, PROBING)
 
 
 def error_of(action, *args):

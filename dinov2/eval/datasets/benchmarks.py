@@ -21,17 +21,12 @@ _BREAKHIS_TEST = {
     "18842D", "19979", "15275", "15792", "16875", "3909", "5287", "16716", "2773", "5695", "16184CD", "23060CD",
     "21998CD", "21998EF",
 }  # fmt: skip
-_PCAM_SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
 
 def open_bach(root: str | Path) -> LabelledTiles:
     """BACH (ICIAR 2018): 400 images of 4 classes, 268 to train and 132 to test on, the split of kaiko-eva.
 
-    Args:
-        root: folder that holds ``ICIAR2018_BACH_Challenge``, or that folder, or its ``Photos``.
-
-    Raises:
-        FileNotFoundError, ValueError: if the folder does not have this layout.
+    The folder may be the one that holds ``ICIAR2018_BACH_Challenge``, that one, or its ``Photos``.
     """
     root = Path(root)
     candidates = (root / "ICIAR2018_BACH_Challenge" / "Photos", root / "Photos", root)
@@ -53,11 +48,7 @@ def open_bach(root: str | Path) -> LabelledTiles:
 def open_breakhis(root: str | Path) -> LabelledTiles:
     """BreaKHis at 40X: tubular adenoma, mucinous and ductal carcinoma, fibroadenoma; kaiko-eva's patient split.
 
-    Args:
-        root: folder of ``BreaKHis_v1``; images are ``**/40X/SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png``.
-
-    Raises:
-        FileNotFoundError, ValueError: if the folder does not have this layout.
+    Images of the folder are ``**/40X/SOB_<B|M>_<class>-<year>-<patient>-40-<number>.png``.
     """
     root = Path(root)
     found = sorted(path.relative_to(root).as_posix() for path in root.glob("**/40X/*.png"))
@@ -82,39 +73,25 @@ def open_breakhis(root: str | Path) -> LabelledTiles:
 def open_pcam(root: str | Path) -> LabelledTiles:
     """PatchCamelyon with its own split: 262,144 tiles to train, 32,768 to choose and 32,768 to test on.
 
-    Args:
-        root: folder of ``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5``.
-
-    Raises:
-        FileNotFoundError, ValueError: if files are missing or do not fit together.
-        ImportError: if h5py is not installed.
+    The folder holds ``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5``. ImportError: if h5py is missing.
     """
-    root = Path(root)
-    files = {
-        split: [root / f"camelyonpatch_level_2_split_{name}_{key}.h5" for key in "xy"]
-        for split, name in _PCAM_SPLITS.items()
-    }
-    if absent := [path for pair in files.values() for path in pair if not path.is_file()]:
+    root, names = Path(root), {"train": "train", "val": "valid", "test": "test"}
+    files = {key: [root / f"camelyonpatch_level_2_split_{name}_{key}.h5" for name in names.values()] for key in "xy"}
+    if absent := [path for path in (*files["x"], *files["y"]) if not path.is_file()]:
         raise FileNotFoundError(f"PCam in '{root}' lacks {absent[0].name}; its six unpacked .h5 files are expected.")
-    labels, splits = [], []
-    for split, (_, path) in files.items():
-        labels.append(_open(path, "y")[:].reshape(-1).astype(np.int64))
-        splits += [split] * len(labels[-1])
-    images = Hdf5Tiles([pair[0] for pair in files.values()])
-    if images.counts != [len(part) for part in labels]:
-        raise ValueError(f"PCam in '{root}' has {images.counts} tiles, but {list(map(len, labels))} labels.")
-    return LabelledTiles(images, np.concatenate(labels), ("no_tumor", "tumor"), splits=tuple(splits))
+    labels = [_open(path, "y")[:].reshape(-1).astype(np.int64) for path in files["y"]]
+    images, counts = Hdf5Tiles(files["x"]), list(map(len, labels))
+    if images.counts != counts:
+        raise ValueError(f"PCam in '{root}' has {images.counts} tiles, but {counts} labels.")
+    splits = tuple(np.repeat(list(names), counts).tolist())
+    return LabelledTiles(images, np.concatenate(labels), ("no_tumor", "tumor"), splits=splits)
 
 
 class Hdf5Tiles:
-    """Tiles of HDF5 files, one after the other; ``x`` of each is uint8 (N, H, W, 3).
-
-    Args:
-        paths: the files.
-    """
+    """Tiles of HDF5 files, one after the other; ``x`` of each is uint8 (N, H, W, 3)."""
 
     def __init__(self, paths: Sequence[Path]):
-        self.paths = tuple(paths)
+        self._paths = paths
         self._arrays = [_open(path, "x") for path in paths]
         self.counts = [len(array) for array in self._arrays]
         self._ends = np.cumsum(self.counts)
@@ -125,7 +102,7 @@ class Hdf5Tiles:
     def name(self, index: int) -> str:
         """File and row."""
         file, row = self._find(index)
-        return f"row {row} of {self.paths[file]}"
+        return f"row {row} of {self._paths[file]}"
 
     def read(self, index: int) -> np.ndarray:
         """One tile, uint8 (H, W, 3) RGB."""
@@ -152,7 +129,6 @@ def _open(path: Path, key: str) -> Any:
 
 
 BENCHMARKS: dict[str, Callable[[str | Path], LabelledTiles]] = {
-    "bach": open_bach,
-    "breakhis": open_breakhis,
-    "pcam": open_pcam,
-}
+    "bach": open_bach, "breakhis": open_breakhis, "pcam": open_pcam,
+}  # fmt: skip
+"""By name; FileNotFoundError or ValueError say where a folder does not have the layout."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
-from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image
+from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image, image_format
 
 logger = logging.getLogger("dinov2")
 
@@ -36,12 +38,7 @@ class TileImages(Protocol):
 
 
 class ImageFiles:
-    """Image files under a folder.
-
-    Args:
-        root: the folder.
-        names: their paths below it.
-    """
+    """Image files: a folder, and their paths below it."""
 
     def __init__(self, root: Path, names: Sequence[str]):
         self.root, self.names = root, tuple(names)
@@ -57,32 +54,25 @@ class ImageFiles:
         """Decode the file: PNG and JPEG as in training, the rest by Pillow."""
         try:
             data = Path(self.name(index)).read_bytes()
-            if data[:3] == b"\xff\xd8\xff" or data[:4] == b"\x89PNG":
+            if image_format(data):
                 return decode_image(data)
-            return _pillow(data)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+            with Image.open(io.BytesIO(data)) as image:
+                return np.array(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for corrupt files
             raise UnreadableImage(f"Image '{self.name(index)}' cannot be read: {error}.") from error
 
 
-def _pillow(data: bytes) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
-
-
 class ParquetTiles:
-    """Rows of Parquet datasets, one dataset after the other, in stored order.
+    """Rows of open Parquet datasets, one dataset after the other, in stored order.
 
     Args:
-        sources: open datasets.
+        sources: the datasets.
         limit: take this many rows, spread evenly over all; None takes all.
     """
 
     def __init__(self, sources: Sequence[Source], limit: int | None = None):
         self._units = [(source, unit) for source in sources for unit in range(len(source.unit_rows))]
-        rows = np.concatenate([np.asarray(source.unit_rows, np.int64) for source in sources])
-        self._ends = np.cumsum(rows)
+        self._ends = np.cumsum(np.concatenate([np.asarray(source.unit_rows, np.int64) for source in sources]))
         total = int(self._ends[-1])
         count = total if limit is None else min(limit, total)
         self._rows = np.arange(count) * total // max(count, 1)
@@ -92,43 +82,37 @@ class ParquetTiles:
 
     def name(self, index: int) -> str:
         """The row as it is stored."""
-        source, unit, row = self._find(index)
+        source, unit, row = self.find(index)
         return source.describe(unit, row)
 
     def read(self, index: int) -> np.ndarray:
         """Fetch and decode one row."""
-        source, unit, row = self._find(index)
-        ((slide, data),) = source.read(unit, [row])
-        try:
-            return source.decode(EncodedSample(index, unit, row, slide, data))
-        except DecodeError as error:
-            raise UnreadableImage(f"Image in {self.name(index)} cannot be read: {error}.") from error
+        source, unit, row = self.find(index)
+        return decode_row(source, EncodedSample(index, unit, row, *source.read(unit, [row])[0]))
 
     def slides(self) -> list[str]:
         """Slide name of every tile."""
         names = [slide for source, unit in self._units for slide in source.slides(unit)]
         return [names[row] for row in self._rows]
 
-    def _find(self, index: int) -> tuple[Source, int, int]:
-        position = int(np.searchsorted(self._ends, self._rows[index], side="right"))
-        source, unit = self._units[position]
-        first = int(self._ends[position]) - int(source.unit_rows[unit])
-        return source, unit, int(self._rows[index]) - first
+    def find(self, index: int) -> tuple[Source, int, int]:
+        """Dataset, unit and row within the unit of a tile."""
+        number = int(np.searchsorted(self._ends, self._rows[index], side="right"))
+        source, unit = self._units[number]
+        return source, unit, int(self._rows[index] - self._ends[number] + source.unit_rows[unit])
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """All tiles, each row group fetched once; damaged rows are left out with a warning."""
-        places = map(self._find, range(len(self)))
-        for (source, unit), found in groupby(places, key=lambda place: place[:2]):
-            rows = [row for _, _, row in found]
-            for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
-                try:
-                    yield source.decode(EncodedSample(0, unit, row, slide, data))
-                except DecodeError as error:
-                    logger.warning("Left out %s: %s.", source.describe(unit, row), error)
+
+def decode_row(source: Source, sample: EncodedSample) -> np.ndarray:
+    """Decode a stored row to uint8 (H, W, 3) RGB; raises UnreadableImage."""
+    try:
+        return source.decode(sample)
+    except DecodeError as error:
+        name = source.describe(sample.unit, sample.row)
+        raise UnreadableImage(f"Image in {name} cannot be read: {error}.") from error
 
 
 def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]:
-    """Decode tiles in stored order, leaving out damaged rows with a warning.
+    """Decode tiles in stored order, leaving out corrupt rows with a warning; each row group is fetched once.
 
     Args:
         source: an open dataset.
@@ -137,4 +121,21 @@ def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]
     Yields:
         uint8 (H, W, 3) RGB.
     """
-    return iter(ParquetTiles([source], limit))
+    tiles = ParquetTiles([source], limit)
+    for unit, found in groupby(map(tiles.find, range(len(tiles))), key=lambda location: location[1]):
+        rows = [row for _, _, row in found]
+        for row, stored in zip(rows, source.read(unit, rows), strict=True):
+            try:
+                yield decode_row(source, EncodedSample(0, unit, row, *stored))
+            except UnreadableImage as error:
+                logger.warning("A tile is left out: %s", error)
+
+
+def visible_files(folder: Path) -> list[str]:
+    """Paths below a folder of all files in it, sorted; hidden files and folders are left out."""
+    found = []
+    for location, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        inside = Path(location).relative_to(folder)
+        found += [(inside / name).as_posix() for name in names if name[0] != "."]
+    return sorted(found)

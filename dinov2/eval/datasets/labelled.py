@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,48 +15,35 @@ GROUPINGS = ("patient", "slide", "tile")
 
 @dataclass(frozen=True)
 class LabelledTiles:
-    """N tiles; a ValueError tells where the parts do not fit together.
-
-    Attributes:
-        images: the tiles.
-        labels: class number of each, int64 (N,).
-        classes: name of each class.
-        slides: slide of each tile, or None.
-        patients: patient of each tile, or None.
-        splits: ``train``, ``val`` or ``test`` for each tile, or None where folds are to be made.
-        per_slide: a label belongs to the slide, and slides are what is counted.
-    """
+    """N tiles; a ValueError tells where the parts do not fit together."""
 
     images: TileImages
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    slides: tuple[str, ...] | None = None
-    patients: tuple[str, ...] | None = None
-    splits: tuple[str, ...] | None = None
-    per_slide: bool = False
+    labels: np.ndarray  # class number of each tile, int64 (N,)
+    classes: tuple[str, ...]  # name of each class
+    slides: tuple[str, ...] | None = None  # of each tile
+    patients: tuple[str, ...] | None = None  # of each tile
+    splits: tuple[str, ...] | None = None  # train, val or test for each tile; None where folds are to be made
+    per_slide: bool = False  # a label belongs to the slide, and slides are what is counted
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise ValueError(
                 f"Labels name {len(self.classes)} class ({', '.join(self.classes)}); at least 2 are needed."
             )
-        absent = [name for number, name in enumerate(self.classes) if not np.any(self.labels == number)]
-        if absent:
+        if absent := [name for number, name in enumerate(self.classes) if not np.any(self.labels == number)]:
             raise ValueError(f"Class {absent[0]!r} has no tiles; every class needs some.")
         if self.splits is None:
             return
-        unknown = sorted(set(self.splits) - set(SPLITS))
-        if unknown:
+        if unknown := sorted(set(self.splits) - set(SPLITS)):
             raise ValueError(f"Split {unknown[0]!r} is none of {', '.join(SPLITS)}.")
-        for needed in ("train", "test"):
-            if needed not in self.splits:
-                raise ValueError(f"Splits hold no {needed} tiles; train and test are needed, val is optional.")
+        if missing := [name for name in ("train", "test") if name not in self.splits]:
+            raise ValueError(f"Splits hold no {missing[0]} tiles; train and test are needed, val is optional.")
 
     def groups(self, by: str | None = None) -> np.ndarray:
         """Number of the patient, slide or tile that each tile belongs to, int64 (N,).
 
         Args:
-            by: ``patient``, ``slide`` or ``tile``; None takes the widest that is known.
+            by: one of `GROUPINGS`; None takes the widest that is known.
 
         Raises:
             ValueError: if `by` is not known for these tiles.
@@ -68,24 +55,24 @@ class LabelledTiles:
         return np.unique(np.asarray(known[by]), return_inverse=True)[1]
 
     def thinned(self, limit: int, seed: int = 0) -> LabelledTiles:
-        """At most `limit` tiles of each split, drawn with the classes' shares kept; order stays."""
+        """At most `limit` tiles of each split, drawn so that classes keep their fractions; order stays."""
         rng = np.random.default_rng(seed)
         splits = np.asarray(self.splits or ["all"] * len(self.labels))
         keep = []
         for split in np.unique(splits):
-            here = np.flatnonzero(splits == split)
-            if len(here) > limit:
-                order = here[np.lexsort((rng.random(len(here)), self.labels[here]))]
-                here = order[np.arange(limit) * len(here) // limit]
-            keep.append(here)
+            members = np.flatnonzero(splits == split)
+            if len(members) > limit:
+                order = members[np.lexsort((rng.random(len(members)), self.labels[members]))]
+                members = order[np.arange(limit) * len(members) // limit]
+            keep.append(members)
         chosen = np.sort(np.concatenate(keep))
 
         def pick(values: Sequence[str] | None) -> tuple[str, ...] | None:
             return None if values is None else tuple(values[i] for i in chosen)
 
-        return LabelledTiles(
-            SomeTiles(self.images, chosen), self.labels[chosen], self.classes,
-            pick(self.slides), pick(self.patients), pick(self.splits), self.per_slide,
+        return replace(
+            self, images=SomeTiles(self.images, chosen), labels=self.labels[chosen],
+            slides=pick(self.slides), patients=pick(self.patients), splits=pick(self.splits),
         )  # fmt: skip
 
 

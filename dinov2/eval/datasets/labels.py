@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.patients import patient_of, patients_of
-from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages
+from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages, visible_files
 from dinov2.eval.datasets.labelled import SPLITS, LabelledTiles
 
 logger = logging.getLogger("dinov2")
@@ -48,34 +49,31 @@ def open_labelled_tiles(
         return _from_shards(shards) if shards else _from_folder(root)
     rows, key = read_labels(labels)
     if key == "file":
-        return _with_rows(ImageFiles(root, list(rows)), list(rows), rows, labels, root)
+        return _of_files(root, rows, labels)
     if shards:
-        tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
-        paths = tiles.slides()
-        return _of_slides(tiles, [_stem_of(path, rows) for path in paths], paths, rows, labels)
-    names = image_names(root)
-    slides = list(map(_slide_finder(slide_regex), names))
-    paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
-    return _of_slides(ImageFiles(root, names), slides, paths, rows, labels)
+        images: TileImages = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
+        paths = images.slides()
+        slides = []
+        for path in paths:  # the labels name a slide whole, or its file name with or without the suffix
+            spellings = (path, Path(path).name, Path(path).stem)
+            slides.append(next((name for name in spellings if name in rows), path))
+    else:
+        names = image_names(root)
+        images, slides = ImageFiles(root, names), list(map(_slide_finder(slide_regex), names))
+        paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
+    return _of_slides(images, slides, paths, rows, labels)
 
 
 def image_names(root: Path) -> list[str]:
     """Paths below a folder of all images in it, sorted; hidden files and folders are left out."""
-    paths = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(path.as_posix() for path in paths if not any(part[0] == "." for part in path.parts))
+    names = [name for name in visible_files(root) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not names:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise FileNotFoundError(f"Folder '{root}' holds no image ({kinds}).")
+        raise FileNotFoundError(f"Folder '{root}' holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return names
 
 
 def read_labels(path: str | Path) -> tuple[Rows, str]:
-    """Rows of a CSV of labels by file or slide, and which of the two (``file``, ``slide_id``) it names.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no such CSV, or names something twice or without a label.
-    """
+    """Rows of a CSV of labels by file or slide, and which of the two (``file``, ``slide_id``) it names."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Labels '{path}' do not exist.")
@@ -116,8 +114,6 @@ def _from_folder(root: Path) -> LabelledTiles:
 
 
 def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
-    import pyarrow.parquet as pq
-
     columns: dict[str, list[str]] = {"label": [], "patient": [], "split": []}
     shared = set.intersection(*(set(pq.read_schema(shard).names) for shard in shards))
     if "label" not in shared:
@@ -133,16 +129,14 @@ def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
     return _build(tiles, columns["label"], tiles.slides(), columns["patient"], columns["split"])
 
 
-def _with_rows(images: TileImages, names: Sequence[str], rows: Rows, source: str | Path, root: Path) -> LabelledTiles:
+def _of_files(root: Path, rows: Rows, source: str | Path) -> LabelledTiles:
     present = set(image_names(root))
-    absent = [name for name in names if name not in present]
-    if absent:
+    if absent := [name for name in rows if name not in present]:
         raise ValueError(f"Labels '{source}' name {_first_of(absent)}, which is not in '{root}'.")
-    if unlabelled := sorted(present - set(names)):
+    if unlabelled := sorted(present - set(rows)):
         raise ValueError(f"Tile {_first_of(unlabelled)} of '{root}' has no label in '{source}'.")
-    values = {column: [rows[name].get(column) or "" for name in names] for column in ("slide", "patient", "split")}
-    labels = [rows[name]["label"] for name in names]
-    return _build(images, labels, values["slide"], values["patient"], values["split"])
+    columns = {name: [row.get(name) or "" for row in rows.values()] for name in ("slide", "patient", "split")}
+    return _build(ImageFiles(root, list(rows)), [row["label"] for row in rows.values()], *columns.values())
 
 
 def _of_slides(
@@ -153,10 +147,10 @@ def _of_slides(
         raise ValueError(f"Slide {_first_of(unlabelled)}, which has tiles, is not in '{source}'.")
     if without := sorted(set(rows) - set(slides)):
         logger.warning("%d slides of '%s' have no tiles, %r for one.", len(without), source, without[0])
-    values = {column: [rows[slide].get(column) or "" for slide in slides] for column in ("patient", "split")}
-    labels = [rows[slide]["label"] for slide in slides]
-    patients = values["patient"] if any(values["patient"]) else _patients(paths)
-    return _build(images, labels, slides, patients or (), values["split"], per_slide=True)
+    patients, splits = ([rows[slide].get(name) or "" for slide in slides] for name in ("patient", "split"))
+    if not any(patients):
+        patients = _patients(paths) or ()
+    return _build(images, [rows[slide]["label"] for slide in slides], slides, patients, splits, per_slide=True)
 
 
 def _first_of(names: Sequence[str]) -> str:
@@ -176,15 +170,13 @@ def _build(
     for name, values in columns.items():
         if any(values) and not all(values):
             raise ValueError(f"Column {name!r} is empty for '{images.name(list(map(bool, values)).index(False))}'.")
-    classes = tuple(sorted(set(labels)))
-    number = {name: index for index, name in enumerate(classes)}
+    classes, numbers = np.unique(np.array(labels, object), return_inverse=True)
     known = {name: tuple(values) if any(values) else None for name, values in columns.items()}
     if known["patient"] is None and known["slide"] is not None:
         known["patient"] = _patients(known["slide"])
     if known["split"] is not None:
         known["split"] = tuple(_SPLIT_NAMES.get(name.lower(), name) for name in known["split"])
-    numbers = np.array([number[label] for label in labels], np.int64)
-    return LabelledTiles(images, numbers, classes, known["slide"], known["patient"], known["split"], per_slide)
+    return LabelledTiles(images, numbers, tuple(classes), known["slide"], known["patient"], known["split"], per_slide)
 
 
 def _patients(slides: Sequence[str]) -> tuple[str, ...] | None:
@@ -209,9 +201,3 @@ def _slide_finder(pattern: str | None) -> Callable[[str], str]:
         raise ValueError(f"Slide pattern {pattern!r} does not match tile {name!r}.")
 
     return find
-
-
-def _stem_of(slide: str, rows: Rows) -> str:
-    """A Parquet row's slide as the labels name it: whole, or its file name with or without the suffix."""
-    path = Path(slide)
-    return next((name for name in (slide, path.name, path.stem) if name in rows), slide)

@@ -14,24 +14,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.distributed import (
-    destroy_process_group,
-    get_global_rank,
-    get_global_size,
-    on_main_process,
-    process_group,
-)
+from dinov2.distributed import destroy_process_group, get_global_rank, get_global_size, on_main_process, process_group
 from dinov2.eval.embed.files import ENDINGS, STORED, require_h5py
-from dinov2.eval.embed.inputs import KINDS, open_input
-from dinov2.eval.embed.read_ahead import Fitting
-from dinov2.eval.embed.run import DESCRIPTION, Output, embed_parts
-from dinov2.eval.embed.slides import Grid
+from dinov2.eval.embed.inputs import KINDS, Grid, open_input
+from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts
 from dinov2.eval.features import Embedding, embed_tiles
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.architecture import describe
@@ -51,10 +42,8 @@ logger = logging.getLogger("dinov2")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.eval.embed",
-        description="Embed images, Parquet datasets or slides with a teacher.",
-    )
+    description = "Embed images, Parquet datasets or slides with a teacher."
+    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.embed", description=description)
     add, grid = parser.add_argument, Grid()
     cli.add_checkpoint(parser)
     add(
@@ -80,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mpp", type=float, default=grid.mpp, help="um per px of the tiles (%(default)s)")
     add("--tile-size", type=int, default=grid.tile_size, help="side of a tile in px (%(default)s)")
     add("--stride", type=int, help="px from tile to tile (the tile size)")
-    add("--min-tissue", type=float, default=grid.min_tissue, help="least share of tissue (%(default)s)")
+    add("--min-tissue", type=float, default=grid.min_tissue, help="least fraction of tissue (%(default)s)")
     cli.add_mpp_file(slides)
     args = parser.parse_args(argv)
     for name in ("batch_size", "workers", "rows_per_file"):
@@ -98,10 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     device = select_device(args.device)
-    with (
-        process_group(device),
-        memory_advice(f"--batch-size {args.batch_size} is too much, take a smaller one"),
-    ):
+    advice = f"--batch-size {args.batch_size} is too much, take a smaller one"
+    with process_group(device), memory_advice(advice):
         setup_logging()
         _embed(args, device)
 
@@ -111,7 +98,11 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
         require_h5py()
     stride = args.tile_size if args.stride is None else args.stride
     grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue)
-    _refuse_overlap(args.input, args.output)
+    location, target = Path(args.input).expanduser().resolve(), args.output.resolve()
+    if location.is_dir() and target.is_relative_to(location):
+        raise ValueError(
+            f"Output '{args.output}' lies in the input '{args.input}', which it would change; give another folder."
+        )
     source = on_main_process(lambda: open_input(args.input, args.kind, grid, args.rows_per_file, args.mpp_file))
     backbone = load_teacher(args.checkpoint).to(device)
     patch, width = backbone.patch_size, backbone.embed_dim * (2 if args.pooling == "cls_mean" else 1)
@@ -125,16 +116,16 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     stored = args.store or ("fp32" if dtype == "fp32" or args.format == "hdf5" else "fp16")
     mean, std, origin = normalisation(args.checkpoint, args.mean, args.std)
     logger.info("Images are normalised with %s.", origin)
+    with local_weights(args.checkpoint).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     # All that the embeddings depend on; the names are those of folders that have been begun.
     identity = {
         "version": _FORMAT_VERSION,
-        "checkpoint_sha256": _sha256(args.checkpoint),
+        "checkpoint_sha256": digest,
         "architecture": describe(backbone),
         "output_tokens": args.pooling,
         "dtype": dtype, "stored": stored, "mean": mean, "std": std, "resize": args.image_size,
-        "format": args.format,
-        "input": source.fingerprint,
-        "kind": source.kind,
+        "format": args.format, "input": source.fingerprint, "kind": source.kind,
     }  # fmt: skip
     if source.kind == "slides":
         rule = TissueRule()
@@ -142,48 +133,25 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     else:
         identity["rows_per_file"] = args.rows_per_file
     output = Output(args.output, args.format, stored, width, json.loads(json.dumps(identity)))
-    missing = on_main_process(lambda: output.prepare(source.parts, _about(args, device)))
+    about = {
+        "checkpoint": args.checkpoint, "step": trained_with(args.checkpoint).get("step"), "input": args.input,
+        "device": str(device), "versions": package_versions(),
+    }  # fmt: skip
+    missing = on_main_process(lambda: output.prepare(source.parts, about))
     if len(missing) < len(source.parts):
         logger.info("%d of %d files are there already.", len(source.parts) - len(missing), len(source.parts))
     rank, world = get_global_rank(), get_global_size()
     destroy_process_group()  # processes have nothing to say to each other from here on, and may end hours apart
-    how = Embedding(args.pooling, mean=mean, std=std, autocast=None if dtype == "fp32" else DTYPES[dtype])
+    embedding = Embedding(args.pooling, mean=mean, std=std, autocast=None if dtype == "fp32" else DTYPES[dtype])
 
     def embedder(tiles: Sequence[np.ndarray]) -> np.ndarray:
-        return embed_tiles(backbone, tiles, how, device).cpu().numpy()
+        return embed_tiles(backbone, tiles, embedding).cpu().numpy()
 
     with locked(args.output / DESCRIPTION, rank):
-        counts = embed_parts(
+        embed_parts(
             source, missing[rank::world], output, embedder, fitting,
-            batch_size=args.batch_size, workers=args.workers, skip_damaged=args.skip_damaged, show_progress=rank == 0,
+            batch_size=args.batch_size, workers=args.workers, skip_corrupt=args.skip_damaged, show_progress=rank == 0,
         )  # fmt: skip
-    if counts.damaged:
-        logger.warning("%d tiles could not be read and were left out; their files say which.", counts.damaged)
-    if counts.unreadable:
-        logger.warning("%d parts could not be read: %s", len(counts.unreadable), counts.unreadable[0])
-    logger.info("Wrote %d embeddings into %s.", counts.written, args.output)
-
-
-def _about(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the description says besides."""
-    return {
-        "checkpoint": args.checkpoint,
-        "step": trained_with(args.checkpoint).get("step"),
-        "input": args.input,
-        "device": str(device),
-        "versions": package_versions(),
-    }
-
-
-def _sha256(checkpoint: str) -> str:
-    with local_weights(checkpoint).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refuse_overlap(source: str, output: Path) -> None:
-    place, target = Path(source).expanduser().resolve(), output.resolve()
-    if place.is_dir() and (target == place or place in target.parents):
-        raise ValueError(f"Output '{output}' lies in the input '{source}', which it would change; give another folder.")
 
 
 if __name__ == "__main__":

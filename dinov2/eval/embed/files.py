@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.utils.files import commit, unfinished
+from dinov2.utils.files import replacing
 
 ENDINGS = {"parquet": ".parquet", "hdf5": ".h5"}
 STORED = {"fp16": np.float16, "fp32": np.float32}
@@ -34,23 +34,19 @@ Columns = dict[str, Sequence[Any]]
 def embedding_file(path: Path, width: int, stored: str) -> Iterator[EmbeddingFile]:
     """Write a file that gets its name when the block ends well; its ending tells the format.
 
-    Rows are added by ``append``: values of some columns, and embeddings (N, D). ``finish`` writes what is waiting, and
-    JSON notes about the file.
-
-    Args:
-        path: of the file.
-        width: D.
-        stored: a key of `STORED`.
-
-    Raises:
-        OSError: if the file cannot be written.
-        ImportError: if HDF5 is wanted and h5py not installed.
+    Rows are added by ``append``: values of some columns, and embeddings (N, width) of the dtype that is ``stored``,
+    N > 0. ``finish`` writes what is waiting, and JSON notes about the file.
     """
-    opened = _parquet if path.suffix == ENDINGS["parquet"] else _hdf5
-    with unfinished(path) as partial:
-        with opened(partial, width, STORED[stored]) as file:
-            yield file
-        commit(partial, path)
+    with replacing(path) as partial:
+        if path.suffix == ENDINGS["hdf5"]:
+            with require_h5py().File(partial, "w") as file:
+                yield _Hdf5File(file, width, STORED[stored])
+            return
+        embedding = pa.list_(pa.from_numpy_dtype(STORED[stored]), width)
+        schema = pa.schema([*_COLUMNS.items(), ("embedding", embedding)])
+        repeated = ["slide", "level", "mpp", "tile_size"]
+        with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=repeated) as writer:
+            yield _ParquetFile(writer, schema)
 
 
 def require_h5py() -> Any:
@@ -64,29 +60,19 @@ def require_h5py() -> Any:
     return h5py
 
 
-@contextmanager
-def _parquet(path: Path, width: int, dtype: type) -> Iterator[EmbeddingFile]:
-    embedding = pa.list_(pa.from_numpy_dtype(dtype), width)
-    schema = pa.schema([*_COLUMNS.items(), ("embedding", embedding)])
-    repeated = ["slide", "level", "mpp", "tile_size"]
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeated) as writer:
-        yield _ParquetFile(writer, schema, dtype)
-
-
 class _ParquetFile:
     """Row groups of 1024 rows, whatever is appended at a time."""
 
-    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, dtype: type) -> None:
-        self._writer, self._schema, self._dtype = writer, schema, dtype
-        self._waiting: list[pa.Table] = []
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+        self._waiting = [schema.empty_table()]
 
     def append(self, columns: Columns, embeddings: np.ndarray) -> None:
-        count = len(embeddings)
         arrays = [
-            pa.array(columns[name], kind) if name in columns else pa.nulls(count, kind)
+            pa.array(columns[name], kind) if name in columns else pa.nulls(len(embeddings), kind)
             for name, kind in _COLUMNS.items()
         ]
-        values = pa.array(np.ascontiguousarray(embeddings, self._dtype).ravel())
+        values = pa.array(embeddings.ravel())
         arrays.append(pa.FixedSizeListArray.from_arrays(values, type=self._schema.field("embedding").type))
         self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
         if sum(map(len, self._waiting)) >= _ROWS_PER_GROUP:
@@ -97,45 +83,37 @@ class _ParquetFile:
         self._writer.add_key_value_metadata({key: json.dumps(value) for key, value in notes.items()})
 
     def _write(self, least: int) -> None:
-        table = pa.concat_tables(self._waiting) if self._waiting else self._schema.empty_table()
+        table = pa.concat_tables(self._waiting)
         while len(table) >= least:
             self._writer.write_table(table.slice(0, _ROWS_PER_GROUP), _ROWS_PER_GROUP)
             table = table.slice(_ROWS_PER_GROUP)
         self._waiting = [table]
 
 
-@contextmanager
-def _hdf5(path: Path, width: int, dtype: type) -> Iterator[EmbeddingFile]:
-    with require_h5py().File(path, "w") as file:
-        yield _Hdf5File(file, width, dtype)
-
-
 class _Hdf5File:
     """TRIDENT's layout, which CLAM reads too: `features` (N, D) and `coords` (N, 2), int64 level-0 px.
 
-    The attributes of `coords` have TRIDENT's names. Images and rows have a `name`; an unknown place is -1.
+    The attributes of `coords` have TRIDENT's names. Images and rows have a `name`; an unknown coordinate is -1.
     """
 
     def __init__(self, file: Any, width: int, dtype: type) -> None:
         self._file = file
-        self._growing("features", (width,), dtype)
+        self._extend("features", np.empty((0, width), dtype))
 
     def append(self, columns: Columns, embeddings: np.ndarray) -> None:
         self._extend("features", embeddings)
-        if len(embeddings) and "name" in columns:
-            self._growing("name", (), require_h5py().string_dtype())
-            self._extend("name", np.array(columns["name"], object))
-        if len(embeddings) and "x" in columns:
-            self._growing("coords", (2,), np.int64)
-            places = zip(columns["x"], columns["y"], strict=True)
-            self._extend("coords", np.array([[-1 if v is None else v for v in place] for place in places]))
+        if "name" in columns:
+            self._extend("name", np.array(columns["name"], object), require_h5py().string_dtype())
+        if "x" in columns:
+            pairs = zip(columns["x"], columns["y"], strict=True)
+            self._extend("coords", np.array([[-1 if v is None else v for v in pair] for pair in pairs], np.int64))
 
     def finish(self, notes: dict[str, Any]) -> None:
         for key, value in notes.items():  # not as attributes, which hold 64 kB at most
             self._file[key] = json.dumps(value)
         about = notes["part"]
         if "slide_mpp" in about:
-            self._growing("coords", (2,), np.int64)
+            self._extend("coords", np.empty((0, 2), np.int64))
             self._file["coords"].attrs.update(
                 {
                     "patch_size": about["tile_size"],
@@ -147,16 +125,17 @@ class _Hdf5File:
                 }
             )
 
-    def _growing(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    def _extend(self, name: str, rows: np.ndarray, dtype: Any = None) -> None:
+        """Append rows to a dataset, which is begun where there is none."""
         if name not in self._file:
             self._file.create_dataset(
-                name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(_ROWS_PER_GROUP, *shape)
-            )
-
-    def _extend(self, name: str, rows: np.ndarray) -> None:
-        dataset, start = self._file[name], len(self._file[name])
-        dataset.resize(start + len(rows), axis=0)
-        dataset[start:] = rows
+                name, (0, *rows.shape[1:]), dtype or rows.dtype,
+                maxshape=(None, *rows.shape[1:]), chunks=(_ROWS_PER_GROUP, *rows.shape[1:]),
+            )  # fmt: skip
+        if len(rows):
+            dataset, start = self._file[name], len(self._file[name])
+            dataset.resize(start + len(rows), axis=0)
+            dataset[start:] = rows
 
 
 EmbeddingFile = _ParquetFile | _Hdf5File

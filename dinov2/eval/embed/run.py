@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from dinov2.eval.datasets.images import UnreadableImage
-from dinov2.eval.embed.files import ENDINGS, STORED, EmbeddingFile, embedding_file
-from dinov2.eval.embed.read_ahead import Fitting, Part, Piece, TileInput, read_ahead
+from dinov2.eval.datasets.images import TileImages, UnreadableImage
+from dinov2.eval.embed.files import ENDINGS, STORED, embedding_file
+from dinov2.eval.embed.inputs import Part, TileInput
+from dinov2.eval.features import map_ahead
+from dinov2.hub.pixels import centred_square
 from dinov2.utils.files import check_description, leftovers, locked, write_json
 
 logger = logging.getLogger("dinov2")
 
 DESCRIPTION = "_embedding.json"  # readers of Parquet folders leave files with this underscore out
 _ALL_RANKS = 1 << 20
+_TILES_AT_ONCE = 8  # that one thread reads, neighbours of one slide
+
+Tile = np.ndarray | UnreadableImage
+"""Pixels, or why there are none."""
+
+
+class Piece(NamedTuple):
+    """Some neighbouring tiles of a part, and their numbers in it."""
+
+    number: int  # of the part
+    part: Part
+    tiles: list[tuple[int, Tile]]
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where embeddings go, and as what.
+    """Where embeddings go, and as what."""
 
-    Attributes:
-        folder: new, empty, or of the same run.
-        format: a key of `ENDINGS`.
-        stored: dtype of the embeddings, a key of `STORED`.
-        width: of an embedding.
-        identity: JSON of all that decides over the embeddings; another one is refused.
-    """
-
-    folder: Path
-    format: str
-    stored: str
-    width: int
-    identity: dict[str, Any]
+    folder: Path  # new, empty, or of the same run
+    format: str  # a key of ENDINGS
+    stored: str  # dtype of the embeddings, a key of STORED
+    width: int  # of an embedding
+    identity: dict[str, Any]  # JSON of all that decides over the embeddings; a folder of another one is refused
 
     def path(self, part: str) -> Path:
         """The file of a part."""
@@ -55,7 +61,6 @@ class Output:
 
         Raises:
             FileExistsError: if the folder is of another run, holds other files, or is in use.
-            OSError: if it cannot be written.
         """
         description = self.folder / DESCRIPTION
         try:
@@ -64,10 +69,9 @@ class Output:
             raise FileExistsError(f"Output '{self.folder}' is a file; give a new or empty folder.") from error
         if not check_description(description, self.identity):
             begun = {partial for _, partial in leftovers(self.folder)}
-            other = next((path for path in sorted(self.folder.iterdir()) if path not in begun), None)
-            if other is not None:
+            if others := sorted(set(self.folder.iterdir()) - begun):
                 raise FileExistsError(
-                    f"Output '{self.folder}' holds other files, '{other.name}' for one; give a new or empty folder."
+                    f"Output '{self.folder}' holds other files, '{others[0].name}' for one; give a new or empty folder."
                 )
             write_json(description, {"build": self.identity, "about": about})
         with locked(description, 0, _ALL_RANKS):
@@ -79,12 +83,43 @@ class Output:
 
 
 @dataclass
-class Counts:
-    """What a process has done: embeddings written, tiles left out, and why slides or shards were left out."""
+class Fitting:
+    """How tiles get sides that the network takes."""
 
-    written: int = 0
-    damaged: int = 0
-    unreadable: list[str] | None = None
+    patch_size: int  # of the network, in px
+    image_size: int | None = None  # of the resized centred square; None cuts edges off evenly, to whole patches
+    _has_warned: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and (self.image_size < 1 or self.image_size % self.patch_size):
+            raise ValueError(
+                f"--image-size is {self.image_size}, but it must be a positive multiple of the patch size "
+                f"{self.patch_size}."
+            )
+
+    def read(self, tiles: TileImages, index: int) -> Tile:
+        """A uint8 (H, W, 3) tile with sides that are multiples of the patch, or why there is none."""
+        try:
+            image = tiles.read(index)
+        except UnreadableImage as error:
+            return error
+        if self.image_size is not None:
+            return centred_square(image, self.image_size)
+        found_height, found_width = image.shape[:2]
+        height, width = (side - side % self.patch_size for side in image.shape[:2])
+        if not (height and width):
+            return UnreadableImage(
+                f"{tiles.name(index)} has {found_width} x {found_height} px, less than a patch of {self.patch_size}; "
+                "--image-size enlarges images."
+            )
+        if (height, width) != image.shape[:2] and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "Images such as %s of %d x %d px are cut to %d x %d; --image-size scales them instead.",
+                tiles.name(index), found_width, found_height, width, height,
+            )  # fmt: skip
+        top, left = (found_height - height) // 2, (found_width - width) // 2
+        return image[top : top + height, left : left + width]
 
 
 def embed_parts(
@@ -96,95 +131,114 @@ def embed_parts(
     *,
     batch_size: int,
     workers: int,
-    skip_damaged: bool = False,
-    show_progress: bool = True,
-) -> Counts:
+    skip_corrupt: bool,
+    show_progress: bool,
+) -> None:
     """Embed some parts of an input and write a file for each.
 
+    Tiles are read by threads, in order and ahead, also over the end of a part: the next part is opened meanwhile.
+
     Args:
-        source: the input.
-        numbers: which of its parts.
+        source, numbers: the input, and which of its parts.
         output: a prepared folder.
         embedder: tiles to embeddings, float32 (N, D).
         fitting: how tiles are made to fit.
-        batch_size: tiles in a forward pass.
         workers: threads that read.
-        skip_damaged: leave out what cannot be read instead of raising.
-        show_progress: draw a bar, where there is a terminal.
+        skip_corrupt: leave out what cannot be read, with a warning, instead of raising.
 
     Raises:
         ValueError: if a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
         OSError: if a shard cannot be read, or a file not written.
     """
-    counts = Counts(unreadable=[] if skip_damaged else None)
-    pieces = read_ahead(
-        source, numbers, fitting, workers=workers, tiles_ahead=2 * max(batch_size, 8 * workers),
-        unreadable=counts.unreadable,
-    )  # fmt: skip
-    with closing(pieces), _bar(source, numbers, show_progress) as bar:
-        for number, of_part in groupby(_watched(pieces, source, bar), key=lambda piece: piece.number):
-            damaged: list[str] = []
+    written, left_out, unreadable = 0, 0, []
+    options = {"total": len(numbers), "bar_format": "{l_bar}{bar}| {n:.2f}/{total} slides [{elapsed}<{remaining}]"}
+    if source.part_rows:
+        options = {"total": sum(source.part_rows[number] for number in numbers), "unit": "tile"}
+    pieces = _read_ahead(source, numbers, fitting, workers, batch_size, unreadable if skip_corrupt else None)
+    with closing(pieces), tqdm(desc="embedding", disable=None if show_progress else True, **options) as bar:
+        for (number, part), of_part in groupby(pieces, key=lambda piece: piece[:2]):
+            corrupt: list[str] = []
+            step = 1 if source.part_rows else 1 / max(1, len(part.tiles))
             with embedding_file(output.path(source.parts[number]), output.width, output.stored) as file:
-                for part, places, tiles in _batches(of_part, batch_size, damaged if skip_damaged else None):
-                    if places:
-                        _append(file, part, places, embedder(tiles), output.stored)
-                        counts.written += len(places)
-                file.finish({"run": output.identity, "part": part.about, "damaged": damaged})
-            counts.damaged += len(damaged)
+                for batch in _batches(of_part, batch_size, corrupt if skip_corrupt else None):
+                    indices, tiles = zip(*batch, strict=True)
+                    columns = {name: [values[i] for i in indices] for name, values in part.columns.items()}
+                    file.append(columns, _as_stored(embedder(tiles), output.stored, part, indices))
+                    written += len(batch)
+                    bar.update(len(batch) * step)
+                file.finish({"run": output.identity, "part": part.about, "damaged": corrupt})
+            part.close()
+            left_out += len(corrupt)
+            bar.update(len(corrupt) * step if len(part.tiles) else 1)
             if not len(part.tiles):
                 logger.warning("Slide '%s' has no tile with enough tissue.", part.about["path"])
-    return counts
+    if left_out:
+        logger.warning("%d tiles could not be read and were left out; their files say which.", left_out)
+    if unreadable:
+        logger.warning("%d parts could not be read: %s", len(unreadable), unreadable[0])
+    logger.info("Wrote %d embeddings into %s.", written, output.folder)
 
 
-def _bar(source: TileInput, numbers: Sequence[int], shown: bool) -> tqdm:
-    options: dict[str, Any] = {"total": len(numbers), "unit": "slide"}
-    options["bar_format"] = "{l_bar}{bar}| {n:.2f}/{total} slides [{elapsed}<{remaining}]"
-    if source.part_rows is not None:
-        options = {"total": sum(source.part_rows[number] for number in numbers), "unit": "tile"}
-    return tqdm(desc="embedding", disable=None if shown else True, **options)
+def _read_ahead(
+    source: TileInput,
+    numbers: Sequence[int],
+    fitting: Fitting,
+    workers: int,
+    batch_size: int,
+    unreadable: list[str] | None,
+) -> Generator[Piece, None, None]:
+    """Tiles of some parts in order, at least one piece of each; ``unreadable`` takes up why others cannot be opened."""
+
+    def open_part(number: int) -> Part | UnreadableImage:
+        try:
+            return source.open(number)
+        except UnreadableImage as error:
+            return error
+
+    def spans() -> Iterator[tuple[int, Part, range]]:
+        for number, part in zip(numbers, map_ahead(open_part, numbers, workers=1, ahead=1), strict=True):
+            if isinstance(part, Part):
+                count = len(part.tiles)
+                for first in range(0, max(1, count), _TILES_AT_ONCE):
+                    yield number, part, range(first, min(first + _TILES_AT_ONCE, count))
+            elif unreadable is None:
+                raise part
+            else:
+                unreadable.append(str(part))
+
+    def read(span: tuple[int, Part, range]) -> Piece:
+        number, part, indices = span
+        return Piece(number, part, [(index, fitting.read(part.tiles, index)) for index in indices])
+
+    ahead = 2 * max(batch_size, _TILES_AT_ONCE * workers) // _TILES_AT_ONCE
+    return map_ahead(read, spans(), workers, ahead)
 
 
-def _watched(pieces: Iterable[Piece], source: TileInput, bar: tqdm) -> Iterator[Piece]:
+def _batches(pieces: Iterable[Piece], size: int, corrupt: list[str] | None) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Good tiles of a part and their numbers in it, at most ``size`` at a time."""
+    batch = []
     for piece in pieces:
-        yield piece
-        if source.part_rows is not None:
-            bar.update(len(piece.tiles))
-        else:
-            bar.update(len(piece.tiles) / len(piece.part.tiles) if len(piece.part.tiles) else 1)
+        for index, tile in piece.tiles:
+            if isinstance(tile, np.ndarray):
+                batch.append((index, tile))
+            elif corrupt is None:
+                raise tile
+            else:
+                corrupt.append(str(tile))
+            if len(batch) == size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
 
 
-def _batches(
-    pieces: Iterable[Piece], size: int, damaged: list[str] | None
-) -> Iterator[tuple[Part, list[int], list[np.ndarray]]]:
-    """Good tiles of a part and their places in it, at most `size` at a time; the last batch may be empty."""
-    places: list[int] = []
-    tiles: list[np.ndarray] = []
-    for piece in pieces:
-        for place, tile in enumerate(piece.tiles, piece.first):
-            if isinstance(tile, UnreadableImage):
-                if damaged is None:
-                    raise tile
-                damaged.append(str(tile))
-                continue
-            places.append(place)
-            tiles.append(tile)
-            if len(places) == size:
-                yield piece.part, places, tiles
-                places, tiles = [], []
-    yield piece.part, places, tiles
-
-
-def _append(file: EmbeddingFile, part: Part, places: list[int], embeddings: np.ndarray, stored: str) -> None:
+def _as_stored(embeddings: np.ndarray, stored: str, part: Part, indices: Sequence[int]) -> np.ndarray:
     with np.errstate(over="ignore"):
         embeddings = embeddings.astype(STORED[stored])
     finite = np.isfinite(embeddings).all(1)
     if not finite.all():
-        name = part.tiles.name(places[int(np.argmin(finite))])
+        name = part.tiles.name(indices[int(np.argmin(finite))])
         raise ValueError(
             f"The embedding of {name} is not finite in {stored}; --dtype fp32 with --store fp32 has the widest range."
         )
-    columns = {
-        name: values[places] if isinstance(values, np.ndarray) else [values[place] for place in places]
-        for name, values in part.columns.items()
-    }
-    file.append(columns, embeddings)
+    return embeddings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ logger = logging.getLogger("dinov2")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.eval.probe", description="Probe a teacher's features on labelled tiles."
-    )
+    description = "Probe a teacher's features on labelled tiles."
+    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.probe", description=description)
     default, add = Probing(), parser.add_argument
     cli.add_checkpoint(parser)
     add(
@@ -52,12 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help=".csv, appended to, or a new .json")
     add("--folds", type=int, default=default.folds, help="where tiles have no split (%(default)s)")
     add("--group", choices=GROUPINGS, help="never parted by folds (default: the widest known)")
-    add(
-        "--aggregate",
-        choices=AGGREGATIONS,
-        default=default.aggregation,
-        help="for labels per slide (%(default)s)",
-    )
+    add("--aggregate", choices=AGGREGATIONS, default=default.aggregation, help="for labels per slide (%(default)s)")
     add("--limit", type=int, help="tiles taken of each split, at most (default: all)")
     add("--seed", type=int, default=default.seed, help="(%(default)s)")
     for name, (option, _) in option_flags().items():
@@ -91,10 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     device = select_device(args.device)
-    with (
-        process_group(device),
-        memory_advice(f"--batch-size {args.batch_size} or --limit is too much, take a smaller one"),
-    ):
+    advice = f"--batch-size {args.batch_size} or --limit is too much, take a smaller one"
+    with process_group(device), memory_advice(advice):
         setup_logging()
         results = _probe(args, device)
         if is_main_process():
@@ -116,11 +108,14 @@ def _probe(args: argparse.Namespace, device: torch.device) -> list[Result]:
     )  # fmt: skip
     tasks = open_tasks(args.data, args.labels, args.slide_regex)
     backbone = load_teacher(args.checkpoint).to(device)
-    results = run_probes(backbone, tasks, embedding, probing, device)
+    results = run_probes(backbone, tasks, embedding, probing)
     if args.output is not None:
-        command = vars(args) | {"output": None}
-        about = {"checkpoint": args.checkpoint, "step": trained.get("step"), "command": command}
-        on_main_process(lambda: _write(args.output, results, about))
+        command, step = vars(args) | {"output": None}, trained.get("step")
+        about = {"checkpoint": args.checkpoint, "step": step, "command": command}
+        if args.output.suffix == ".csv":
+            on_main_process(lambda: append_csv(args.output, results, step))
+        else:
+            on_main_process(lambda: write_json(args.output, results, about))
     return results
 
 
@@ -132,9 +127,9 @@ def open_tasks(
     Raises:
         FileNotFoundError, ValueError: if a root does not have the layout, or labels are given for several roots.
     """
-    tasks: dict[str, LabelledTiles] = {}
     if labels is not None and len(data) > 1:
         raise ValueError(f"Labels '{labels}' are given for {len(data)} roots; one root is possible with labels.")
+    tasks: dict[str, LabelledTiles] = {}
     for item in data:
         name, equals, root = item.partition("=")
         if not equals or "/" in name:
@@ -158,13 +153,6 @@ def _check_output(output: Path | None) -> None:
         raise ValueError(f"Output '{output}' exists; name a new file, or a .csv to append to.")
     if output.suffix == ".csv":
         append_csv(output, [], None)
-
-
-def _write(output: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
-    if output.suffix == ".csv":
-        append_csv(output, results, about["step"])
-    else:
-        write_json(output, results, about)
 
 
 if __name__ == "__main__":

@@ -34,18 +34,13 @@ class FewShot(Probe):
         least = min(count.min() for count in counts)
         if beyond := [shots for shots in self.options.shots if shots > least]:
             logger.warning("Few-shot with %s tiles per class is left out: a class has %d.", beyond, least)
-        seed, draws = task.probing.seed, self.options.draws
-        return [
-            result
-            for shots in self.options.shots
-            if shots <= least
-            # The nearest of few centroids ranks tiles poorly, and a hundred draws would take long.
-            for result in task.classify(
-                f"few_shot{shots}",
-                partial(few_shot_scores, shots=shots, draws=draws, seed=seed),
-                with_auroc=False,
-            )
-        ]
+        results = []
+        for shots in self.options.shots:
+            if shots <= least:
+                scores = partial(few_shot_scores, shots=shots, draws=self.options.draws, seed=task.probing.seed)
+                # The nearest of few centroids ranks tiles poorly, and a hundred draws would take long.
+                results += task.classify(f"few_shot{shots}", scores, with_auroc=False)
+        return results
 
 
 def few_shot_scores(fold: Fold, shots: int, draws: int = 100, seed: int = 0) -> Tensor:
@@ -54,11 +49,7 @@ def few_shot_scores(fold: Fold, shots: int, draws: int = 100, seed: int = 0) -> 
     SimpleShot (Wang et al. 2019, arXiv:1911.04623): the mean of all training rows, without their labels, is
     subtracted, and rows are scaled to length 1. ``score(c) = -|x - mean of the shots of c|^2``.
 
-    Args:
-        fold: each class has at least `shots` training rows.
-        shots: rows drawn per class, without replacement.
-        draws: how often.
-        seed: of the draws of fold 0.
+    Rows are drawn without replacement, by a generator of ``seed`` plus the fold's number.
 
     Raises:
         ValueError: if a class has too few rows.

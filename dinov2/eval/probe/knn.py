@@ -14,7 +14,6 @@ from dinov2.eval.probe.results import Result
 from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
 
 TEMPERATURE = 0.07
-_VOTES = {"": TEMPERATURE, "_majority": None}
 _QUERIES = 512
 
 
@@ -29,17 +28,16 @@ class Knn(Probe):
 
     def measure(self, task: TaskFeatures) -> list[Result]:
         """Classify by each vote and number of neighbours."""
-        kinds = [(vote, k) for vote in _VOTES for k in self.options.neighbours]
-        return [
-            result
-            for vote, k in kinds
-            for result in task.classify(f"knn{k}{vote}", partial(knn_scores, k=k, temperature=_VOTES[vote]))
-        ]
+        results = []
+        for vote, temperature in (("", TEMPERATURE), ("_majority", None)):
+            for k in self.options.neighbours:
+                results += task.classify(f"knn{k}{vote}", partial(knn_scores, k=k, temperature=temperature))
+        return results
 
 
 @torch.no_grad()
 def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE) -> Tensor:
-    """Shares of the vote of the k nearest (or all N) training rows for each class, float32 (1, M, C).
+    """Fractions of the vote of the k nearest (or all N) training rows for each class, float32 (1, M, C).
 
     ::
 
@@ -53,7 +51,7 @@ def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE)
         nearness, nearest = (queries @ train.T).topk(min(k, len(train)))
         weights = torch.ones_like(nearness)
         if temperature is not None:
-            # Divided by the nearest one's weight, which changes no share and cannot overflow.
+            # Divided by the nearest one's weight, which changes no fraction and cannot overflow.
             weights = ((nearness - nearness[:, :1]) / temperature).exp()
         scores.append((weights[..., None] * votes[nearest]).sum(1) / weights.sum(1, keepdim=True))
     return torch.cat(scores)[None]

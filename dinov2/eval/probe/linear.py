@@ -17,29 +17,15 @@ from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a head is trained.
+    """How a head is trained."""
 
-    Attributes:
-        optimizer: ``sgd`` (Nesterov 0.9, no weight decay) or ``adamw`` (weight decay 0.01).
-        lr: learning rate at `batch`; SGD's scales with the batch.
-        batch: rows per step.
-        small_batch: rows per step where the training part is smaller than `batch`.
-        cosine: let the learning rate fall to zero over all steps along half a cosine; else it is constant.
-        patience: share of the epochs without a better validation after which a run stops.
-        steps: at most.
-    """
-
-    optimizer: str
-    lr: float
-    batch: int
-    small_batch: int
-    cosine: bool
-    patience: float
-    steps: int = 12_500
-
-    def within(self, steps: int) -> Protocol:
-        """The same in so many steps."""
-        return replace(self, steps=steps)
+    optimizer: str  # sgd (Nesterov 0.9, no weight decay) or adamw (weight decay 0.01)
+    lr: float  # at `batch`; SGD's scales with the batch
+    batch: int  # rows per step
+    small_batch: int  # rows per step where the training part is smaller than `batch`
+    cosine: bool  # let the learning rate fall to zero over all steps along half a cosine; else it is constant
+    patience: float  # fraction of the epochs without a better validation after which a run stops
+    steps: int = 12_500  # at most
 
 
 KAIKO = Protocol("sgd", lr=0.01, batch=4096, small_batch=256, cosine=True, patience=1 / 20)
@@ -63,7 +49,7 @@ class LinearEva(Probe):
 
     def measure(self, task: TaskFeatures) -> list[Result]:
         """Train heads on every division and classify by each."""
-        runs, protocol = self.options.runs, self.protocol.within(self.options.steps)
+        runs, protocol = self.options.runs, replace(self.protocol, steps=self.options.steps)
 
         def scores(fold: Fold) -> Tensor:
             seed = task.probing.seed + fold.number * runs
@@ -81,19 +67,12 @@ class LinearKaiko(LinearEva):
 
 @dataclass(frozen=True)
 class Head:
-    """R linear heads.
+    """R linear heads."""
 
-    Attributes:
-        weight: float32 (R, D, C).
-        bias: float32 (R, 1, C).
-        step: after which each head's validation was best, int64 (R,).
-        accuracy: balanced, on validation, float32 (R,).
-    """
-
-    weight: Tensor
-    bias: Tensor
-    step: Tensor
-    accuracy: Tensor
+    weight: Tensor  # float32 (R, D, C)
+    bias: Tensor  # float32 (R, 1, C)
+    step: Tensor  # after which each head's validation was best, int64 (R,)
+    accuracy: Tensor  # balanced, on validation, float32 (R,)
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
@@ -112,66 +91,46 @@ def train_heads(
     """Train heads from different seeds side by side, and keep each at its best validation.
 
     After every epoch the balanced accuracy on validation is taken; of equal ones the first counts. Random numbers
-    come from generators of this call's own.
+    come from generators of this call's own; run r has seed ``seed + r``.
 
     Args:
-        train: features (N, D) and class numbers, int64 (N,).
-        val: the same of the rows to choose on.
-        classes: C.
-        protocol: optimiser and numbers.
-        runs: R; run r has seed ``seed + r``.
-        seed: of the first run.
+        train, val: features (N, D) and class numbers, int64 (N,), of the rows to fit on and to choose on.
     """
     features, labels = train[0].float(), train[1]
     count, width = features.shape
     batch = protocol.batch if count >= protocol.batch else protocol.small_batch
     generators = [torch.Generator().manual_seed(seed + run) for run in range(runs)]
-    parameters = _initial(generators, width, classes, features.device)
-    optimizer = _optimizer(parameters, protocol, batch)
+    bound = 1 / math.sqrt(width)  # as `nn.Linear` draws them
+    drawn = [
+        [torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((width, classes), (1, classes))]
+        for g in generators
+    ]
+    parameters = [torch.stack(parts).to(features.device).requires_grad_() for parts in zip(*drawn, strict=True)]
+    if protocol.optimizer == "adamw":
+        peak, optimizer = protocol.lr, torch.optim.AdamW(parameters, lr=protocol.lr, weight_decay=0.01)
+    else:
+        peak = protocol.lr * batch / protocol.batch
+        optimizer = torch.optim.SGD(parameters, lr=peak, momentum=0.9, nesterov=True)
     epoch_steps = -(-count // batch)
-    patience = max(1, round(protocol.patience * protocol.steps / epoch_steps))
-    best = Head(*(p.detach().clone() for p in parameters), *_nothing_yet(runs, features.device))
+    patience = epoch_steps * max(1, round(protocol.patience * protocol.steps / epoch_steps))
+    nothing_yet = torch.zeros(runs, dtype=torch.int64), torch.full((runs,), -1.0)
+    best = Head(*(value.detach().clone().to(features.device) for value in (*parameters, *nothing_yet)))
     step = 0
     with torch.enable_grad():
-        while step < protocol.steps and bool((step - best.step < patience * epoch_steps).any()):
+        while step < protocol.steps and bool((step - best.step < patience).any()):
             orders = torch.stack([torch.randperm(count, generator=g) for g in generators]).to(features.device)
             for rows in orders.split(batch, dim=1)[: protocol.steps - step]:
                 if protocol.cosine:
-                    _set_share(optimizer, (1 + math.cos(math.pi * step / protocol.steps)) / 2)
+                    fraction = (1 + math.cos(math.pi * step / protocol.steps)) / 2
+                    optimizer.param_groups[0]["lr"] = peak * fraction
                 logits = torch.baddbmm(parameters[1], features[rows], parameters[0])
                 loss = cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
                 optimizer.zero_grad()
                 (loss * runs).backward()  # each head's own mean over its batch
                 optimizer.step()
                 step += 1
-            best = _better(best, parameters, val, classes, step, patience * epoch_steps)
+            best = _better(best, parameters, val, classes, step, patience)
     return best
-
-
-def _initial(generators: list[torch.Generator], width: int, classes: int, device: torch.device) -> list[Tensor]:
-    """Weight (R, D, C) and bias (R, 1, C) as `nn.Linear` draws them: uniform within 1 / sqrt(D)."""
-    bound = 1 / math.sqrt(width)
-    drawn = [
-        [torch.empty(*shape).uniform_(-bound, bound, generator=g) for shape in ((width, classes), (1, classes))]
-        for g in generators
-    ]
-    return [torch.stack(parts).to(device).requires_grad_() for parts in zip(*drawn, strict=True)]
-
-
-def _optimizer(parameters: list[Tensor], protocol: Protocol, batch: int) -> torch.optim.Optimizer:
-    if protocol.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=protocol.lr, weight_decay=0.01)
-    lr = protocol.lr * batch / protocol.batch
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
-
-
-def _set_share(optimizer: torch.optim.Optimizer, share: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("peak_lr", group["lr"]) * share
-
-
-def _nothing_yet(runs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros(runs, dtype=torch.int64, device=device), torch.full((runs,), -1.0, device=device)
 
 
 @torch.no_grad()

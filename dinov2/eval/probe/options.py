@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from dinov2.configs.fields import key
+from dinov2.configs.fields import key, key_of
 from dinov2.eval.datasets.labelled import GROUPINGS
 from dinov2.extensions import PROBES
 
@@ -19,31 +19,16 @@ _TOGETHER = {"linear": ("linear_eva", "linear_kaiko")}
 
 @dataclass(frozen=True)
 class Probing:
-    """What is done with features.
+    """What is done with features; ValueError if a name is unknown or a number out of range."""
 
-    Attributes:
-        probes: names in `PROBES`; ``linear`` is both linear ones.
-        options: of probes by name, instances of their ``Options``; those left out keep their defaults.
-        folds: where tiles have no split.
-        group: ``patient``, ``slide`` or ``tile``, never parted by folds and drawn whole in intervals; None takes the
-            widest that is known.
-        aggregation: with labels per slide: mean of a slide's ``features``, or of its tiles' ``probabilities``.
-        resamples: of the bootstrap; 0 leaves intervals out.
-        limit: tiles taken of each split, at most; None takes all.
-        seed: of everything random.
-
-    Raises:
-        ValueError: if a name is unknown or a number out of range.
-    """
-
-    probes: tuple[str, ...] = tuple(PROBES)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    probes: tuple[str, ...] = tuple(PROBES)  # names; linear is both linear ones
+    options: Mapping[str, Any] = field(default_factory=dict)  # instances of `Options` by probe; others keep defaults
     folds: int = key(5, "where tiles have no split", least=2)
-    group: str | None = None
-    aggregation: str = "features"
-    resamples: int = key(1000, "of the bootstrap", least=0)
+    group: str | None = None  # one of GROUPINGS, never parted by folds and drawn whole; None takes the widest known
+    aggregation: str = "features"  # with labels per slide: mean of a slide's features, or of its tiles' probabilities
+    resamples: int = key(1000, "of the bootstrap; 0 leaves intervals out", least=0)
     limit: int | None = key(None, "tiles taken of each split, at most", least=1)
-    seed: int = 0
+    seed: int = 0  # of everything random
 
     def __post_init__(self) -> None:
         probe_names(self.probes)
@@ -52,7 +37,9 @@ class Probing:
         if self.group not in (None, *GROUPINGS):
             raise ValueError(f"Group {self.group!r} is none of {', '.join(GROUPINGS)}.")
         for numbers in (self, *self.options.values()):
-            _check_range(numbers)
+            for number in fields(numbers):
+                if not key_of(number).accepts(value := getattr(numbers, number.name)):
+                    raise ValueError(f"{number.name} is {value}; values{key_of(number).interval()} are accepted.")
 
     def build(self) -> list[Probe]:
         """The probes, ready to measure."""
@@ -60,11 +47,7 @@ class Probing:
 
 
 def probe_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names in `PROBES`, each once, for names of which some stand for several.
-
-    Raises:
-        ValueError: if one is unknown.
-    """
+    """Names in `PROBES`, each once, for names of which some stand for several; ValueError if one is unknown."""
     each = dict.fromkeys(name for given in names for name in _TOGETHER.get(given, (given,)))
     if problem := next(filter(None, map(PROBES.problem, each)), None):
         raise ValueError(problem)
@@ -86,24 +69,13 @@ def option_flags() -> dict[str, tuple[Field[Any], list[str]]]:
 
 
 def options_for(**values: Any) -> dict[str, Any]:
-    """Options of all registered probes with some values of `option_flags` changed.
-
-    Raises:
-        TypeError: if there is no such flag.
-    """
+    """Options of all registered probes with some values of `option_flags` changed; TypeError if there is no such."""
     changed: dict[str, dict[str, Any]] = {name: {} for name in PROBES}
     flags = option_flags()
     for flag, value in values.items():
         if flag not in flags:
             raise TypeError(f"No probe has the option {flag!r}; known are {', '.join(flags)}.")
-        for name in flags[flag][1]:
-            changed[name][flags[flag][0].name] = value
+        option, probes = flags[flag]
+        for name in probes:
+            changed[name][option.name] = value
     return {name: PROBES[name].Options(**own) for name, own in changed.items()}
-
-
-def _check_range(numbers: Any) -> None:
-    for number in fields(numbers):
-        least, value = getattr(number.metadata.get("key"), "least", None), getattr(numbers, number.name)
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if least is not None and min(values, default=least) < least:
-            raise ValueError(f"{number.name} is {value}; at least {least} is needed.")

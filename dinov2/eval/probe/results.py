@@ -15,29 +15,17 @@ from dinov2.utils import files
 
 @dataclass(frozen=True)
 class Result:
-    """One metric of one probe.
+    """One metric of one probe."""
 
-    Attributes:
-        task: name of the tiles.
-        probe: what was done with their features.
-        metric: what it was measured by.
-        value: mean over folds and runs.
-        low: lower end of the 95 % interval; NaN where there is none.
-        high: upper end.
-        sd: over folds and runs; NaN where there is one.
-        runs: folds times runs.
-        count: tiles (or slides) tested.
-    """
-
-    task: str
-    probe: str
-    metric: str
-    value: float
-    low: float = math.nan
+    task: str  # name of the tiles
+    probe: str  # what was done with their features
+    metric: str  # what it was measured by
+    value: float  # mean over folds and runs
+    low: float = math.nan  # ends of the 95 % interval; NaN where there is none
     high: float = math.nan
-    sd: float = math.nan
-    runs: int = 1
-    count: int = 0
+    sd: float = math.nan  # over folds and runs; NaN where there is one
+    runs: int = 1  # folds times runs
+    count: int = 0  # tiles (or slides) tested
 
 
 COLUMNS = ("step", *(field.name for field in fields(Result)))
@@ -55,35 +43,34 @@ def as_metrics(results: Sequence[Result]) -> dict[str, float]:
     return metrics
 
 
-def append_csv(path: str | Path, results: Sequence[Result], step: int | None) -> None:
+def append_csv(path: Path, results: Sequence[Result], step: int | None) -> None:
     """Add one line per metric to a CSV, which is begun where there is none. The last lines of a step count.
 
     Raises:
         ValueError: if the file is another table.
     """
-    path = Path(path)
     before = path.read_text() if path.exists() else ""
     if before and tuple(next(csv.reader([before.partition("\n")[0]]))) != COLUMNS:
         raise ValueError(f"'{path}' is another table; name a new file or one with columns {','.join(COLUMNS)}.")
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+    writer = csv.writer(lines, lineterminator="\n")
     if not before:
-        writer.writeheader()
-    for result in results:
-        row = {name: "" if value != value else value for name, value in asdict(result).items()}
-        writer.writerow({"step": "" if step is None else step, **row})
+        writer.writerow(COLUMNS)
+    writer.writerows([step, *_without_nan(result).values()] for result in results)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, [before, lines.getvalue()])
 
 
-def write_json(path: str | Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
+def write_json(path: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
     """Write results and what they are of to a new file; NaN becomes null. Raises FileExistsError."""
-    path = Path(path)
     if path.exists():
         raise FileExistsError(f"'{path}' exists already; name a new file.")
-    rows = [{name: None if value != value else value for name, value in asdict(result).items()} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {**about, "results": rows})
+    files.write_json(path, {**about, "results": list(map(_without_nan, results))})
+
+
+def _without_nan(result: Result) -> dict[str, Any]:
+    return {name: None if value != value else value for name, value in asdict(result).items()}
 
 
 def as_table(results: Sequence[Result]) -> str:
@@ -92,29 +79,18 @@ def as_table(results: Sequence[Result]) -> str:
     by_probe: dict[tuple[str, str], dict[str, Result]] = {}
     for result in results:
         by_probe.setdefault((result.task, result.probe), {})[result.metric] = result
-    for (task, probe), metrics in by_probe.items():
-        headline = metrics.get(HEADLINE)
-        any_one = next(iter(metrics.values()))
-        figures = [_show(metrics.get(name)) for name in ("accuracy", "f1", "auroc")]
-        first = [_show(headline), _interval(headline), _number(headline.sd)] if headline else [_show(any_one), "", ""]
-        lines.append((task, probe, *first, *figures, str(any_one.runs), str(any_one.count)))
+    for names, metrics in by_probe.items():
+        first = metrics.get(HEADLINE) or next(iter(metrics.values()))
+        low, high, sd = map(_figure, (first.low, first.high, first.sd))
+        others = [_figure(metrics[name].value) if name in metrics else "" for name in ("accuracy", "f1", "auroc")]
+        interval = f"{low} - {high}" if low else ""
+        lines.append((*names, _figure(first.value), interval, sd, *others, str(first.runs), str(first.count)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justified = ([str.ljust] * 2 + [str.rjust] * 8, widths)
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
+        "  ".join(justify(cell, width) for cell, justify, width in zip(line, *justified, strict=True)) for line in lines
     )
 
 
-def _number(value: float) -> str:
+def _figure(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4f}"
-
-
-def _show(result: Result | None) -> str:
-    return "" if result is None else _number(result.value)
-
-
-def _interval(result: Result) -> str:
-    return "" if math.isnan(result.low) else f"{result.low:.4f} - {result.high:.4f}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from dinov2.eval.probe.results import Result
@@ -13,7 +11,7 @@ from dinov2.eval.probe.task import Probe, TaskFeatures
 class RankMe(Probe):
     """`rankme` of up to 2,048 test tiles."""
 
-    needs_labels: ClassVar[bool] = False
+    needs_labels = False
 
     def measure(self, task: TaskFeatures) -> list[Result]:
         """Measure the sample."""
@@ -23,7 +21,7 @@ class RankMe(Probe):
 class ODCorr(Probe):
     """`odcorr` of up to 2,048 test tiles."""
 
-    needs_labels: ClassVar[bool] = False
+    needs_labels = False
 
     def measure(self, task: TaskFeatures) -> list[Result]:
         """Measure the sample."""

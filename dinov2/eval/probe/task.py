@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dinov2.eval.datasets.labelled import LabelledTiles
-from dinov2.eval.probe.bootstrap import Predictions, estimate
 from dinov2.eval.probe.folds import Division, divide
+from dinov2.eval.probe.metrics import Predictions, estimate
 from dinov2.eval.probe.options import Probing
 from dinov2.eval.probe.results import Result
 
@@ -46,61 +46,36 @@ class Probe(ABC):
 
 @dataclass(frozen=True)
 class Rows:
-    """What classifiers are fitted on: tiles, or slides where labels belong to these.
+    """What classifiers are fitted on: tiles, or slides where labels belong to these."""
 
-    Attributes:
-        features: float32 (N, D).
-        labels: class numbers, int64 (N,).
-        groups: patient, slide or tile number, int64 (N,).
-        splits: train, val or test, (N,), or None.
-        slides: slide number, int64 (N,), where predictions are to be pooled by slide; else None.
-        classes: number of classes.
-    """
-
-    features: np.ndarray
-    labels: np.ndarray
-    groups: np.ndarray
-    splits: np.ndarray | None
-    slides: np.ndarray | None
-    classes: int
+    features: np.ndarray  # float32 (N, D)
+    labels: np.ndarray  # class numbers, int64 (N,)
+    groups: np.ndarray  # patient, slide or tile number, int64 (N,)
+    splits: np.ndarray | None  # train, val or test, (N,)
+    slides: np.ndarray | None  # slide number, int64 (N,), where predictions are to be pooled by slide
+    classes: int  # number of classes
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One division of a task's rows, on the device.
+    """One division of a task's rows, on the device."""
 
-    Attributes:
-        number: of the division.
-        train: features (N, D) and class numbers, int64 (N,), to fit on.
-        val: the same of the rows to choose on.
-        test: features (M, D) to tell the classes of.
-        classes: C.
-    """
-
-    number: int
-    train: tuple[Tensor, Tensor]
-    val: tuple[Tensor, Tensor]
-    test: Tensor
-    classes: int
+    number: int  # of the division
+    train: tuple[Tensor, Tensor]  # features (N, D) and class numbers, int64 (N,), to fit on
+    val: tuple[Tensor, Tensor]  # the same of the rows to choose on
+    test: Tensor  # features (M, D) to tell the classes of
+    classes: int  # C
 
 
 @dataclass(frozen=True)
 class TaskFeatures:
-    """Features of a task's tiles and what is known of the tiles.
-
-    Attributes:
-        name: of the task.
-        features: float32 (N, D), one row per tile.
-        tiles: labels, groups and splits; None without labels.
-        probing: folds, seed and other numbers that all probes share.
-        device: for probes that compute on one.
-    """
+    """Features of a task's tiles and what is known of the tiles."""
 
     name: str
-    features: np.ndarray
-    tiles: LabelledTiles | None
-    probing: Probing
-    device: torch.device
+    features: np.ndarray  # float32 (N, D), one row per tile
+    tiles: LabelledTiles | None  # None without labels
+    probing: Probing  # folds, seed and other numbers that all probes share
+    device: torch.device  # for probes that compute on one
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -115,19 +90,19 @@ class TaskFeatures:
     def rows(self) -> Rows:
         """The tiles, or with labels per slide and aggregation of ``features`` the mean feature of each slide."""
         tiles, probing = self.tiles, self.probing
-        groups, classes = tiles.groups(probing.group), len(tiles.classes)
         splits = None if tiles.splits is None else np.asarray(tiles.splits)
+        rows = Rows(self.features, tiles.labels, tiles.groups(probing.group), splits, None, len(tiles.classes))
         if not tiles.per_slide:
-            return Rows(self.features, tiles.labels, groups, splits, None, classes)
+            return rows
         if probing.group == "tile":
             raise ValueError("Labels are per slide, so tiles cannot be the groups; slide or patient is possible.")
         slides = tiles.groups("slide")
         if probing.aggregation == "probabilities":
-            return Rows(self.features, tiles.labels, groups, splits, slides, classes)
+            return replace(rows, slides=slides)
         _, first = np.unique(slides, return_index=True)
         means = _means(self.features, slides).astype(np.float32)
         splits = None if splits is None else splits[first]
-        return Rows(means, tiles.labels[first], groups[first], splits, None, classes)
+        return Rows(means, rows.labels[first], rows.groups[first], splits, None, rows.classes)
 
     @cached_property
     def divisions(self) -> list[Division]:
@@ -144,29 +119,21 @@ class TaskFeatures:
             with_auroc: compute that, too.
         """
         rows, probing, parts = self.rows, self.probing, []
-        for division, fold in zip(self.divisions, self._folds(), strict=True):
-            test, found = division.test, scores(fold).cpu().numpy()
-            part = Predictions(rows.labels[test], found, rows.groups[test])
-            parts.append(part if rows.slides is None else _pool_by_slide(part, rows.slides[test]))
+        for number, division in enumerate(self.divisions):
+            train, val, test = (
+                tuple(torch.from_numpy(column[part]).to(self.device) for column in (rows.features, rows.labels))
+                for part in division
+            )
+            found = scores(Fold(number, train, val, test[0], rows.classes)).cpu().numpy()
+            target, groups = rows.labels[division.test], rows.groups[division.test]
+            if rows.slides is not None:  # the mean scores of each slide's tiles
+                _, first, members = np.unique(rows.slides[division.test], return_index=True, return_inverse=True)
+                found = np.stack([_means(run, members) for run in found])
+                target, groups = target[first], groups[first]
+            parts.append(Predictions(target, found, groups))
         count, runs = sum(len(part.target) for part in parts), sum(len(part.scores) for part in parts)
         metrics = estimate(parts, probing.resamples, probing.seed, with_auroc)
         return [Result(self.name, probe, metric, *figures, runs, count) for metric, figures in metrics.items()]
-
-    def _folds(self) -> Iterator[Fold]:
-        columns = (self.rows.features, self.rows.labels)
-        for number, division in enumerate(self.divisions):
-            train, val, test = (
-                tuple(torch.from_numpy(column[part]).to(self.device) for column in columns)
-                for part in (division.train, division.val, division.test)
-            )
-            yield Fold(number, train, val, test[0], self.rows.classes)
-
-
-def _pool_by_slide(part: Predictions, slides: np.ndarray) -> Predictions:
-    """Mean scores of each slide's tiles."""
-    _, first, members = np.unique(slides, return_index=True, return_inverse=True)
-    scores = np.stack([_means(run, members) for run in part.scores])
-    return Predictions(part.target[first], scores, part.clusters[first])
 
 
 def _means(values: np.ndarray, members: np.ndarray) -> np.ndarray:

@@ -170,7 +170,7 @@ def test_damaged_tiles(tiles, caplog):
     (tiles.root / "05.png").unlink()
     with pytest.raises(ValueError, match=r"Image '.*03.png' cannot be read"):
         extract_features(Mean(), tiles, Embedding(**PLAIN))
-    features, kept = extract_features(Mean(), tiles, Embedding(**PLAIN), leave_out_damaged=True)
+    features, kept = extract_features(Mean(), tiles, Embedding(**PLAIN), skip_corrupt=True)
     assert kept.tolist() == [0, 1, 2, 4, 6, 7, 8, 9, 10]
     np.testing.assert_allclose(features[:, 0], 10 * kept, atol=1e-3)
     assert "Left out 2 of 11 tiles: Image" in caplog.text

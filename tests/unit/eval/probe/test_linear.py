@@ -1,5 +1,7 @@
 """Linear heads: what they learn, which of their states is kept, and where their random numbers come from."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def clouds(count, spread, seed, width=16, classes=3):
 
 @PROTOCOLS
 def test_separable_classes(protocol):
-    head = train_heads(clouds(300, 0.1, 0), clouds(100, 0.1, 1), 3, protocol.within(2500), runs=2)
+    head = train_heads(clouds(300, 0.1, 0), clouds(100, 0.1, 1), 3, replace(protocol, steps=2500), runs=2)
     features, labels = clouds(200, 0.1, 2)
     # Not quite 1: the first state that is right on all of validation is kept, and its margin is small.
     assert (head.scores(features).argmax(-1) == labels).float().mean() > 0.97
@@ -32,7 +34,7 @@ def test_separable_classes(protocol):
 def test_as_good_as_logistic_regression(protocol):
     train, val, (features, labels) = clouds(1000, 4, 0), clouds(1000, 4, 1), clouds(4000, 4, 2)
     reference = LogisticRegression(max_iter=1000).fit(*train).score(features, labels)
-    head = train_heads(train, val, 3, protocol.within(2500), runs=2)
+    head = train_heads(train, val, 3, replace(protocol, steps=2500), runs=2)
     accuracy = (head.scores(features).argmax(-1) == labels).float().mean(1)
     assert 0.6 < reference < 0.95
     assert (accuracy - reference).abs().max() < 0.02
@@ -42,7 +44,7 @@ def test_as_good_as_logistic_regression(protocol):
 def test_steps_are_those_of_torch(protocol):
     """One epoch in a single batch per step, against nn.Linear and the optimiser itself."""
     (rows, labels), steps, seed = clouds(50, 3, 0), 4, 7
-    head = train_heads((rows, labels), (rows, labels), 3, protocol.within(steps), runs=2, seed=seed - 1)
+    head = train_heads((rows, labels), (rows, labels), 3, replace(protocol, steps=steps), runs=2, seed=seed - 1)
     linear, bound = torch.nn.Linear(16, 3), 0.25
     generator = torch.Generator().manual_seed(seed)  # that of run 1
     with torch.no_grad():
@@ -69,8 +71,8 @@ def test_steps_are_those_of_torch(protocol):
 def test_first_of_the_best_validations_is_kept():
     """Validation labels are wrong: the head is best before it has learned."""
     rows, labels = clouds(200, 0.1, 0, classes=2)
-    head = train_heads((rows, labels), (rows, 1 - labels), 2, EVA.within(300), runs=4)
-    long = train_heads((rows, labels), (rows, labels), 2, EVA.within(300), runs=4)
+    head = train_heads((rows, labels), (rows, 1 - labels), 2, replace(EVA, steps=300), runs=4)
+    long = train_heads((rows, labels), (rows, labels), 2, replace(EVA, steps=300), runs=4)
     assert (long.scores(rows).argmax(-1) == labels).all()
     best = (head.scores(rows).argmax(-1) == 1 - labels).float()
     balanced = torch.stack([best[:, labels == c].mean(1) for c in (0, 1)]).mean(0)
@@ -81,8 +83,8 @@ def test_first_of_the_best_validations_is_kept():
 def test_random_state_is_untouched_and_runs_differ():
     state = torch.get_rng_state()
     train = clouds(100, 3, 0)
-    head, again = (train_heads(train, train, 3, EVA.within(10), runs=2, seed=3) for _ in range(2))
+    head, again = (train_heads(train, train, 3, replace(EVA, steps=10), runs=2, seed=3) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(head.weight, again.weight) and not torch.equal(head.weight[0], head.weight[1])
-    other = train_heads(train, train, 3, EVA.within(10), runs=1, seed=4)
+    other = train_heads(train, train, 3, replace(EVA, steps=10), runs=1, seed=4)
     torch.testing.assert_close(other.weight[0], head.weight[1])

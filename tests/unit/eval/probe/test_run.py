@@ -189,9 +189,9 @@ def test_shots_that_a_class_cannot_give_are_left_out(caplog):
         ),
         ({"aggregation": "max"}, "Aggregation 'max' is none of features, probabilities"),
         ({"group": "hospital"}, "Group 'hospital' is none of patient, slide, tile"),
-        ({"folds": 1}, "folds is 1; at least 2 is needed"),
-        ({"options": {"knn": Knn.Options((5, 0))}}, r"neighbours is \(5, 0\); at least 1 is needed"),
-        ({"limit": 0}, "limit is 0; at least 1 is needed"),
+        ({"folds": 1}, r"folds is 1; values in \[2, inf\) are accepted"),
+        ({"options": {"knn": Knn.Options((5, 0))}}, r"neighbours is \(5, 0\); values in \[1, inf\)"),
+        ({"limit": 0}, r"limit is 0; values in \[1, inf\)"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -273,7 +273,7 @@ def test_a_registered_probe_needs_nothing_else(length, tmp_path):
     assert "length" in as_table(results)
     arguments = parse_args(["--checkpoint", "T", "--data", "D", "--probes", "length", "--power", "3"])
     assert (arguments.power, arguments.runs, arguments.shots) == (3, 5, (1, 4, 16))
-    with pytest.raises(ValueError, match="power is 0; at least 1 is needed"):
+    with pytest.raises(ValueError, match=r"power is 0; values in \[1, inf\)"):
         Probing(("length",), options_for(power=0))
 
 
