@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Protocol
 
 from dinov2.train.state import TrainState
 from dinov2.train.update.guard import FiniteGuard
 
 
-class Hook(Protocol):
-    """Called by the trainer in the order given; every rank calls every hook.
+class Hook:
+    """Called by the trainer in the order given; every rank calls every hook. By itself it does nothing.
 
     Whoever writes something of the weights flushes the guard first, so that a bad step is not written as a good one.
     """
@@ -29,17 +28,11 @@ class Hook(Protocol):
         """Always, also after an error."""
 
 
-class PeriodicHook:
-    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step.
-
-    Args:
-        period: steps.
-        action: writes something of the present state; all ranks call it.
-    """
+class PeriodicHook(Hook):
+    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it."""
 
     def __init__(self, period: int, action: Callable[[TrainState], None]):
-        self.period = period
-        self.action = action
+        self.period, self.action = period, action
         self._last: int | None = None
 
     def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
@@ -49,27 +42,20 @@ class PeriodicHook:
     def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
         """Act when due."""
         if state.step % self.period == 0:
-            self._act(state, guard)
+            self.on_end(state, guard)
 
     def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         """Act unless the last step already did."""
-        self._act(state, guard)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _act(self, state: TrainState, guard: FiniteGuard) -> None:
         if self._last != state.step:
             guard.flush()
             self.action(state)
             self._last = state.step
 
 
-class GarbageHook:
+class GarbageHook(Hook):
     """Collects cyclic garbage at the same step on every rank, so that no rank waits for another's collector."""
 
-    def __init__(self, period: int = 500):
-        self.period = period
+    period = 500
 
     def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
         """Take over from the automatic collector."""
@@ -80,9 +66,6 @@ class GarbageHook:
         """Collect when due."""
         if state.step % self.period == 0:
             gc.collect()
-
-    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
-        """Nothing to do."""
 
     def close(self) -> None:
         """Give collection back."""

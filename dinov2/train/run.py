@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
 from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
-from dinov2.train.sample_log import SampleLog
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, describe_state
 from dinov2.train.trainer import Trainer
@@ -67,11 +67,9 @@ class Run:
         self.arch = build_arch(built, device, from_checkpoint=saved is not None)
         betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
-        student = config.compute_precision.student
-        in_fp16 = "fp16" in {
-            module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)
-        }
-        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16 and config.compute_precision.grad_scaler)
+        precision = config.compute_precision
+        in_fp16 = any(module.mixed_precision.param_dtype == "fp16" for module in vars(precision.student).values())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16 and precision.grad_scaler)
         if saved:
             check_loss_modules(saved, self._loss_modules())
             self.checkpointer.load(self.state.step, self._tensors())
@@ -94,23 +92,23 @@ class Run:
         on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
-        described = partial(describe_plan, config, self.plan, self.costs, name, local_world_size())
+        plan, arch, batches = self.plan, self.arch, self.loader
+        described = partial(describe_plan, config, plan, self.costs, name, local_world_size())
         logger.info("%s", on_main_process(described))
         for note in self.performance.notes:
             logger.warning("%s", note)
+        if config.logging.samples:
+            path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
+            batches = logged_samples(batches, path, self.state.step)
         sinks = self._sinks()
         trainer = Trainer(
-            training_step=build_training_step(
-                self.arch, self.optimizer, self.scaler, self.performance, self.plan.global_batch
-            ),
-            schedules=Schedules(
-                config.optim, config.teacher, peak_lr=self.plan.peak_lr, epoch_steps=self.plan.epoch_steps
-            ),
-            plan=self.plan,
+            training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
+            schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),
+            plan=plan,
             state=self.state,
-            batches=device_batches(self._batches(), config, self.device),
+            batches=device_batches(batches, config, self.device),
             log_period=config.logging.period_iterations,
-            flops=on_main_process(lambda: self.costs.flops(self.plan.local_batch).model),
+            flops=on_main_process(lambda: self.costs.flops(plan.local_batch).model),
             sinks=sinks,
             hooks=self._hooks(sinks),
         )
@@ -119,8 +117,11 @@ class Run:
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
-        described |= {"scaler": self.scaler.state_dict(), "places": self._places}
-        described["loss_modules"] = list(self._loss_modules())
+        described |= {
+            "scaler": self.scaler.state_dict(),
+            "places": self._places,
+            "loss_modules": list(self._loss_modules()),
+        }
         self.checkpointer.save(state.step, self._tensors(), described)
 
     def export_teacher(self, state: TrainState) -> None:
@@ -128,17 +129,10 @@ class Run:
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
         path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
 
-        def write() -> None:
-            metadata = {
-                "architecture": self.arch.teacher.backbone.describe(),
-                "step": state.step,
-                "samples": state.samples,
-                "config": dataclasses.asdict(self.config),
-            }
-            save_teacher(path, modules, metadata)
-            logger.info("Exported the teacher to %s.", path)
-
-        on_main_process(write)
+        architecture, config = self.arch.teacher.backbone.describe(), dataclasses.asdict(self.config)
+        metadata = {"architecture": architecture, **vars(state), "config": config}
+        on_main_process(partial(save_teacher, path, modules, metadata))
+        logger.info("Exported the teacher to %s.", path)
 
     def _make_plan(self, saved: dict[str, Any] | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
@@ -146,12 +140,9 @@ class Run:
         memory = MemoryModel(self.costs, world, local_world_size())
 
         def plan() -> RunPlan:
-            batch = saved and saved["global_batch"]
-            if not batch:
-                batch = resolve_batch(self.config, memory, free) * world
+            batch = saved["global_batch"] if saved else resolve_batch(self.config, memory, free) * world
             plan = make_plan(self.config, world, batch)
-            warning = free and check_fits(plan.local_batch, memory, free)
-            if warning:
+            if free and (warning := check_fits(plan.local_batch, memory, free)):
                 logger.warning("%s", warning)
             return plan
 
@@ -159,16 +150,15 @@ class Run:
 
     def _newest_state(self) -> dict[str, Any] | None:
         """JSON state of the newest complete checkpoint, checked against the configuration."""
-        if not self.checkpointer.steps():
+        if not (steps := self.checkpointer.steps()):
             return None
-        saved = self.checkpointer.read_state(self.checkpointer.steps()[-1])
+        saved = self.checkpointer.read_state(steps[-1])
         check_resumable(saved, self.config)
         return saved
 
     def _open_stream(self, saved: dict[str, Any] | None) -> TrainLoader:
         # Rank 0 lists files and reads footers, once for all.
-        index_cache = self.output_dir / "stream_index"
-        data = on_main_process(partial(open_data, self.config, index_cache, saved))
+        data = on_main_process(partial(open_data, self.config, self.output_dir / "stream_index", saved))
         self._places = data.places
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         lanes = saved["stream"]["lanes"] if saved else 0
@@ -178,12 +168,6 @@ class Run:
             on_main_process(partial(validate_stream_state, saved["stream"], loader.stream_state, ", ".join(data.names)))
         logger.info("%s", describe_stream(self.config, self.plan, data, order))
         return loader
-
-    def _batches(self) -> Iterable[dict[str, Any]]:
-        if not self.config.logging.samples:
-            return self.loader
-        path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
-        return SampleLog(self.loader, path, self.state.step)
 
     def _tensors(self) -> dict[str, Any]:
         """Every tensor of the run by name; loading a checkpoint fills them in place."""
@@ -198,8 +182,7 @@ class Run:
 
     def _loss_modules(self) -> dict[str, dict[str, Any]]:
         """State of the terms of the loss that have one."""
-        states = {name: term.state_dict() for name, term in self.arch.losses.items()}
-        return {name: state for name, state in states.items() if state}
+        return {name: state for name, term in self.arch.losses.items() if (state := term.state_dict())}
 
     def _hooks(self, sinks: list[Sink]) -> list[Hook]:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
@@ -222,15 +205,31 @@ class Run:
         return sinks
 
 
-def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:
-    """Student and teacher with their starting weights, sharded over the ranks, on ``device``.
+def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: int) -> Iterator[dict[str, Any]]:
+    """Pass batches on and append a JSON line to ``path`` for each, for audits: what a step consumes on this rank.
 
-    The starting weights depend on the seed alone, whatever the number of ranks. All ranks must call.
+    A line holds ``step`` (the first one is 1), ``ranks`` (their number), ``indices`` (global sample indices) and
+    ``rows`` (unit and row of each, as the stream numbers them; of the row that stands in, where one was corrupt).
+    After a resume the last line of a step is the valid one, on as many ranks as rank 0's says.
 
     Args:
-        config: validated configuration.
-        device: of this rank.
-        from_checkpoint: a checkpoint will be loaded over them, so no published weights are needed.
+        batches: with ``indices`` (B,) and ``rows``, on the CPU.
+        path: of the file.
+        first_step: completed steps before the first batch.
+    """
+    with path.open("a", buffering=1) as file:
+        for step, batch in enumerate(batches, first_step + 1):
+            indices = batch["indices"].tolist()
+            line = {"step": step, "ranks": get_global_size(), "indices": indices, "rows": batch["rows"]}
+            file.write(json.dumps(line) + "\n")
+            yield batch
+
+
+def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:
+    """Student and teacher with their starting weights, sharded over the ranks, on ``device``; all ranks must call.
+
+    The starting weights depend on the seed alone, whatever the number of ranks. Those ``from_checkpoint`` will be
+    loaded over, so that no published weights are needed.
 
     Raises:
         FileNotFoundError, ValueError: if weights are missing or do not fit.
@@ -255,8 +254,7 @@ def dry_run(config: Config, world_size: int) -> str:
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        compiled = resolve_performance(config, device).compile
-        name = torch.cuda.get_device_name(device)
+        name, compiled = torch.cuda.get_device_name(device), resolve_performance(config, device).compile
     costs = StepCosts(config, compiled)
     memory = MemoryModel(costs, world_size, local_world_size())
     gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
@@ -265,5 +263,4 @@ def dry_run(config: Config, world_size: int) -> str:
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     open_tasks(config, data)
     starting_weights(config)
-    described = describe_plan(config, plan, costs, name, local_world_size())
-    return f"{described}\n{parameter_table(costs)}\n{stream}"
+    return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"

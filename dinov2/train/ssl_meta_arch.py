@@ -56,30 +56,28 @@ class SSLMetaArch(nn.Module):
         self.copy_student_to_teacher()
         self.teacher.requires_grad_(False)
         self.teacher.eval()
-        patch_prototypes = (cfg.ibot if cfg.ibot.separate_head else cfg.dino).head_n_prototypes
-        context = LossContext(self.embed_dim, cfg.dino.head_n_prototypes, patch_prototypes)
-        self.losses = build_terms(cfg, context)
+        class_prototypes = cfg.dino.head_n_prototypes
+        patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else class_prototypes
+        self.losses = build_terms(cfg, LossContext(self.embed_dim, class_prototypes, patch_prototypes))
         if clashing := self.student.keys() & self.losses.keys():
             raise ValueError(f"losses.{min(clashing)} has the name of a network's module; give the term another.")
         # Named and shaped as Meta's, whose checkpoints hold them.
-        self.dino_loss = Centering((1, context.class_prototypes))
+        self.dino_loss = Centering((1, class_prototypes))
         self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
         self.kernels = EAGER
 
     def _network(self, backbone: nn.Module) -> nn.ModuleDict:
-        modules = {"backbone": backbone, "dino_head": self._head(self.cfg.dino)}
-        if self.cfg.ibot.separate_head:
-            modules["ibot_head"] = self._head(self.cfg.ibot)
-        return nn.ModuleDict(modules)
-
-    def _head(self, head: Any) -> DINOHead:
-        return DINOHead(
-            self.embed_dim,
-            head.head_n_prototypes,
-            nlayers=head.head_nlayers,
-            hidden_dim=head.head_hidden_dim,
-            bottleneck_dim=head.head_bottleneck_dim,
-        )
+        network = nn.ModuleDict({"backbone": backbone})
+        for name in ("dino", "ibot") if self.cfg.ibot.separate_head else ("dino",):
+            head = getattr(self.cfg, name)
+            network[f"{name}_head"] = DINOHead(
+                self.embed_dim,
+                head.head_n_prototypes,
+                nlayers=head.head_nlayers,
+                hidden_dim=head.head_hidden_dim,
+                bottleneck_dim=head.head_bottleneck_dim,
+            )
+        return network
 
     @property
     def device(self) -> torch.device:
@@ -89,11 +87,7 @@ class SSLMetaArch(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Module]:
         """What the optimiser updates, by name: the student's modules, and terms with parameters of their own."""
-        terms = {
-            name: term
-            for name, term in self.losses.items()
-            if any(parameter.requires_grad for parameter in term.parameters())
-        }
+        terms = {name: term for name, term in self.losses.items() if any(p.requires_grad for p in term.parameters())}
         return {**self.student, **terms}
 
     def train(self, mode: bool = True) -> SSLMetaArch:
@@ -130,45 +124,38 @@ class SSLMetaArch(nn.Module):
         """
         device = device or self.device
         if get_global_size() > 1:
-            for network, precision in self._networks():
-                for name, module in network.items():
-                    whole = module.state_dict() if is_main_process() else {}
-                    tables = _buffers_outside_the_state_dict(module)
-                    module.to("meta")
-                    settings = getattr(precision, name)
-                    shard(
-                        module,
-                        module.blocks if name == "backbone" else (),
-                        device=device,
-                        strategy=settings.sharding_strategy,
-                        param_dtype=DTYPES[settings.mixed_precision.param_dtype],
-                        reduce_dtype=DTYPES[settings.mixed_precision.reduce_dtype],
-                        prefetch=self.cfg.performance.prefetch_blocks,
-                    )
-                    module.to_empty(device=device)
-                    load_full_state_dict(module, whole)
-                    for buffer_name, value in tables.items():
-                        module.get_buffer(buffer_name).copy_(value)
-            self._distribute_terms(device)
+            for role in ("student", "teacher"):
+                for name, module in getattr(self, role).items():
+                    self._distribute(module, getattr(getattr(self.cfg.compute_precision, role), name), device)
+            for name, term in self.losses.items():
+                state = {key: value.clone() for key, value in term.state_dict().items()}
+                if not state:
+                    continue
+                term.to(device)
+                if name in self.trained:
+                    fp32 = dict.fromkeys(("param_dtype", "reduce_dtype"), torch.float32)
+                    shard(term, (), device=device, strategy="SHARD_GRAD_OP", **fp32)
+                load_full_state_dict(term, state if is_main_process() else {})
         self.to(device)
 
-    def _distribute_terms(self, device: torch.device) -> None:
-        """Shard the terms' parameters and give every rank rank 0's start, buffers included."""
-        for name, term in self.losses.items():
-            state = {key: value.clone() for key, value in term.state_dict().items()}
-            if not state:
-                continue
-            term.to(device)
-            if name in self.trained:
-                shard(
-                    term,
-                    (),
-                    device=device,
-                    strategy="SHARD_GRAD_OP",
-                    param_dtype=torch.float32,
-                    reduce_dtype=torch.float32,
-                )
-            load_full_state_dict(term, state if is_main_process() else {})
+    def _distribute(self, module: nn.Module, settings: Any, device: torch.device) -> None:
+        """Shard a backbone or a head; its weights, and tables that were computed when it was built, are rank 0's."""
+        state = module.state_dict()
+        tables = broadcast_object({name: t.clone() for name, t in module.named_buffers() if name not in state})
+        module.to("meta")
+        shard(
+            module,
+            getattr(module, "blocks", ()),
+            device=device,
+            strategy=settings.sharding_strategy,
+            param_dtype=DTYPES[settings.mixed_precision.param_dtype],
+            reduce_dtype=DTYPES[settings.mixed_precision.reduce_dtype],
+            prefetch=self.cfg.performance.prefetch_blocks,
+        )
+        module.to_empty(device=device)
+        load_full_state_dict(module, state if is_main_process() else {})
+        for name, value in tables.items():
+            module.get_buffer(name).copy_(value)
 
     def get_params_groups(self) -> list[dict]:
         """Parameter groups of all that is `trained`; see `parameter_groups`."""
@@ -218,9 +205,7 @@ class SSLMetaArch(nn.Module):
             class_targets=by_view(class_targets),
             patch_logits=student.patch_logits,
             patch_targets=patch_targets,
-            masks=batch["masks"],
-            mask_indices=batch["mask_indices"],
-            mask_weight=batch["mask_weight"],
+            **{name: batch[name] for name in ("masks", "mask_indices", "mask_weight")},
             teacher_temp=teacher_temp,
             kernels=self.kernels,
             patch_tokens=by_view(student.patch_tokens),
@@ -238,53 +223,46 @@ class SSLMetaArch(nn.Module):
             of_classes, of_patches = sinkhorn_assignments_of(both, temp, 3, weights, self.kernels)
             factored = self.cfg.debug.factored_targets
             return of_classes.probs(), of_patches if factored else of_patches.probs()
-        targets = (
-            self.dino_loss.probs(teacher.class_logits, temp),
-            self.ibot_patch_loss.probs(teacher.patch_logits, temp),
-        )
+        of_classes = self.dino_loss.probs(teacher.class_logits, temp)
+        of_patches = self.ibot_patch_loss.probs(teacher.patch_logits, temp)
         self.dino_loss.update_center(teacher.class_logits)
         self.ibot_patch_loss.update_center(teacher.patch_logits, row_weight)
-        return targets
+        return of_classes, of_patches
 
     def _run(
         self, network: nn.ModuleDict, crops: list[Tensor], masks: list[Tensor | None], mask_indices: Tensor
     ) -> _Outputs:
         """Tokens and logits of one network for all crop sizes, the global views first."""
         debug, backbone = self.cfg.debug, network.backbone
+        precision = getattr(self.cfg.compute_precision, "student" if network is self.student else "teacher")
         all_patches = any("patch_tokens" in term.needs for term in self.losses.values())
         prune = debug.prune_last_block and backbone.supports_patch_index and not all_patches
         passes = [(crops, masks)]
         if not debug.packed_crops:
             passes = [([crop], [mask]) for crop, mask in zip(crops, masks, strict=True)]
         outputs: list[dict[str, Tensor]] = []
-        with self._autocast(self._precision(network).backbone):
+        with self._autocast(precision.backbone):
             for crops_of_pass, masks_of_pass in passes:
                 # Masked patches are those of the global views, which are in the first pass.
                 selected = {"patch_index": mask_indices[:0] if outputs else mask_indices} if prune else {}
                 outputs += backbone(crops_of_pass, masks=masks_of_pass, is_training=True, **selected)
-        patch_tokens = None if prune else outputs[0]["x_norm_patchtokens"]
+        global_views = outputs[0]
         if prune:
-            masked = outputs[0]["x_norm_indexedtokens"]
+            masked = global_views["x_norm_indexedtokens"]
         else:
-            masked = patch_tokens.flatten(0, 1).index_select(0, mask_indices)
-        class_tokens = [output["x_norm_clstoken"] for output in outputs]
-        class_logits, patch_logits = self._apply_heads(network, torch.cat(class_tokens), masked)
-        return _Outputs(class_tokens[0], class_logits, patch_logits, patch_tokens if all_patches else None)
-
-    def _apply_heads(self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
-        precision = self._precision(network)
+            masked = global_views["x_norm_patchtokens"].flatten(0, 1).index_select(0, mask_indices)
+        class_tokens = torch.cat([output["x_norm_clstoken"] for output in outputs])
         if "ibot_head" in network:
             with self._autocast(precision.dino_head):
-                cls_logits = network.dino_head(cls_tokens)
+                class_logits = network.dino_head(class_tokens)
             with self._autocast(precision.ibot_head):
-                return cls_logits, network.ibot_head(patches)
-        with self._autocast(precision.dino_head):
-            logits = network.dino_head(torch.cat([cls_tokens, patches]))
-        return logits.split([len(cls_tokens), len(patches)])
-
-    def _precision(self, network: nn.ModuleDict) -> Any:
-        return getattr(self.cfg.compute_precision, "student" if network is self.student else "teacher")
+                patch_logits = network.ibot_head(masked)
+        else:  # a shared head sees both in one call
+            with self._autocast(precision.dino_head):
+                logits = network.dino_head(torch.cat([class_tokens, masked]))
+            class_logits, patch_logits = logits.split([len(class_tokens), len(masked)])
+        patch_tokens = global_views["x_norm_patchtokens"] if all_patches else None
+        return _Outputs(global_views["x_norm_clstoken"], class_logits, patch_logits, patch_tokens)
 
     def _autocast(self, settings: Any) -> torch.autocast:
         dtype = DTYPES[settings.mixed_precision.param_dtype]
@@ -302,13 +280,3 @@ class SSLMetaArch(nn.Module):
     def forward_backward(self, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
         """DINOv2's public step; see `dinov2.compat.loss.forward_backward`."""
         return import_module("dinov2.compat.loss").forward_backward(self, images, teacher_temp)
-
-    def _networks(self) -> tuple[tuple[nn.ModuleDict, Any], ...]:
-        precision = self.cfg.compute_precision
-        return (self.student, precision.student), (self.teacher, precision.teacher)
-
-
-def _buffers_outside_the_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Rank 0's tables that are computed when a module is built, such as those of rotary positions; all must call."""
-    saved = module.state_dict().keys()
-    return broadcast_object({name: t.clone() for name, t in module.named_buffers() if name not in saved})

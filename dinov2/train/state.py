@@ -17,73 +17,44 @@ logger = logging.getLogger("dinov2")
 
 # Keys whose change would make the saved weights, optimiser state or data order mean something else.
 _FIXED_KEYS = (
-    "student.arch",
-    "student.options",
-    "student.patch_size",
-    "student.ffn_layer",
-    "student.num_register_tokens",
-    "student.qkv_bias",
-    "student.proj_bias",
-    "student.ffn_bias",
-    "crops.global_crops_size",
-    "dino.head_n_prototypes",
-    "dino.head_bottleneck_dim",
-    "dino.head_nlayers",
-    "dino.head_hidden_dim",
-    "ibot.separate_head",
-    "ibot.head_n_prototypes",
-    "ibot.head_bottleneck_dim",
-    "ibot.head_nlayers",
-    "ibot.head_hidden_dim",
-    "optim.layerwise_decay",
-    "optim.patch_embed_lr_mult",
-    "train.unfreeze_last_n_blocks",
-    "train.seed",
-    "data.lanes",
-    "data.block_rows",
-    "train.OFFICIAL_EPOCH_LENGTH",
-)
+    "student.arch", "student.options", "student.patch_size", "student.ffn_layer", "student.num_register_tokens",
+    "student.qkv_bias", "student.proj_bias", "student.ffn_bias", "crops.global_crops_size",
+    "dino.head_n_prototypes", "dino.head_bottleneck_dim", "dino.head_nlayers", "dino.head_hidden_dim",
+    "ibot.separate_head", "ibot.head_n_prototypes", "ibot.head_bottleneck_dim", "ibot.head_nlayers",
+    "ibot.head_hidden_dim", "optim.layerwise_decay", "optim.patch_embed_lr_mult", "train.unfreeze_last_n_blocks",
+    "train.seed", "data.lanes", "data.block_rows", "train.OFFICIAL_EPOCH_LENGTH",
+)  # fmt: skip
 
 
 @dataclass
 class TrainState:
     """How far a run has come."""
 
-    step: int = 0
-    """Completed optimiser steps."""
-    samples: int = 0
-    """Samples consumed over all ranks; the next step starts at this global sample index."""
+    step: int = 0  # completed optimiser steps
+    samples: int = 0  # consumed over all ranks; the next step starts at this global sample index
 
 
 def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int, config: Config) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     as_dict = dataclasses.asdict(config)
-    digest = hashlib.sha256(json.dumps(as_dict, sort_keys=True).encode()).hexdigest()
     return {
-        "step": state.step,
-        "samples": state.samples,
+        **vars(state),
         "global_batch": global_batch,
         "stream": stream,
         "config": as_dict,
-        "config_sha256": digest,
+        "config_sha256": hashlib.sha256(json.dumps(as_dict, sort_keys=True).encode()).hexdigest(),
         "versions": package_versions(),
     }
 
 
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
-    """Refuse to resume under a configuration that the saved state does not fit; name harmless changes in the log.
-
-    Args:
-        saved: JSON part of the checkpoint.
-        config: of the launch.
+    """Refuse to resume a checkpoint's JSON part under a configuration that it does not fit; log harmless changes.
 
     Raises:
         ValueError: if fixed keys changed; all are named with both values.
     """
-    before, now = (
-        _flatten(saved_config(saved["config"])),
-        _flatten(json.loads(json.dumps(dataclasses.asdict(config)))),
-    )
+    before = _flatten(saved_config(saved["config"]))
+    now = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
     changed = [key for key in now if before.get(key) != now[key]]
     fixed = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS]
     if fixed:
@@ -96,15 +67,7 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
 
 
 def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
-    """Refuse to resume where other terms of the loss have weights or buffers than the checkpoint holds.
-
-    Args:
-        saved: JSON part of the checkpoint.
-        terms: names of the terms that have.
-
-    Raises:
-        ValueError: if they differ.
-    """
+    """Refuse with a `ValueError` to resume where other ``terms`` of the loss have a state than a checkpoint holds."""
     before, now = sorted(saved.get("loss_modules", ())), sorted(terms)
     if before != now:
         raise ValueError(

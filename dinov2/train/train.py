@@ -17,8 +17,9 @@ import torch
 
 from dinov2.configs import load_config
 from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process
+from dinov2.fsdp import Checkpointer
 from dinov2.logging import setup_logging
-from dinov2.train.output_folder import hold_output_dir, require_checkpoint
+from dinov2.train.output_folder import hold_output_dir
 from dinov2.train.run import Run, dry_run
 from dinov2.train.update.guard import NonFiniteError
 from dinov2.utils.cli import DONE, USER_ERROR, run_command
@@ -43,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, see `run_command`."""
     args = parse_args(argv)
     setup_logging()
-    errors = DeviceError, NonFiniteError
     try:
-        return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
+        return run_command(lambda: _run(args), logger, errors=(DeviceError, NonFiniteError), resumable=not args.dry_run)
     finally:
         destroy_process_group()  # may wait for the other ranks: after the error has been said
 
@@ -60,8 +60,11 @@ def _run(args: argparse.Namespace) -> int:
     try:
         config = on_main_process(lambda: load_config(args.config_file, args.overrides))
         output_dir = Path(args.output_dir or config.train.output_dir)
-        if args.eval_only:
-            require_checkpoint(output_dir)
+        if args.eval_only and not Checkpointer(output_dir, keep=1).steps():
+            raise FileNotFoundError(
+                f"Output folder {str(output_dir)!r} holds no complete checkpoint to export; give --output-dir the "
+                "folder of a run that has saved one."
+            )
         with hold_output_dir(output_dir, resume=not args.no_resume):
             setup_logging(output_dir)
             run = Run(config, output_dir, device, args.eval_only)
@@ -74,10 +77,8 @@ def _run(args: argparse.Namespace) -> int:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         return USER_ERROR
     except torch.OutOfMemoryError as error:
-        logger.error(
-            "%s; lower train.batch_size_per_gpu, the crops or the heads, or use more GPUs.",
-            ". ".join(str(error).split(". ")[:2]),
-        )
+        problem = ". ".join(str(error).split(". ")[:2])
+        logger.error("%s; lower train.batch_size_per_gpu, the crops or the heads, or use more GPUs.", problem)
         return USER_ERROR
 
 

@@ -6,7 +6,6 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,18 +49,12 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         hooks: Sequence[Hook] = (),
     ):
-        self.training_step = training_step
-        self.guard = training_step.guard
-        self.schedules = schedules
-        self.plan = plan
-        self.state = state
-        self._batches = batches
-        self._log_period = log_period
-        self._flops = flops
-        self._sinks = sinks
-        self._hooks = hooks
+        self.training_step, self.guard = training_step, training_step.guard
+        self.schedules, self.plan, self.state = schedules, plan, state
+        self._batches, self._sinks, self._hooks = batches, sinks, hooks
+        self._log_period, self._flops = log_period, flops
         self._metrics = MetricAccumulator()
-        self._period = _Period(0)
+        self._begin_period()
 
     def fit(self) -> None:
         """Train to the plan's last step; all ranks must call.
@@ -75,11 +68,11 @@ class Trainer:
             for hook in self._hooks:
                 hook.on_start(self.state, self.guard)
             batches = iter(self._batches)
-            self._period = _Period(self.state.step)
+            self._begin_period()
             while self.state.step < self.plan.total_steps:
                 asked = time.perf_counter()
                 batch = next(batches)
-                self._period.waited += time.perf_counter() - asked
+                self._waited += time.perf_counter() - asked
                 self.train_step(batch)
                 for hook in self._hooks:
                     hook.after_step(self.state, self.guard)
@@ -95,40 +88,33 @@ class Trainer:
         self.state.samples += self.plan.global_batch
         self._log(metrics, values, batch["slide_ids"])
 
+    def _begin_period(self) -> None:
+        self._first_step, self._start, self._waited = self.state.step, time.perf_counter(), 0.0
+
     def _log(self, metrics: dict[str, Tensor], values: ScheduleValues, slide_ids: Tensor) -> None:
         self._metrics.add(metrics)
-        step = self.state.step
-        if step % self._log_period and step != self.plan.total_steps:
+        step, total = self.state.step, self.plan.total_steps
+        if step % self._log_period and step != total:
             return
-        record = {"step": step, "total_steps": self.plan.total_steps, **self._metrics.reduce(), **vars(values)}
-        record |= self._period.speed(step, self.plan, self._flops)
-        record["slides_per_batch"] = all_gather_rows(slide_ids).unique().numel()
-        record["memory_gib"] = peak_memory_gib(self.training_step.arch.device)
+        averages, device = self._metrics.reduce(), self.training_step.arch.device
+        # After the means, for which the host waits for the device.
+        elapsed, steps = time.perf_counter() - self._start, step - self._first_step
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        record = {
+            "step": step,
+            "total_steps": total,
+            **averages,
+            **vars(values),
+            "img_per_s": steps * self.plan.global_batch / elapsed,
+            "tflops": steps * self._flops / elapsed / 1e12,
+            "data_wait_pct": 100 * self._waited / elapsed,
+            "eta_s": (total - step) * elapsed / steps,
+            "slides_per_batch": all_gather_rows(slide_ids).unique().numel(),
+            "memory_gib": memory,  # the most so far: of tensors on a GPU, of the process on a CPU
+        }
         for sink in self._sinks:
             sink.write(record)
-        self._period = _Period(step)
-
-
-@dataclass
-class _Period:
-    """Wall time since ``first_step``, and the part of it spent waiting for data, in seconds."""
-
-    first_step: int
-    waited: float = 0.0
-    start: float = field(default_factory=time.perf_counter)
-
-    def speed(self, step: int, plan: RunPlan, flops: int) -> dict[str, float]:
-        elapsed, steps = time.perf_counter() - self.start, step - self.first_step
-        return {
-            "img_per_s": steps * plan.global_batch / elapsed,
-            "tflops": steps * flops / elapsed / 1e12,
-            "data_wait_pct": 100 * self.waited / elapsed,
-            "eta_s": (plan.total_steps - step) * elapsed / steps,
-        }
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated by tensors on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        self._begin_period()

@@ -1,0 +1,1 @@
+"""Section ``performance``: fast kernels checked on the device, decided and put into effect."""

@@ -1,1 +1,1 @@
-"""The weight update: guard, clipping, AdamW, schedules and the teacher's moving average."""
+"""The training step: schedules, guard, AdamW and moving average, plain or in one kernel."""
