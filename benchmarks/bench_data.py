@@ -167,7 +167,7 @@ def compute_memory(rows: int) -> dict[str, float]:
 class ListedStorage:
     """Knows the names and sizes of shards that are not there; enough to open an indexed dataset."""
 
-    place = "nowhere"
+    location = "nowhere"
 
     def __init__(self, files: list[StoredFile]) -> None:
         self._files = files
@@ -197,7 +197,7 @@ def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[
         index = index.set_column(index.schema.get_field_index(column), column, values)
     write_sidecar(indexed, index)
     start = time.process_time()
-    source = ParquetSource.from_storage(ListedStorage(files), indexed)
+    source = ParquetSource(ListedStorage(files), indexed)
     opened = time.process_time()
     SampleOrder(source.unit_rows, seed=0, lanes=3072, block_rows=64).locate(np.arange(10**8, 10**8 + 48))
     return {

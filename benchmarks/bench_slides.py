@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import cpu_ms, describe_machine
 from dinov2.data.prepare.draw import Sampling, SlideJob, draw_from_slide
 from dinov2.data.slides.blocks import Region, assemble, ranges
-from dinov2.data.slides.ranges import read_ranges
+from dinov2.data.slides.ranges import SlideBytes
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.slides.tissue import TissueRule
@@ -202,7 +202,7 @@ def measure_remote(path: Path, seconds: float) -> float:
             tops = rng.integers(0, level.height - PATCH, 32).tolist()
             regions = [Region(0, x, y, PATCH, PATCH) for x, y in zip(columns, tops, strict=True)]
             wanted = [ranges(index, region) for region in regions]
-            tiles = iter(read_ranges(url, [extent for extents in wanted for extent in extents]))
+            tiles = iter(SlideBytes(url).read([extent for extents in wanted for extent in extents]))
             for region, extents in zip(regions, wanted, strict=True):
                 assemble(index, region, [next(tiles) for _ in extents])
 

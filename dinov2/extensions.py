@@ -10,8 +10,8 @@ LOSSES = Registry(
     {
         "dino": "dinov2.loss.dino:DINO",
         "ibot": "dinov2.loss.ibot:IBOT",
-        "kde": "dinov2.loss.kde:KDE",
-        "koleo": "dinov2.loss.koleo:KoLeo",
+        "kde": "dinov2.loss.spreading:KDE",
+        "koleo": "dinov2.loss.spreading:KoLeo",
     },
 )
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""

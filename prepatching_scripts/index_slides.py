@@ -7,10 +7,12 @@ where it was; slides that are indexed and have kept their size are not parsed ag
 
 import argparse
 import logging
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from dinov2.data.slides.find import find_slides
-from dinov2.data.slides.index import TileIndexes, ZarrJob, complete_tile_index, write_zarr
+from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
 from dinov2.data.slides.resolution import MppTable, read_mpp_table
 from dinov2.utils.cli import DONE, FAILURES, add_mpp_file, add_workers, run_command
 from dinov2.utils.files import json_lines, write_text
@@ -18,7 +20,7 @@ from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("index_slides")
 
-INDEX_NAME, FAILURES_NAME, ZARR_FOLDER = "tiles.index", "failures.jsonl", "zarr"
+INDEX_NAME, FAILURES_NAME = "tiles.index", "failures.jsonl"
 
 
 def index_collection(
@@ -43,19 +45,17 @@ def index_collection(
     rows = find_slides(source, mpp_table=table).slides
     keys = {row.path: row.key for row in rows}
     if zarr and len(set(keys.values())) < len(keys):
-        names = list(keys.values())
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(keys.values()).most_common(1)[0][0]
         raise ValueError(f"Two slides of '{source}' are named '{twice}'; give their folder instead for --zarr.")
     output.mkdir(parents=True, exist_ok=True)
     index = output / INDEX_NAME
     fresh, failures = complete_tile_index(index, {row.path: row.mpp for row in rows}, workers)
     if zarr:
-        files = {slide: output / ZARR_FOLDER / f"{keys[slide]}.json" for slide in TileIndexes(index)}
-        missing = (slide for slide, file in files.items() if slide in fresh or not file.exists())
-        jobs = [ZarrJob(index, slide, files[slide]) for slide in missing]
-        for number, reason in run_jobs(write_zarr, jobs, workers, "file"):
+        files = ((slide, output / "zarr" / f"{keys[slide]}.json") for slide in TileIndexes(index))
+        jobs = [(slide, file) for slide, file in files if slide in fresh or not file.exists()]
+        for number, reason in run_jobs(partial(write_zarr, index), jobs, workers, "file"):
             if reason:
-                failures[jobs[number].slide] = reason
+                failures[jobs[number][0]] = reason
     records = [{"slide": slide, "reason": failures[slide]} for slide in keys if slide in failures]
     write_text(output / FAILURES_NAME, json_lines(records))
     logger.info("%d of %d slides are in %s", len(keys) - len(records), len(keys), index)

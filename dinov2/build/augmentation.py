@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from dinov2.configs import Config
 from dinov2.configs.schema import AugmentationConfig
 from dinov2.data import MultiCropAugmentation, MultiCropCollate, normalize
 from dinov2.data.augment.step import AugmentationStep
-from dinov2.data.stream.to_device import DeviceBatches
+from dinov2.data.stream.to_device import on_device
 from dinov2.extensions import AUGMENTATIONS, BUILT_IN_STEPS
 
 
@@ -55,11 +55,11 @@ def build_collate(config: Config) -> MultiCropCollate:
     )
 
 
-def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> DeviceBatches:
+def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
     """Batches on the device, where their crops are normalised to float32."""
     mean, std = config.augmentation.normalize_mean, config.augmentation.normalize_std
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
         return batch | {name: normalize(batch[name], mean, std) for name in ("global_crops", "local_crops")}
 
-    return DeviceBatches(batches, device, prepare)
+    return on_device(batches, device, prepare)

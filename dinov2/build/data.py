@@ -20,12 +20,19 @@ from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.source import Source, SourceRequest
-from dinov2.data.stream.loader import TrainLoader, make_train_loader
+from dinov2.data.stream.derived import make_source
+from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
-from dinov2.data.stream.mixture import describe_shares, make_order, make_source
+from dinov2.data.stream.mixture import describe_shares, make_order
 from dinov2.data.stream.order import SampleOrder
-from dinov2.data.stream.patient_split import Fate, Fates, PatientSplit, describe_splits, split_by_patient
-from dinov2.data.stream.patients import read_exclusions
+from dinov2.data.stream.patient_split import (
+    Fate,
+    Fates,
+    PatientSplit,
+    describe_splits,
+    read_exclusions,
+    split_by_patient,
+)
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
 
@@ -97,7 +104,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
         cache = index_cache and index_cache.with_name(f"{index_cache.name}{f'.{number}' if number else ''}")
         counts = Counter[int]()
         source = _open(config, dataset, commit, cache, functools.partial(_keep, asked, counts))
-        places.append(getattr(source, "place", dataset.path))
+        places.append(getattr(source, "location", dataset.path))
         if advice := getattr(source, "repack_advice", str)():
             report.append(f"dataset '{dataset.path}': {advice}")
         split = None
@@ -180,11 +187,6 @@ def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int 
     return {**fixed, "lanes": lanes}
 
 
-def prefetch_for(config: Config, source: Source) -> Prefetch:
-    """How far the reader works ahead on this source."""
-    return Prefetch.suited_to(source, config.data.memory_gib * GIB)
-
-
 def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[str, int]) -> str:
     """The stream as lines of text, for the start of a run and for ``--dry-run``."""
     sample_order, source = data.order(**order), data.source
@@ -193,7 +195,7 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
         sample_order,
         global_batch=plan.global_batch,
         world_size=plan.world_size,
-        prefetch=prefetch_for(config, source),
+        prefetch=Prefetch.suited_to(source, config.data.memory_gib * GIB),
     )
     crops = config.crops
     pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
@@ -226,12 +228,7 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
 
 
 def build_loader(
-    config: Config,
-    plan: Workload,
-    data: OpenData,
-    start_sample: int,
-    order: dict[str, int],
-    device: torch.device,
+    config: Config, plan: Workload, data: OpenData, start_sample: int, order: dict[str, int], device: torch.device
 ) -> TrainLoader:
     """Build this rank's training loader.
 
@@ -243,9 +240,8 @@ def build_loader(
         order: ``seed``, ``lanes`` and ``block_rows`` of the sample order.
         device: where batches go.
     """
-    source = data.source
-    return make_train_loader(
-        source,
+    return TrainLoader(
+        data.source,
         build_augmentation(config),
         build_collate(config),
         global_batch=plan.global_batch,
@@ -254,7 +250,7 @@ def build_loader(
         start_sample=start_sample,
         order=data.order(**order),
         num_workers=config.train.num_workers,
-        prefetch=prefetch_for(config, source),
+        prefetch=Prefetch.suited_to(data.source, config.data.memory_gib * GIB),
         prefetch_factor=config.train.prefetch_factor,
         pin_memory=device.type == "cuda",
         max_corrupt_fraction=config.data.max_corrupt_fraction,

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dinov2.loss.centering import Centering
 from dinov2.loss.ibot import ibot_loss
-from dinov2.loss.kde import kde_loss
-from dinov2.loss.koleo import koleo_loss
 from dinov2.loss.sinkhorn import sinkhorn_knopp
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
+from dinov2.loss.spreading import kde_loss, koleo_loss
 
 if TYPE_CHECKING:
     from dinov2.train.ssl_meta_arch import SSLMetaArch

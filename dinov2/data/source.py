@@ -62,7 +62,7 @@ class Source(Protocol):
         num_rows: sum of `unit_rows`.
         is_remote: whether a read waits for a network, so that many reads at a time pay.
 
-    A source may also have ``place``, the path or URL that it was found at, with the commit where there is one;
+    A source may also have ``location``, the path or URL that it was found at, with the commit where there is one;
     ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
     and therefore cannot be mixed with others; and ``order(seed, lanes, block_rows)``, an order of its own.
     """

@@ -67,35 +67,27 @@ def stated_backbone(path: str) -> nn.Module | None:
 
 
 def inferred_backbone(path: str, state: Mapping[str, Tensor], layout: str) -> nn.Module:
-    """Build, without weights, the ViT that a file's tensors are of.
+    """Build, without weights, the ViT that a file's tensors, under Meta's names, are of.
 
     Args:
         path: the file; beside it may lie the ``config.json`` that transformers and timm write.
-        state: its tensors under Meta's names.
         layout: whose names the file has; see `dinov2.hub.pretrained.layout`.
 
     Raises:
         ValueError: if the tensors are not a ViT's, or the architecture does not follow from them.
     """
     meta.require_vit(path, state)
-    heads = _heads_beside(path) if layout != "meta" else None
+    beside, heads = Path(path).with_name("config.json"), None
+    if layout != "meta" and beside.is_file():
+        try:
+            config = json.loads(beside.read_text())
+            other = {key: config[key] for key, ours in _TRANSFORMERS.items() if config.get(key, ours) != ours}
+            heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{str(beside)!r} does not describe a model ({error!r}); mend or remove it.") from error
+        if other:
+            raise ValueError(f"{str(beside)!r} has {other}, but a DINOv2 ViT has {_TRANSFORMERS}.")
+        if heads is not None and not (isinstance(heads, int) and heads > 0):
+            raise ValueError(f"{str(beside)!r} has {heads!r} attention heads; a positive number is expected.")
     with torch.device("meta"):
         return meta.vit_from_shapes(path, state, layout, heads)
-
-
-def _heads_beside(path: str) -> int | None:
-    """The number of heads in the ``config.json`` of transformers or timm in the file's folder, if it has one."""
-    beside = Path(path).with_name("config.json")
-    if not beside.is_file():
-        return None
-    try:
-        config = json.loads(beside.read_text())
-        other = {key: config[key] for key, ours in _TRANSFORMERS.items() if config.get(key, ours) != ours}
-        heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{str(beside)!r} does not describe a model ({error!r}); mend or remove it.") from error
-    if other:
-        raise ValueError(f"{str(beside)!r} has {other}, but a DINOv2 ViT has {_TRANSFORMERS}.")
-    if heads is not None and not (isinstance(heads, int) and heads > 0):
-        raise ValueError(f"{str(beside)!r} has {heads!r} attention heads; a positive number is expected.")
-    return heads

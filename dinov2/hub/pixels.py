@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.augment.multi_crop import resized_crop
 from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
-from dinov2.data.augment.ops import resized_crop
 
 
 class Colours(NamedTuple):

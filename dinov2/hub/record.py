@@ -9,7 +9,7 @@ from typing import Any
 
 from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD
 
-_PLACES = {
+_LOCATIONS = {
     "step": ("step",),
     "size": ("config", "crops", "global_crops_size"),
     "mean": ("config", "augmentation", "normalize_mean"),
@@ -30,9 +30,14 @@ def read_record(checkpoint: str) -> Any:
 
 def trained_with(checkpoint: str) -> dict[str, Any]:
     """``step``, ``size`` of global crops in px, ``mean`` and ``std`` of the normalisation; what is unknown left out."""
-    record = read_record(checkpoint)
-    found = {key: _look_up(record, place) for key, place in _PLACES.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    record, found = read_record(checkpoint), {}
+    for name, location in _LOCATIONS.items():
+        value = record
+        for key in location:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def normalisation(
@@ -46,14 +51,14 @@ def normalisation(
     Raises:
         ValueError: if they do not normalise three channels of such values.
     """
-    trained, chosen, words = trained_with(checkpoint), {}, []
+    trained, chosen, words = trained_with(checkpoint), [], []
     for key, asked, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
         origins = {"as asked": asked, "of training": trained.get(key), "of ImageNet": imagenet}
-        origin = next(name for name, value in origins.items() if value)
-        chosen[key] = origins[origin]
-        words.append(f"{key} {chosen[key]} {origin}")
+        origin, value = next(item for item in origins.items() if item[1])
+        chosen.append(value)
+        words.append(f"{key} {value} {origin}")
     try:
-        mean, std = (tuple(map(float, chosen[key])) for key in ("mean", "std"))
+        mean, std = (tuple(map(float, value)) for value in chosen)
         fit = all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True)) and len(mean) > 0
     except (TypeError, ValueError):
         fit = False
@@ -62,9 +67,3 @@ def normalisation(
             f"{', '.join(words)} does not normalise values in [0, 1]; a mean and a positive std of such are expected."
         )
     return mean, std, ", ".join(words)
-
-
-def _look_up(record: Any, place: tuple[str, ...]) -> Any:
-    for key in place:
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return record

@@ -7,47 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dinov2.hub import pretrained
 from dinov2.hub.architecture import inferred_backbone, stated_backbone
 from dinov2.hub.layouts import meta
-from dinov2.hub.pretrained import (
-    backbone_state_dict,
-    check_fit,
-    layout,
-    read_checkpoint,
-    unwrapped,
-    weights_for,
-)
 
 POOLINGS = ("cls", "cls_mean")
 """What a teacher may return per image: the class token, or it and the mean patch token."""
 
 
-class FeatureMap(nn.Module):
-    """A backbone whose output is what segmentation decoders take: a list of feature maps.
-
-    Args:
-        backbone: a teacher.
-    """
-
+class _Around(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
+
+
+class FeatureMap(_Around):
+    """A backbone whose output is what segmentation decoders take: a list of feature maps."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) to one map (B, D, H/p, W/p): the last block's patch tokens before the final norm."""
         return list(self.backbone.get_intermediate_layers(x, n=1, reshape=True, norm=False))
 
 
-class ClassAndMean(nn.Module):
-    """A backbone whose output is the class token followed by the mean patch token, both after the final norm.
-
-    Args:
-        backbone: a teacher.
-    """
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
+class ClassAndMean(_Around):
+    """A backbone whose output is the class token followed by the mean patch token, both after the final norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to features (B, 2D)."""
@@ -66,9 +49,10 @@ def load_teacher(
     """Open a backbone in evaluation mode, float32, on the CPU: (B, C, H, W) to class tokens (B, D).
 
     Files: our exports, of any registered backbone; the released OpenMidnight and Midnight teachers, Meta's,
-    transformers' and timm's backbones; tensors are found by name, see `backbone_state_dict`. The architecture is that
-    of the JSON beside the file (same name, key ``architecture``) or, without one, follows from the tensors and a
-    ``config.json``. The position grid stays as the file has it and is resampled to the images as they come.
+    transformers' and timm's backbones; tensors are found by name, see `dinov2.hub.pretrained.backbone_state_dict`.
+    The architecture is that of the JSON beside the file (same name, key ``architecture``) or, without one, follows
+    from the tensors and a ``config.json``. The position grid stays as the file has it and is resampled to the images
+    as they come.
 
     Args:
         path: file, or a URL, which goes through torch.hub's cache.
@@ -89,26 +73,20 @@ def load_teacher(
         raise ValueError(f"pooling is {pooling!r}; one of {', '.join(POOLINGS)} is expected.")
     if feature_map and pooling != "cls":
         raise ValueError(f"A feature map has no class token; pooling = {pooling!r} goes with feature_map = False.")
-    model = _load(str(checkpoint_path if path is None else path))
-    if feature_map:
-        return FeatureMap(model).eval()
-    return ClassAndMean(model).eval() if pooling == "cls_mean" else model
-
-
-def _load(path: str) -> nn.Module:
-    checkpoint = read_checkpoint(path)
+    path = str(checkpoint_path if path is None else path)
+    checkpoint = pretrained.read_checkpoint(path)
     model = stated_backbone(path)
     if model is None:
-        state = backbone_state_dict(checkpoint)
-        model = inferred_backbone(path, state, layout(unwrapped(checkpoint)))
+        state = pretrained.backbone_state_dict(checkpoint)
+        model = inferred_backbone(path, state, pretrained.layout(pretrained.unwrapped(checkpoint)))
     else:
-        state = weights_for(model, checkpoint)
+        state = pretrained.weights_for(model, checkpoint)
         if meta.is_vit(model):
             meta.require_vit(path, state)
             meta.take_grid(model, state)
-    check_fit(model, state, path)
-    model.load_state_dict(
-        {key: value.float() if value.is_floating_point() else value for key, value in state.items()},
-        assign=True,
-    )
-    return model.eval()
+    pretrained.check_fit(model, state, path)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    if feature_map:
+        return FeatureMap(model).eval()
+    return ClassAndMean(model).eval() if pooling == "cls_mean" else model.eval()

@@ -4,8 +4,7 @@ from dinov2.layers.attention import Attention
 from dinov2.layers.block import Block
 from dinov2.layers.dino_head import DINOHead
 from dinov2.layers.ffn import Mlp, SwiGLUFFN, SwiGLUFFNFused
-from dinov2.layers.layer_norm import LayerNorm
-from dinov2.layers.layer_scale import LayerScale
+from dinov2.layers.norm import LayerNorm, LayerScale
 from dinov2.layers.patch_embed import PatchEmbed
 
 __all__ = [

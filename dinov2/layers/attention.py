@@ -29,12 +29,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        backend: str = "sdpa",
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True, backend: str = "sdpa"
     ):
         super().__init__()
         if dim % num_heads:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from dinov2.layers.attention import Attention
 from dinov2.layers.ffn import Mlp
-from dinov2.layers.layer_norm import LayerNorm
-from dinov2.layers.layer_scale import LayerScale
+from dinov2.layers.norm import LayerNorm, LayerScale
 from dinov2.layers.packing import Segments
 from dinov2.layers.row_gather import take_rows
 from dinov2.layers.stochastic_depth import add_branch, kept_rows
@@ -60,11 +59,7 @@ class Block(nn.Module):
         self.inverse_gather = inverse_gather
 
     def forward(
-        self,
-        x: Tensor,
-        segments: Segments,
-        orders: Sequence[Tensor] | None = None,
-        selected: Tensor | None = None,
+        self, x: Tensor, segments: Segments, orders: Sequence[Tensor] | None = None, selected: Tensor | None = None
     ) -> Tensor:
         """Transform a residual stream.
 

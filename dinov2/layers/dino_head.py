@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers.precision import at_least_float32
+from dinov2.layers.norm import at_least_float32
 
 # Tensor dimensions below: D width, Z bottleneck, K prototypes.
 

@@ -21,11 +21,7 @@ class Mlp(nn.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        bias: bool = True,
+        self, in_features: int, hidden_features: int, act_layer: Callable[[], nn.Module] = nn.GELU, bias: bool = True
     ):
         super().__init__()
         self.fc1 = Linear(in_features, hidden_features, bias=bias)

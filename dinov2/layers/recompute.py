@@ -49,9 +49,7 @@ def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
 
 
 def compiled_and_recomputed(
-    forward: Callable[..., Any],
-    mode: str,
-    compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    forward: Callable[..., Any], mode: str, compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None
 ) -> Callable[..., Any]:
     """Return ``forward`` recomputed per ``mode`` and compiled by ``compile``, which may be None.
 

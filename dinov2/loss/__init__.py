@@ -3,15 +3,13 @@
 from importlib import import_module
 from typing import Any
 
-from dinov2.loss.assignments import Assignments
 from dinov2.loss.centering import Centering
 from dinov2.loss.dino import dino_global_loss, dino_local_loss
 from dinov2.loss.ibot import ibot_loss
-from dinov2.loss.kde import kde_loss
-from dinov2.loss.koleo import koleo_loss
 from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, compiled_kernels
-from dinov2.loss.sinkhorn import sinkhorn_assignments, sinkhorn_assignments_of, sinkhorn_knopp
+from dinov2.loss.sinkhorn import Assignments, sinkhorn_assignments, sinkhorn_assignments_of, sinkhorn_knopp
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
+from dinov2.loss.spreading import kde_loss, koleo_loss
 from dinov2.loss.term import LossContext, LossTerm, StepOutputs, build_terms
 
 __all__ = [

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.distributed import all_reduce_sum
-from dinov2.loss.precision import at_least_float32
+from dinov2.layers.norm import at_least_float32
 
 
 class Centering(nn.Module):
@@ -15,10 +15,8 @@ class Centering(nn.Module):
 
         P = softmax((t - c) / T),   afterwards   c <- m c + (1 - m) mean_n t_n
 
-    The centre is the buffer ``center``, part of the state dict.
-
     Args:
-        center_shape: shape of the buffer; its last dimension is the number of prototypes K, the others are 1.
+        center_shape: of the buffer ``center``; its last dimension is the number of prototypes K, the others are 1.
         center_momentum: m in [0, 1].
     """
 

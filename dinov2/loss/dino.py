@@ -41,10 +41,7 @@ def dino_global_loss(
 
 
 def dino_local_loss(
-    student_local: Tensor,
-    teacher_probs: Tensor,
-    student_temp: float = 0.1,
-    kernels: PrototypeKernels = EAGER,
+    student_local: Tensor, teacher_probs: Tensor, student_temp: float = 0.1, kernels: PrototypeKernels = EAGER
 ) -> Tensor:
     """Cross-entropy of each local view against the teacher's targets for all global views.
 
@@ -53,11 +50,7 @@ def dino_local_loss(
     Args:
         student_local: (L, B, K) student logits, any float dtype.
         teacher_probs: (V, B, K) teacher probabilities of the global views.
-        student_temp: tau > 0.
-        kernels: implementation of the passes over the logits.
-
-    Returns:
-        0-d float32, see `dino_global_loss`.
+        student_temp, kernels: as of `dino_global_loss`, as is what is returned.
     """
     entropy = soft_cross_entropy(student_local, teacher_probs.sum(0), student_temp, kernels)
     return _mean_over_pairs(entropy, len(teacher_probs), len(student_local))

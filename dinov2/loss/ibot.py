@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2.loss.assignments import Assignments
 from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels
+from dinov2.loss.sinkhorn import Assignments
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
 from dinov2.loss.term import LossTerm, StepOutputs
 

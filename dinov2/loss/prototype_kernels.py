@@ -80,12 +80,10 @@ def column_sums(logits: Tensor, row_shift: Tensor, column_shift: Tensor, v: Tens
 
 def row_sums(logits: Tensor, row_shift: Tensor, column_shift: Tensor, u: Tensor, inverse_temp: Tensor) -> Tensor:
     """Return sum_k E_nk u_k, (N,), with E of `shifted_exp` from (N, K) logits."""
-    return torch.cat(
-        [
-            shifted_exp(logits[rows], row_shift[rows], column_shift, inverse_temp).mul_(u).sum(1)
-            for rows in _tiles(logits)
-        ]
-    )
+    tiles = [
+        shifted_exp(logits[rows], row_shift[rows], column_shift, inverse_temp).mul_(u).sum(1) for rows in _tiles(logits)
+    ]
+    return torch.cat(tiles)
 
 
 def cross_entropy(
@@ -111,13 +109,7 @@ def cross_entropy(
 
 
 def cross_entropy_grad(
-    student: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    mass: Tensor,
-    grad: Tensor,
-    inverse_temp: Tensor,
-    *target: Tensor,
+    student: Tensor, row_max: Tensor, log_sum: Tensor, mass: Tensor, grad: Tensor, inverse_temp: Tensor, *target: Tensor
 ) -> Tensor:
     """Return grad_n (softmax(s / tau)_nk mass_n - t_nk) / tau in the student's shape and dtype.
 
@@ -147,19 +139,16 @@ def compiled_kernels(backend: str | Callable[..., Callable]) -> PrototypeKernels
     Args:
         backend: of ``torch.compile``, by name or the function itself.
     """
-    return PrototypeKernels(
-        *(torch.compile(kernel, fullgraph=True, dynamic=False, backend=backend) for kernel in _PASSES)
-    )
+    return PrototypeKernels(*(torch.compile(p, fullgraph=True, dynamic=False, backend=backend) for p in _PASSES))
 
 
 def _tiles(matrix: Tensor) -> list[slice]:
     """Slices of N, at least one; a single one under compilation, which leaves no temporaries to bound."""
-    num_rows = matrix.shape[-2]
-    step = max(num_rows, 1)
+    num_rows = step = max(matrix.shape[-2], 1)
     if not torch.compiler.is_compiling():
-        width = math.prod(matrix.shape) // step
+        width = math.prod(matrix.shape) // num_rows
         step = max(_TILE_ELEMENTS // max(width, 1), 1)
-    return [slice(start, start + step) for start in range(0, max(num_rows, 1), step)]
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def _target_rows(target: tuple[Tensor, ...], rows: slice) -> Tensor:

@@ -1,32 +1,52 @@
 """Sinkhorn-Knopp: teacher targets that use every prototype equally."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum
-from dinov2.loss.assignments import Assignments
-from dinov2.loss.precision import at_least_float32
-from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, inverse
+from dinov2.layers.norm import at_least_float32
+from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, inverse, shifted_exp
 
 # Keeps 1/sum, and sums of up to 1e8 such terms, inside float32's range; see `sinkhorn_assignments` for when a sum
 # can be as small.
 _SMALLEST_SUM = 1e-30
 
 
-def sinkhorn_knopp(
-    logits: Tensor,
-    teacher_temp: float | Tensor,
-    n_iterations: int = 3,
-    row_weight: Tensor | None = None,
-) -> Tensor:
-    """`sinkhorn_assignments`, written out.
+class Assignments(NamedTuple):
+    """The matrix P_nk = v_n exp((l_nk - c_k - r_n) / T) u_k, not written out.
 
-    Returns:
-        (N, K) float32 (float64 for float64 logits); rows that count sum to 1, padded rows are 0.
+    `soft_cross_entropy` takes it as it is: one more pass over 16-bit logits instead of a float32 matrix.
+
+    Attributes:
+        logits: (N, K) teacher outputs l, any float dtype.
+        row_shift: (N,) r, float32 (float64 for float64 logits), as all that follow.
+        column_shift: (K,) c.
+        u: (K,) scaling of the prototypes.
+        v: (N,) scaling of the rows.
+        inverse_temp: 0-d, 1 / T.
     """
-    return Assignments.probs(sinkhorn_assignments(logits, teacher_temp, n_iterations, row_weight))
+
+    logits: Tensor
+    row_shift: Tensor
+    column_shift: Tensor
+    u: Tensor
+    v: Tensor
+    inverse_temp: Tensor
+
+    def probs(self) -> Tensor:
+        """Write P out: (N, K), float32 (float64 for float64 logits), without a gradient."""
+        kernel = shifted_exp(self.logits.detach(), self.row_shift, self.column_shift, self.inverse_temp)
+        return kernel.mul_(self.u).mul_(self.v[:, None])
+
+
+def sinkhorn_knopp(
+    logits: Tensor, teacher_temp: float | Tensor, n_iterations: int = 3, row_weight: Tensor | None = None
+) -> Tensor:
+    """Write `sinkhorn_assignments` out as (N, K) `Assignments.probs`: rows that count sum to 1, padded rows are 0."""
+    return sinkhorn_assignments(logits, teacher_temp, n_iterations, row_weight).probs()
 
 
 def sinkhorn_assignments(
@@ -94,8 +114,7 @@ def sinkhorn_assignments_of(
     columns = tops.where(tops > -torch.inf, 0.0).split([logits.shape[1] for logits in batches])
     scale = inverse(teacher_temp, tops)
     weights = [weight.to(tops.dtype) for weight in weights]
-    matrices = []
-    v = []
+    matrices, v = [], []
     for logits, column_shift, weight in zip(batches, columns, weights, strict=True):
         row_shift = kernels.row_max(logits, column_shift)
         matrices.append((logits, row_shift, column_shift))

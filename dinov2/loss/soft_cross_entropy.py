@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.loss.assignments import Assignments
-from dinov2.loss.precision import at_least_float32
+from dinov2.layers.norm import at_least_float32
 from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, inverse
+from dinov2.loss.sinkhorn import Assignments
 
 
 def soft_cross_entropy(
@@ -36,7 +36,7 @@ def soft_cross_entropy(
     Returns:
         (..., N) float32 (float64 for float64 logits), one value per row of ``student_logits``.
     """
-    target = teacher.factors if isinstance(teacher, Assignments) else (teacher.expand_as(student_logits),)
+    target = teacher if isinstance(teacher, Assignments) else (teacher.expand_as(student_logits),)
     return _SoftCrossEntropy.apply(kernels, student_temp, student_logits, *target)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dinov2.configs.fields import key
 from dinov2.extensions import LOSSES
-from dinov2.loss.assignments import Assignments
 from dinov2.loss.prototype_kernels import PrototypeKernels
+from dinov2.loss.sinkhorn import Assignments
 
 # Tensor dimensions below: V = 2 global views, L local views, B images of this rank, N patches of a global view, M
 # rows of masked patches with padding, D width, K prototypes.
@@ -65,17 +65,11 @@ class StepOutputs:
 
 @dataclass(frozen=True)
 class LossContext:
-    """Sizes that a term may build its modules by.
+    """Sizes that a term may build its modules by."""
 
-    Attributes:
-        embed_dim: D.
-        class_prototypes: K of the class tokens' head.
-        patch_prototypes: K' of the patches' head.
-    """
-
-    embed_dim: int
-    class_prototypes: int
-    patch_prototypes: int
+    embed_dim: int  # D
+    class_prototypes: int  # K of the class tokens' head
+    patch_prototypes: int  # K' of the patches' head
 
 
 class LossTerm(nn.Module):
@@ -84,10 +78,6 @@ class LossTerm(nn.Module):
     Its trainable parameters, if any, are treated as a head's: float32, sharded, gradients averaged over ranks, clipped
     by their own norm (metric ``grad_norm_<name>``), decayed and scheduled with the rest, saved and restored. Buffers
     of the state dict are saved as rank 0 has them.
-
-    Args:
-        options: an `Options`.
-        context: sizes.
 
     Attributes:
         needs: optional fields of `StepOutputs` that are to be filled: ``patch_tokens`` brings those of student and
@@ -124,7 +114,7 @@ def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
 
     Args:
         config: a `dinov2.configs.Config`: sections ``dino`` and ``ibot`` for the built-in terms, ``losses`` for others.
-        context: sizes.
+        context: sizes of the networks.
 
     Raises:
         ValueError: if ``losses`` names a built-in term, or a name twice.
@@ -138,6 +128,5 @@ def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
                 "and ibot, and each further term stands once."
             )
         terms[label] = LOSSES[name], options
-    return nn.ModuleDict(
-        {name: term(options, context) for name, (term, options) in terms.items() if options.weight > 0}
-    )
+    built = {name: term(options, context) for name, (term, options) in terms.items() if options.weight > 0}
+    return nn.ModuleDict(built)

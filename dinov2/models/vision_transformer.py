@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFNFused
@@ -14,7 +15,6 @@ from dinov2.layers.attention_backends import require_kernel
 from dinov2.layers.packing import Segments, pack, unpack
 from dinov2.layers.stochastic_depth import draw_orders
 from dinov2.models.backbone import Backbone
-from dinov2.models.positions import resample_positions
 
 # Tensor dimensions below: B images, C channels, N patches, R registers, T packed rows of all images, D width.
 
@@ -32,22 +32,13 @@ class DinoVisionTransformer(Backbone):
 
     Args:
         img_size: side in pixels of the images that the position grid is made for.
-        patch_size: side of a patch in pixels.
-        in_chans: colour channels.
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: attention heads.
         mlp_ratio: hidden width of the feed-forward part over D.
-        qkv_bias, ffn_bias, proj_bias: biases of the linear maps.
         drop_path_rate: rate of stochastic depth in the last block, in [0, 1).
         drop_path_uniform: the same rate in every block; else it rises linearly from 0.
         init_values: initial LayerScale gain; None or 0 leaves LayerScale out.
-        embed_layer, act_layer, block_fn: classes of the parts.
-        ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
+        ffn_layer: one of `FFN_LAYERS`.
         block_chunks: accepted for compatibility; blocks are never chunked, and chunked state dicts load.
-        num_register_tokens: R.
-        interpolate_antialias: antialias when resampling the position grid.
-        interpolate_offset: in [0, 1), added to the target grid's sides when resampling; see `resample_positions`.
+        interpolate_antialias, interpolate_offset: see `resample_positions`.
         attention_backend: see `dinov2.layers.attention_backends`.
         inverse_gather: see `dinov2.layers.stochastic_depth.add_branch`.
 
@@ -95,20 +86,10 @@ class DinoVisionTransformer(Backbone):
         self.n_blocks = depth
         self.arch = ""
         """Name in `dinov2.extensions.BACKBONES`, where the sizes are those of that name."""
-        self._options = {
-            "ffn_layer": ffn_layer,
-            "qkv_bias": qkv_bias,
-            "proj_bias": proj_bias,
-            "ffn_bias": ffn_bias,
-            "init_values": init_values,
-        }
-        self._sizes = {
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-        }
+        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias}
+        self._sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+        self._sizes |= {"in_chans": in_chans, "depth": depth}
+        self._options = {"ffn_layer": ffn_layer, "init_values": init_values, **biases}
         self.num_heads = num_heads
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
@@ -128,9 +109,7 @@ class DinoVisionTransformer(Backbone):
                 dim=embed_dim,
                 num_heads=num_heads,
                 mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
+                **biases,
                 drop_path=rate,
                 init_values=init_values or None,
                 act_layer=act_layer,
@@ -187,22 +166,16 @@ class DinoVisionTransformer(Backbone):
 
     def describe(self) -> dict[str, Any]:
         """As of `Backbone`; the sizes only where no name stands for them."""
-        named = (
-            {"arch": self.arch}
-            if self.arch
-            else {"arch": f"{__name__}:{DinoVisionTransformer.__name__}", **self._sizes}
-        )
-        return (
-            named
-            | self._options
-            | {
-                "img_size": math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size,
-                "patch_size": self.patch_size,
-                "num_register_tokens": self.num_register_tokens,
-                "interpolate_antialias": self.interpolate_antialias,
-                "interpolate_offset": self.interpolate_offset,
-            }
-        )
+        return {
+            "arch": self.arch or f"{__name__}:{DinoVisionTransformer.__name__}",
+            **({} if self.arch else self._sizes),
+            **self._options,
+            "img_size": math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size,
+            "patch_size": self.patch_size,
+            "num_register_tokens": self.num_register_tokens,
+            "interpolate_antialias": self.interpolate_antialias,
+            "interpolate_offset": self.interpolate_offset,
+        }
 
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
         """As of `Backbone`: the attention backend."""
@@ -214,14 +187,14 @@ class DinoVisionTransformer(Backbone):
         return self._forward_crops(x_list, masks_list)
 
     def _forward_crops(
-        self,
-        crops: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
-        patch_index: Tensor | None = None,
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patch_index: Tensor | None = None
     ) -> list[dict[str, Any]]:
         x, segments = self._pack(crops, masks)
         selected = None if patch_index is None else self._selected_rows(segments, patch_index)
-        orders = self._draw_orders(segments, x.device)
+        orders = None
+        if self.training and any(block.drop_path_rate for block in self.blocks):
+            # Per segment int64 (2 * depth, B): the images that each branch of each block keeps come first.
+            orders = draw_orders(segments, 2 * self.n_blocks, x.device)
         for i, block in enumerate(self.blocks):
             of_block = [order[2 * i : 2 * i + 2] for order in orders] if orders else None
             x = block(x, segments, of_block, selected if i == self.n_blocks - 1 else None)
@@ -231,18 +204,16 @@ class DinoVisionTransformer(Backbone):
             outputs[0]["x_norm_indexedtokens"] = patches
             return outputs
         first_patch = 1 + self.num_register_tokens
-        outputs = []
-        for prenorm, normed, mask in zip(unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True):
-            outputs.append(
-                {
-                    "x_norm_clstoken": normed[:, 0],
-                    "x_norm_regtokens": normed[:, 1:first_patch],
-                    "x_norm_patchtokens": normed[:, first_patch:],
-                    "x_prenorm": prenorm,
-                    "masks": mask,
-                }
-            )
-        return outputs
+        return [
+            {
+                "x_norm_clstoken": normed[:, 0],
+                "x_norm_regtokens": normed[:, 1:first_patch],
+                "x_norm_patchtokens": normed[:, first_patch:],
+                "x_prenorm": prenorm,
+                "masks": mask,
+            }
+            for prenorm, normed, mask in zip(unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True)
+        ]
 
     def _selected_rows(self, segments: Segments, patch_index: Tensor) -> Tensor:
         """Packed rows of every image's class token, segment by segment, then of the first segment's patches."""
@@ -257,12 +228,6 @@ class DinoVisionTransformer(Backbone):
     def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
         tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
         return pack(tokens), tuple((len(t), t.shape[1]) for t in tokens)
-
-    def _draw_orders(self, segments: Segments, device: torch.device) -> list[Tensor] | None:
-        """Per segment int64 (2 * depth, B): the images that each branch of each block keeps come first."""
-        if not self.training or not any(block.drop_path_rate for block in self.blocks):
-            return None
-        return draw_orders(segments, 2 * self.n_blocks, device)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Class token, registers and patches with positions, float32 or better: (B, 1 + R + N, D)."""
@@ -282,10 +247,7 @@ class DinoVisionTransformer(Backbone):
         return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings (1, 1 + N, D) for an image of ``height`` x ``width`` px, in the dtype of ``x``.
-
-        The patch grid is resampled where its sides differ; see `resample_positions`.
-        """
+        """Position embeddings (1, 1 + N, D) for an image of ``height`` x ``width`` px, in the dtype of ``x``."""
         size = (height // self.patch_size, width // self.patch_size)
         pos_embed = self.pos_embed.to(x.dtype)
         return resample_positions(pos_embed, size, self.interpolate_antialias, self.interpolate_offset)
@@ -301,7 +263,6 @@ class DinoVisionTransformer(Backbone):
         """Patch tokens after some of the blocks.
 
         Args:
-            x: (B, C, H, W).
             n: how many of the last blocks, or which blocks by number.
             reshape: return maps (B, D, H/p, W/p) in place of (B, N, D).
             return_class_token: pair each with its class token (B, D).
@@ -324,6 +285,32 @@ class DinoVisionTransformer(Backbone):
         return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
 
 
+def resample_positions(pos_embed: Tensor, size: tuple[int, int], antialias: bool = True, offset: float = 0.0) -> Tensor:
+    """Resample a square position grid bicubically in float32; a grid that has the size already is returned as is.
+
+    Args:
+        pos_embed: (1, 1 + N, D), the class token's first; N is a square number.
+        size: rows and columns of patches.
+        antialias: low-pass filter when shrinking.
+        offset: in [0, 1). The grid is resampled by the factor (side + offset) / sqrt(N), which shifts the sampling
+            positions a little, as Meta's models without registers do; 0 resamples to the exact sides.
+
+    Returns:
+        (1, 1 + rows * columns, D) in the dtype of ``pos_embed``.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if size == (side, side):
+        return pos_embed
+    grid = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if offset:
+        scale = tuple((sides + offset) / side for sides in size)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        grid = F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
+    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
+
+
 def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
     """Rename ``blocks.<chunk>.<i>.`` to ``blocks.<i>.`` in place."""
     for key in [key for key in state if key.startswith(f"{prefix}blocks.")]:
@@ -332,43 +319,21 @@ def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *a
             state[f"{prefix}blocks.{'.'.join(parts[1:])}"] = state.pop(key)
 
 
-def _vit(arch: str, embed_dim: int, depth: int, num_heads: int, **options: Any) -> DinoVisionTransformer:
-    model = DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **options)
-    model.arch = arch
-    return model
+def _vit(arch: str, embed_dim: int, depth: int, num_heads: int) -> Callable[..., DinoVisionTransformer]:
+    def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+        kwargs |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
+        model = DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **kwargs)
+        model.arch = arch
+        return model
+
+    make.__name__ = make.__qualname__ = arch
+    make.__doc__ = f"Build a ViT of width {embed_dim} with {depth} blocks of {num_heads} heads."
+    return make
 
 
-def vit_demo(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
-    """128 wide, 4 blocks: for the demo and tests only."""
-    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-    return _vit("vit_demo", 128, 4, 4, **options)
-
-
-def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
-    """ViT-Ti: 192 wide, 12 blocks, 3 heads (DeiT, arXiv:2012.12877)."""
-    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-    return _vit("vit_tiny", 192, 12, 3, **options)
-
-
-def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
-    """ViT-S: 384 wide, 12 blocks, 6 heads."""
-    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-    return _vit("vit_small", 384, 12, 6, **options)
-
-
-def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
-    """ViT-B: 768 wide, 12 blocks, 12 heads."""
-    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-    return _vit("vit_base", 768, 12, 12, **options)
-
-
-def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
-    """ViT-L: 1024 wide, 24 blocks, 16 heads."""
-    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-    return _vit("vit_large", 1024, 24, 16, **options)
-
-
-def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **options: Any) -> DinoVisionTransformer:
-    """ViT-g as in DINOv2: 1536 wide, 40 blocks, 24 heads of 64."""
-    options |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-    return _vit("vit_giant2", 1536, 40, 24, **options)
+vit_demo = _vit("vit_demo", 128, 4, 4)  # for the demo and tests only
+vit_tiny = _vit("vit_tiny", 192, 12, 3)  # DeiT's ViT-Ti (arXiv:2012.12877)
+vit_small = _vit("vit_small", 384, 12, 6)
+vit_base = _vit("vit_base", 768, 12, 12)
+vit_large = _vit("vit_large", 1024, 24, 16)
+vit_giant2 = _vit("vit_giant2", 1536, 40, 24)  # DINOv2's own ViT-g

@@ -22,7 +22,7 @@ from dinov2.configs import Config, load_config
 from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample, Source
-from dinov2.data.stream.mixture import make_source
+from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
 from dinov2.hub import load_teacher

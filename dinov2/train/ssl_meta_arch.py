@@ -14,15 +14,7 @@ from dinov2.configs import Config, config_from_mapping
 from dinov2.distributed import broadcast_object, get_global_size, is_main_process
 from dinov2.fsdp import load_full_state_dict, shard
 from dinov2.layers import DINOHead
-from dinov2.loss import (
-    EAGER,
-    Assignments,
-    Centering,
-    LossContext,
-    StepOutputs,
-    build_terms,
-    sinkhorn_assignments_of,
-)
+from dinov2.loss import EAGER, Assignments, Centering, LossContext, StepOutputs, build_terms, sinkhorn_assignments_of
 from dinov2.models import build_model_from_cfg
 from dinov2.train.update.optim import parameter_groups
 from dinov2.train.update.weight_update import ema_update

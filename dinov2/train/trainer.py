@@ -100,12 +100,7 @@ class Trainer:
         step = self.state.step
         if step % self._log_period and step != self.plan.total_steps:
             return
-        record = {
-            "step": step,
-            "total_steps": self.plan.total_steps,
-            **self._metrics.reduce(),
-            **vars(values),
-        }
+        record = {"step": step, "total_steps": self.plan.total_steps, **self._metrics.reduce(), **vars(values)}
         record |= self._period.speed(step, self.plan, self._flops)
         record["slides_per_batch"] = all_gather_rows(slide_ids).unique().numel()
         record["memory_gib"] = peak_memory_gib(self.training_step.arch.device)

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,21 @@ def write_text(path: Path, lines: str | Iterable[str]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is whole or absent."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write an .npz file that is whole or absent."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
+    """Read arrays of an .npz file; None where there is no such file, or a corrupt one."""
+    try:
+        with np.load(path) as stored:
+            return [stored[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
 
 
 def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
@@ -132,27 +150,30 @@ def check_description(path: Path, identity: dict[str, Any]) -> bool:
 
 @contextmanager
 def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Iterator[None]:
-    """Hold a lock between processes, on a file or on a range of numbers that the file stands for.
+    """Hold a lock between processes, on a folder, on a file or on a range of numbers that the file stands for.
 
     The lock is not inherited by child processes and goes with this one, however that ends. Where the file system
     has no locks, a warning says so and the block runs without one.
 
     Args:
-        path: made where it is missing; this process must not open it again before the end.
+        path: a folder, or a file, made where it is missing, that this process must not open again before the end.
         first, length: the range; an empty one locks nothing.
         busy: the error where another process holds it, where there is more to say than that it does.
 
     Raises:
         FileExistsError: if another process holds the lock.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    folder = path.is_dir()
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            if length > 0:  # 0 would stand for everything after `first`
+            if folder:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif length > 0:  # 0 would stand for everything after `first`
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
         except (BlockingIOError, PermissionError) as error:
             raise FileExistsError(
-                busy or f"Another process is writing into '{path.parent}'; wait for it or stop it."
+                busy or f"Another process is writing into '{path if folder else path.parent}'; wait for it or stop it."
             ) from error
         except OSError as error:
             logger.warning("'%s' cannot be locked (%s); start no second process there.", path, error.strerror)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 
+@dataclass
 class CosineScheduler:
-    """Value per iteration: zeros while frozen, a linear warm-up, then a half cosine.
+    """Value per iteration: zeros while frozen, a linear warm-up, then a half cosine; computed on request.
 
     With F = freeze_iters, W = warmup_iters, T = total_iters::
 
@@ -14,30 +16,21 @@ class CosineScheduler:
         v[i] = start + (base - start) * (i - F) / (W - 1)                    F <= i < F + W
         v[i] = final + (base - final) / 2 * (1 + cos(pi * j / (T - F - W)))  j = i - F - W,  i < T
         v[i] = final                                                         i >= T
-
-    Values are computed on request, so a schedule of 10^7 iterations costs nothing to hold.
     """
 
-    def __init__(
-        self,
-        base_value: float,
-        final_value: float,
-        total_iters: int,
-        warmup_iters: int = 0,
-        start_warmup_value: float = 0.0,
-        freeze_iters: int = 0,
-    ):
-        if total_iters < warmup_iters + freeze_iters:
+    base_value: float
+    final_value: float
+    total_iters: int
+    warmup_iters: int = 0
+    start_warmup_value: float = 0.0
+    freeze_iters: int = 0
+
+    def __post_init__(self) -> None:
+        if self.total_iters < self.warmup_iters + self.freeze_iters:
             raise ValueError(
-                f"A schedule of {total_iters} iterations cannot hold {freeze_iters} frozen and {warmup_iters} "
-                "warm-up iterations; give at least their sum."
+                f"A schedule of {self.total_iters} iterations cannot hold {self.freeze_iters} frozen and "
+                f"{self.warmup_iters} warm-up iterations; give at least their sum."
             )
-        self.base_value = base_value
-        self.final_value = final_value
-        self.total_iters = total_iters
-        self.warmup_iters = warmup_iters
-        self.start_warmup_value = start_warmup_value
-        self.freeze_iters = freeze_iters
 
     def __len__(self) -> int:
         return self.total_iters
@@ -50,8 +43,8 @@ class CosineScheduler:
             return 0.0
         it -= self.freeze_iters
         if it < self.warmup_iters:
-            share = it / (self.warmup_iters - 1) if self.warmup_iters > 1 else 0.0
-            return self.start_warmup_value + (self.base_value - self.start_warmup_value) * share
+            fraction = it / (self.warmup_iters - 1) if self.warmup_iters > 1 else 0.0
+            return self.start_warmup_value + (self.base_value - self.start_warmup_value) * fraction
         it -= self.warmup_iters
         span = self.total_iters - self.freeze_iters - self.warmup_iters
         return self.final_value + 0.5 * (self.base_value - self.final_value) * (1 + math.cos(math.pi * it / span))

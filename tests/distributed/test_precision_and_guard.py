@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dinov2.distributed import all_reduce_sum, get_global_rank, get_global_size
+from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
-from dinov2.train.update.guard import NonFiniteError
+from dinov2.train.update.guard import FiniteGuard, NonFiniteError
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training import (
     differing,
@@ -106,14 +107,15 @@ class StateAfterStep:
 
     def __init__(self, step: int):
         self.step, self.state = step, {}
+        self.trainer: Trainer | None = None
 
-    def on_start(self, trainer: Trainer) -> None: ...
+    def on_start(self, state: TrainState, guard: FiniteGuard) -> None: ...
 
-    def after_step(self, trainer: Trainer) -> None:
-        if trainer.state.step == self.step:
-            self.state = whole_state(trainer)
+    def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
+        if state.step == self.step:
+            self.state = whole_state(self.trainer)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         raise AssertionError("a run with a bad step did not end well")
 
     def close(self) -> None: ...
@@ -124,7 +126,7 @@ def bad_loss_at_step_2(precision: str, kind: str) -> dict[str, Any]:
     config = tiny_config(*(in_precision("fp16") if precision == "fp16" else ()))
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
     good = StateAfterStep(2)
-    trainer = make_trainer(config, scaler=scaler, hooks=[good])
+    good.trainer = trainer = make_trainer(config, scaler=scaler, hooks=[good])
     change_loss(trainer, 2, BAD_LOSSES[kind])
     with pytest.raises(NonFiniteError) as error:
         trainer.fit()

@@ -13,8 +13,8 @@ class RemoteFolder:
         failure: raised by the next reads, where there is one.
     """
 
-    def __init__(self, folder: Path, place: str = "memory://set") -> None:
-        self._inside, self.place = LocalStorage(str(folder)), place
+    def __init__(self, folder: Path, location: str = "memory://set") -> None:
+        self._inside, self.location = LocalStorage(str(folder)), location
         self.reads: list[tuple[int, int]] = []
         self.failure: Exception | None = None
 
@@ -28,4 +28,4 @@ class RemoteFolder:
         return self._inside.read_range(name, start, length)
 
     def locate(self, name: str) -> str:
-        return f"{self.place}/{name}"
+        return f"{self.location}/{name}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
@@ -104,7 +105,8 @@ def test_a_non_finite_loss_stops_before_the_update(
 
     def poisoned(self: SSLMetaArch, batch: dict, teacher_temp: float) -> dict:
         losses = compute(self, batch, teacher_temp)
-        archs.append(self)
+        if not isinstance(losses["total_loss"], FakeTensor):  # the plan measures a step beforehand
+            archs.append(self)
         if len(archs) == 4:
             losses["total_loss"] = losses["total_loss"] * float("nan")
         return losses

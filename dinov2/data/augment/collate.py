@@ -16,36 +16,21 @@ from dinov2.utils.seeding import hash_name
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One decoded and augmented row, ready for the collate function.
+    """One decoded and augmented row, ready for the collate function."""
 
-    Attributes:
-        index: global sample index g.
-        crops: the augmented views.
-        slide: slide the tile was cut from.
-        replaced: whether the row at g was corrupt and another one stands in for it.
-        fault: if replaced, where the corrupt row is and what is wrong with it.
-        unit: unit that the row was taken from.
-        row: row within that unit.
-    """
-
-    index: int
+    index: int  # global sample index g
     crops: MultiCrops
-    slide: str
-    replaced: bool
-    fault: str = ""
-    unit: int = 0
-    row: int = 0
+    slide: str  # that the tile was cut from
+    replaced: bool  # whether the row at g was corrupt and another one stands in for it
+    fault: str = ""  # if replaced, where the corrupt row is and what is wrong with it
+    unit: int = 0  # that the row was taken from
+    row: int = 0  # within that unit
 
 
 class MultiCropCollate:
     """Collate function for whole pairs of consecutive samples; equal for every split of the stream over ranks.
 
-    Args:
-        seed: seed of the run, in [0, 2^64).
-        patch_size: side of a patch in pixels.
-        mask_probability: fraction of global crops that are masked.
-        mask_ratio_min_max: range of the fraction of a masked crop's patches.
-        global_crops_size: side of a global crop in pixels; N = (global_crops_size / patch_size)^2.
+    Masks are drawn by `StratifiedMasks`, on a grid of N = (global_crops_size / patch_size)^2 patches; sizes in pixels.
 
     Raises:
         ValueError: if the crop is no multiple of the patch, or a fraction lies outside [0, 1].

@@ -83,20 +83,14 @@ class StratifiedMasks:
     """
 
     def __init__(
-        self,
-        seed: int,
-        grid_size: tuple[int, int],
-        mask_probability: float,
-        mask_ratio_min_max: tuple[float, float],
+        self, seed: int, grid_size: tuple[int, int], mask_probability: float, mask_ratio_min_max: tuple[float, float]
     ) -> None:
         if not 0 <= mask_probability <= 1:
             raise ValueError(f"mask_probability is {mask_probability}; a number in [0, 1] is needed.")
         low, high = mask_ratio_min_max
         if not 0 <= low <= high <= 1:
             raise ValueError(f"mask_ratio_min_max is {low, high}; 0 <= min <= max <= 1 is needed.")
-        self.seed = seed
-        self.grid_size = grid_size
-        self.num_patches = math.prod(grid_size)
+        self.seed, self.grid_size, self.num_patches = seed, grid_size, math.prod(grid_size)
         self.ratio_edges = np.linspace(low, high, round(4 * mask_probability) + 1)
         self.max_masked = sum(int(self.num_patches * edge) for edge in self.ratio_edges[1:])
 

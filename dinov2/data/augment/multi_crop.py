@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.augment.ops import resized_crop
 from dinov2.data.augment.step import AugmentationStep, View
 from dinov2.utils.seeding import SampleStreams, hash_name
 
@@ -28,15 +27,10 @@ class MultiCrops:
 
 
 class DrawnView(NamedTuple):
-    """All that is random of one view.
+    """All that is random of one view."""
 
-    Attributes:
-        box: top, left, height and width of the crop in pixels of the image.
-        params: of each step that is applied, by its name and in the order of application.
-    """
-
-    box: tuple[int, int, int, int]
-    params: dict[str, Any]
+    box: tuple[int, int, int, int]  # top, left, height and width of the crop in pixels of the image
+    params: dict[str, Any]  # of each step that is applied, by its name and in the order of application
 
 
 class MultiCropAugmentation:
@@ -44,11 +38,9 @@ class MultiCropAugmentation:
 
     Args:
         steps: what is done to a view after its crop, by name and in the order of application.
-        global_crops_scale: range of a global crop's fraction of the image area.
-        local_crops_scale: the same for local crops.
+        global_crops_scale, local_crops_scale: range of a crop's fraction of the image area.
         local_crops_number: local views per image, L.
-        global_crops_size: side of a global view in pixels, S.
-        local_crops_size: side of a local view in pixels, s.
+        global_crops_size, local_crops_size: sides of the views in pixels, S and s.
         seed: seed of the run, in [0, 2^64).
 
     Raises:
@@ -68,16 +60,13 @@ class MultiCropAugmentation:
         for kind, (low, high) in {"global": global_crops_scale, "local": local_crops_scale}.items():
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{kind}_crops_scale is {low, high}; 0 < min <= max <= 1 is needed.")
-        self.steps = dict(steps)
-        self.global_crops_size, self.local_crops_size = global_crops_size, local_crops_size
-        self.seed = seed
+        self.steps, self.seed = dict(steps), seed
         self._streams = {name: hash_name(name) for name in self.steps}
-        self._views = [
-            (View("global1", 0, global_crops_size), global_crops_scale),
-            (View("global2", 1, global_crops_size), global_crops_scale),
-        ]
-        for number in range(2, 2 + local_crops_number):
-            self._views.append((View("local", number, local_crops_size), local_crops_scale))
+        global_views = [View("global1", 0, global_crops_size), View("global2", 1, global_crops_size)]
+        local_views = [View("local", number, local_crops_size) for number in range(2, 2 + local_crops_number)]
+        self._views = [(view, global_crops_scale) for view in global_views]
+        self._views += [(view, local_crops_scale) for view in local_views]
+        self.global_crops_size, self.local_crops_size = global_crops_size, local_crops_size
 
     def sample(self, image_size: tuple[int, int], index: int) -> list[DrawnView]:
         """Draw sample ``index``'s views of an image of (height, width): two global, then the local ones."""
@@ -132,18 +121,22 @@ class MultiCropAugmentation:
         return torch.from_numpy(crops)
 
 
+def resized_crop(image: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
+    """Cut a box of uint8 (H, W, 3) and resize it to (size, size), bicubic (a = -0.5) with antialiasing, as Pillow."""
+    # torch's fast uint8 kernel wants memory that truly lies channels-last: a copy of the box, not a view.
+    box = image[top : top + height, left : left + width].copy()
+    planes = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy()[0])
+
+
 def sample_box(
     rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Draw a crop's (top, left, height, width), distributed as torchvision's RandomResizedCrop.
 
     The fraction of the area is U(scale), the log aspect U(ln 3/4, ln 4/3); the first of ten draws that fits is taken,
-    else the largest centred box whose aspect lies in [3/4, 4/3].
-
-    Args:
-        rng: generator of this crop alone.
-        image_size: (height, width) of the image in pixels, each at least 1.
-        scale: range of the crop's fraction of the image area.
+    else the largest centred box whose aspect lies in [3/4, 4/3]. ``image_size`` is (height, width) in pixels.
     """
     image_height, image_width = image_size
     for _ in range(10):

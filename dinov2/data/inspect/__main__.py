@@ -25,7 +25,6 @@ _NUMBERS = (  # field of Training, least value, help
     ("block_rows", 1, "rows shuffled together"),
     ("memory_gib", 0, "most that the reader of one process may hold"),
 )
-_WIDTH = 16
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -40,9 +39,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "source", metavar="SRC",
         help="folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ...",
     )  # fmt: skip
+    options = {name: "--" + name.replace("_", "-") for name, _, _ in _NUMBERS}
     for name, _, text in _NUMBERS:
         value = getattr(default, name)
-        parser.add_argument(_option(name), type=type(value), default=value, help=f"{text} (%(default)s)")
+        parser.add_argument(options[name], type=type(value), default=value, help=f"{text} (%(default)s)")
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, least, _ in _NUMBERS:
         if not getattr(args, name) >= least:
-            parser.error(f"{_option(name)} is {getattr(args, name)}, but it must be at least {least}")
+            parser.error(f"{options[name]} is {getattr(args, name)}, but it must be at least {least}")
     if not args.memory_gib:
         parser.error("--memory-gib is 0, but it must be positive")
     if args.batch % args.ranks:
@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         report = inspect_dataset(args.source, Training(**{name: getattr(args, name) for name, _, _ in _NUMBERS}))
         text = json.dumps(report, indent=2) + "\n"
-        sys.stdout.writelines([text] if args.json == "-" else (f"{line}\n" for line in describe(report)))
+        sys.stdout.writelines(
+            [text] if args.json == "-" else (f"{what:<16} {text}\n" for what, text in describe(report))
+        )
         if args.json not in (None, "-"):
             write_text(Path(args.json), text)
         return DONE if report["verdict"]["usable"] else FAILURES
@@ -77,62 +79,49 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(body, logger)
 
 
-def describe(report: dict[str, Any]) -> Iterator[str]:
-    """The report as lines of text."""
-    yield _line("dataset", report["place"])
-    yield _line("files", f"{report['files']:,}, {_size(report['bytes'])}")
+def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The report as lines of text: what each is about, and what there is to say."""
+    yield "dataset", report["place"]
+    yield "files", f"{report['files']:,}, {_size(report['bytes'])}"
     for kind in ("unreadable", "wrong_schema"):
-        for item in report[kind]:
-            yield _line(f"  {kind.replace('_', ' ')}", f"{item['name']}: {item['reason']}")
-    yield _line("rows", f"{report['rows']:,}")
+        yield from ((f"  {kind.replace('_', ' ')}", f"{item['name']}: {item['reason']}") for item in report[kind])
+    yield "rows", f"{report['rows']:,}"
     if report["rows"]:
         yield from _describe_layout(report)
-        yield from _describe_stream(report["stream"])
+        stream = report["stream"]
+        layout = f"{stream['lanes']} lanes, blocks of {stream['block_rows']} rows"
+        yield "sample order", f"batch {stream['batch']}, {layout}"
+        for row in stream["distinct"]:
+            slides = f"{row['stream']:,.0f} distinct slides; uniform sampling: {row['uniform']:,.0f}"
+            yield f"  {row['steps']} step" + "s" * (row["steps"] > 1), slides
+        held = _size(stream["memory_bytes_per_rank"])
+        yield "  memory", f"up to {held} of encoded images on each of {stream['ranks']} processes"
     verdict = report["verdict"]
-    yield _line("verdict", "usable for training" if verdict["usable"] else "not usable for training")
+    yield "verdict", "usable for training" if verdict["usable"] else "not usable for training"
     for finding in verdict["reasons"] + verdict["advice"]:
-        yield _line("  " + finding["code"].replace("_", " "), finding["text"])
+        yield "  " + finding["code"].replace("_", " "), finding["text"]
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _describe_layout(report: dict[str, Any]) -> Iterator[str]:
+def _describe_layout(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     groups, stored, images, slides = (report[key] for key in ("row_groups", "stored", "images", "slides"))
-    yield _line("row groups", f"{groups['count']:,} of {_spread(groups['rows'])} rows")
-    yield _line("  images", f"{_spread(groups['image_bytes'], _size)} before compression")
+    yield "row groups", f"{groups['count']:,} of {_spread(groups['rows'])} rows"
+    yield "  images", f"{_spread(groups['image_bytes'], _size)} before compression"
     for schema in report["schemas"]:
         columns = ", ".join(f"{name} {kind}" for name, kind in schema["columns"].items())
-        yield _line("columns", f"{columns} ({schema['files']:,} files)")
-    yield _line("image column", ", ".join(stored["columns"]))
+        yield "columns", f"{columns} ({schema['files']:,} files)"
+    yield "image column", ", ".join(stored["columns"])
     for key in ("encodings", "compression"):
-        counts = ", ".join(f"{name} ({count:,} row groups)" for name, count in stored[key].items())
-        yield _line(f"  {key}", counts)
-    for key, what in (("with_dictionary", "dictionary"), ("with_page_index", "page index")):
-        yield _line(f"  {what}", f"{stored[key]:,} of {groups['count']:,} row groups")
+        yield f"  {key}", ", ".join(f"{name} ({count:,} row groups)" for name, count in stored[key].items())
+    for key in ("dictionary", "page_index"):
+        yield f"  {key.replace('_', ' ')}", f"{stored[f'with_{key}']:,} of {groups['count']:,} row groups"
     kinds = ", ".join(f"{count} {kind}" for kind, count in (images["kinds"] | images["sizes"]).items())
-    yield _line("images", f"about {_size(stored['bytes_per_image'])} each; sampled: {kinds or 'none'}")
+    yield "images", f"about {_size(stored['bytes_per_image'])} each; sampled: {kinds or 'none'}"
     if images["corrupt"]:
-        yield _line("  corrupt", f"{len(images['corrupt'])} of these or their row groups")
+        yield "  corrupt", f"{len(images['corrupt'])} of these or their row groups"
     unknown = slides["unknown_row_groups"]
     guess = f"; {unknown:,} row groups of unknown slides count as one each" if unknown else ""
-    yield _line("slides", f"{slides['distinct']:,}, {_spread(slides['per_file'])} per file{guess}")
-    yield _line("  mixed", f"{slides['mixed_row_groups']:,} of {groups['count']:,} row groups")
-
-
-def _describe_stream(stream: dict[str, Any]) -> Iterator[str]:
-    layout = f"{stream['lanes']} lanes, blocks of {stream['block_rows']} rows"
-    yield _line("sample order", f"batch {stream['batch']}, {layout}")
-    for row in stream["distinct"]:
-        slides = f"{row['stream']:,.0f} distinct slides; uniform sampling: {row['uniform']:,.0f}"
-        yield _line(f"  {row['steps']} step" + "s" * (row["steps"] > 1), slides)
-    held = _size(stream["memory_bytes_per_rank"])
-    yield _line("  memory", f"up to {held} of encoded images on each of {stream['ranks']} processes")
-
-
-def _line(name: str, text: str) -> str:
-    return f"{name:<{_WIDTH}} {text}"
+    yield "slides", f"{slides['distinct']:,}, {_spread(slides['per_file'])} per file{guess}"
+    yield "  mixed", f"{slides['mixed_row_groups']:,} of {groups['count']:,} row groups"
 
 
 def _spread(values: dict[str, float], show: Any = "{:,.0f}".format) -> str:

@@ -36,9 +36,6 @@ class SlideListSource:
         mpp_file: CSV `slide,mpp` for slides that do not say theirs, see `read_mpp_table`.
         columns: see `read_sample_list`.
 
-    Attributes:
-        unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
-
     Raises:
         FileNotFoundError: if the list, or a slide that it names, does not exist.
         ValueError: if a line is malformed, there is none, `tile_size` is not positive, or a list of six columns
@@ -140,8 +137,7 @@ class SlideListSource:
         return [self._samples.slides[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+        return self.__dict__ | {"_open": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
+        self.__dict__ = state | {"_open": lru_cache(_OPEN_SLIDES)(SlideReader)}

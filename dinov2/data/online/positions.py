@@ -17,22 +17,14 @@ from dinov2.data.online.tissue_mask import TissueMask
 
 @dataclass(frozen=True)
 class Geometry:
-    """How patches of one output resolution are read from a slide.
+    """How patches of one output resolution are read from a slide."""
 
-    Attributes:
-        level: pyramid level that is read.
-        width, height: of that level in px.
-        downsample: level-0 px per px of that level.
-        side: px of that level that a patch spans.
-        mpp: micrometres per px that the patch has in the end.
-    """
-
-    level: int
-    width: int
+    level: int  # pyramid level that is read
+    width: int  # of that level in px
     height: int
-    downsample: float
-    side: int
-    mpp: float
+    downsample: float  # level-0 px per px of that level
+    side: int  # px of that level that a patch spans
+    mpp: float  # micrometres per px that the patch has in the end
 
 
 class Positions:

@@ -5,45 +5,39 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dinov2.data.online.positions import Geometry, Positions
-from dinov2.data.online.tissue_mask import TissueCache, TissueMask, load_arrays, save_arrays
+from dinov2.data.online.tissue_mask import TissueCache, TissueMask
 from dinov2.data.slides.blocks import TileIndex
 from dinov2.data.slides.errors import SlideError, UnsupportedTiles, public_name
 from dinov2.data.slides.find import SlideRow
-from dinov2.data.slides.index import TileIndexes, write_tile_index
+from dinov2.data.slides.index import TileIndexes, opened_index, write_tile_index
 from dinov2.data.slides.ranges import filesystem, is_remote
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppSource, coarsest_level
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.fsspec import VERSION_KEYS
 from dinov2.data.storage.retry import RemoteError, Retries
+from dinov2.utils.files import read_arrays, write_arrays
 
 
 @dataclass(frozen=True)
 class PatchOptions:
     """What is cut from every slide.
 
-    Attributes:
-        mpps: output resolutions in micrometres per px.
-        weights: how often each is drawn, up to a common factor.
-        tile_size: side of a patch in px.
-        min_foreground: least fraction of foreground in a patch.
-
     Raises:
         ValueError: if a value is out of range, a resolution is there twice, or resolutions and weights differ in
             number.
     """
 
-    mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
-    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    tile_size: int = 224
-    min_foreground: float = 0.4
+    mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # output resolutions in micrometres per px
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
+    tile_size: int = 224  # side of a patch in px
+    min_foreground: float = 0.4  # least fraction of foreground in a patch
 
     def __post_init__(self) -> None:
         if len(self.mpps) != len(self.weights) or not self.mpps or len(set(self.mpps)) < len(self.mpps):
@@ -75,35 +69,20 @@ class SlideJob:
 
 @dataclass(frozen=True)
 class OnlineSlide:
-    """One slide to draw from; small, since every process holds all of them.
+    """One slide to draw from; small, since every process holds all of them."""
 
-    Attributes:
-        path: file or URL.
-        weight: how often it is drawn, up to a common factor.
-        size: bytes of the file.
-        mpp_source: see `resolution.resolve_mpp`.
-        stem: of its files in the cache.
-        key: of its counted positions among those files; identifies all that is known of the slide and its tissue.
-        geometries: one for each resolution that the slide can give.
-        weights: how often each of them is drawn, up to a common factor.
-        counts: number of positions of each.
-        tiles: outline of the index of its tiles; None where only OpenSlide can read them.
-        tile_index: file with the whole index if it is one of many slides; empty if it lies in the cache.
-        patch_bytes: of tiles that a patch takes at most, on average over the geometries.
-    """
-
-    path: str
-    weight: float
-    size: int
+    path: str  # file or URL
+    weight: float  # how often it is drawn, up to a common factor
+    size: int  # bytes of the file
     mpp_source: MppSource
-    stem: Path
-    key: str
-    geometries: tuple[Geometry, ...]
-    weights: tuple[float, ...]
-    counts: tuple[int, ...]
-    tiles: TileIndex | None
-    tile_index: str
-    patch_bytes: float
+    stem: Path  # of its files in the cache
+    key: str  # of its counted positions among those files; identifies all that is known of the slide and its tissue
+    geometries: tuple[Geometry, ...]  # one for each resolution that the slide can give
+    weights: tuple[float, ...]  # how often each of them is drawn, up to a common factor
+    counts: tuple[int, ...]  # number of positions of each
+    tiles: TileIndex | None  # outline of the index of its tiles; None where only OpenSlide can read them
+    tile_index: str  # file with the whole index if it is one of many slides; empty if it lies in the cache
+    patch_bytes: float  # of tiles that a patch takes at most, on average over the geometries
 
 
 @dataclass(frozen=True)
@@ -123,12 +102,8 @@ class DrawingPlan(NamedTuple):
     index: TileIndex | None
 
 
-class _Known(NamedTuple):
-    """What the cache knows of a slide: its tissue, its levels and own resolution as JSON, and its tiles in outline."""
-
-    mask: TissueMask
-    facts: dict[str, Any]
-    tiles: TileIndex | None
+# What the cache knows of a slide: its tissue, its levels and own resolution as JSON, and its tiles in outline.
+_Known = tuple[TissueMask, dict[str, Any], TileIndex | None]
 
 
 def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
@@ -157,30 +132,19 @@ def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
         return Dropped(name, f"at {mpp:.4g} um/px it is coarser than every resolution that is wanted")
     state = [mask.digest(), mpp, facts, list(map(asdict, geometries)), options.min_foreground]
     key = hashlib.blake2b(json.dumps(state).encode(), digest_size=10).hexdigest()
-    path = Path(f"{stem}-{key}.npz")
-    positions = _load_positions(path, geometries, options.min_foreground)
+    positions = _load_positions(stem, key, geometries, options.min_foreground)
     if positions is None:
         positions = [Positions.count(mask, geometry, options.min_foreground) for geometry in geometries]
-        save_arrays(path, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
+        write_arrays(_positions_file(stem, key), **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
         scarce = f"no patch of it is {options.min_foreground:.0%} tissue"
-        return Dropped(name, scarce if mask.any() else "it shows no tissue")
+        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue")
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
     longest = [_longest_patch(tiles, geometry) for geometry in geometries]
     return OnlineSlide(
-        path=row.path,
-        weight=row.weight,
-        size=size,
-        mpp_source=source,
-        stem=stem,
-        key=key,
-        geometries=tuple(geometries),
-        weights=tuple(weights),
-        counts=tuple(map(len, positions)),
-        tiles=tiles,
-        tile_index=row.tile_index,
-        patch_bytes=float(np.average(longest, weights=weights)),
-    )
+        row.path, row.weight, size, source, stem, key, tuple(geometries), tuple(weights), tuple(map(len, positions)),
+        tiles, row.tile_index, patch_bytes=float(np.average(longest, weights=weights)),
+    )  # fmt: skip
 
 
 def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:
@@ -190,7 +154,7 @@ def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:
         FileNotFoundError: if the cache was emptied.
     """
     known = TissueCache(slide.stem.parent).load(slide.stem)
-    positions = _load_positions(Path(f"{slide.stem}-{slide.key}.npz"), slide.geometries, min_foreground)
+    positions = _load_positions(slide.stem, slide.key, slide.geometries, min_foreground)
     if known is None or positions is None:
         raise FileNotFoundError(f"What is known of slide '{slide.path}' has gone from '{slide.stem.parent}'.")
     index = None if slide.tiles is None else _tile_indexes(slide.stem, slide.tile_index)[slide.path]
@@ -201,18 +165,17 @@ def _recall(stem: Path, row: SlideRow, cache: TissueCache) -> _Known | None:
     found = cache.load(stem)
     if found is None:
         return None
-    mask, facts = found
     try:
-        tiles = _tile_indexes(stem, row.tile_index).outline(row.path) if facts["tiled"] else None
+        tiles = _tile_indexes(stem, row.tile_index).outline(row.path) if found[1]["tiled"] else None
     except (OSError, ValueError, KeyError):
         return None
-    return _Known(mask, facts, tiles)
+    return *found, tiles
 
 
 def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     """Open a slide, find its tissue, and put into the cache what is known of it."""
     try:
-        index = _tile_indexes(stem, row.tile_index)[row.path] if row.tile_index else index_slide(row.path)
+        index = opened_index(row.tile_index)[row.path] if row.tile_index else index_slide(row.path)
     except UnsupportedTiles:
         index = None
     reader = SlideReader(row.path, index=index)
@@ -228,21 +191,13 @@ def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     reader.close()
     cache.folder.mkdir(parents=True, exist_ok=True)
     if index is not None and not row.tile_index:
-        write_tile_index(_own_index(stem), index)
+        write_tile_index(Path(f"{stem}.tiles"), index)
     cache.store(stem, mask, facts)  # last, since it is what says that the slide was examined
-    tiles = None if index is None else _tile_indexes(stem, row.tile_index).outline(row.path)
-    return _Known(mask, facts, tiles)
-
-
-def _own_index(stem: Path) -> Path:
-    return Path(f"{stem}.tiles")
-
-
-_collection = lru_cache(1)(TileIndexes)
+    return mask, facts, None if index is None else _tile_indexes(stem, row.tile_index).outline(row.path)
 
 
 def _tile_indexes(stem: Path, tile_index: str) -> TileIndexes:
-    return _collection(tile_index) if tile_index else TileIndexes(_own_index(stem))
+    return opened_index(tile_index) if tile_index else TileIndexes(f"{stem}.tiles")
 
 
 def _longest_patch(tiles: TileIndex | None, geometry: Geometry) -> int:
@@ -254,11 +209,15 @@ def _longest_patch(tiles: TileIndex | None, geometry: Geometry) -> int:
     return across * down * int(level.lengths.max())
 
 
-def _load_positions(path: Path, geometries: Sequence[Geometry], min_foreground: float) -> list[Positions] | None:
-    ends = load_arrays(path, *(f"ends{number}" for number in range(len(geometries))))
-    if ends is None:
-        return None
-    return [Positions(g, e, min_foreground) for g, e in zip(geometries, ends, strict=True)]
+def _positions_file(stem: Path, key: str) -> Path:
+    return Path(f"{stem}-{key}.npz")
+
+
+def _load_positions(
+    stem: Path, key: str, geometries: Sequence[Geometry], min_foreground: float
+) -> list[Positions] | None:
+    ends = read_arrays(_positions_file(stem, key), *(f"ends{number}" for number in range(len(geometries))))
+    return ends and [Positions(g, e, min_foreground) for g, e in zip(geometries, ends, strict=True)]
 
 
 def _stat(path: str) -> tuple[int, str]:
@@ -266,8 +225,8 @@ def _stat(path: str) -> tuple[int, str]:
     if not is_remote(path):
         stat = os.stat(path)
         return stat.st_size, str(stat.st_mtime_ns)
-    retries, url = Retries(), public_name(path)
+    retries = Retries()
     fs, inside = filesystem(path, retries)
-    info = retries.call(url, lambda: fs.info(inside))
+    info = retries.call(public_name(path), lambda: fs.info(inside))
     version = next((str(info[name]) for name in VERSION_KEYS if info.get(name) is not None), "")
     return int(info["size"]), version

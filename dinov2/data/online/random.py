@@ -9,40 +9,34 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from dinov2.data.online.order import ENDLESS_UNITS, UNIT_PATCHES, OnlineOrder
 from dinov2.data.online.positions import Geometry
-from dinov2.data.online.prepare import (
-    DrawingPlan,
-    Dropped,
-    OnlineSlide,
-    PatchOptions,
-    SlideJob,
-    load_plan,
-    prepare_slide,
-)
+from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, SlideJob, load_plan, prepare_slide
 from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
 from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError, public_name
 from dinov2.data.slides.find import SlideRow
-from dinov2.data.slides.ranges import is_remote, read_ranges
+from dinov2.data.slides.ranges import SlideBytes, is_remote
 from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.tissue import TissueRule
 from dinov2.data.source import DecodeError, EncodedSample
-from dinov2.data.stream.order import SampleOrder, hash_words
+from dinov2.data.stream.order import Locations, SampleOrder
 from dinov2.utils.jobs import run_jobs
-from dinov2.utils.seeding import sample_rng
+from dinov2.utils.seeding import hash_words, sample_rng
 
 logger = logging.getLogger(__name__)
 
+UNIT_PATCHES = 64
+ENDLESS_UNITS = 1 << 24  # 2^30 patches; only then do they come round again
 _STREAM = 1 << 33  # of the draws of a patch; others of the same key belong to augmentation and masks
 _PLANS_KEPT = 256  # slides whose mask and tile index a process keeps, 1 to 3 MB each
 _OPEN_SLIDES = 64
+_MAX_UNREADABLE = 0.05  # fraction of the slides that may be left out because they cannot be read
 _REQUESTS = 16  # slides on servers that one unit asks at a time
 _HEADER = struct.Struct("<IIiiI")  # slide, geometry, column, row, number of tiles; the tiles' lengths follow
 
@@ -54,6 +48,38 @@ class Patch(NamedTuple):
     geometry: int
     column: int
     row: int
+
+
+class OnlineOrder:
+    """Patches in the order of their numbers: sample g is row g % 64 of unit g // 64; stands in for a `SampleOrder`.
+
+    Args:
+        seed: of the run; the patches are drawn with it, the order itself has nothing random.
+        units: units before the first comes round again.
+
+    Attributes:
+        num_rows: patches before the first comes round again.
+        lanes: 1, since patch follows patch; a process then holds those that it has looked ahead to.
+        block_rows: patches of a unit.
+    """
+
+    lanes, block_rows = 1, UNIT_PATCHES
+
+    def __init__(self, seed: int, units: int = ENDLESS_UNITS) -> None:
+        self.seed, self.num_rows = seed, units * UNIT_PATCHES
+        self.parts = [(0, self)]  # first unit and order of each dataset: this one alone
+        self.parameters = {"seed": seed, "lanes": self.lanes, "block_rows": self.block_rows}
+
+    def locate(self, indices: np.ndarray) -> Locations:
+        """Find global sample indices, int64 (n,), in any order."""
+        epoch, patch = np.divmod(np.asarray(indices, np.int64), self.num_rows)
+        unit, row = np.divmod(patch, UNIT_PATCHES)
+        return Locations(epoch, unit, np.zeros_like(unit), row)
+
+    def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Global sample indices of a unit, and the rows they stand for, int64 (64,) each; there is one chunk only."""
+        rows = np.arange(0 if chunk else UNIT_PATCHES)
+        return epoch * self.num_rows + unit * UNIT_PATCHES + rows, rows
 
 
 class OnlinePatchSource:
@@ -74,8 +100,6 @@ class OnlinePatchSource:
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
         workers: processes that make slides ready.
-        rule: what is tissue.
-        max_unreadable_share: fraction of the slides that may be left out because they cannot be read.
 
     Attributes:
         unit_rows, unit_bytes, fingerprint, num_rows, is_remote: see `dinov2.data.source.Source`.
@@ -96,27 +120,28 @@ class OnlinePatchSource:
         slide_share: float = 1.0,
         max_patches: int = 0,
         workers: int = 1,
-        rule: TissueRule = CELL_RULE,
-        max_unreadable_share: float = 0.05,
     ) -> None:
         if max_patches < 0:
             raise ValueError(f"The number of distinct patches is {max_patches}, but it must be 0 (no limit) or more.")
         self._options, self._seed, self._max_patches = options, seed, max_patches
         kept = take_fraction(sorted(rows), slide_share, seed)
-        jobs = [SlideJob(row, TissueCache(cache_folder, rule), options) for row in kept]
+        jobs = [SlideJob(row, TissueCache(cache_folder), options) for row in kept]
         finished = dict(run_jobs(prepare_slide, jobs, workers, "slide"))
         made = [finished[number] for number in range(len(jobs))]
-        self.slide_list: list[OnlineSlide] = [result for result in made if isinstance(result, OnlineSlide)]
-        self.dropped: list[Dropped] = [result for result in made if isinstance(result, Dropped)]
-        _check_dropped(self.dropped, len(jobs), max_unreadable_share)
+        self.slide_list = [result for result in made if isinstance(result, OnlineSlide)]
+        self.dropped = [result for result in made if isinstance(result, Dropped)]
+        _check_dropped(self.dropped, len(jobs))
         self.is_remote = any(is_remote(slide.path) for slide in self.slide_list)
         self.num_rows = max_patches or ENDLESS_UNITS * UNIT_PATCHES
-        weights = np.array([slide.weight for slide in self.slide_list])
+        weights = [slide.weight for slide in self.slide_list]
         self._slide_ends = np.cumsum(weights)
         self._mpp_ends = [np.cumsum(slide.weights) for slide in self.slide_list]
         per_patch = np.average([slide.patch_bytes for slide in self.slide_list], weights=weights)
         self._patch_bytes = int(per_patch) + 2 * _HEADER.size
-        self.fingerprint = self._fingerprint(rule)
+        used = [[Path(s.path).name, s.size, s.weight, s.key, s.counts] for s in self.slide_list]
+        dropped = [Path(slide.path).name for slide in self.dropped]
+        state = [repr(options), repr(CELL_RULE), seed, max_patches, used, dropped]
+        self.fingerprint = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
         self._make_units()
 
     @property
@@ -182,7 +207,10 @@ class OnlinePatchSource:
             if slide.tiles is None:
                 pixels = self._open(slide.path).read_region(*region)
             else:
-                pixels = assemble(slide.tiles, region, _tiles(sample.data, count))
+                lengths = struct.unpack_from(f"<{count}I", sample.data, _HEADER.size)
+                ends = accumulate(lengths, initial=_HEADER.size + 4 * count)
+                tiles = [sample.data[start:end] for start, end in pairwise(ends)]
+                pixels = assemble(slide.tiles, region, tiles)
         except SlideError as error:
             raise DecodeError(str(error)) from error
         if geometry.side == size:
@@ -208,13 +236,12 @@ class OnlinePatchSource:
     def _fetch(self, patches: Sequence[Patch], numbers: Sequence[int]) -> list[tuple[int, bytes]]:
         """Read the tiles of patches of one slide in one go; gives each patch's number and what `decode` takes."""
         slide = patches[numbers[0]].slide
-        geometries, index = self.slide_list[slide].geometries, self._plan(slide).index
-        wanted = []
+        index, wanted = self._plan(slide).index, []
         for patch in (patches[number] for number in numbers):
-            g = geometries[patch.geometry]
+            g = self.slide_list[slide].geometries[patch.geometry]
             region = Region(g.level, patch.column, patch.row, g.side, g.side)
             wanted.append([] if index is None else ranges(index, region))
-        tiles = iter(read_ranges(self.slide_list[slide].path, [item for items in wanted for item in items]))
+        tiles = iter(SlideBytes(self.slide_list[slide].path).read([item for items in wanted for item in items]))
         packed = []
         for number, items in zip(numbers, wanted, strict=True):
             own = [next(tiles) for _ in items]
@@ -225,12 +252,6 @@ class OnlinePatchSource:
     def _name(self, slide: int) -> str:
         return public_name(self.slide_list[slide].path)
 
-    def _fingerprint(self, rule: TissueRule) -> str:
-        slides = [[Path(s.path).name, s.size, s.weight, s.key, s.counts] for s in self.slide_list]
-        dropped = [Path(slide.path).name for slide in self.dropped]
-        state = [repr(self._options), repr(rule), self._seed, self._max_patches, slides, dropped]
-        return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-
     def _make_units(self) -> None:
         """Rows and bytes of units, and what a process keeps open; none of it travels between processes."""
         units = -(-self.num_rows // UNIT_PATCHES)
@@ -239,11 +260,9 @@ class OnlinePatchSource:
         else:
             self.unit_rows = np.broadcast_to(np.int64(UNIT_PATCHES), units)  # takes no memory
         self.unit_bytes = np.broadcast_to(np.int64(UNIT_PATCHES * self._patch_bytes), units)
-        self._plan = lru_cache(_PLANS_KEPT)(self._load_plan)
+        least = self._options.min_foreground
+        self._plan = lru_cache(_PLANS_KEPT)(lambda slide: load_plan(self.slide_list[slide], least))
         self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
-
-    def _load_plan(self, slide: int) -> DrawingPlan:
-        return load_plan(self.slide_list[slide], self._options.min_foreground)
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("unit_rows", "unit_bytes", "_plan", "_open")
@@ -277,22 +296,13 @@ def _pick(ends: np.ndarray, uniform: float) -> int:
     return min(int(np.searchsorted(ends, uniform * ends[-1], side="right")), len(ends) - 1)
 
 
-def _tiles(data: bytes, count: int) -> list[bytes]:
-    lengths = struct.unpack_from(f"<{count}I", data, _HEADER.size)
-    start, tiles = _HEADER.size + 4 * count, []
-    for length in lengths:
-        tiles.append(data[start : start + length])
-        start += length
-    return tiles
-
-
-def _check_dropped(dropped: Sequence[Dropped], slides: int, max_unreadable_share: float) -> None:
+def _check_dropped(dropped: Sequence[Dropped], slides: int) -> None:
     for slide in dropped:
         logger.warning("slide '%s' is left out: %s", slide.path, slide.reason)
     unreadable = [slide for slide in dropped if slide.unreadable]
-    if len(unreadable) > max_unreadable_share * slides:
+    if len(unreadable) > _MAX_UNREADABLE * slides:
         raise ValueError(
-            f"{len(unreadable)} of {slides} slides cannot be read, where {max_unreadable_share:.1%} may be left out; "
+            f"{len(unreadable)} of {slides} slides cannot be read, where {_MAX_UNREADABLE:.1%} may be left out; "
             f"the first is '{unreadable[0].path}': {unreadable[0].reason}."
         )
     if len(dropped) == slides:

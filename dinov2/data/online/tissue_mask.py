@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from zipfile import BadZipFile
 
 import cv2
 import numpy as np
 
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap, TissueRule
-from dinov2.utils.files import replacing, write_text
+from dinov2.utils.files import read_arrays, write_arrays, write_text
 
 CELL_RULE = TissueRule(min_fraction=0.5)
 _VERSION = 2  # of the files; raise it when they come to mean something else
@@ -21,17 +20,11 @@ _VERSION = 2  # of the files; raise it when they come to mean something else
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Cells of a slide, each foreground or not.
+    """Cells of a slide, each foreground or not."""
 
-    Attributes:
-        packed: uint8 (rows, columns / 8 rounded up), a bit for each cell, as `np.packbits` puts them.
-        columns: cells of a row.
-        cell_px: side of a cell in level-0 px.
-    """
-
-    packed: np.ndarray
-    columns: int
-    cell_px: float
+    packed: np.ndarray  # uint8 (rows, columns / 8 rounded up), a bit for each cell, as `np.packbits` puts them
+    columns: int  # cells of a row
+    cell_px: float  # side of a cell in level-0 px
 
     @classmethod
     def of_slide(cls, reader: SlideReader, rule: TissueRule) -> "TissueMask":
@@ -49,10 +42,6 @@ class TissueMask:
         """uint8 (rows, columns), 1 where a cell of rows first to last - 1 is foreground, else 0."""
         return np.unpackbits(self.packed[first:last], axis=1, count=self.columns)
 
-    def any(self) -> bool:
-        """Whether any cell is foreground."""
-        return bool(self.packed.any())
-
     def digest(self) -> str:
         """Identify the cells."""
         shape = f"{self.rows} {self.columns} {self.cell_px!r}".encode()
@@ -61,19 +50,17 @@ class TissueMask:
     def geojson(self) -> dict[str, Any]:
         """Outlines of the foreground as GeoJSON in level-0 px; what is one part has one polygon, with its holes."""
         # OpenCV's outlines run through pixels. Enlarged by 2, each pixel of one tells on which side of its cell it is.
-        padded = np.pad(self.cells(), 1)
-        outlines, nesting = cv2.findContours(
-            np.kron(padded, np.ones((2, 2), np.uint8)), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
-        )
+        doubled = np.kron(np.pad(self.cells(), 1), np.ones((2, 2), np.uint8))
+        outlines, nesting = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         features = []
         for number, (_, _, hole, parent) in enumerate(nesting[0] if nesting is not None else ()):
             if parent >= 0:
                 continue
-            rings = [outlines[number]]
+            rings = [self._ring(outlines[number])]
             while hole >= 0:
-                rings.append(outlines[hole])
+                rings.append(self._ring(outlines[hole]))
                 hole = nesting[0][hole][0]
-            polygon = {"type": "Polygon", "coordinates": [self._ring(ring) for ring in rings]}
+            polygon = {"type": "Polygon", "coordinates": rings}
             features.append({"type": "Feature", "properties": {"class": "tissue"}, "geometry": polygon})
         return {"type": "FeatureCollection", "features": features}
 
@@ -105,7 +92,7 @@ class TissueCache:
 
     def load(self, stem: Path) -> tuple[TissueMask, dict[str, Any]] | None:
         """Load a mask and the notes that were stored with it; None where there is none that can be read."""
-        stored = load_arrays(Path(f"{stem}.npz"), "packed", "columns", "cell_px", "notes")
+        stored = read_arrays(Path(f"{stem}.npz"), "packed", "columns", "cell_px", "notes")
         if stored is None:
             return None
         packed, columns, cell_px, notes = stored
@@ -115,22 +102,5 @@ class TissueCache:
         """Write a mask, JSON notes and the polygons."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(Path(f"{stem}.geojson"), json.dumps(mask.geojson()))
-        save_arrays(
-            Path(f"{stem}.npz"),
-            packed=mask.packed, columns=mask.columns, cell_px=mask.cell_px, notes=json.dumps(notes),
-        )  # fmt: skip
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write an .npz file, whole or not at all."""
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def load_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
-    """Load arrays of an .npz file; None where there is no such file, or a corrupt one."""
-    try:
-        with np.load(path) as stored:
-            return [stored[name] for name in names]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None
+        notes = json.dumps(notes)
+        write_arrays(Path(f"{stem}.npz"), packed=mask.packed, columns=mask.columns, cell_px=mask.cell_px, notes=notes)

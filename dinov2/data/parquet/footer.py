@@ -1,6 +1,7 @@
 """Footers of Parquet shards: their row groups, and which of their columns are images and slides."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,19 +48,8 @@ class Footer(NamedTuple):
     schema: pa.Schema
 
 
-class Chunks(NamedTuple):
-    """One column in G row groups: its bytes, those before compression, int64 (G,), and how it is stored."""
-
-    sizes: np.ndarray
-    plain_sizes: np.ndarray
-    encodings: list[frozenset[str]]
-    codecs: list[str]
-    has_dictionary: list[bool]
-    has_page_index: list[bool]
-
-
 class Shard(NamedTuple):
-    """What the footer of a shard tells."""
+    """What the footer of a shard with G row groups tells."""
 
     file: StoredFile
     columns: dict[str, str]  # type of each
@@ -67,8 +57,13 @@ class Shard(NamedTuple):
     slide: str | None  # name of the column that tells the slide; None if there is none or it is all null
     raw_size: int  # side in pixels of raw tiles, 0 for PNG and JPEG
     rows: np.ndarray  # of each row group, int64 (G,)
-    images: Chunks
     slides: list[str | None]  # the only one of each row group; None where there are several or the footer is silent
+    sizes: np.ndarray  # bytes of the images in each row group, int64 (G,) ...
+    plain_sizes: np.ndarray  # ... and before compression
+    encodings: Counter[str]  # of the images; row groups of each, as below
+    codecs: Counter[str]
+    with_dictionary: int
+    with_page_index: int
 
 
 def for_each_file(files: Sequence[StoredFile], work: Callable[[StoredFile], Result]) -> Iterator[Result]:
@@ -136,9 +131,13 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
         CorruptFooter: if the footer contradicts itself or the file's size.
         ValueError: if columns are missing or have another type, or raw tiles have no size.
     """
-    path, metadata = storage.locate(file.name), footer.metadata
-    image = image_column(path, footer.schema)
-    slide = _slide_column(path, footer.schema, image)
+    path, metadata, schema = storage.locate(file.name), footer.metadata, footer.schema
+    image = image_column(path, schema)
+    slide: str | None = SLIDE_COLUMN[image]
+    if slide not in schema.names or pa.types.is_null(schema.field(slide).type):
+        slide = None
+    else:
+        _require_type(path, schema.field(slide), "string")
     raw_size = _raw_size(path, metadata.metadata or {})
     with _as_corruption():
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
@@ -154,20 +153,18 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
                 raise CorruptFooter(f"it places {length} bytes at {start}, but {file.size} are there")
     return Shard(
         file=file,
-        columns={field.name: str(field.type) for field in footer.schema},
+        columns={field.name: str(field.type) for field in schema},
         image=image,
         slide=slide,
         raw_size=raw_size,
         rows=np.array([group.num_rows for group in groups], np.int64),
-        images=Chunks(
-            sizes=np.array([chunk.total_compressed_size for chunk in images], np.int64),
-            plain_sizes=np.array([chunk.total_uncompressed_size for chunk in images], np.int64),
-            encodings=[frozenset(chunk.encodings) for chunk in images],
-            codecs=[chunk.compression for chunk in images],
-            has_dictionary=[chunk.has_dictionary_page for chunk in images],
-            has_page_index=[chunk.has_offset_index for chunk in images],
-        ),
         slides=slides,
+        sizes=np.array([chunk.total_compressed_size for chunk in images], np.int64),
+        plain_sizes=np.array([chunk.total_uncompressed_size for chunk in images], np.int64),
+        encodings=Counter("+".join(sorted(set(chunk.encodings))) for chunk in images),
+        codecs=Counter(chunk.compression for chunk in images),
+        with_dictionary=sum(chunk.has_dictionary_page for chunk in images),
+        with_page_index=sum(chunk.has_offset_index for chunk in images),
     )
 
 
@@ -214,14 +211,6 @@ def _as_corruption() -> Iterator[None]:
         raise CorruptFooter(in_one_line(error)) from error
 
 
-def _slide_column(path: str, schema: pa.Schema, image: str) -> str | None:
-    name = SLIDE_COLUMN[image]
-    if name not in schema.names or pa.types.is_null(schema.field(name).type):
-        return None
-    _require_type(path, schema.field(name), "string")
-    return name
-
-
 def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
     """Read the tile side of a shard of raw pixels from its schema metadata; 0 for PNG and JPEG shards."""
     texts = {key: value.decode(errors="replace") for key, value in metadata.items()}
@@ -239,12 +228,10 @@ def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
     return int(size)
 
 
-def _require_type(path: str, field: pa.Field, wanted: str, meaning: str = "") -> None:
+def _require_type(path: str, field: pa.Field, kind: str, meaning: str = "") -> None:
     inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if str(inner) not in (wanted, f"large_{wanted}", f"{wanted}_view"):
-        raise ValueError(
-            f"column '{field.name}' of shard '{path}' has type {field.type}; {wanted} is expected{meaning}"
-        )
+    if str(inner) not in (kind, f"large_{kind}", f"{kind}_view"):
+        raise ValueError(f"column '{field.name}' of shard '{path}' has type {field.type}; {kind} is expected{meaning}")
 
 
 def _single_slide(column: pq.ColumnChunkMetaData, image: str) -> str | None:

@@ -63,14 +63,23 @@ def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
         ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
     """
     kept = _load_sidecar(sidecar) if sidecar else None
-    place = storage.place.encode()
-    if kept is None or not _PINNED.search(storage.place) or kept.schema.metadata.get(b"place") != place:
+    location = {b"location": storage.location.encode()}
+    if kept is None or not _PINNED.search(storage.location) or not location.items() <= kept.schema.metadata.items():
         files = storage.list_files()
         listing = pa.Table.from_pylist([file._asdict() for file in files], schema=_LISTING)
         if kept is None or not kept.select(_LISTING.names).equals(listing):
             records = _read_footers(storage, files)
-            kept = pa.Table.from_pylist(records, _SCHEMA.with_metadata(_FORMAT | {b"place": place}))
-            _refuse_unusable(storage.place, kept)
+            kept = pa.Table.from_pylist(records, _SCHEMA.with_metadata(_FORMAT | location))
+            errors = kept["error"].drop_null().to_pylist()
+            if len(errors) == len(kept):
+                raise ValueError(
+                    f"none of the {len(kept)} Parquet files of dataset '{storage.location}' has a readable footer "
+                    f"({errors[0]}); at least one is expected"
+                )
+            if not flatten(kept["group_rows"]).any():
+                raise ValueError(
+                    f"dataset '{storage.location}' holds 0 rows in {len(kept)} shards; at least 1 is expected"
+                )
             if sidecar:
                 write_sidecar(sidecar, kept)
     dropped = kept.select(["name", "error"]).filter(kept["error"].is_valid()).to_pylist()
@@ -114,7 +123,7 @@ def _read_footers(storage: Storage, files: list[StoredFile]) -> list[dict[str, A
         records.append(record)
         if time.monotonic() - reported > _REPORT_EVERY:
             reported = time.monotonic()
-            logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.place)
+            logger.info("indexed %d of %d shards of '%s'", len(records), len(files), storage.location)
     return records
 
 
@@ -135,26 +144,13 @@ def _record(storage: Storage, file: StoredFile) -> dict[str, Any]:
         "image_column": shard.image,
         "slides": slides,
         "group_rows": shard.rows,
-        "group_bytes": shard.images.plain_sizes,
+        "group_bytes": shard.plain_sizes,
         "group_slide": [numbers[name] for name in shard.slides],
     }
 
 
-def _refuse_unusable(place: str, index: pa.Table) -> None:
-    errors = index["error"].drop_null().to_pylist()
-    if len(errors) == len(index):
-        raise ValueError(
-            f"none of the {len(index)} Parquet files of dataset '{place}' has a readable footer "
-            f"({errors[0]}); at least one is expected"
-        )
-    if not flatten(index["group_rows"]).any():
-        raise ValueError(f"dataset '{place}' holds 0 rows in {len(index)} shards; at least 1 is expected")
-
-
 def _load_sidecar(sidecar: Path) -> pa.Table | None:
     try:
-        if not sidecar.is_file():
-            return None
         with pa.OSFile(str(sidecar)) as file:
             index = pa.ipc.open_file(file).read_all()
         index.validate(full=True)
@@ -169,10 +165,7 @@ def write_sidecar(sidecar: Path, index: pa.Table) -> None:
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(sidecar) as partial,
-            pa.ipc.new_file(str(partial), index.schema, options=options) as file,
-        ):
+        with replacing(sidecar) as partial, pa.ipc.new_file(str(partial), index.schema, options=options) as file:
             file.write_table(index)
     except OSError as error:
         logger.warning("the index of the dataset is not kept for the next start (%s)", error)

@@ -34,11 +34,9 @@ class ParquetSource:
     A unit is one row group; they are numbered shard by shard. Holds no open file and no lock, so it may be forked,
     pickled and used from several threads.
 
-    Attributes:
-        place: the dataset as a path or URL, with the commit where there is one.
-
     Args:
-        dataset: a folder (searched with its subfolders), a glob, one Parquet file, a URL or a hub dataset.
+        dataset: a folder (searched with its subfolders), a glob, one Parquet file, a URL or a hub dataset; or the
+            storage of one.
         sidecar: where to keep the index for the next start; None reads all footers every time.
         revision: branch, tag or commit of a hub dataset; empty takes the newest.
         attempts: how often a remote read is tried.
@@ -49,19 +47,12 @@ class ParquetSource:
         ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
     """
 
-    def __init__(self, dataset: str, sidecar: Path | None = None, revision: str = "", attempts: int = 8) -> None:
-        self._open(open_storage(dataset, revision, attempts), sidecar)
-
-    @classmethod
-    def from_storage(cls, storage: Storage, sidecar: Path | None = None) -> "ParquetSource":
-        """Open the dataset of a storage."""
-        source = cls.__new__(cls)
-        source._open(storage, sidecar)
-        return source
-
-    def _open(self, storage: Storage, sidecar: Path | None) -> None:
+    def __init__(
+        self, dataset: str | Storage, sidecar: Path | None = None, revision: str = "", attempts: int = 8
+    ) -> None:
+        storage = open_storage(dataset, revision, attempts) if isinstance(dataset, str) else dataset
         index = load_index(storage, sidecar)
-        self.place, self.is_remote = storage.place, not isinstance(storage, LocalStorage)
+        self.location, self.is_remote = storage.location, not isinstance(storage, LocalStorage)  # with a hub's commit
         self._storage = storage
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
@@ -153,7 +144,7 @@ def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
     oversized = (sizes > OVERSIZED) & (rows > GROUP_ROWS)
     if not oversized.any():
         return ""
-    source = getattr(storage, "pattern", storage.place)
+    source = getattr(storage, "pattern", storage.location)
     name = source if isinstance(storage, LocalStorage) else re.split("[@?]", source.rpartition("/")[2])[0]
     target = re.split(r"[*?\[]", name)[0].rstrip("/").removesuffix(".parquet") or "tiles"
     cores = os.cpu_count() or 1

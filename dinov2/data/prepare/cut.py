@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,12 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How all patches are cut: encoding, tissue rule (for `tissue_frac`), side of a patch in px, and how many
-    patches of a slide may be undecodable before the job that meets them gives the slide up."""
+    """How all patches are cut."""
 
     encoding: Encoding
-    rule: TissueRule
-    tile_size: int
-    max_slide_failures: int
+    rule: TissueRule  # for `tissue_frac`
+    tile_size: int  # side of a patch in px
+    max_slide_failures: int  # undecodable patches of a slide at which the job that meets them gives the slide up
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,9 @@ class Patches:
         """Some patches, in the order of `rows`, with the slides that they need."""
         samples = self.samples
         used, slide = np.unique(samples.slide[rows], return_inverse=True)
-        part = replace(
-            samples,
-            slides=[samples.slides[i] for i in used],
-            slide=slide.astype(np.int32),
-            x=samples.x[rows],
-            y=samples.y[rows],
-            level=samples.level[rows],
-            mpp=None if samples.mpp is None else samples.mpp[rows],
-        )
+        mpp = None if samples.mpp is None else samples.mpp[rows]
+        names, columns = [samples.slides[i] for i in used], (samples.x[rows], samples.y[rows], samples.level[rows])
+        part = SampleList(names, slide.astype(np.int32), *columns, mpp)
         return Patches(part, [self.paths[i] for i in used], [self.mpps[i] for i in used])
 
 
@@ -108,8 +101,7 @@ class _Slides:
     """Keeps the slide being read, and counts what failed."""
 
     def __init__(self, patches: Patches, cutting: Cutting) -> None:
-        self._samples, self._paths, self._mpps = patches.samples, patches.paths, patches.mpps
-        self._cutting = cutting
+        self._patches, self._samples, self._cutting = patches, patches.samples, cutting
         self._reader: SlideReader | None = None
         self._slide = -1
         self._bad: dict[int, str] = {}  # slides given up, and why
@@ -132,13 +124,11 @@ class _Slides:
     def cut(self, i: int) -> dict[str, Any]:
         """One row."""
         samples = self._samples
-        columns = samples.slide, samples.x, samples.y, samples.level
-        slide, x, y, level = (int(column[i]) for column in columns)
+        slide, x, y, level = (int(column[i]) for column in (samples.slide, samples.x, samples.y, samples.level))
         location = {"slide_path": samples.slides[slide], "x": x, "y": y, "level": level}
+        mpp = None if samples.mpp is None else float(samples.mpp[i])
         try:
-            reader = self._open(slide)
-            mpp = None if samples.mpp is None else float(samples.mpp[i])
-            return location | self._read(reader, x, y, level, mpp)
+            return location | self._read(self._open(slide), x, y, level, mpp)
         except SlideError as error:
             if isinstance(error, SlideReadError):
                 self._failures[slide] += 1
@@ -147,23 +137,24 @@ class _Slides:
             return location | {REASON: error.detail}
 
     def _open(self, slide: int) -> SlideReader:
+        path = self._patches.paths[slide]
         if slide in self._bad:
-            raise SlideOpenError(self._paths[slide], self._bad[slide])
+            raise SlideOpenError(path, self._bad[slide])
         if slide != self._slide:
             if self._reader is not None:
                 self._reader.close()
             self._reader, self._slide = None, -1
             try:
-                self._reader, self._slide = SlideReader(self._paths[slide], self._mpps[slide]), slide
+                self._reader, self._slide = SlideReader(path, self._patches.mpps[slide]), slide
             except SlideError as error:
                 self._bad[slide] = error.detail
                 raise
         return self._reader
 
     def _read(self, reader: SlideReader, x: int, y: int, level: int, mpp: float | None) -> dict[str, Any]:
-        size, cutting = self._cutting.tile_size, self._cutting
+        size = read_size = self._cutting.tile_size
         if mpp is None:
-            image, read_size = reader.read_region(level, *reader.snap(level, x, y), size, size), size
+            image = reader.read_region(level, *reader.snap(level, x, y), size, size)
             downsample = reader.level_downsamples[level]
             mpp = None if reader.mpp is None else reader.mpp * downsample
         else:
@@ -175,10 +166,10 @@ class _Slides:
             "tile_size": size,
             "level_downsample": downsample,
             "image_dtype": "uint8",
-            IMAGE_COLUMN: cutting.encoding.encode(image),
+            IMAGE_COLUMN: self._cutting.encoding.encode(image),
             "slide_id": reader.path.stem,
             "mpp": mpp,
             "mpp_source": reader.mpp_source,
             "read_size": read_size,
-            "tissue_frac": cutting.rule.fraction(image),
+            "tissue_frac": self._cutting.rule.fraction(image),
         }

@@ -33,25 +33,15 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn from every slide.
+    """What is drawn from every slide."""
 
-    Attributes:
-        rule: what a patch must show.
-        seed: of all draws.
-        levels: pyramid levels to draw from; None takes all that a slide has.
-        per_target: patches per slide and level, or per slide and mpp.
-        per_slide: patches per slide over all targets, divided evenly; None sets no limit.
-        tile_size: side of a finished patch in px.
-        mpps: um per px of the finished patches, each read from the level that serves it; () draws by level.
-    """
-
-    rule: TissueRule
-    seed: int
-    levels: tuple[int, ...] | None
-    per_target: int
-    per_slide: int | None
-    tile_size: int
-    mpps: tuple[float, ...] = ()
+    rule: TissueRule  # what a patch must show
+    seed: int  # of all draws
+    levels: tuple[int, ...] | None  # pyramid levels to draw from; None takes all that a slide has
+    per_target: int  # patches per slide and level, or per slide and mpp
+    per_slide: int | None  # patches per slide over all targets, divided evenly; None sets no limit
+    tile_size: int  # side of a finished patch in px
+    mpps: tuple[float, ...] = ()  # um per px of the patches, each read from the level that serves it; () draws by level
 
     def targets(self, reader: SlideReader) -> tuple[list[Target], dict[float, str]]:
         """What a slide can give, and why it cannot give the other mpp."""
@@ -90,21 +80,13 @@ class SlideJob:
 
 @dataclass
 class SlideDraw:
-    """What a slide gave.
+    """What a slide gave."""
 
-    Attributes:
-        rows: int32 (N, 3) rows of x, y, level.
-        mpp: float32 (N,), um per px of each finished patch; 0 where the level's own is kept.
-        failure: why it gave nothing, else "".
-        skipped: mpp that it cannot give, with the reason.
-        given_mpp: the mpp of the job, if it was needed.
-    """
-
-    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
-    mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    failure: str = ""
-    skipped: dict[float, str] = field(default_factory=dict)
-    given_mpp: float | None = None
+    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))  # (N, 3) rows of x, y, level
+    mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N,), um per px; 0 keeps the level's own
+    failure: str = ""  # why it gave nothing
+    skipped: dict[float, str] = field(default_factory=dict)  # mpp that it cannot give, with the reason
+    given_mpp: float | None = None  # the mpp of the job, if it was needed
 
 
 def draw_from_slide(job: SlideJob) -> SlideDraw:
@@ -119,10 +101,8 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
             none = f"it has levels 0 to {len(reader.level_dimensions) - 1} only"
             return SlideDraw(failure="; ".join(reasons) or none)
         corners = _draw_targets(reader, targets, job)
-    except SlideError as error:
-        return SlideDraw(failure=error.detail)
-    except OSError as error:
-        return SlideDraw(failure=str(error))
+    except (SlideError, OSError) as error:
+        return SlideDraw(failure=getattr(error, "detail", str(error)))
     skipped |= {float(f"{target.mpp:g}"): NO_TISSUE for target, found in corners.items() if target.mpp and not found}
     rows = [(*corner, target.level) for target, found in corners.items() for corner in found]
     mpp = [target.mpp for target, found in corners.items() for _ in found]
@@ -140,7 +120,7 @@ def _draw_targets(reader: SlideReader, targets: list[Target], job: SlideJob) -> 
         words = f"{job.sampling.seed} {name} {job.key}".encode(errors="surrogateescape")
         digest = hashlib.blake2b(words, digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-        proposals = _proposals(reader, tissue, target, job.sampling.rule, rng)
+        proposals = islice(_proposals(reader, tissue, target, job.sampling.rule, rng), quota * MAX_CHECKS_PER_PATCH)
         accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
         drawn[target] = [reader.origin(target.level, *pixel) for pixel in accepted]
     return drawn
@@ -166,15 +146,11 @@ def _proposals(
 
 
 def _accepted(
-    reader: SlideReader,
-    proposals: Iterator[tuple[int, int]],
-    target: Target,
-    quota: int,
-    sampling: Sampling,
+    reader: SlideReader, proposals: Iterator[tuple[int, int]], target: Target, quota: int, sampling: Sampling,
     unreadable: list[SlideReadError],
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, int]]:  # fmt: skip
     """The first `quota` proposals whose pixels pass the rule; `unreadable` collects those that have none."""
-    proposals, accepted = islice(proposals, quota * MAX_CHECKS_PER_PATCH), []
+    accepted: list[tuple[int, int]] = []
     while len(accepted) < quota:
         batch = list(islice(proposals, (quota - len(accepted)) * 5 // 4 + 8))
         if not batch:

@@ -3,16 +3,13 @@
 import hashlib
 import json
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from dinov2.data.prepare.draw import NO_TISSUE, SlideDraw, SlideJob, draw_from_slide
 from dinov2.data.prepare.preview import draw_preview
 from dinov2.data.slides.errors import SlideError
-from dinov2.utils.files import replacing
+from dinov2.utils.files import read_arrays, write_arrays
 
 
 @dataclass(frozen=True)
@@ -40,44 +37,28 @@ def make_part(job: PartJob) -> Part:
     Raises:
         OSError: if the part or the preview cannot be written.
     """
-    name = _part_name(job.slide)
-    path = job.folder / f"{name}.npz"
-    draw = _load(path)
-    if draw is None:
-        draw = draw_from_slide(job.slide)
-        if draw.failure in ("", NO_TISSUE):
-            _save(path, draw)
-    if job.preview is None or draw.failure not in ("", NO_TISSUE):
-        return Part(draw)
-    try:
-        draw_preview(job.slide, draw, job.preview, f"{job.folder.name} {name}")
-    except SlideError as error:
-        return Part(draw, str(error))
-    return Part(draw)
-
-
-def _part_name(slide: SlideJob) -> str:
-    """Stand for the slide's file, as it is now, and for what its draws hang on besides the options."""
+    slide = job.slide
     try:
         status = os.stat(slide.path)
         state = [status.st_size, status.st_mtime_ns]
     except OSError:
         state = []
+    # The name stands for the slide's file, as it is now, and for what its draws hang on besides the options.
     identity = json.dumps([slide.path, slide.key, slide.mpp, *state])
-    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-
-
-def _save(path: Path, draw: SlideDraw) -> None:
-    words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, rows=draw.rows, mpp=draw.mpp, words=np.array(json.dumps(words)))
-
-
-def _load(path: Path) -> SlideDraw | None:
+    name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    path = job.folder / f"{name}.npz"
+    if stored := read_arrays(path, "rows", "mpp", "words"):
+        words = json.loads(str(stored[2]))
+        draw = SlideDraw(*stored[:2], words["failure"], dict(words["skipped"]), words["given_mpp"])
+    else:
+        draw = draw_from_slide(slide)
+        words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
+        if draw.failure in ("", NO_TISSUE):
+            write_arrays(path, rows=draw.rows, mpp=draw.mpp, words=json.dumps(words))
+    if job.preview is None or draw.failure not in ("", NO_TISSUE):
+        return Part(draw)
     try:
-        with np.load(path) as part:
-            words = json.loads(str(part["words"]))
-            skipped = dict(words["skipped"])
-            return SlideDraw(part["rows"], part["mpp"], words["failure"], skipped, words["given_mpp"])
-    except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # the last four: a disk that lost what it had taken
+        draw_preview(slide, draw, job.preview, f"{job.folder.name} {name}")
+    except SlideError as error:
+        return Part(draw, str(error))
+    return Part(draw)

@@ -50,7 +50,7 @@ def build_shard(job: ShardJob) -> list[dict[str, Any]]:
     Raises:
         OSError: if the shard cannot be written.
     """
-    with ShardWriter.create(job.shard, job.metadata) as writer:
+    with new_shard(job.shard, job.metadata) as writer:
         for rows in cut_patches(job.patches, job.cutting, ROWS_AT_ONCE):
             for row in rows:
                 writer.add(row)
@@ -58,46 +58,41 @@ def build_shard(job: ShardJob) -> list[dict[str, Any]]:
 
 
 class ShardWriter:
-    """Collects rows into row groups, and the failures among them into the footer.
-
-    Attributes:
-        failures: slide_path, x, y, level and reason of the rows without an image.
-    """
+    """Collects rows into row groups, and the failures among them into the footer."""
 
     def __init__(self, writer: pq.ParquetWriter, task_id: str) -> None:
         self._writer, self._task_id = writer, task_id
         self._waiting: list[dict[str, Any]] = []
-        self._num_rows = 0
-        self.failures: list[dict[str, Any]] = []
-
-    @classmethod
-    @contextmanager
-    def create(cls, shard: Path, metadata: dict[str, str]) -> Iterator["ShardWriter"]:
-        """Write `shard`, which appears when the block ends well and holds at least one row."""
-        plain = [name for name in SCHEMA.names if name != IMAGE_COLUMN]
-        schema = SCHEMA.with_metadata(metadata)
-        with unfinished(shard) as partial:
-            with pq.ParquetWriter(
-                partial, schema, compression="none", use_dictionary=plain, write_statistics=plain
-            ) as writer:
-                self = cls(writer, shard.stem)
-                yield self
-                self._flush()
-                writer.add_key_value_metadata({"failures": json.dumps(self.failures)})
-            if self._num_rows:
-                commit(partial, shard)
+        self.failures: list[dict[str, Any]] = []  # slide_path, x, y, level and reason of the rows without an image
+        self.num_rows = 0  # of those with one
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row without `task_id`, or note why there is none."""
         if row.get(REASON) is not None:
             self.failures.append({name: row[name] for name in ("slide_path", "x", "y", "level", REASON)})
             return
+        self.num_rows += 1
         self._waiting.append(row | {"task_id": self._task_id})
         if len(self._waiting) == ROWS_PER_GROUP:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the rows that wait as a row group."""
         if self._waiting:
             self._writer.write_table(pa.Table.from_pylist(self._waiting, SCHEMA))
-        self._num_rows += len(self._waiting)
         self._waiting = []
+
+
+@contextmanager
+def new_shard(shard: Path, metadata: dict[str, str]) -> Iterator[ShardWriter]:
+    """Write `shard`, which appears when the block ends well and holds at least one row."""
+    plain = [name for name in SCHEMA.names if name != IMAGE_COLUMN]
+    options = {"compression": "none", "use_dictionary": plain, "write_statistics": plain}
+    with unfinished(shard) as partial:
+        with pq.ParquetWriter(partial, SCHEMA.with_metadata(metadata), **options) as writer:
+            rows = ShardWriter(writer, shard.stem)
+            yield rows
+            rows.flush()
+            writer.add_key_value_metadata({"failures": json.dumps(rows.failures)})
+        if rows.num_rows:
+            commit(partial, shard)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dinov2.data.prepare.cut import REASON, Cutting, Patches, cut_patches
-from dinov2.data.prepare.shard import ROWS_PER_GROUP, SCHEMA, ShardWriter
+from dinov2.data.prepare.shard import ROWS_PER_GROUP, SCHEMA, new_shard
 from dinov2.utils.files import commit, leftovers, unfinished, write_json
 from dinov2.utils.jobs import run_jobs
 
@@ -155,7 +155,7 @@ def mix_shard(job: MixJob) -> list[dict[str, Any]]:
         ValueError: if a run is corrupt.
     """
     num_rows = 0
-    with ShardWriter.create(job.shard, job.metadata) as writer:
+    with new_shard(job.shard, job.metadata) as writer:
         for bucket in job.buckets:
             sections = [section for run in job.runs if (section := _read_section(run, bucket)) is not None]
             positions = [section[_POSITION].to_numpy() for section in sections]

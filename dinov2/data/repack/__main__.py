@@ -25,7 +25,6 @@ from dinov2.utils.jobs import run_jobs
 logger = logging.getLogger("repack")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LOCK = ".repack.lock"
 
 
 def repack_dataset(source: str, destination: Path, layout: Layout, workers: int = 1) -> int:
@@ -48,8 +47,24 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
     _refuse_foreign_failures(failure_list)
     destination.mkdir(parents=True, exist_ok=True)
     busy = f"another repack is writing into '{destination}'; wait for it or stop it"
-    with locked(destination / _LOCK, busy=busy):
-        jobs, failures = _plan(storage, files, destination, layout)
+    with locked(destination, busy=busy):
+        failures: dict[str, str] = {}
+
+        def fail(name: str, reason: str) -> None:
+            failures[name] = reason
+            logger.error("cannot read '%s': %s", storage.locate(name), reason)
+
+        def plan(file: StoredFile, footer: Footer) -> RepackJob:
+            image = image_column(storage.locate(file.name), footer.schema)
+            rows, groups = footer.metadata.num_rows, footer.metadata.num_row_groups
+            return RepackJob(storage, file, image, rows, groups, footer.digest, layout, destination / file.name)
+
+        jobs: dict[str, RepackJob] = {}
+        for item in read_footers(storage, files, plan):
+            if isinstance(item, Unusable):
+                fail(*item)
+            else:
+                jobs[item.file.name] = item
         finished = _finished(jobs, destination)
         missing = [job for name, job in jobs.items() if name not in finished]
         for folder in {job.destination.parent for job in missing}:
@@ -57,33 +72,28 @@ def repack_dataset(source: str, destination: Path, layout: Layout, workers: int 
                 partial.unlink()
         for number, reason in run_jobs(repack_shard, missing, workers, "file"):
             if reason:
-                failures.append(Unusable(missing[number].file.name, reason))
-                logger.error("cannot read '%s': %s", storage.locate(missing[number].file.name), reason)
-        records = [{"file": name, "reason": reason} for name, reason in sorted(failures)]
-        if records:
-            write_text(failure_list, json_lines(records))
+                fail(missing[number].file.name, reason)
+        if failures:
+            write_text(failure_list, json_lines({"file": name, "reason": failures[name]} for name in sorted(failures)))
         else:  # no other file then lies among the shards, which some readers of folders would trip over
             failure_list.unlink(missing_ok=True)
-    failed = {failure.name for failure in failures}
-    _report([job for name, job in jobs.items() if name not in failed], finished, time.monotonic() - start)
-    if failed:
-        logger.error("%d of %d files cannot be read, see %s", len(failed), len(files), failure_list)
-    return len(failed)
+    done = [job for name, job in jobs.items() if name not in failures]
+    _report(done, finished, time.monotonic() - start)
+    if failures:
+        logger.error("%d of %d files cannot be read, see %s", len(failures), len(files), failure_list)
+    return len(failures)
 
 
-def _plan(
-    storage: Storage, files: Sequence[StoredFile], destination: Path, layout: Layout
-) -> tuple[dict[str, RepackJob], list[Unusable]]:
-    def job(file: StoredFile, footer: Footer) -> RepackJob:
-        image = image_column(storage.locate(file.name), footer.schema)
-        rows, groups = footer.metadata.num_rows, footer.metadata.num_row_groups
-        return RepackJob(storage, file, image, rows, groups, footer.digest, layout, destination / file.name)
-
-    planned = read_footers(storage, files, job)
-    failures = [item for item in planned if isinstance(item, Unusable)]
-    for name, reason in failures:
-        logger.error("cannot read '%s': %s", storage.locate(name), reason)
-    return {item.file.name: item for item in planned if isinstance(item, RepackJob)}, failures
+def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> None:
+    rows, size = sum(job.rows for job in done), sum(job.file.size for job in done if job.file.name not in finished)
+    if len(done) == len(finished):
+        logger.info("nothing to do: %d files with %d rows are in place", len(done), rows)
+        return
+    before, after = sum(job.groups for job in done), sum(-(-job.rows // job.layout.row_group_rows) for job in done)
+    logger.info(
+        "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)",
+        len(done) - len(finished), len(finished), rows, before, after, size / 1e6, seconds, size / 1e6 / seconds,
+    )  # fmt: skip
 
 
 def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
@@ -114,7 +124,7 @@ def _refuse_overlap(source: str, storage: Storage, destination: Path) -> None:
     """Refuse a destination whose files would be, or become, files of the source."""
     if not isinstance(storage, LocalStorage):
         return
-    folder, target = Path(storage.place).resolve(), destination.resolve()
+    folder, target = Path(storage.location).resolve(), destination.resolve()
     below = folder in target.parents and not Path(source).expanduser().is_file()
     if target == folder or target in folder.parents or below:
         raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
@@ -122,28 +132,14 @@ def _refuse_overlap(source: str, storage: Storage, destination: Path) -> None:
 
 def _refuse_foreign_failures(path: Path) -> None:
     """Refuse to replace a list that another program made."""
-    if not path.exists():
-        return
     try:
         ours = all(set(json.loads(line)) == {"file", "reason"} for line in path.read_text().splitlines())
+    except FileNotFoundError:
+        return
     except (ValueError, TypeError):
         ours = False
     if not ours:
         raise FileExistsError(f"'{path}' was not made by this command; give another destination or move it away")
-
-
-def _report(jobs: Sequence[RepackJob], finished: set[str], seconds: float) -> None:
-    new = [job for job in jobs if job.file.name not in finished]
-    size, rows = sum(job.file.size for job in new), sum(job.rows for job in jobs)
-    if not new:
-        logger.info("nothing to do: %d files with %d rows are in place", len(jobs), rows)
-        return
-    after = sum(-(-job.rows // job.layout.row_group_rows) for job in jobs)
-    logger.info(
-        "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)",
-        len(new), len(finished), rows, sum(job.groups for job in jobs), after, size / 1e6, seconds,
-        size / 1e6 / seconds,
-    )  # fmt: skip
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -188,9 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            raise OSError(
-                f"no room left in '{args.destination}'; make some, then run the same command again"
-            ) from error
+            message = f"no room left in '{args.destination}'; make some, then run the same command again"
+            raise OSError(message) from error
         return FAILURES if failed else DONE
 
     return run_command(body, logger, resumable=True)

@@ -89,44 +89,40 @@ def _source_error() -> Iterator[None]:
 
 def _rewrite(job: RepackJob, partial: Path) -> str:
     """Write the partial file and return the digest of the images that were read."""
-    digest = _ImageDigest()
+    digest, rows = hashlib.sha256(), 0
     with _source_error():
         file = open_shard(job.storage, job.file)
         schema = file.schema_arrow
     metadata = {**(schema.metadata or {}), SOURCE_KEY: job.identity.encode()}
     if b"row_group_size" in metadata:
         metadata[b"row_group_size"] = str(job.layout.row_group_rows).encode()
-    schema = schema.with_metadata(metadata)
-    columns = _column_options(file.metadata, job.image, job.layout.compression)
-    with file, pq.ParquetWriter(
-        partial, schema, write_page_index=True, write_batch_size=_ROWS_PER_BATCH, **columns
-    ) as writer:  # fmt: skip
+    options = _column_options(file.metadata, job.image, job.layout.compression)
+    options |= {"write_page_index": True, "write_batch_size": _ROWS_PER_BATCH}
+    with file, pq.ParquetWriter(partial, schema.with_metadata(metadata), **options) as writer:
         for table in _groups(file, job.layout.row_group_rows):
-            digest.update(table[job.image])
+            _hash_images(digest, table[job.image])
+            rows += len(table)
             writer.write_table(table)
-    if digest.rows != job.rows:
-        raise _SourceError(f"{digest.rows} rows could be read, but the footer promises {job.rows}")
+    if rows != job.rows:
+        raise _SourceError(f"{rows} rows could be read, but the footer promises {job.rows}")
     return digest.hexdigest()
 
 
 def _groups(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
     """Read the file in tables of one row group each."""
     batches = file.iter_batches(min(size, _ROWS_PER_BATCH), use_threads=False)
-    waiting, num_rows = [], 0
+    waiting: list[pa.RecordBatch] = []
     while True:
         with _source_error():
             batch = next(batches, None)
         if batch is None:
             break
         waiting.append(batch)
-        num_rows += len(batch)
-        if num_rows >= size:
+        while sum(map(len, waiting)) >= size:
             table = pa.Table.from_batches(waiting)
-            whole = num_rows // size * size
-            for start in range(0, whole, size):
-                yield table.slice(start, size)
-            waiting, num_rows = table.slice(whole).to_batches(), num_rows - whole
-    if num_rows:
+            yield table.slice(0, size)
+            waiting = table.slice(size).to_batches()
+    if any(map(len, waiting)):
         yield pa.Table.from_batches(waiting)
 
 
@@ -146,29 +142,18 @@ def _column_options(metadata: pq.FileMetaData, image: str, compression: str) -> 
 
 def _digest_of(partial: Path, image: str) -> str:
     """Digest of the images in the partial file, which must hold all rows."""
-    digest = _ImageDigest()
+    digest = hashlib.sha256()
     with pq.ParquetFile(partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as written:
         for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[image], use_threads=False):
-            digest.update(batch[image])
+            _hash_images(digest, batch[image])
     return digest.hexdigest()
 
 
-class _ImageDigest:
-    """SHA-256 over the length and the bytes of every value, nulls told apart from empty ones."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._hash = hashlib.sha256()
-
-    def update(self, images: pa.Array | pa.ChunkedArray) -> None:
-        if pa.types.is_dictionary(images.type):
-            images = images.cast(images.type.value_type)
-        for image in images:
-            data = image.as_buffer()
-            self._hash.update((-1 if data is None else data.size).to_bytes(8, "little", signed=True))
-            if data is not None:
-                self._hash.update(data)
-        self.rows += len(images)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+def _hash_images(digest: "hashlib._Hash", images: pa.Array | pa.ChunkedArray) -> None:
+    """Add the length and the bytes of every value, nulls told apart from empty ones."""
+    if pa.types.is_dictionary(images.type):
+        images = images.cast(images.type.value_type)
+    for image in images:
+        data = image.as_buffer()
+        digest.update((-1 if data is None else data.size).to_bytes(8, "little", signed=True))
+        digest.update(data or b"")

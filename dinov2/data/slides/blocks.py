@@ -1,15 +1,24 @@
-"""Tiles of slides: where they lie in the file, compressed, and regions put together from them."""
+"""Blocks of slides: where they lie in the file, compressed; decoded exactly or not at all; regions made of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dinov2.data.slides.codecs import decode_tile
-from dinov2.data.slides.errors import SlideOpenError, SlideReadError
+from dinov2.data.slides.errors import SlideOpenError, SlideReadError, import_package
 from dinov2.data.slides.resolution import MppSource
+
+# Says how colours are stored; without it decoders take three components for YCbCr, which RGB tiles are not.
+_ADOBE = {
+    "rgb": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00",
+    "ycbcr": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
+}
+# JPEG 2000 has no checks of its own. Runs of zeros are short, unless a block of the disk was never written.
+_HOLE = bytes(512)
+_J2K_START, _J2K_TILE_PART, _J2K_END = b"\xff\x4f\xff\x51", b"\xff\x90", b"\xff\xd9"
 
 
 class Region(NamedTuple):
@@ -31,57 +40,63 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TileLevel:
-    """One level of a pyramid: a grid of tiles.
+    """One level of a pyramid: a grid of tiles of one size, of which those at the right and lower edge hold padding."""
 
-    Attributes:
-        width, height: of the level in px.
-        tile_width, tile_height: of every tile in px; those at the right and lower edge hold padding.
-        offsets: int64 (rows, columns), first byte of each tile in the file.
-        lengths: int32 (rows, columns), bytes of each tile; 0 where the file holds none.
-        compression: of all tiles.
-        photometric: how their components are stored.
-        jpeg_tables: JPEG segments that all tiles share, b"" if none.
-    """
-
-    width: int
+    width: int  # of the level in px
     height: int
     tile_width: int
     tile_height: int
-    offsets: np.ndarray
-    lengths: np.ndarray
-    compression: Literal["jpeg", "j2k"]
-    photometric: Literal["rgb", "ycbcr"]
-    jpeg_tables: bytes
+    offsets: np.ndarray  # int64 (rows, columns), first byte of each tile in the file
+    lengths: np.ndarray  # int32 (rows, columns), bytes of each tile; 0 where the file holds none
+    compression: Literal["jpeg", "j2k"]  # j2k: a JPEG 2000 codestream
+    photometric: Literal["rgb", "ycbcr"]  # how the stored components are meant
+    jpeg_tables: bytes  # JPEG segments that all tiles share, b"" if none
 
     def decode(self, tile: bytes) -> np.ndarray:
-        """Decode one of its tiles: uint8 (tile_height, tile_width, 3); ValueError if it is damaged."""
-        size = self.tile_width, self.tile_height
-        return decode_tile(tile, self.compression, self.photometric, self.jpeg_tables, *size)
+        """Decode one of its tiles: uint8 (tile_height, tile_width, 3) RGB.
+
+        Raises:
+            ValueError: if the tile is cut, corrupt, or of another size.
+            ImportError: if a decoder is not installed.
+        """
+        try:
+            pixels = self._jpeg(tile) if self.compression == "jpeg" else self._jpeg2000(tile)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        shape = self.tile_height, self.tile_width, 3
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            raise ValueError(f"the tile decodes to {pixels.dtype} {pixels.shape}, not uint8 {shape}")
+        return pixels
+
+    def _jpeg(self, tile: bytes) -> np.ndarray:
+        # It refuses damage that other decoders hide behind grey.
+        simplejpeg = import_package("simplejpeg", "JPEG slides need simplejpeg")
+        start, rest = tile[:2], _without_applications(tile[2:])
+        if start != b"\xff\xd8":
+            raise ValueError("the tile is no JPEG")
+        tables = _without_applications(self.jpeg_tables[2:-2])
+        return simplejpeg.decode_jpeg(b"".join((start, tables, _ADOBE[self.photometric], rest)), strict=True)
+
+    def _jpeg2000(self, tile: bytes) -> np.ndarray:
+        imagecodecs = import_package("imagecodecs", "JPEG 2000 slides need imagecodecs")
+        _check_codestream(tile)
+        pixels = imagecodecs.jpeg2k_decode(tile)
+        return _rgb_of_ycbcr(pixels) if self.photometric == "ycbcr" and pixels.ndim == 3 else pixels
 
 
 @dataclass(frozen=True, eq=False)
 class TileIndex:
-    """All that is needed to read a slide's tiles without parsing its file.
+    """All that is needed to read a slide's tiles without parsing its file; SlideOpenError where it makes no sense."""
 
-    Attributes:
-        path: path or URL of the file.
-        size: of the file in bytes.
-        levels: finest first.
-        downsamples: level-0 px per px of each level.
-        mpp, mpp_source: micrometres per level-0 px and where they come from, see `resolution.resolve_mpp`.
-    """
-
-    path: str
-    size: int
-    levels: tuple[TileLevel, ...]
-    downsamples: tuple[float, ...]
-    mpp: float | None
-    mpp_source: MppSource
+    path: str  # path or URL of the file
+    size: int  # of the file in bytes
+    levels: tuple[TileLevel, ...]  # finest first
+    downsamples: tuple[float, ...]  # level-0 px per px of each level
+    mpp: float | None  # micrometres per level-0 px
+    mpp_source: MppSource  # see `resolution.resolve_mpp`
 
     def __post_init__(self) -> None:
-        sizes = tuple((level.width, level.height) for level in self.levels)
-        if not is_pyramid(sizes):
-            raise SlideOpenError(self.path, f"its levels {sizes} are not a pyramid of falling sizes")
+        check_pyramid(self.path, [(level.width, level.height) for level in self.levels])
         for number, level in enumerate(self.levels):
             last = int(np.max(level.offsets + level.lengths))
             if last > self.size or int(np.min(level.offsets)) < 0 or int(np.min(level.lengths)) < 0:
@@ -89,10 +104,11 @@ class TileIndex:
                 raise SlideOpenError(self.path, reason, f"level {number}")
 
 
-def is_pyramid(sizes: Sequence[tuple[int, int]]) -> bool:
-    """Whether (width, height) of levels are positive and fall."""
+def check_pyramid(path: str | Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise SlideOpenError unless (width, height) of levels are positive and fall."""
     falling = all(b[0] < a[0] and b[1] < a[1] for a, b in pairwise(sizes))
-    return bool(sizes) and min(map(min, sizes)) >= 1 and falling
+    if not sizes or min(map(min, sizes)) < 1 or not falling:
+        raise SlideOpenError(path, f"its levels {tuple(sizes)} are not a pyramid of falling sizes")
 
 
 def covering(level: TileLevel, region: Region) -> list[Block]:
@@ -119,18 +135,13 @@ def paste(level: TileLevel, region: Region, block: Block, pixels: np.ndarray, ou
 
 
 def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.ndarray:
-    """Decode the tiles that `ranges` named and cut a region out of them.
-
-    Args:
-        index: of the slide.
-        region: wholly on its level.
-        tiles: bytes of the tiles, in the order of `ranges`.
+    """Decode the tiles that `ranges` named, in its order, and cut a region out of them.
 
     Returns:
         uint8 (region.height, region.width, 3) RGB.
 
     Raises:
-        SlideReadError: if a tile is missing or damaged.
+        SlideReadError: if a tile is missing or corrupt.
     """
     level = index.levels[region.level]
     out = np.empty((region.height, region.width, 3), np.uint8)
@@ -143,3 +154,42 @@ def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.nda
         except ValueError as error:
             raise SlideReadError(index.path, f"its pixels cannot be decoded ({error})", location) from error
     return out
+
+
+def _without_applications(segments: bytes) -> bytes:
+    """Leave out leading JFIF, Adobe and other application segments: how colours are stored, the TIFF tag says."""
+    position = 0
+    while segments[position : position + 1] == b"\xff" and b"\xe0" <= segments[position + 1 : position + 2] <= b"\xef":
+        position += 2 + int.from_bytes(segments[position + 2 : position + 4], "big")
+    return segments[position:]
+
+
+def _check_codestream(tile: bytes) -> None:
+    """Walk a codestream's parts to its end marker: the decoder itself fills what is missing."""
+    if tile[:4] != _J2K_START:
+        raise ValueError("the tile is no JPEG 2000 codestream")
+    position = 2
+    while tile[position : position + 1] == b"\xff" and tile[position : position + 2] != _J2K_TILE_PART:
+        position += 2 + int.from_bytes(tile[position + 2 : position + 4], "big")
+    while tile[position : position + 2] == _J2K_TILE_PART:
+        length = int.from_bytes(tile[position + 6 : position + 10], "big")
+        position = position + length if length else len(tile.rstrip(b"\x00")) - 2  # 0: up to the end marker
+        if 0 < length < 14:
+            raise ValueError("the tile is a damaged JPEG 2000 codestream")
+    if tile[position : position + 2] != _J2K_END:
+        raise ValueError("the tile is a JPEG 2000 codestream without its end")
+    if _HOLE in tile:
+        raise ValueError("the tile is a JPEG 2000 codestream with a hole of zeros")
+
+
+def _rgb_of_ycbcr(pixels: np.ndarray) -> np.ndarray:
+    """BT.601, full range, in 16-bit fixed point."""
+    one, half = 1 << 16, 1 << 15
+    luma = pixels[..., 0].astype(np.int32)
+    blue, red = pixels[..., 1].astype(np.int32) - 128, pixels[..., 2].astype(np.int32) - 128
+    channels = (
+        luma + ((round(1.40200 * one) * red + half) >> 16),
+        luma + ((half - round(0.344136 * one) * blue - round(0.714136 * one) * red) >> 16),
+        luma + ((round(1.77200 * one) * blue + half) >> 16),
+    )
+    return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)

@@ -1,12 +1,13 @@
 """Errors of whole-slide images; each names the slide, the location and the reason."""
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 
 class SlideError(RuntimeError):
-    """A slide that cannot give what was asked; names the slide, the location and the reason.
+    """A slide that cannot give what was asked.
 
     Attributes:
         slide: path of the slide, or its URL without credentials.
@@ -47,3 +48,11 @@ def public_name(path: str | Path) -> str:
         return name
     name = re.sub(r"(?<=://)[^/@]*@", "", name)
     return name.partition("?")[0] if name.startswith("http") else name
+
+
+def import_package(name: str, need: str) -> Any:
+    """Import a package of the 'slides' extra; `need` begins the error where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{need} (the 'slides' extra).") from error

@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dinov2.data.slides.index import TileIndexes, is_tile_index
@@ -14,29 +14,18 @@ from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number, read_
 
 logger = logging.getLogger(__name__)
 
-SLIDE_SUFFIXES = frozenset(
-    (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
-)
-_PATH_COLUMNS = ("path", "slide")
+SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
 
 
 @dataclass(frozen=True, order=True)
 class SlideRow:
-    """One slide, ordered by path.
+    """One slide, ordered by path."""
 
-    Attributes:
-        path: absolute path, or URL.
-        weight: how often it is drawn, up to a common factor.
-        mpp: micrometres per level-0 px where the slide itself does not say, else None.
-        key: path below the folder that was searched, or the path's last part.
-        tile_index: file of `index_slides.py` that holds this slide's tiles; empty where it has to be parsed.
-    """
-
-    path: str
-    weight: float = 1.0
-    mpp: float | None = None
-    key: str = field(default="", compare=False)
-    tile_index: str = field(default="", compare=False)
+    path: str  # absolute, or a URL
+    weight: float = 1.0  # how often it is drawn, up to a common factor
+    mpp: float | None = None  # micrometres per level-0 px where the slide itself does not say
+    key: str = field(default="", compare=False)  # path below the folder that was searched, or the path's last part
+    tile_index: str = field(default="", compare=False)  # file of `index_slides.py` that holds its tiles, if any
 
 
 class FoundSlides(NamedTuple):
@@ -46,19 +35,16 @@ class FoundSlides(NamedTuple):
     duplicates: list[tuple[str, str]]
 
 
-def find_slides(
-    source: str | Path, weight_column: str = "", mpp_column: str = "mpp", mpp_table: MppTable | None = None
-) -> FoundSlides:
+def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable | None = None) -> FoundSlides:
     """Find slides, each file once: of several paths that lead to one file the first counts.
 
     Args:
         source: a folder, searched with its subfolders but without hidden files and folders (links to folders are
             not followed); a text file with one path or URL per line (blank lines and `#` lines are skipped); a .csv
-            file with a header and a column `path` or `slide`; a tile index; one slide; or the URL of one. For
-            relative paths in a file see `locate`.
+            file with a header, a column `path` or `slide`, and perhaps `mpp`; a tile index; one slide; or the URL of
+            one. For relative paths in a file see `locate`.
         weight_column: column of a CSV file with each slide's weight, 0 leaves it out; empty weighs all alike.
-        mpp_column: column of a CSV file with micrometres per level-0 px; it and its cells may be absent.
-        mpp_table: the same for slides that `source` has no number for.
+        mpp_table: micrometres per level-0 px of slides that `source` has no number for.
 
     Returns:
         The slides, sorted by key in a folder, in the given order in a list.
@@ -83,9 +69,12 @@ def find_slides(
     elif ending in SLIDE_SUFFIXES:
         rows = [_row(os.path.abspath(path))]
     elif ending == ".csv":
-        rows = _read_table(path, weight_column, mpp_column)
+        rows = _read_table(path, weight_column)
     elif is_tile_index(path):
-        rows = _read_index(path)
+        indexes = TileIndexes(path)
+        known = ((slide, indexes.outline(slide)) for slide in indexes)
+        mpps = {slide: index.mpp if index.mpp_source == "user" else None for slide, index in known}
+        rows = [_row(slide, mpp=mpp, tile_index=os.path.abspath(path)) for slide, mpp in mpps.items()]
     else:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         names = (line.strip() for line in lines)
@@ -94,10 +83,10 @@ def find_slides(
         endings = ", ".join(sorted(SLIDE_SUFFIXES))
         raise ValueError(f"'{source}' holds no slide; at least one {endings} is expected.")
     found = _each_once(rows, source)
-    if mpp_table is None:
-        return found
-    slides = [replace(row, mpp=mpp_table.get(row.path)) if row.mpp is None else row for row in found.slides]
-    return found._replace(slides=slides)
+    for place, row in enumerate(found.slides):
+        if mpp_table is not None and row.mpp is None:
+            found.slides[place] = replace(row, mpp=mpp_table.get(row.path))
+    return found
 
 
 def locate(name: str, listed_in: Path) -> str:
@@ -112,8 +101,8 @@ def locate(name: str, listed_in: Path) -> str:
     return os.path.abspath(name if os.path.exists(name) and not path.exists() else path)
 
 
-def _row(path: str) -> SlideRow:
-    return SlideRow(path, key=Path(urlsplit(path).path if is_remote(path) else path).name)
+def _row(path: str, **known: Any) -> SlideRow:
+    return SlideRow(path, key=Path(urlsplit(path).path if is_remote(path) else path).name, **known)
 
 
 def _search(folder: Path) -> list[SlideRow]:
@@ -132,18 +121,9 @@ def _search(folder: Path) -> list[SlideRow]:
     return sorted(rows, key=lambda row: row.key)
 
 
-def _read_index(path: Path) -> list[SlideRow]:
-    indexes, rows = TileIndexes(path), []
-    for slide in indexes:
-        known = indexes.outline(slide)
-        mpp = known.mpp if known.mpp_source == "user" else None
-        rows.append(replace(_row(slide), mpp=mpp, tile_index=os.path.abspath(path)))
-    return rows
-
-
-def _read_table(path: Path, weight_column: str, mpp_column: str) -> list[SlideRow]:
+def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
     columns, cells = read_csv(path)
-    path_column = next((column for column in _PATH_COLUMNS if column in columns), None)
+    path_column = next((column for column in ("path", "slide") if column in columns), None)
     if path_column is None or (weight_column and weight_column not in columns):
         wanted = "'path' or 'slide'" if path_column is None else f"'{weight_column}'"
         raise ValueError(f"'{path}' has the columns {', '.join(columns) or 'none'}; {wanted} is expected.")
@@ -154,9 +134,9 @@ def _read_table(path: Path, weight_column: str, mpp_column: str) -> list[SlideRo
                 f"The column '{path_column}' is empty in line {line} of '{path}'; a path or URL is expected."
             )
         weight = _number(row[weight_column], 0, math.inf, line, path) if weight_column else 1.0
-        mpp = _number(row[mpp_column], *PLAUSIBLE_MPP, line, path) if row.get(mpp_column) else None
+        mpp = _number(row["mpp"], *PLAUSIBLE_MPP, line, path) if row.get("mpp") else None
         if weight > 0:
-            rows.append(replace(_row(locate(row[path_column], path)), weight=weight, mpp=mpp))
+            rows.append(_row(locate(row[path_column], path), weight=weight, mpp=mpp))
     return rows
 
 

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,16 +34,11 @@ _ZARR_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
 
 
 class TileIndexes(Mapping[str, TileIndex]):
-    """Tile indexes by slide path, made when asked for; their arrays stay in the file.
-
-    Picklable and fork-safe: the file is read-only.
-
-    Args:
-        path: file that `write_tile_index` or `complete_tile_index` wrote.
+    """Tile indexes by slide path, made when asked for; their arrays stay in the file. Picklable and fork-safe.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, or not finished.
+        ValueError: if `write_tile_index` or `complete_tile_index` did not make it, or not finish it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,6 +69,9 @@ class TileIndexes(Mapping[str, TileIndex]):
         return _index_at(self._data, self._starts[str(slide)], outline=True)
 
 
+opened_index = lru_cache(1)(TileIndexes)  # of a collection, as the slides of one come one after the other
+
+
 def is_tile_index(path: Path) -> bool:
     """Whether a file begins as a tile index does."""
     with path.open("rb") as file:
@@ -87,21 +85,12 @@ def write_tile_index(path: Path, index: TileIndex) -> None:
         _finish(file, {index.path: _append(file, index)})
 
 
-class IndexJob(NamedTuple):
-    """A slide to parse, and the mpp that its user gives."""
-
-    slide: str
-    mpp: float | None
-
-
-def parse_slide(job: IndexJob) -> TileIndex | str:
-    """Index one slide, or say why it cannot be."""
+def parse_slide(job: tuple[str, float | None]) -> TileIndex | str:
+    """Index one slide, with the mpp that its user gives, or say why it cannot be."""
     try:
-        return index_slide(job.slide, job.mpp)
-    except SlideError as error:
-        return error.detail
-    except OSError as error:
-        return str(error)
+        return index_slide(*job)
+    except (SlideError, OSError) as error:
+        return getattr(error, "detail", str(error))
 
 
 def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: int) -> tuple[set[str], dict[str, str]]:
@@ -129,10 +118,10 @@ def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: i
         for _, _, index in _whole_records(path):
             if index.path not in starts and _still_holds(index, mpps):
                 starts[index.path] = _append(file, index)
-        jobs = [IndexJob(slide, mpp) for slide, mpp in mpps.items() if slide not in starts]
+        jobs = [job for job in mpps.items() if job[0] not in starts]
         for number, result in run_jobs(parse_slide, jobs, workers, "slide"):
             if isinstance(result, str):
-                failures[jobs[number].slide] = result
+                failures[jobs[number][0]] = result
             else:
                 starts[result.path] = _append(file, result)
                 fresh.add(result.path)
@@ -160,11 +149,8 @@ def _append(file: BinaryIO, index: TileIndex) -> int:
         for level in index.levels
     ]
     words = _json({name: getattr(index, name) for name in _INDEX_FIELDS} | {"levels": levels})
-    arrays = b"".join(
-        array + bytes(-len(array) % 8)
-        for level in index.levels
-        for array in (level.offsets.astype("<i8").tobytes(), level.lengths.astype("<i4").tobytes())
-    )
+    stored = (array for level in index.levels for array in (level.offsets.astype("<i8"), level.lengths.astype("<i4")))
+    arrays = b"".join(array.tobytes() + bytes(-array.nbytes % 8) for array in stored)
     start = file.tell()
     file.write(_HEADER.pack(zlib.crc32(arrays, zlib.crc32(words)), len(words), len(arrays)) + words + arrays)
     file.flush()
@@ -221,26 +207,16 @@ def _index_at(data: np.ndarray, start: int, *, outline: bool = False) -> TileInd
     return TileIndex(**fields, levels=tuple(levels))
 
 
-class ZarrJob(NamedTuple):
-    """A slide of an index, and the JSON file to write for it."""
-
-    index: Path
-    slide: str
-    output: Path
-
-
-def write_zarr(job: ZarrJob) -> str:
-    """Write one slide's Zarr references; returns why not, "" where they are written."""
+def write_zarr(index: Path, job: tuple[str, Path]) -> str:
+    """Write Zarr references of a slide of an index to a JSON file; returns why not, "" where they are written."""
+    slide, output = job
     try:
-        references = zarr_references(_opened(job.index)[job.slide])
-        job.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(job.output, json.dumps(references))
+        references = zarr_references(opened_index(index)[slide])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, json.dumps(references))
     except (OSError, ValueError) as error:
         return str(error)
     return ""
-
-
-_opened = lru_cache(1)(TileIndexes)
 
 
 def zarr_references(index: TileIndex) -> dict[str, Any]:
@@ -266,12 +242,19 @@ def zarr_references(index: TileIndex) -> dict[str, Any]:
         ".zattrs": json.dumps({"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}),
     }
     for number, level in enumerate(index.levels):
+        codec: dict[str, Any] = {"id": "imagecodecs_jpeg2k"}
+        if level.compression == "jpeg":
+            tables = base64.b64encode(level.jpeg_tables).decode() if level.jpeg_tables else None
+            colours = {"colorspace_data": _ZARR_COLOURS["rgb"], "colorspace_jpeg": _ZARR_COLOURS[level.photometric]}
+            codec = {"id": "imagecodecs_jpeg", "tables": tables, **colours}
+        elif level.photometric != "rgb":
+            raise ValueError(f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are.")
         array = {
             "zarr_format": 2,
             "shape": [level.height, level.width, 3],
             "chunks": [level.tile_height, level.tile_width, 3],
             "dtype": "|u1",
-            "compressor": _zarr_codec(index, level),
+            "compressor": codec,
             "fill_value": 0,
             "order": "C",
             "filters": None,
@@ -282,16 +265,3 @@ def zarr_references(index: TileIndex) -> dict[str, Any]:
             block = int(level.offsets[row, column]), int(level.lengths[row, column])
             refs[f"{number}/{row}.{column}.0"] = [index.path, *block]
     return {"version": 1, "refs": refs}
-
-
-def _zarr_codec(index: TileIndex, level: TileLevel) -> dict[str, Any]:
-    if level.compression == "jpeg":
-        tables = base64.b64encode(level.jpeg_tables).decode() if level.jpeg_tables else None
-        colours = {
-            "colorspace_data": _ZARR_COLOURS["rgb"],
-            "colorspace_jpeg": _ZARR_COLOURS[level.photometric],
-        }
-        return {"id": "imagecodecs_jpeg", "tables": tables, **colours}
-    if level.photometric != "rgb":
-        raise ValueError(f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are.")
-    return {"id": "imagecodecs_jpeg2k"}

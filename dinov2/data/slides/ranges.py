@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,19 +20,10 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def read_ranges(path: str | Path, ranges: Sequence[Range], retries: Retries | None = None) -> list[bytes]:
-    """Read (offset, length) ranges of a file, in the order given; see `SlideBytes.read`."""
-    return SlideBytes(path, retries).read(ranges)
-
-
 class SlideBytes:
     """A file on a disk, or behind an fsspec URL (s3://, gs://, https://), read in ranges.
 
     Safe in several threads and after a fork: nothing has a position, and connections are those of a process.
-
-    Args:
-        path: path or URL.
-        retries: how long requests to a server are repeated.
     """
 
     def __init__(self, path: str | Path, retries: Retries | None = None) -> None:
@@ -43,7 +33,7 @@ class SlideBytes:
         self._pid = -1
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Read ranges; adjacent ones are read together, those of a server in one batch of requests.
+        """Read ranges, in the order given; adjacent ones together, those of a server in one batch of requests.
 
         Args:
             ranges: (offset, length) in bytes; a length of 0 gives b"".
@@ -81,18 +71,46 @@ class SlideBytes:
             self._pid = os.getpid()
         return file
 
-    def _from_disk(self, spans: Iterable[Range]) -> list[bytes]:
+    def _from_disk(self, spans: Sequence[Range]) -> list[bytes]:
         # The object, not its number: a number may by then belong to another file that a thread opened.
-        file = self._opened()
-        return [_pread(file, self._path, start, end) for start, end in spans]
+        file, blocks = self._opened(), []
+        for start, end in spans:
+            data = os.pread(file.fileno(), end - start, start)
+            while len(data) < end - start:
+                more = os.pread(file.fileno(), end - start - len(data), start + len(data))
+                if not more:
+                    raise OSError(f"'{self._path}' ends within bytes {start} to {end - 1}, after {len(data)} of them")
+                data += more
+            blocks.append(data)
+        return blocks
 
     def _from_server(self, spans: Sequence[Range]) -> list[bytes]:
-        if not spans:
-            return []
         got: dict[Range, bytes] = {}
-        url, retries = public_name(self._path), self._retries
+        url = public_name(self._path)
+
+        def ask() -> None:
+            """Ask once for the spans that are not in `got`; raises for those that did not come."""
+            left = [span for span in spans if span not in got]
+            fs, path = filesystem(self._path, self._retries)
+            starts, ends = zip(*left, strict=True)
+            answers = fs.cat_ranges([path] * len(left), list(starts), list(ends), on_error="return")
+            errors = []
+            for (start, end), answer in zip(left, answers, strict=True):
+                if isinstance(answer, BaseException):
+                    errors.append(answer)
+                elif len(answer) > end - start:
+                    message = f"'{url}' was asked for {end - start} bytes and gave {len(answer)}"
+                    raise RemoteError(f"{message}; use a server that supports ranges, or a local copy")
+                elif len(answer) < end - start:
+                    errors.append(ConnectionError(f"{len(answer)} of {end - start} bytes came"))
+                else:
+                    got[start, end] = answer
+            if errors:  # one that lasts, if there is any, since another request would meet it again
+                raise next((error for error in errors if not is_transient(error)), errors[0])
+
         try:
-            retries.call(url, partial(_ask, self._path, spans, got, retries))
+            if spans:
+                self._retries.call(url, ask)
         except OSError:
             raise
         except Exception as error:
@@ -114,34 +132,3 @@ def merge(ranges: Iterable[Range], gap: int) -> list[Range]:
         else:
             spans.append((start, end))
     return spans
-
-
-def _pread(file: BinaryIO, path: str, start: int, end: int) -> bytes:
-    data = os.pread(file.fileno(), end - start, start)
-    while len(data) < end - start:
-        more = os.pread(file.fileno(), end - start - len(data), start + len(data))
-        if not more:
-            raise OSError(f"'{path}' ends within bytes {start} to {end - 1}, after {len(data)} of them")
-        data += more
-    return data
-
-
-def _ask(url: str, spans: Sequence[Range], got: dict[Range, bytes], retries: Retries) -> None:
-    """Ask once for the spans that are not in `got`; raises for those that did not come."""
-    left = [span for span in spans if span not in got]
-    fs, path = filesystem(url, retries)
-    starts, ends = zip(*left, strict=True)
-    answers = fs.cat_ranges([path] * len(left), list(starts), list(ends), on_error="return")
-    errors = []
-    for (start, end), answer in zip(left, answers, strict=True):
-        if isinstance(answer, BaseException):
-            errors.append(answer)
-        elif len(answer) > end - start:
-            message = f"'{public_name(url)}' was asked for {end - start} bytes and gave {len(answer)}"
-            raise RemoteError(f"{message}; use a server that supports ranges, or a local copy")
-        elif len(answer) < end - start:
-            errors.append(ConnectionError(f"{len(answer)} of {end - start} bytes came"))
-        else:
-            got[start, end] = answer
-    if errors:  # one that lasts, if there is any, since another try would meet it again
-        raise next((error for error in errors if not is_transient(error)), errors[0])

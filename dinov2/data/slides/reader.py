@@ -1,4 +1,4 @@
-"""Regions of whole-slide images, read exactly or not at all."""
+"""Whole-slide images, of which regions are read exactly or not at all."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,16 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinov2.data.slides.blocks import Region, TileIndex, is_pyramid
-from dinov2.data.slides.errors import (
-    SlideError,
-    SlideOpenError,
-    SlideRangeError,
-    SlideReadError,
-    UnsupportedTiles,
-)
+from dinov2.data.slides.blocks import Region, TileIndex
+from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError, UnsupportedTiles
 from dinov2.data.slides.ranges import is_remote
-from dinov2.data.slides.region import TileReader
+from dinov2.data.slides.region import OpenSlideReader, TileReader
 from dinov2.data.slides.resolution import check_user_mpp, coarsest_level
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.retry import RemoteError
@@ -30,18 +24,18 @@ class SlideReader:
     Tiles are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
     forked or spawned process it opens the file again.
 
+    Args:
+        path: a slide, or an fsspec URL of one whose tiles can be read from their bytes.
+        mpp: micrometres per level-0 px, used only when the slide does not say.
+        cache_bytes: decoded tiles of this slide that may be kept.
+        index: of this slide, wherever it lay when it was indexed; it is then not parsed.
+
     Attributes:
         path: the file, text where it is a URL.
         level_dimensions: (width, height) in px of each level.
         level_downsamples: level-0 px per px of each level.
         mpp: micrometres per level-0 px, None when unknown.
         mpp_source: where `mpp` comes from: "slide", 10 / its objective power ("appmag"), "user", or "none".
-
-    Args:
-        path: a slide, or an fsspec URL of one whose tiles can be read from their bytes.
-        mpp: micrometres per level-0 px, used only when the slide does not say.
-        cache_bytes: decoded tiles of this slide that may be kept.
-        index: of this slide, wherever it lay when it was indexed; it is then not parsed.
 
     Raises:
         SlideOpenError: if the file is missing, no slide, or its levels make no sense.
@@ -50,32 +44,22 @@ class SlideReader:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        mpp: float | None = None,
-        cache_bytes: int = 8 << 20,
-        index: TileIndex | None = None,
+        self, path: str | Path, mpp: float | None = None, cache_bytes: int = 8 << 20, index: TileIndex | None = None
     ) -> None:
         check_user_mpp(path, mpp)
         self.path = str(path) if is_remote(path) else Path(path)
         try:
             index = replace(index, path=str(path)) if index else index_slide(path, mpp)
             self._pixels = TileReader(index, cache_bytes)
-            self.mpp, self.mpp_source = index.mpp, index.mpp_source
-            if mpp is not None and self.mpp_source in ("user", "none"):
-                self.mpp, self.mpp_source = mpp, "user"
         except UnsupportedTiles:
             if is_remote(path):
                 raise
-            from dinov2.data.slides.openslide import OpenSlideReader
-
-            self._pixels = OpenSlideReader(self.path, cache_bytes)
-            self.mpp, self.mpp_source = self._pixels.resolution(mpp)
+            self._pixels = OpenSlideReader(self.path, mpp, cache_bytes)
+        self.mpp, self.mpp_source = self._pixels.mpp, self._pixels.mpp_source
+        if mpp is not None and self.mpp_source in ("user", "none"):  # an index may hold another of the user's
+            self.mpp, self.mpp_source = mpp, "user"
         self.level_dimensions: tuple[tuple[int, int], ...] = self._pixels.level_dimensions
         self.level_downsamples: tuple[float, ...] = self._pixels.level_downsamples
-        if not is_pyramid(self.level_dimensions):
-            reason = f"its levels {self.level_dimensions} are not a pyramid of falling sizes"
-            raise SlideOpenError(path, reason)
 
     def snap(self, level: int, x: int, y: int) -> tuple[int, int]:
         """Column and row of the level's pixel nearest to a level-0 position."""
@@ -149,26 +133,25 @@ class SlideReader:
         pixels, known = self.read_known(level, column, row, width, height)
         if not known.all():
             reason = f"{known.size - np.count_nonzero(known)} of its pixels are missing from the file"
-            raise SlideReadError(self.path, reason, _location(level, column, row, width, height))
+            raise SlideReadError(self.path, reason, _location(Region(level, column, row, width, height)))
         return pixels
 
     def read_known(self, level: int, column: int, row: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         """Like `read_region`, but says which pixels the file holds: (uint8 (H, W, 3), bool (H, W))."""
-        location = _location(level, column, row, width, height)
         self._downsample(level)
+        region = Region(level, column, row, width, height)
         level_width, level_height = self.level_dimensions[level]
         inside = 0 <= column <= level_width - width and 0 <= row <= level_height - height
         if not (inside and width > 0 and height > 0):
             reason = f"the region leaves the level of {level_width}x{level_height} px"
-            raise SlideRangeError(self.path, reason, location)
+            raise SlideRangeError(self.path, reason, _location(region))
         try:
-            return self._pixels.read(Region(level, column, row, width, height))
+            return self._pixels.read(region)
         except (RemoteError, SlideError):
             raise
-        except OSError as error:
-            raise SlideReadError(self.path, f"its bytes cannot be read ({error})", location) from error
-        except ValueError as error:
-            raise SlideReadError(self.path, f"its pixels cannot be decoded ({error})", location) from error
+        except (OSError, ValueError) as error:
+            what = "bytes cannot be read" if isinstance(error, OSError) else "pixels cannot be decoded"
+            raise SlideReadError(self.path, f"its {what} ({error})", _location(region)) from error
 
     def read_blocks(self, level: int, side: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Read a whole level square by square, to bound memory.
@@ -198,5 +181,5 @@ class SlideReader:
         return self.level_downsamples[level]
 
 
-def _location(level: int, column: int, row: int, width: int, height: int) -> str:
-    return f"level {level}, column {column}, row {row}, {width}x{height} px"
+def _location(region: Region) -> str:
+    return f"level {region.level}, column {region.column}, row {region.row}, {region.width}x{region.height} px"

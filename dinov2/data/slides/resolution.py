@@ -25,13 +25,7 @@ def check_user_mpp(slide: str | Path, mpp: float | None) -> None:
 def resolve_mpp(
     sides: Sequence[float | None], power: float | None, user_mpp: float | None
 ) -> tuple[float | None, MppSource]:
-    """Choose a slide's mpp: its own (mean of both sides), else 10 / objective power, else the user's.
-
-    Args:
-        sides: mpp along x and y as the slide says them, None where it does not.
-        power: objective power as the slide says it.
-        user_mpp: used only where the slide says nothing plausible.
-    """
+    """Choose a slide's mpp: its own (mean of `sides`, along x and y), else 10 / objective power, else the user's."""
     if all(map(is_plausible, sides)):
         return sum(sides) / len(sides), "slide"
     if power and is_plausible(10 / power):
@@ -64,15 +58,10 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 
 @dataclass(frozen=True)
 class MppTable:
-    """The mpp that a user gives for slides.
+    """The mpp that a user gives for slides."""
 
-    Attributes:
-        written: mpp by slide as the table names it.
-        shortened: mpp by file name and stem of the paths in the table, without those that are ambiguous.
-    """
-
-    written: dict[str, float]
-    shortened: dict[str, float]
+    written: dict[str, float]  # by slide as the table names it
+    shortened: dict[str, float]  # by file name and stem of the paths in the table, without those that are ambiguous
 
     def get(self, slide_path: str | Path) -> float | None:
         """Look up a slide by path, file name, stem and barcode (stem up to its first dot)."""

@@ -17,22 +17,14 @@ _LINES_AT_ONCE = 1 << 14  # keeps what is not yet packed within a few MB
 
 @dataclass(frozen=True)
 class SampleList:
-    """The patches of a sample list, in its order.
+    """The patches of a sample list, in its order; int32 (N,) but for `mpp`."""
 
-    Attributes:
-        slides: distinct slide paths as written, by first appearance.
-        slide: int32 (N,), each patch's number in `slides`.
-        x, y: int32 (N,), left and top edge in level-0 px.
-        level: int32 (N,), pyramid level that the patch is read from.
-        mpp: float32 (N,), um per px of the finished patch; None for lists of four columns, which keep the level's.
-    """
-
-    slides: list[str]
-    slide: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    level: np.ndarray
-    mpp: np.ndarray | None = None
+    slides: list[str]  # distinct slide paths as written, by first appearance
+    slide: np.ndarray  # each patch's number in `slides`
+    x: np.ndarray  # left edge in level-0 px
+    y: np.ndarray  # top edge
+    level: np.ndarray  # pyramid level that the patch is read from
+    mpp: np.ndarray | None = None  # float32 (N,), um per px of the finished patch; None (four columns): the level's
 
     def __len__(self) -> int:
         return len(self.slide)
@@ -101,11 +93,7 @@ def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList
 
 
 def locate_slide(name: str, slide_root: str | Path | None, list_path: str | Path = "list") -> Path:
-    """Find a slide of a sample list: as `find.locate` does, or at the longest tail of its path below `slide_root`.
-
-    Returns:
-        The path; it may not exist.
-    """
+    """Find a slide of a sample list: as `find.locate` does, or at the longest tail of its path below `slide_root`."""
     if slide_root is None:
         return Path(locate(name, Path(list_path)))
     parts = PurePosixPath(name).parts
@@ -138,16 +126,16 @@ def _pack(lines: list[bytes], columns: int, numbers: dict[bytes, int]) -> list[n
 
 def _complaint(path: Path, first: int, lines: list[bytes], columns: int) -> ValueError:
     """Name the first line that cannot be packed; `lines` begin at number `first`."""
-    expected = "a path and three whole numbers x y level of at least 0 are expected (in a list of 4 columns)."
+    position = "three whole numbers x y level of at least 0"
+    expected = f"a path and {position} are expected"
     if columns == 6:
-        expected = (
-            "a path, three whole numbers x y level of at least 0, and mpp_x mpp_y above 0, equal within 1 %, "
-            "are expected (in a list of 6 columns)."
-        )
+        expected = f"a path, {position}, and mpp_x mpp_y above 0, equal within 1 %, are expected"
     for number, line in enumerate(lines, first):
         try:
             _pack([line], columns, {})
         except (ValueError, OverflowError):
             text = line.strip().decode("utf-8", "surrogateescape")
-            return ValueError(f"Line {number} of sample list '{path}' is {text!r}; {expected}")
+            return ValueError(
+                f"Line {number} of sample list '{path}' is {text!r}; {expected} (in a list of {columns} columns)."
+            )
     raise AssertionError("a chunk of good lines was refused")

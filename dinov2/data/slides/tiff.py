@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dinov2.data.slides.blocks import TileIndex, TileLevel
-from dinov2.data.slides.errors import SlideOpenError, UnsupportedTiles, public_name
+from dinov2.data.slides.errors import SlideOpenError, UnsupportedTiles, import_package, public_name
 from dinov2.data.slides.ranges import filesystem, is_remote
 from dinov2.data.slides.resolution import check_user_mpp, number, resolve_mpp
 from dinov2.data.storage.retry import RemoteError, Retries, reason
@@ -17,10 +17,13 @@ from dinov2.data.storage.retry import RemoteError, Retries, reason
 _APERIO = "Aperio Image"
 _TRESTLE = "MedScan"  # its tiles overlap
 _REDUCED = 1  # bit of subfiletype
-_UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # ResolutionUnit: inch, centimetre
 _BLOCK_BYTES = 1 << 20  # a server's file is parsed through a cache of such blocks
-_COMPRESSIONS = {7: "jpeg", 33003: "j2k", 33005: "j2k"}
-_COLOURS = {(7, 2): "rgb", (7, 6): "ycbcr"}  # (compression, photometric)
+_KINDS = {  # compression and photometric of the tags: kind of the tiles and of their colours
+    (7, 2): ("jpeg", "rgb"),
+    (7, 6): ("jpeg", "ycbcr"),
+    (33003, None): ("j2k", "ycbcr"),
+    (33005, None): ("j2k", "rgb"),
+}
 
 
 def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
@@ -37,10 +40,8 @@ def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
         ValueError: if `mpp` is implausible.
     """
     check_user_mpp(path, mpp)
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImportError("Slides need tifffile (the 'slides' extra).") from error
+    tifffile = import_package("tifffile", "Slides need tifffile")
+    retries = Retries()
 
     def parse() -> TileIndex:
         with _opened(path, retries) as (file, size):
@@ -50,7 +51,6 @@ def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
             except tifffile.TiffFileError as error:
                 raise UnsupportedTiles(path, f"not a TIFF file ({size} bytes; {error})") from error
 
-    retries = Retries()
     try:
         return retries.call(public_name(path), parse) if is_remote(path) else parse()
     except FileNotFoundError as error:
@@ -59,7 +59,7 @@ def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
         raise
     except OSError as error:
         raise SlideOpenError(path, f"its file cannot be read ({reason(error)})") from error
-    except Exception as error:  # tifffile meets damage with many kinds of errors
+    except Exception as error:  # tifffile meets corrupt files with many kinds of errors
         raise UnsupportedTiles(path, f"not a TIFF file that can be parsed ({reason(error)})") from error
 
 
@@ -84,16 +84,8 @@ def _index(path: str | Path, tiff: Any, size: int, mpp: float | None) -> TileInd
         raise SlideOpenError(path, "not a whole slide, it has no page")
     first = pages[0]
     aperio = first.description.startswith(_APERIO)
-    kinds = (
-        tiff.is_scn,
-        tiff.is_bif,
-        tiff.is_philips,
-        tiff.is_ndpi,
-        tiff.is_ome,
-        first.subifds,
-        first.software.startswith(_TRESTLE),
-    )
-    if not aperio and any(kinds):
+    kinds = tiff.is_scn, tiff.is_bif, tiff.is_philips, tiff.is_ndpi, tiff.is_ome
+    if not aperio and (any(kinds) or first.subifds or first.software.startswith(_TRESTLE)):
         raise UnsupportedTiles(path, "its pages are no plain pyramid")
     handle, form = tiff.filehandle, tiff.tiff
     handle.seek(tiff.pages.next_page_offset)
@@ -116,12 +108,14 @@ def _index(path: str | Path, tiff: Any, size: int, mpp: float | None) -> TileInd
 
 
 def _level(path: str | Path, page: Any, level: int) -> TileLevel:
-    compression = int(page.compression)
-    colours = {33003: "ycbcr", 33005: "rgb"}.get(compression) or _COLOURS.get((compression, int(page.photometric)))
+    compression, photometric = int(page.compression), int(page.photometric)
+    # The tag tells the colours of JPEG, the compression those of JPEG 2000.
+    kind = _KINDS.get((compression, photometric)) or _KINDS.get((compression, None))
     plain = page.bitspersample == 8 and page.samplesperpixel == 3 and int(page.planarconfig) == 1
-    if colours is None or not plain or page.tiledepth != 1 or page.imagedepth != 1:
-        kind = f"compression {compression}, photometric {int(page.photometric)}, {page.bitspersample} bits"
-        raise UnsupportedTiles(path, f"{kind} x {page.samplesperpixel}: no JPEG or JPEG 2000 in RGB", f"level {level}")
+    if kind is None or not plain or page.tiledepth != 1 or page.imagedepth != 1:
+        found = f"compression {compression}, photometric {photometric}, {page.bitspersample} bits"
+        reason = f"{found} x {page.samplesperpixel}: no JPEG or JPEG 2000 in RGB"
+        raise UnsupportedTiles(path, reason, f"level {level}")
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     offsets, lengths = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     if len(offsets) != rows * columns or len(lengths) != rows * columns:
@@ -131,16 +125,10 @@ def _level(path: str | Path, page: Any, level: int) -> TileLevel:
         raise SlideOpenError(path, f"a tile of {lengths.max()} bytes", f"level {level}")
     lengths[offsets == 0] = 0
     return TileLevel(
-        width=page.imagewidth,
-        height=page.imagelength,
-        tile_width=page.tilewidth,
-        tile_height=page.tilelength,
-        offsets=offsets.reshape(rows, columns),
-        lengths=lengths.astype(np.int32).reshape(rows, columns),
-        compression=_COMPRESSIONS[compression],
-        photometric=colours,
-        jpeg_tables=page.jpegtables or b"",
-    )
+        page.imagewidth, page.imagelength, page.tilewidth, page.tilelength,
+        offsets.reshape(rows, columns), lengths.astype(np.int32).reshape(rows, columns),
+        *kind, page.jpegtables or b"",
+    )  # fmt: skip
 
 
 def _check_sampling(path: str | Path, handle: Any, level: TileLevel) -> None:
@@ -155,11 +143,7 @@ def _check_sampling(path: str | Path, handle: Any, level: TileLevel) -> None:
         raise UnsupportedTiles(path, "its JPEG 2000 tiles have components of different sizes")
 
 
-def _sides_of_tags(page: Any) -> tuple[float | None, float | None]:
-    unit = page.tags.valueof("ResolutionUnit", default=2)
-    sides = []
-    for name in ("XResolution", "YResolution"):
-        above, below = page.tags.valueof(name, default=(0, 1))
-        per_unit = above / below if below else 0.0
-        sides.append(_UM_PER_UNIT[unit] / per_unit if per_unit and unit in _UM_PER_UNIT else None)
-    return tuple(sides)
+def _sides_of_tags(page: Any) -> list[float | None]:
+    um_per_unit = {2: 25400.0, 3: 10000.0}.get(page.tags.valueof("ResolutionUnit", default=2))  # inch, centimetre
+    ratios = (page.tags.valueof(name, default=(0, 1)) for name in ("XResolution", "YResolution"))
+    return [um_per_unit / (above / below) if um_per_unit and above and below else None for above, below in ratios]

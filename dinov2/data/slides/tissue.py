@@ -61,12 +61,8 @@ def pen_fraction(image: np.ndarray) -> float:
 class TissueMap:
     """Fraction of tissue in any rectangle of a slide, estimated from its coarsest level.
 
-    Args:
-        reader: the slide.
-        rule: what counts as tissue.
-
     Raises:
-        SlideReadError: if the coarsest level cannot be decoded.
+        SlideReadError: if that cannot be decoded.
     """
 
     def __init__(self, reader: SlideReader, rule: TissueRule) -> None:

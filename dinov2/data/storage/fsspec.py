@@ -8,15 +8,15 @@ pauses that can neither be interrupted nor shared between processes.
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from glob import has_magic
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
-from dinov2.data.storage.base import StoredFile, folder_of, is_hidden, no_files
+from dinov2.data.storage.base import StoredFile, no_files
 from dinov2.data.storage.retry import Refusal, RemoteError, Retries, answer, reason
 from dinov2.data.storage.train_split import find_train_files
 
@@ -25,28 +25,49 @@ VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "upd
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONNECTIONS = 64  # of one process to one store; botocore's own 10 would make reader threads wait
 _LISTING_THREADS = 16
-# Stores that list a folder with its subfolders at once.
-_FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")
+_FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")  # stores that list a folder with its subfolders at once
 _CARD = "README.md"
+
+_Result = TypeVar("_Result")
 
 
 class RemoteStorage:
     """Reading of files over a network, one request for each range.
 
-    Subclasses list and locate files (see `Storage`), send requests (`_get_range`) and explain errors
-    (`_in_plain_words`).
+    Subclasses list and locate files (see `Storage`), request ranges (`_get_range`) and explain errors (`_explain`).
     """
 
-    place: str
+    location: str
     _retries: Retries
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Read exactly `length` bytes of a file by one request; OSError where they cannot be had."""
-        if not length:
-            return b""
         url = self.locate(name)
-        with self._in_plain_words(url):
-            return self._retries.call(url, partial(self._get_range, name, start, length))
+
+        def request() -> bytes:
+            data = self._get_range(name, start, length)
+            if data is None or len(data) > length:
+                raise RemoteError(
+                    f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others; "
+                    "use a server that supports ranges, or a local copy"
+                )
+            if len(data) < length:
+                raise ConnectionError(f"{len(data)} of {length} bytes came")
+            return data
+
+        return self._ask(url, request, url) if length else b""
+
+    def _ask(self, url: str, request: Callable[[], _Result], wanted: str) -> _Result:
+        """Send a request, repeated as `Retries` says, and tell in a sentence why ``wanted`` cannot be had."""
+        try:
+            return self._retries.call(url, request)
+        except RemoteError:
+            raise
+        except Exception as error:
+            explained = self._explain(error, wanted, *answer(error))
+            if explained is None:
+                raise
+            raise explained from error
 
 
 class ObjectStorage(RemoteStorage):
@@ -54,32 +75,27 @@ class ObjectStorage(RemoteStorage):
 
     Endpoints and credentials are those of the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
 
-    Args:
-        url: scheme://...
-        retries: how long requests are repeated.
-
     Raises:
-        ValueError: if the scheme is unknown.
+        ValueError: if the scheme of the URL is unknown.
         ImportError: if the package for it is not installed.
     """
 
     def __init__(self, url: str, retries: Retries) -> None:
         self._url, self._retries = url.rstrip("/"), retries
-        self._folder = folder_of(self._url)
-        self.place = _public(self._url)
+        self._folder = _folder_of(self._url)
+        self.location = _public(self._url)
         self._filesystem()
 
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         fs, folder = self._filesystem()
         pattern = folder + self._url[len(self._folder) :]
-        with self._in_plain_words(self.place):
-            fs.invalidate_cache()
-            found = self._retries.call(self.place, partial(self._find, fs, folder, pattern))
+        fs.invalidate_cache()
+        found = self._ask(self.location, partial(self._find, fs, folder, pattern), self.location)
         inside = len(folder.rstrip("/")) + 1
         names = {path[inside:]: found[path] for path in _select(found, pattern, inside)}
         if not names:
-            raise no_files(self.place)
+            raise no_files(self.location)
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             return list(pool.map(self._describe, names, names.values()))
 
@@ -109,8 +125,7 @@ class ObjectStorage(RemoteStorage):
         url = self.locate(name)
         if info.get("size") is None:
             fs, folder = self._filesystem()
-            with self._in_plain_words(url):
-                info = self._retries.call(url, partial(fs.info, f"{folder}/{name}"))
+            info = self._ask(url, partial(fs.info, f"{folder}/{name}"), url)
         if info.get("size") is None:
             raise RemoteError(f"the server does not tell the size of '{url}'; use another, or a local copy")
         version = next((str(info[key]) for key in VERSION_KEYS if info.get(key) is not None), "")
@@ -118,25 +133,18 @@ class ObjectStorage(RemoteStorage):
 
     def _get_range(self, name: str, start: int, length: int) -> bytes:
         fs, folder = self._filesystem()
-        data = fs.cat_file(f"{folder}/{name}", start=start, end=start + length)
-        return _checked(data, self.locate(name), start, length, len(data) <= length)
+        return fs.cat_file(f"{folder}/{name}", start=start, end=start + length)
 
-    @contextmanager
-    def _in_plain_words(self, url: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, RemoteError):
-                raise
-            status, _ = answer(error)
-            missing = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
-            if missing or status in (401, 403) or isinstance(error, PermissionError):
-                message = f"'{url}' may not be read ({reason(error)})"
-                advice = "check the credentials in the environment (for a public S3 bucket set FSSPEC_S3_ANON=true)"
-                raise PermissionError(f"{message}; {advice}") from error
-            if status == 404 or isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(f"'{url}' does not exist; check the name") from error
-            raise RemoteError(f"'{url}' cannot be read ({reason(error)})") from error
+    def _explain(self, error: Exception, url: str, status: int | None, headers: Mapping[str, str]) -> Exception:
+        missing = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+        if missing or status in (401, 403) or isinstance(error, PermissionError):
+            return PermissionError(
+                f"'{url}' may not be read ({reason(error)}); check the credentials in the environment "
+                "(for a public S3 bucket set FSSPEC_S3_ANON=true)"
+            )
+        if status == 404 or isinstance(error, FileNotFoundError):
+            return FileNotFoundError(f"'{url}' does not exist; check the name")
+        return RemoteError(f"'{url}' cannot be read ({reason(error)})")
 
 
 class HubStorage(RemoteStorage):
@@ -145,13 +153,10 @@ class HubStorage(RemoteStorage):
     Only the repository, the commit and the path are kept, neither token nor connection. The server is `HF_ENDPOINT`
     and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use.
 
-    Attributes:
-        commit: that commit.
-
     Args:
         repo: org/name.
-        revision: branch, tag or commit; the default branch if empty. It is resolved here, once; a full commit
-            needs no request.
+        revision: branch, tag or commit; the default branch if empty. It is resolved here, once, to ``commit``; a
+            full commit needs no request.
         path: folder (with its subfolders), glob or .parquet file; the training split if empty.
         retries: how long requests are repeated.
 
@@ -164,10 +169,10 @@ class HubStorage(RemoteStorage):
 
     def __init__(self, repo: str, revision: str, path: str, retries: Retries) -> None:
         self._repo, self._path, self._retries = repo, path.strip("/"), retries
-        self._folder, self._revision = folder_of(self._path), revision
+        self._folder, self._revision = _folder_of(self._path), revision
         self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
-        self.commit = revision if COMMIT.fullmatch(revision) else self._resolve(revision)
-        self.place = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
+        self.commit = revision if COMMIT.fullmatch(revision) else self._resolve()
+        self.location = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
@@ -178,7 +183,7 @@ class HubStorage(RemoteStorage):
             card = self.read_range(_CARD, 0, size).decode(errors="replace")
             shards = find_train_files(self._repo, shards, card)
         if not shards:
-            raise no_files(self.place)
+            raise no_files(self.location)
         inside = len(self._folder) + 1 if self._folder else 0
         return [
             StoredFile(file.path[inside:], file.size, file.lfs.sha256 if file.lfs else file.blob_id)
@@ -192,82 +197,86 @@ class HubStorage(RemoteStorage):
         path = f"{self._folder}/{name}" if self._folder else name
         return hf_hub_url(self._repo, path, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
 
-    def _resolve(self, revision: str) -> str:
+    def _resolve(self) -> str:
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=_endpoint())
-        request = partial(api.dataset_info, self._repo, revision=revision or None, timeout=self._timeout)
-        with self._in_plain_words("answer"):
-            return self._retries.call(f"{_endpoint()}/api/datasets/{self._repo}", request).sha
+        api, revision = HfApi(endpoint=_endpoint()), self._revision or None
+        request = partial(api.dataset_info, self._repo, revision=revision, timeout=self._timeout)
+        return self._ask(f"{_endpoint()}/api/datasets/{self._repo}", request, "answer").sha
 
     def _tree(self) -> Iterator[Any]:
         """All files below the folder. Not by `list_repo_tree`: that waits for an answer without end."""
         from huggingface_hub.hf_api import RepoFile
 
+        def request() -> tuple[list[dict[str, Any]], str | None]:
+            with self._get(page) as response:
+                response.read()
+                return response.json(), response.links.get("next", {}).get("url")
+
         url = f"{_endpoint()}/api/datasets/{self._repo}/tree/{self.commit}"
         page = f"{url}/{quote(self._folder)}?recursive=true" if self._folder else f"{url}?recursive=true"
-        with self._in_plain_words(f"folder '{self._folder}'"):
-            while page:
-                entries, page = self._retries.call(url, partial(self._get_page, page))
-                yield from (RepoFile(**entry) for entry in entries if entry["type"] == "file")
+        while page:
+            entries, page = self._ask(url, request, f"folder '{self._folder}'")
+            yield from (RepoFile(**entry) for entry in entries if entry["type"] == "file")
 
-    def _get_page(self, url: str) -> tuple[list[dict[str, Any]], str | None]:
-        from huggingface_hub.utils import build_hf_headers, get_session
-
-        request = {"headers": build_hf_headers(), "timeout": self._timeout, "follow_redirects": True}
-        response = get_session().get(url, **request)
-        if response.status_code != 200:
-            raise Refusal(response.status_code, response.headers)
-        return response.json(), response.links.get("next", {}).get("url")
-
-    def _get_range(self, name: str, start: int, length: int) -> bytes:
-        from huggingface_hub.utils import build_hf_headers, get_session
-
-        url, wanted = self.locate(name), f"bytes={start}-{start + length - 1}"
+    def _get_range(self, name: str, start: int, length: int) -> bytes | None:
         # Compressed bytes of a range are no bytes of the file.
-        headers = build_hf_headers(headers={"range": wanted, "accept-encoding": "identity"})
-        request = {"headers": headers, "timeout": self._timeout, "follow_redirects": True}
-        with get_session().stream("GET", url, **request) as response:
-            if response.status_code not in (200, 206):
-                raise Refusal(response.status_code, response.headers)
+        headers = {"range": f"bytes={start}-{start + length - 1}", "accept-encoding": "identity"}
+        with self._get(self.locate(name), headers) as response:
             is_all = start == 0 and response.headers.get("content-length") == str(length)
             is_range = response.headers.get("content-range", "").startswith(f"bytes {start}-")
             given = is_range if response.status_code == 206 else is_all
-            data = response.read() if given else b""  # else perhaps the whole file
-        return _checked(data, url, start, length, given)
+            return response.read() if given else None  # else perhaps the whole file
 
     @contextmanager
-    def _in_plain_words(self, wanted: str) -> Iterator[None]:
+    def _get(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Any]:
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        request = {"headers": build_hf_headers(headers=headers), "timeout": self._timeout, "follow_redirects": True}
+        with get_session().stream("GET", url, **request) as response:
+            if response.status_code not in (200, 206):
+                raise Refusal(response.status_code, response.headers)
+            yield response
+
+    def _explain(
+        self, error: Exception, wanted: str, status: int | None, headers: Mapping[str, str]
+    ) -> Exception | None:
         """Say what an answer of the hub means, which is 401 or 404 for what it does not want to speak of."""
         from huggingface_hub import get_token
 
-        try:
-            yield
-        except Exception as error:
-            status, headers = answer(error)
-            if isinstance(error, RemoteError) or (status is None and isinstance(error, OSError | ValueError)):
-                raise
-            dataset, code = f"dataset '{self._repo}'", headers.get("x-error-code")
-            token = "the token in use may not read it" if get_token() else "no token is set"
-            if code == "RevisionNotFound":
-                message = f"{dataset} on {_endpoint()} has no revision '{self._revision}'"
-                raise ValueError(f"{message}; a branch, a tag or a commit is expected") from error
-            if code == "EntryNotFound":
-                message = f"{dataset} on {_endpoint()} has no {wanted} at commit {self.commit}"
-                raise FileNotFoundError(message) from error
-            if code == "GatedRepo" or status == 403:
-                message = f"{dataset} on {_endpoint()} is private or gated and {token}"
-                advice = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
-                raise PermissionError(f"{message}; {advice}") from error
-            if status in (401, 404):
-                message = f"{_endpoint()} has no {dataset}, or it is private and {token}"
-                advice = "check the name, set HF_TOKEN or run `hf auth login`"
-                raise FileNotFoundError(f"{message}; {advice}") from error
-            raise RemoteError(f"{dataset} on {_endpoint()}: {wanted} gave {reason(error)}") from error
+        if status is None and isinstance(error, OSError | ValueError):
+            return None
+        dataset, code = f"dataset '{self._repo}'", headers.get("x-error-code")
+        token = "the token in use may not read it" if get_token() else "no token is set"
+        if code == "RevisionNotFound":
+            return ValueError(
+                f"{dataset} on {_endpoint()} has no revision '{self._revision}'; "
+                "a branch, a tag or a commit is expected"
+            )
+        if code == "EntryNotFound":
+            return FileNotFoundError(f"{dataset} on {_endpoint()} has no {wanted} at commit {self.commit}")
+        if code == "GatedRepo" or status == 403:
+            return PermissionError(
+                f"{dataset} on {_endpoint()} is private or gated and {token}; "
+                "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
+            )
+        if status in (401, 404):
+            return FileNotFoundError(
+                f"{_endpoint()} has no {dataset}, or it is private and {token}; "
+                "check the name, set HF_TOKEN or run `hf auth login`"
+            )
+        return RemoteError(f"{dataset} on {_endpoint()}: {wanted} gave {reason(error)}")
 
 
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _folder_of(path: str) -> str:
+    """The folder that names are relative to: the path itself, or what stands before a glob or a .parquet."""
+    parts = path.split("/")
+    ends = (i for i, part in enumerate(parts) if has_magic(part) or part.endswith(".parquet"))
+    return "/".join(parts[: next(ends, len(parts))])
 
 
 def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
@@ -279,20 +288,8 @@ def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
 
     folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
     chosen = re.compile(glob_translate(pattern) if has_magic(pattern) else folder if pattern else ".*")
-    shards = (path for path in paths if path.endswith(".parquet") and not is_hidden(path[inside:]))
+    shards = (path for path in paths if path.endswith(".parquet") and "/." not in f"/{path[inside:]}")
     return sorted(filter(chosen.fullmatch, shards))
-
-
-def _checked(data: bytes, url: str, start: int, length: int, given: bool) -> bytes:
-    """Pass on the bytes of an answer; ConnectionError where some are missing, RemoteError where they are others."""
-    if not given:
-        raise RemoteError(
-            f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others; "
-            "use a server that supports ranges, or a local copy"
-        )
-    if len(data) != length:
-        raise ConnectionError(f"{len(data)} of {length} bytes came")
-    return data
 
 
 @cache
@@ -307,7 +304,8 @@ def connect(process: int, thread: int, url: str, connect_s: float, read_s: float
 
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {}
-    if scheme in ("s3", "s3a"):
+    is_s3 = scheme in ("s3", "s3a")
+    if is_s3:
         timeouts = {"connect_timeout": connect_s, "read_timeout": read_s}
         once = {"mode": "standard", "total_max_attempts": 1}
         options["config_kwargs"] = timeouts | {"max_pool_connections": _CONNECTIONS, "retries": once}
@@ -320,11 +318,11 @@ def connect(process: int, thread: int, url: str, connect_s: float, read_s: float
             options["client_kwargs"] = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
-        advice = 'pip install "path-fm[s3]"' if scheme in ("s3", "s3a") else str(error)
+        advice = 'pip install "path-fm[s3]"' if is_s3 else str(error)
         raise ImportError(f"a package for {scheme}:// is not installed: {advice}") from error
     except ValueError as error:
         raise ValueError(f"dataset '{_public(url)}' cannot be opened ({error})") from error
-    if scheme in ("s3", "s3a"):
+    if is_s3:
         fs.retries = 1
     return fs, path
 

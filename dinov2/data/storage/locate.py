@@ -15,7 +15,7 @@ _ATTEMPTS_FOR_A_PATH = 3
 
 
 def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage:
-    """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `place`.
+    """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `location`.
 
     Args:
         dataset: a local folder, glob or file, which wins over a hub id; org/name or
@@ -31,44 +31,36 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
         ImportError: if the package for a scheme is not installed.
     """
     retries = Retries(attempts)
-    scheme, separator, rest = dataset.partition("://")
-    if separator and scheme == "hf":
+    scheme, separator, path = dataset.partition("://") if "://" in dataset else ("", "", dataset)
+    named = None
+    if scheme == "hf":
         named = _HUB_URL.fullmatch(dataset)
         if not named:
             raise ValueError(
                 f"dataset '{dataset}' is unknown; hf://datasets/org/name[@revision][/folder, glob or file] is expected"
             )
-        return _open_hub(dataset, named, revision, retries)
-    if separator and scheme != "file":
-        _refuse_revision(dataset, revision)
-        if not rest.strip("/"):
-            raise ValueError(f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://")
-        return ObjectStorage(dataset, retries)
-    path = rest if separator else dataset
-    named = None if separator or os.path.exists(path) or path.endswith(".parquet") else _BARE_ID.fullmatch(path)
+    elif not separator and not os.path.exists(path) and not path.endswith(".parquet"):
+        named = _BARE_ID.fullmatch(path)
     if not named:
-        storage = LocalStorage(path)
-        _refuse_revision(dataset, revision)
+        remote = separator and scheme != "file"
+        if remote and not path.strip("/"):
+            raise ValueError(f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://")
+        storage = ObjectStorage(dataset, retries) if remote else LocalStorage(path)
+        if revision:
+            raise ValueError(
+                f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; "
+                "leave it empty or name a Hugging Face dataset"
+            )
         return storage
+    own = unquote(named["revision"] or "")
+    if own and revision and own != revision and not COMMIT.fullmatch(revision):
+        raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
+    revision = revision or own
+    if separator:
+        return HubStorage(named["repo"], revision, named["path"] or "", retries)
     try:
         # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
-        found = _open_hub(dataset, named, revision, Retries(min(attempts, _ATTEMPTS_FOR_A_PATH)))
+        found = HubStorage(named["repo"], revision, "", Retries(min(attempts, _ATTEMPTS_FOR_A_PATH)))
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
     return HubStorage(named["repo"], found.commit, "", retries)
-
-
-def _open_hub(dataset: str, named: re.Match[str], revision: str, retries: Retries) -> HubStorage:
-    parts = named.groupdict()
-    own = unquote(parts["revision"] or "")
-    if own and revision and own != revision and not COMMIT.fullmatch(revision):
-        raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
-    return HubStorage(parts["repo"], revision or own, parts.get("path") or "", retries)
-
-
-def _refuse_revision(dataset: str, revision: str) -> None:
-    if revision:
-        raise ValueError(
-            f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; "
-            "leave it empty or name a Hugging Face dataset"
-        )

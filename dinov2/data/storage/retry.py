@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -23,18 +23,11 @@ _Result = TypeVar("_Result")
 _thread = threading.local()
 # Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
 _PASSING = {
-    *(
-        "ConnectionError",
-        "TimeoutError",
-        "gaierror",
-        "SSLError",
-        "IncompleteRead",
-        "JSONDecodeError",
-    ),  # Python
-    *("TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"),  # httpx
-    *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
-    *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),  # botocore
-    *("ServiceRequestError", "ServiceResponseError"),  # azure
+    *["ConnectionError", "TimeoutError", "gaierror", "SSLError", "IncompleteRead", "JSONDecodeError"],  # Python
+    *["TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"],  # httpx
+    *["ClientConnectionError", "ClientPayloadError"],  # aiohttp
+    *["HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"],  # botocore
+    *["ServiceRequestError", "ServiceResponseError"],  # azure
 }
 _LASTING = {"SSLCertVerificationError", "OfflineModeIsEnabled"}
 _NO_ROUTE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
@@ -83,7 +76,8 @@ class SharedPause:
 
     def __init__(self, server: str, longest_s: float, folder: str = "") -> None:
         name = f"path-fm-pause-{os.getuid()}-{re.sub(r'[^A-Za-z0-9.-]', '_', server)}"
-        self._path, self._longest_s = os.path.join(folder or tempfile.gettempdir(), name), longest_s
+        self._path = os.path.join(folder or tempfile.gettempdir(), name)
+        self._longest_s = longest_s
 
     def remaining_s(self) -> float:
         """Seconds until the server may be asked again; 0 if it may be asked now."""
@@ -104,10 +98,8 @@ class SharedPause:
         until = time.time() + seconds
         with suppress(OSError):
             file = os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
-            try:
+            with open(file, "w"):
                 os.utime(file, (until, until))
-            finally:
-                os.close(file)
         return True
 
 
@@ -140,39 +132,40 @@ class Retries:
 
         pause = SharedPause(urlsplit(url).netloc, self.longest_pause_s, self.pause_folder)
 
-        def attempt() -> _Result:
+        def hold_up(state: RetryCallState) -> None:
             if remaining := pause.remaining_s():
                 self.sleep(remaining + self._jittered(self.first_wait_s))
-            return request()
 
         def wait(state: RetryCallState) -> float:
             error, tried = state.outcome.exception(), state.attempt_number
             status, headers = answer(error)
-            seconds = self._jittered(min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(tried - 1, 60)))
             asked = min(_asked_wait(status, headers), self.longest_pause_s)
-            seconds = asked + self._jittered(self.first_wait_s) if asked else seconds
+            doubled = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(tried - 1, 60))
+            seconds = asked + self._jittered(self.first_wait_s if asked else doubled)
             # While a pause is in force every thread runs into it; one line tells of it.
             news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
             if tried < self.attempts:
-                level, values = (
-                    logging.WARNING if news else logging.DEBUG,
-                    (tried, self.attempts - 1, seconds),
-                )
-                logger.log(level, "%s: %s; retry %d of %d in %.1f s", url, reason(error), *values)
+                values = url, reason(error), tried, self.attempts - 1, seconds
+                logger.log(logging.WARNING if news else logging.DEBUG, "%s: %s; retry %d of %d in %.1f s", *values)
             return seconds
 
-        again, stop = retry_if_exception(is_transient), stop_after_attempt(self.attempts)
-        try:
-            return Retrying(sleep=self.sleep, stop=stop, wait=wait, retry=again, reraise=True)(attempt)
-        except Exception as error:
-            if not is_transient(error):
-                raise
+        def give_up(state: RetryCallState) -> None:
+            error = state.outcome.exception()
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
             raise RemoteError(
                 f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)}); {advice}, "
                 "raise data.retries or train from a local copy"
             ) from error
+
+        return Retrying(
+            sleep=self.sleep,
+            stop=stop_after_attempt(self.attempts),
+            wait=wait,
+            retry=retry_if_exception(is_transient),
+            before=hold_up,
+            retry_error_callback=give_up,
+        )(request)
 
     @staticmethod
     def _jittered(seconds: float) -> float:
@@ -218,8 +211,7 @@ def reason(error: BaseException) -> str:
 
 
 def _is_passing(error: BaseException) -> bool:
-    no_route = isinstance(error, OSError) and error.errno in _NO_ROUTE
-    return no_route or bool(_names(error) & _PASSING)
+    return getattr(error, "errno", None) in _NO_ROUTE or bool(_names(error) & _PASSING)
 
 
 def _names(error: BaseException) -> set[str]:
@@ -238,11 +230,9 @@ def _asked_wait(status: int | None, headers: Mapping[str, str]) -> float:
     if after.isdigit():
         seconds = float(after)
     elif after:
-        try:
+        with suppress(ValueError):
             date = parsedate_to_datetime(after)
-        except ValueError:
-            date = datetime.now(UTC)
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+            seconds = date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time()
     used_up = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
     if status == HTTPStatus.TOO_MANY_REQUESTS and used_up:
         seconds = max(seconds, float(used_up[1]))

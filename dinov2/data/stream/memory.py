@@ -80,11 +80,11 @@ def fit_lanes(
 
     Args:
         make_order: makes the order for a number of read streams.
-        source: the dataset.
+        source: what they read.
         lanes: V as the user wants it; 0 takes the first that fits of `most`, 1/2, 1/4 ... of it times the batch.
             Whole multiples keep a stream on one process; below them several processes fetch the same units.
         global_batch: samples per step over all processes.
-        world_size: number of processes.
+        world_size: of the run.
         limit_gib: most that the reader of one process may hold, in GiB.
         most: read streams per sample of the batch to begin with.
 
@@ -97,11 +97,18 @@ def fit_lanes(
             f"data.lanes = {lanes} exceeds the {rows} rows of the dataset; at most {rows}, or 0 for a "
             "number that fits, is accepted."
         )
+    candidates = [lanes]
+    if not lanes:
+        fewest, lanes = len(make_order(rows).parts), most * global_batch
+        halvings = (lanes & -lanes).bit_length()
+        halves = [lanes >> n for n in range(halvings) if lanes >> n >= fewest]
+        possible = [lanes for lanes in halves if lanes <= rows] or [fewest]
+        # More read streams than units would begin side by side in the same ones, and a batch would come from few.
+        candidates = [lanes for lanes in possible if lanes <= np.count_nonzero(source.unit_rows)] or possible[-1:]
     limit = limit_gib * GIB
     prefetch = Prefetch.suited_to(source, limit)
     needed = []
-    fewest = len(make_order(rows).parts)
-    for candidate in [lanes] if lanes else _candidates(most * global_batch, source.unit_rows, fewest):
+    for candidate in candidates:
         bound = memory_bound(
             source, make_order(candidate), global_batch=global_batch, world_size=world_size, prefetch=prefetch
         )
@@ -120,18 +127,3 @@ def fit_lanes(
         f"each process even with {fewest} lanes, and data.memory_gib = {limit_gib:g}; raise it, or rewrite "
         "the dataset with python -m dinov2.data.repack."
     )
-
-
-def _candidates(lanes: int, unit_rows: np.ndarray, fewest: int) -> list[int]:
-    """List `lanes` and its halves, of those between `fewest` and the rows.
-
-    More read streams than units would begin side by side in the same ones, and a batch would come from few.
-    """
-    candidates = []
-    while lanes >= fewest:
-        candidates.append(lanes)
-        if lanes % 2:
-            break
-        lanes //= 2
-    possible = [lanes for lanes in candidates if lanes <= unit_rows.sum()] or [fewest]
-    return [lanes for lanes in possible if lanes <= np.count_nonzero(unit_rows)] or possible[-1:]

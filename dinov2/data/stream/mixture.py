@@ -10,9 +10,6 @@ of the dataset's own order, which has n_d read streams and its own seed. So each
 own and visits each of its rows once in each; a small dataset with a large weight comes round more often.
 """
 
-import bisect
-import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.source import EncodedSample, Source
+from dinov2.data.source import Source
+from dinov2.data.stream.derived import first_units, part_of
 from dinov2.data.stream.order import Locations, SampleOrder, check_parameters
 from dinov2.utils.seeding import hash_words
 
@@ -45,23 +43,18 @@ class MixedOrder:
     """
 
     def __init__(
-        self,
-        unit_rows: Sequence[np.ndarray],
-        weights: Sequence[float],
-        *,
-        seed: int,
-        lanes: int,
-        block_rows: int,
+        self, unit_rows: Sequence[np.ndarray], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
     ) -> None:
         check_parameters(seed, lanes, block_rows)
-        _check_weights(weights, len(unit_rows))
+        if len(weights) != len(unit_rows):
+            raise ValueError(f"{len(weights)} weights are given for {len(unit_rows)} datasets; one each is expected")
         empty = next((number for number, rows in enumerate(unit_rows) if not np.any(rows)), None)
         if empty is not None:
             raise ValueError(f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out")
         self.seed, self.lanes, self.block_rows = seed, lanes, block_rows
         counts = divide_lanes(weights, lanes)
         self.parts: list[tuple[int, SampleOrder]] = []
-        for d, first in enumerate(_first_units(unit_rows)):
+        for d, first in enumerate(first_units(unit_rows)):
             own = {"seed": int(hash_words(seed, d)[0]), "lanes": counts[d], "block_rows": block_rows}
             self.parts.append((first, SampleOrder(unit_rows[d], **own)))
         self.num_rows = sum(order.num_rows for _, order in self.parts)
@@ -74,12 +67,8 @@ class MixedOrder:
     @property
     def parameters(self) -> dict[str, Any]:
         """What fixes the order besides the datasets; of the weights only the read streams that they came to."""
-        return {
-            "seed": self.seed,
-            "lanes": self.lanes,
-            "block_rows": self.block_rows,
-            "dataset_lanes": [order.lanes for _, order in self.parts],
-        }
+        fixed = {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
+        return fixed | {"dataset_lanes": [order.lanes for _, order in self.parts]}
 
     def locate(self, indices: np.ndarray) -> Locations:
         """Find global sample indices, int64 (n,), in any order; `epoch` is the dataset's own."""
@@ -96,53 +85,11 @@ class MixedOrder:
 
     def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """List the samples of one chunk of a unit, as `SampleOrder.members` does."""
-        d = _part_of(self.parts, unit)
+        d = part_of(self.parts, unit)
         first, order = self.parts[d]
         own, rows = order.members(epoch, unit - first, chunk)
         turn, k = np.divmod(own, order.lanes)
         return turn * self.lanes + self._slots[d][k], rows
-
-
-class MixedSource:
-    """Several sources as one; units are numbered through. See `dinov2.data.source.Source`."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._parts = list(zip(_first_units([source.unit_rows for source in sources]), sources, strict=True))
-        self.unit_rows = np.concatenate([source.unit_rows for source in sources])
-        self.unit_bytes = np.concatenate([source.unit_bytes for source in sources])
-        self.num_rows = sum(source.num_rows for source in sources)
-        self.is_remote = any(source.is_remote for source in sources)
-        fingerprints = "\n".join(source.fingerprint for source in sources)
-        self.fingerprint = hashlib.blake2b(fingerprints.encode(), digest_size=16).hexdigest()
-
-    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for."""
-        source, own = self._find(unit)
-        return source.read(own, rows)
-
-    def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Turn a sample's bytes into uint8 (H, W, 3) RGB; raises DecodeError where they are no image."""
-        source, own = self._find(sample.unit)
-        return source.decode(dataclasses.replace(sample, unit=own))
-
-    def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or a row of it, for a message to the user."""
-        source, own = self._find(unit)
-        return source.describe(own, row)
-
-    def slides(self, unit: int) -> list[str]:
-        """Name the slide of every row of a unit."""
-        source, own = self._find(unit)
-        return source.slides(own)
-
-    def _find(self, unit: int) -> tuple[Source, int]:
-        first, source = self._parts[_part_of(self._parts, unit)]
-        return source, unit - first
-
-
-def make_source(sources: Sequence[Source]) -> Source:
-    """Join datasets into one source; a single one stays as it is."""
-    return sources[0] if len(sources) == 1 else MixedSource(sources)
 
 
 def make_order(
@@ -153,10 +100,10 @@ def make_order(
     Raises:
         ValueError: if the order is impossible, see `MixedOrder`.
     """
-    _check_weights(weights, len(sources))
-    if len(sources) == 1:
-        return SampleOrder(sources[0].unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
     unit_rows = [source.unit_rows for source in sources]
+    if len(sources) == 1:
+        (lanes,) = divide_lanes(weights, lanes)
+        return SampleOrder(unit_rows[0], seed=seed, lanes=lanes, block_rows=block_rows)
     return MixedOrder(unit_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
 
 
@@ -173,8 +120,11 @@ def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     """Divide read streams in proportion to weights, by largest remainder in exact arithmetic; each gets at least one.
 
     Raises:
-        ValueError: if there are fewer streams than weights.
+        ValueError: if a weight is not positive and finite, or there are fewer streams than weights.
     """
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"a dataset's weight is {weight}; a positive finite number is expected")
     if lanes < len(weights):
         raise ValueError(f"a mixture of {len(weights)} datasets needs as many lanes, but the order has {lanes}")
     exact = [Fraction(weight) for weight in weights]
@@ -213,20 +163,3 @@ def spread(counts: Sequence[int]) -> np.ndarray:
         slots[slot] = deadline.argmin()
         taken[slots[slot]] += 1
     return slots
-
-
-def _check_weights(weights: Sequence[float], datasets: int) -> None:
-    if len(weights) != datasets:
-        raise ValueError(f"{len(weights)} weights are given for {datasets} datasets; one each is expected")
-    for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"a dataset's weight is {weight}; a positive finite number is expected")
-
-
-def _first_units(unit_rows: Sequence[np.ndarray]) -> list[int]:
-    lengths = [len(rows) for rows in unit_rows]
-    return [sum(lengths[:d]) for d in range(len(lengths))]
-
-
-def _part_of(parts: Sequence[tuple[int, Any]], unit: int) -> int:
-    return bisect.bisect_right(parts, unit, key=lambda part: part[0]) - 1

@@ -1,17 +1,19 @@
 """Split of a dataset by slide and patient: rows to train on, rows kept for validation, and rows left out."""
 
+import csv
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 
 from dinov2.data.patients import comparable, names_of, patient_of
 from dinov2.data.source import Source
-from dinov2.data.stream.patients import in_validation
-from dinov2.data.stream.subset import SubsetSource
+from dinov2.data.stream.derived import SubsetSource
+from dinov2.utils.seeding import hash_name
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,53 @@ _THREADS = 16  # units whose slides are looked up at a time, since a source may 
 _CHUNK = 128  # units per task at most; a task costs far more than to look up a unit that the index knows
 _NAMED = 5
 _MIXED = 255
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_exclusions(path: str | Path) -> list[str]:
+    """Read a list of patients or slides, one per line; blank lines and those that begin with # are skipped.
+
+    Args:
+        path: UTF-8 text. Of a .csv or .tsv file the first column counts.
+
+    Returns:
+        Each name once, as written and in order.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not text, or names nothing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"exclusion file '{path}' does not exist; a text file of one patient or slide per line is expected"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        if delimiter := _DELIMITERS.get(path.suffix.lower()):
+            # Line by line, lest a stray quotation mark swallow the lines after it.
+            lines = ["".join(next(csv.reader([line], delimiter=delimiter), [])[:1]) for line in lines]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"exclusion file '{path}' cannot be read ({error}); UTF-8 text is expected") from None
+    if any("\0" in line for line in lines):
+        raise ValueError(f"exclusion file '{path}' holds zero bytes; UTF-8 text is expected")
+    names = [name for name in dict.fromkeys(map(str.strip, lines)) if name and not name.startswith("#")]
+    if not names:
+        raise ValueError(f"exclusion file '{path}' names nothing; at least 1 patient or slide is expected")
+    return names
+
+
+def in_validation(patient: str, fraction: float) -> bool:
+    """Decide whether a patient is kept for validation, by the name alone: hash_name(patient) / 2**64 < fraction.
+
+    So a patient is on the same side in every dataset, and a larger fraction keeps the patients of a smaller one.
+
+    Raises:
+        ValueError: if `fraction` is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the validation fraction is {fraction}; at least 0 and less than 1 is expected")
+    return hash_name(patient) / 2**64 < fraction
 
 
 class Fate(IntEnum):
@@ -61,7 +110,7 @@ class PatientSplit:
 
 
 def split_by_patient(
-    source: Source, dataset: str, excluded: Sequence[str] = (), validation_share: float = 0.0
+    source: Source, dataset: str, excluded: Sequence[str] = (), validation_fraction: float = 0.0
 ) -> PatientSplit:
     """Split a dataset; a pure function of its slides, so that all ranks find the same.
 
@@ -71,28 +120,31 @@ def split_by_patient(
         source: the dataset.
         dataset: its name, for messages.
         excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
-        validation_share: fraction of patients to keep for validation, see `dinov2.data.stream.patients.in_validation`.
+        validation_fraction: of patients to keep for validation, see `in_validation`.
 
     Raises:
-        ValueError: if nothing is left to train on, or the share is not in [0, 1).
+        ValueError: if nothing is left to train on, or the fraction is not in [0, 1).
     """
     logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.unit_rows), dataset)
-    fates = Fates(excluded, validation_share)
+    fates = Fates(excluded, validation_fraction)
     unit_fate, mixed = _look_up(source, fates)
-    counts = _count(source, fates, unit_fate, mixed)
-    if not counts[Fate.TRAINING].rows:
+    counts, subsets = {}, {}
+    for fate in Fate:
+        slides = [slide for slide, of_slide in fates.items() if of_slide == fate]
+        rows = {unit: np.flatnonzero(of_rows == fate) for unit, of_rows in mixed.items()}
+        total = int(source.unit_rows[unit_fate == fate].sum()) + sum(map(len, rows.values()))
+        counts[fate] = Count(len(slides), len(set(map(patient_of, slides))), total)
+        if fate != Fate.EXCLUDED and total:
+            is_all = total == source.num_rows
+            subsets[fate] = source if is_all else SubsetSource(source, unit_fate == fate, rows)
+    if Fate.TRAINING not in subsets:
         raise ValueError(
             f"of the {source.num_rows:,} rows of dataset '{dataset}' {counts[Fate.EXCLUDED].rows:,} are excluded "
             f"and {counts[Fate.VALIDATION].rows:,} are kept for validation; at least 1 must be left to train on"
         )
-
-    def subset(fate: Fate) -> Source:
-        rows = {unit: np.flatnonzero(of_rows == fate) for unit, of_rows in mixed.items()}
-        return SubsetSource(source, unit_fate == fate, rows)
-
     return PatientSplit(
-        training=source if counts[Fate.TRAINING].rows == source.num_rows else subset(Fate.TRAINING),
-        validation=subset(Fate.VALIDATION) if counts[Fate.VALIDATION].rows else None,
+        training=subsets[Fate.TRAINING],
+        validation=subsets.get(Fate.VALIDATION),
         counts=counts,
         unmatched=frozenset(fates.lines.values()) - fates.matched,
         unnamed="" in fates,
@@ -118,16 +170,16 @@ def describe_splits(splits: Sequence[PatientSplit], datasets: Sequence[str], exc
 class Fates(dict[str, int]):
     """Fate of each slide, found when first asked for; threads that ask at once find the same."""
 
-    def __init__(self, excluded: Sequence[str], share: float) -> None:
-        in_validation("", share)  # refuses a wrong share before any slide is read
+    def __init__(self, excluded: Sequence[str], validation_fraction: float) -> None:
+        in_validation("", validation_fraction)  # refuses a wrong one before any slide is read
         self.lines = {comparable(name): name for name in excluded}
         self.matched: set[str] = set()
-        self._share = share
+        self._fraction = validation_fraction
 
     def __missing__(self, slide: str) -> int:
         hits = [self.lines[name] for name in names_of(slide) if name in self.lines]
         self.matched.update(hits)
-        held_out = in_validation(patient_of(slide), self._share)
+        held_out = in_validation(patient_of(slide), self._fraction)
         fate = Fate.EXCLUDED if hits else Fate.VALIDATION if held_out else Fate.TRAINING
         self[slide] = int(fate)
         return self[slide]
@@ -142,16 +194,12 @@ def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.nda
     def look_up(start: int) -> None:
         for unit in range(start, min(start + step, total)):
             slides = source.slides(unit)
-            if not slides:
-                continue
-            if slides.count(slides[0]) == len(slides):
-                unit_fate[unit] = fates[slides[0]]
-                continue
-            of_rows = np.fromiter(map(fates.__getitem__, slides), np.uint8, len(slides))
-            if np.all(of_rows == of_rows[0]):
-                unit_fate[unit] = of_rows[0]
-            else:
-                unit_fate[unit], mixed[unit] = _MIXED, of_rows
+            found = {fates[slide] for slide in set(slides)}
+            if len(found) == 1:
+                (unit_fate[unit],) = found
+            elif found:
+                unit_fate[unit] = _MIXED
+                mixed[unit] = np.fromiter(map(fates.__getitem__, slides), np.uint8, len(slides))
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
@@ -160,13 +208,3 @@ def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.nda
     finally:
         pool.shutdown(cancel_futures=True)
     return unit_fate, mixed
-
-
-def _count(source: Source, fates: Fates, unit_fate: np.ndarray, mixed: dict[int, np.ndarray]) -> dict[Fate, Count]:
-    counts = {}
-    for fate in Fate:
-        slides = [slide for slide, of_slide in fates.items() if of_slide == fate]
-        rows = int(source.unit_rows[unit_fate == fate].sum())
-        rows += sum(np.count_nonzero(of_rows == fate) for of_rows in mixed.values())
-        counts[fate] = Count(len(slides), len({patient_of(slide) for slide in slides}), rows)
-    return counts

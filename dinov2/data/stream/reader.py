@@ -21,22 +21,16 @@ _Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
 class RankReader:
     """Encoded rows of one rank, one list per step, without end.
 
-    Step s on rank k holds samples start + s*B + k*B/world + [0, B/world). The object is the DataLoader's
-    batch sampler and the rows are its "indices": workers keep no state, so their number affects neither order
-    nor I/O.
+    Step s on rank k holds samples start_sample + s*B + k*B/world + [0, B/world), B the global batch. The object is
+    the DataLoader's batch sampler and the rows are its "indices": workers keep no state, so their number affects
+    neither order nor I/O.
 
     Each chunk of a unit (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
     Threads start at the first `next()`, when the DataLoader has already forked its workers, and end with the
     iterator; what goes wrong in one is raised by `next()`.
 
-    Args:
-        source: where the rows are.
-        order: which row each sample is.
-        global_batch: B, a multiple of `world_size`.
-        rank: k.
-        world_size: number of ranks.
-        start_sample: first global sample index of step 0.
-        prefetch: how far to work ahead.
+    Raises:
+        ValueError: if the batch cannot be split over the ranks or `start_sample` is negative.
     """
 
     def __init__(
@@ -78,25 +72,20 @@ class RankReader:
     def _plan(self, first: int, fetches: _Fetches, pool: ThreadPoolExecutor) -> list[tuple[int, _Key]]:
         """Locate one step's samples and start to fetch the chunks that are not yet on their way."""
         indices = np.arange(first, first + self._rank_batch)
-        locations = self._order.locate(indices)
-        epoch, unit, chunk = (column.tolist() for column in locations[:3])
+        epoch, unit, chunk, _ = (column.tolist() for column in self._order.locate(indices))
         keys = list(zip(epoch, unit, chunk, strict=True))
         for key in keys:
             if key not in fetches:
                 # Of a chunk that is shared with other ranks, or that an earlier launch began, only what is left to us.
                 members, rows = self._order.members(*key)
                 since_start = members - self._start
-                owner = since_start % self._batch // self._rank_batch
-                own = (since_start >= 0) & (owner == self._rank)
+                own = (since_start >= 0) & (since_start % self._batch // self._rank_batch == self._rank)
                 fetches[key] = pool.submit(self._fetch, key[1], members[own].tolist(), rows[own].tolist())
         return list(zip(indices.tolist(), keys, strict=True))
 
     def _fetch(self, unit: int, indices: list[int], rows: list[int]) -> dict[int, EncodedSample]:
-        stored = self._source.read(unit, rows)
-        return {
-            g: EncodedSample(g, unit, row, slide, data)
-            for g, row, (slide, data) in zip(indices, rows, stored, strict=True)
-        }
+        stored = zip(indices, rows, self._source.read(unit, rows), strict=True)
+        return {g: EncodedSample(g, unit, row, slide, data) for g, row, (slide, data) in stored}
 
 
 def _take(fetches: _Fetches, index: int, key: _Key) -> EncodedSample:

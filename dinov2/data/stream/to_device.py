@@ -9,8 +9,8 @@ import torch
 Batch = dict[str, Any]
 
 
-class DeviceBatches:
-    """Batches on the device, where they are prepared.
+def on_device(batches: Iterable[Batch], device: torch.device, prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """Move batches to the device and prepare them there.
 
     On a GPU both happen on a stream of their own. The host runs ahead of the device, so the copy of a batch and
     its preparation overlap with the step before; the step itself only waits for an event. Copies need no wait
@@ -21,27 +21,18 @@ class DeviceBatches:
         device: target.
         prepare: called with each moved batch; returns what is yielded.
     """
-
-    def __init__(self, batches: Iterable[Batch], device: torch.device, prepare: Callable[[Batch], Batch]) -> None:
-        self._batches, self._device, self._prepare = batches, device, prepare
-
-    def __iter__(self) -> Iterator[Batch]:
-        side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        for batch in self._batches:
-            with torch.cuda.stream(side) if side else contextlib.nullcontext():
-                moved = {
-                    name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                    for name, value in batch.items()
-                }
-                prepared = self._prepare(moved)
-            if side:
-                _hand_over(prepared, side, torch.cuda.current_stream(self._device))
-            yield prepared
-
-
-def _hand_over(batch: Batch, side: torch.cuda.Stream, user: torch.cuda.Stream) -> None:
-    """Let the user's stream wait for the side stream, and keep the tensors' memory until the user is done."""
-    user.wait_stream(side)
-    for value in batch.values():
-        if isinstance(value, torch.Tensor):
-            value.record_stream(user)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(side) if side else contextlib.nullcontext():
+            moved = {
+                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            prepared = prepare(moved)
+        if side:  # which the step's stream waits for; the tensors' memory stays until that is done with them
+            stream = torch.cuda.current_stream(device)
+            stream.wait_stream(side)
+            for value in prepared.values():
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(stream)
+        yield prepared

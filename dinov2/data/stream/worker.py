@@ -26,11 +26,7 @@ class DecodedRows(Dataset):
         self._source, self._transform = source, transform
 
     def __getitem__(self, encoded: EncodedSample) -> Sample | Exception:
-        """Decode and augment one row.
-
-        Returns:
-            The sample, or the error where the user can mend it: raised in a worker it would come as a traceback.
-        """
+        """Decode and augment one row; an error that the user can mend is returned, not a worker's traceback."""
         try:
             fault = ""
             try:
@@ -45,13 +41,13 @@ class DecodedRows(Dataset):
 
     def _next_good(self, bad: EncodedSample, fault: str) -> tuple[EncodedSample, np.ndarray]:
         source = self._source
-        count = int(source.unit_rows[bad.unit])
-        rows = [(bad.row + step) % count for step in range(1, count)]
-        units = len(source.unit_rows)
+        counts, units = source.unit_rows, len(source.unit_rows)  # of an endless source not to be listed
         after = ((bad.unit + step) % units for step in range(1, units))
-        following = list(islice((unit for unit in after if source.unit_rows[unit]), _UNITS_TRIED))
+        following = list(islice((unit for unit in after if counts[unit]), _UNITS_TRIED))
         for unit in [bad.unit, *following]:
-            rows = rows if unit == bad.unit else range(int(source.unit_rows[unit]))
+            rows = list(range(counts[unit]))
+            if unit == bad.unit:
+                rows = rows[bad.row + 1 :] + rows[: bad.row]
             for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
                 candidate = dataclasses.replace(bad, unit=unit, row=row, slide=slide, data=data)
                 try:
@@ -59,6 +55,6 @@ class DecodedRows(Dataset):
                 except DecodeError:
                     continue
         raise ValueError(
-            f"none of the {count} rows of {source.describe(bad.unit)} is an image ({fault}), nor any of the "
+            f"none of the {counts[bad.unit]} rows of {source.describe(bad.unit)} is an image ({fault}), nor any of the "
             f"{len(following)} row groups after it; restore them or train without them"
         )

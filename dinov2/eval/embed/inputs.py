@@ -151,7 +151,7 @@ class ParquetRows(_NumberedParts):
         with TemporaryDirectory() as folder:  # so that footers are read once
             sidecar = Path(folder, "index")
             index = load_index(self._storage, sidecar)
-            self._source = ParquetSource.from_storage(self._storage, sidecar)
+            self._source = ParquetSource(self._storage, sidecar)
         self._shards, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._shard_ends = np.cumsum([sum(rows) for rows in index["group_rows"].to_pylist()])
         self._unit_ends = np.cumsum(self._source.unit_rows)

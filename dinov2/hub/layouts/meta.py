@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.models.positions import resample_positions
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models.vision_transformer import DinoVisionTransformer, resample_positions
 
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Attention heads by width: the one figure that no tensor's shape tells."""

@@ -78,11 +78,7 @@ def make_plan(config: Config, world_size: int, global_batch: int | None = None) 
 
 
 def describe_plan(
-    config: Config,
-    plan: RunPlan,
-    costs: StepCosts,
-    device_name: str | None = "",
-    gpus_per_node: int = 8,
+    config: Config, plan: RunPlan, costs: StepCosts, device_name: str | None = "", gpus_per_node: int = 8
 ) -> str:
     """The plan as lines of text, for the start of a run and for ``--dry-run``.
 

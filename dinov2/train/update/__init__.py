@@ -1,0 +1,1 @@
+"""The weight update: guard, clipping, AdamW, schedules and the teacher's moving average."""

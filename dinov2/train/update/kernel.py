@@ -87,10 +87,7 @@ def _update_chunk(
         mask, averaged = offsets < size, offsets < teacher_size
         student_addresses = _addresses(student_at, offsets, tl.float32, aligned)
         teacher_addresses = _addresses(teacher_at, offsets, tl.float32, aligned)
-        student, teacher = (
-            tl.load(student_addresses, mask),
-            tl.load(teacher_addresses, averaged),
-        )
+        student, teacher = (tl.load(student_addresses, mask), tl.load(teacher_addresses, averaged))
         if trained:
             exp_avg_addresses = _addresses(exp_avg_at, offsets, tl.float32, aligned)
             exp_avg_sq_addresses = _addresses(exp_avg_sq_at, offsets, tl.float32, aligned)

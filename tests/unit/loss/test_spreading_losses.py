@@ -70,7 +70,7 @@ def test_descending_the_published_kde_collapses_them():
 
 @pytest.mark.parametrize("loss", [KDELoss(), KDELoss(reference_sign=True), KoLeoLoss(), KDELoss(gather=True)])
 def test_one_image_is_refused(loss):
-    with pytest.raises(ValueError, match="at least 2 images in the batch, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images in the batch, and it has 1"):
         loss(torch.randn(1, 4))
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.models.positions import resample_positions
-from dinov2.models.vision_transformer import DinoVisionTransformer, vit_giant2
+from dinov2.models.vision_transformer import DinoVisionTransformer, resample_positions, vit_giant2
 from tests.helpers.backbones import SMALL, chunked, random_backbone
 
 BLOCK_KEYS = {

@@ -24,13 +24,9 @@ class Blur(AugmentationStep):
         return low + (high - low) * strength
 
     def apply(self, image: np.ndarray, params: float) -> np.ndarray:
-        """Blur an image."""
-        return blur(image, params, self.options.blur_kernel_size)
-
-
-def blur(image: np.ndarray, sigma: float, kernel_size: int) -> np.ndarray:
-    """Blur an image, sigma in pixels; borders are reflected without repeating the edge."""
-    # cv2.GaussianBlur on 8 bits works in fixed point: twice as slow here and less exact. What lies beyond four
-    # sigma is 0.02 levels.
-    kernel = cv2.getGaussianKernel(min(kernel_size, 2 * math.ceil(4 * sigma) + 1), sigma)
-    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+        """Blur an image; borders are reflected without repeating the edge."""
+        # cv2.GaussianBlur on 8 bits works in fixed point: twice as slow here and less exact. What lies beyond
+        # four sigma is 0.02 levels.
+        width = min(self.options.blur_kernel_size, 2 * math.ceil(4 * params) + 1)
+        kernel = cv2.getGaussianKernel(width, params)
+        return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
-from dinov2.data.augment.ops import grayscale
 from dinov2.data.augment.step import AugmentationStep, View
 
 
@@ -16,5 +16,5 @@ class Grayscale(AugmentationStep):
         return rng.random() < self.options.grayscale_prob or None
 
     def apply(self, image: np.ndarray, params: bool) -> np.ndarray:
-        """Return luma, (H, W)."""
-        return grayscale(image)
+        """Return luma (ITU-R 601), (H, W)."""
+        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)

@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dinov2.data.augment.ops import grayscale
 from dinov2.data.augment.step import AugmentationStep, View
 
 # Pillow truncates where OpenCV rounds. Just under a half, since OpenCV rounds exact halves to the even level.
@@ -34,9 +33,8 @@ class Jitter(AugmentationStep):
         if rng.random() >= self.options.jitter_prob:
             return None
         draws = rng.random(8).tolist()
-        order = sorted(range(4), key=draws[4:].__getitem__)
-        ranges = [(i, *self._ranges[i]) for i in order]
-        return [(name, low + width * draws[i]) for i, name, low, width in ranges if width]
+        drawn = sorted(zip(draws[4:], draws, self._ranges, strict=False), key=lambda item: item[0])
+        return [(name, low + width * draw) for _, draw, (name, low, width) in drawn if width]
 
     def apply(self, image: np.ndarray, params: list[tuple[str, float]]) -> np.ndarray:
         """Adjust the colours of an image."""
@@ -52,13 +50,13 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """``factor * image + (1 - factor) * m``, m the mean grey level of the whole image."""
-    mean = round(cv2.mean(grayscale(image))[0])
+    mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0])
     return cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean + _TRUNCATE)
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """``factor * image + (1 - factor) * grey``."""
-    grey = cv2.cvtColor(grayscale(image), cv2.COLOR_GRAY2RGB)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(image, factor, grey, 1 - factor, _TRUNCATE)
 
 

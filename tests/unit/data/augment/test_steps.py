@@ -12,7 +12,7 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
 
 from dinov2.data import AugmentationStep, View
-from dinov2.data.augment.steps.blur import Blur, blur
+from dinov2.data.augment.steps.blur import Blur
 from dinov2.data.augment.steps.flips import Flips
 from dinov2.data.augment.steps.grayscale import Grayscale
 from dinov2.data.augment.steps.hed import Hed
@@ -79,7 +79,7 @@ def test_blur_is_torchvisions(tiles, sigma):
         planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
         return F.gaussian_blur(planes, [9, 9], [sigma, sigma]).round().permute(1, 2, 0).numpy()
 
-    assert_close(tiles, lambda tile: blur(tile, sigma, 9), slow, largest=1, mean=0.05)
+    assert_close(tiles, lambda tile: Blur(options()).apply(tile, sigma), slow, largest=1, mean=0.05)
 
 
 def test_jitter_is_distributed_as_torchvisions():
@@ -130,6 +130,10 @@ def test_hue_turns_as_in_pillows_hsv(tiles, turn):
         return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
     assert_close(tiles, lambda tile: ADJUSTMENTS["hue"](tile, turn), slow, largest=7, mean=0.8)
+
+
+def test_grayscale_is_pillows_luma(tiles):
+    assert_close(tiles, lambda tile: Grayscale(options()).apply(tile, True), lambda image: image.convert("L"), 1, 0.01)
 
 
 def test_steps_leave_their_input_alone(tissue):

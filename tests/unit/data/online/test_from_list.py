@@ -13,7 +13,7 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.slides.sample_list import locate_slide
 from dinov2.data.source import DecodeError, EncodedSample
-from dinov2.data.stream.loader import make_train_loader
+from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.order import SampleOrder
 from tests.helpers.slides import MakeSlide, damage_tile
 
@@ -148,7 +148,7 @@ def test_loader_cuts_patches_in_the_order_of_any_other_source(
     lines = [f"{train_slide} {400 + 2 * i} {600 + 4 * i} {i % 2}" for i in range(95)] + [f"{broken} 0 0 0"]
     source = SlideListSource(write(tmp_path / "list", *lines), tile_size=64)
     order = SampleOrder(source.unit_rows, seed=5, lanes=8, block_rows=16)
-    loader = make_train_loader(
+    loader = TrainLoader(
         source, _identity, _as_list, global_batch=8, rank=0, world_size=1, start_sample=16, order=order,
         num_workers=2,
     )  # fmt: skip

@@ -15,16 +15,15 @@ import pytest
 from scipy.stats import chisquare
 
 from dinov2.data.augment.collate import Sample
-from dinov2.data.online.order import OnlineOrder
 from dinov2.data.online.positions import Geometry, Positions
 from dinov2.data.online.prepare import PatchOptions, load_plan, mpps_of
-from dinov2.data.online.random import OnlinePatchSource, take_fraction
+from dinov2.data.online.random import OnlineOrder, OnlinePatchSource, take_fraction
 from dinov2.data.online.tissue_mask import TissueMask
 from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppTable
 from dinov2.data.source import DecodeError, EncodedSample
-from dinov2.data.stream.loader import make_train_loader
+from dinov2.data.stream.loader import TrainLoader
 from tests.helpers.slides import damage_tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -65,7 +64,7 @@ def collate(samples: list[Sample]) -> dict:
 def run(source: OnlinePatchSource, world: int, workers: int, start: int = 0, steps: int = 3) -> list[tuple]:
     patches: list[tuple] = []
     for rank in range(world):
-        loader = make_train_loader(
+        loader = TrainLoader(
             source, mean_of, collate, global_batch=48, rank=rank, world_size=world, start_sample=start,
             order=source.order(seed=11, lanes=48, block_rows=64), num_workers=workers,
         )  # fmt: skip
@@ -246,7 +245,7 @@ def test_endless_order_is_its_own_inverse() -> None:
     for epoch, unit in set(zip(places.epoch.tolist(), places.unit.tolist(), strict=True)):
         indices, rows = order.members(epoch, unit, 0)
         found = order.locate(indices)
-        assert set(found.epoch) == {epoch} and set(found.unit) == {unit} and not found.piece.any()
+        assert set(found.epoch) == {epoch} and set(found.unit) == {unit} and not found.chunk.any()
         np.testing.assert_array_equal(found.row, rows)
     np.testing.assert_array_equal(places.unit * 64 + places.row + 192 * places.epoch, np.arange(1000))
 
@@ -296,7 +295,7 @@ def test_memory_is_estimated_from_above(make: MakeSource) -> None:
 def test_damaged_tile_is_replaced_and_named(make: MakeSource, train_slide: Path, tmp_path: Path) -> None:
     damaged = damage_tile(train_slide, tmp_path / "garbage.svs", 9 * 3 + 4, empty=False)
     source = make([SlideRow(str(damaged))])
-    loader = make_train_loader(
+    loader = TrainLoader(
         source, mean_of, collate, global_batch=64, rank=0, world_size=1, start_sample=0,
         order=source.order(11, 64, 64), num_workers=0, max_corrupt_fraction=1.0,
     )  # fmt: skip
@@ -320,14 +319,15 @@ def test_missing_tile_is_an_error(make: MakeSource, train_slide: Path, tmp_path:
 
 
 def test_unreadable_slides_are_left_out_up_to_a_share(
-    make: MakeSource, train_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make: MakeSource, train_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:
     broken = tmp_path / "broken.svs"
     broken.write_bytes(train_slide.read_bytes()[:20_000])
     rows = [SlideRow(str(train_slide)), SlideRow(str(broken))]
     with pytest.raises(ValueError, match=r"1 of 2 slides cannot be read, where 5.0% may be left out; .*broken.svs'"):
         make(rows)
-    source = make(rows, max_unreadable_share=0.5)
+    monkeypatch.setattr("dinov2.data.online.random._MAX_UNREADABLE", 0.5)
+    source = make(rows)
     assert [Path(slide.path).name for slide in source.dropped] == ["broken.svs"]
     assert "broken.svs' is left out" in caplog.text
     assert source.fingerprint != make(rows[:1]).fingerprint

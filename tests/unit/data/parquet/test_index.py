@@ -153,14 +153,14 @@ class PinnedStorage(LocalStorage):
 
     def __init__(self, folder: Path, commit: str = "0" * 40) -> None:
         super().__init__(str(folder))
-        self.folder, self.place = self.place, f"hf://datasets/org/name@{commit}"
+        self.folder, self.location = self.location, f"hf://datasets/org/name@{commit}"
         self.listings, self.reads = 0, []
 
     def list_files(self) -> list[StoredFile]:
         self.listings += 1
-        self.place, place = self.folder, self.place
+        self.location, place = self.folder, self.location
         files = super().list_files()
-        self.place = place
+        self.location = place
         return [file._replace(version="blob") for file in files]
 
     def read_range(self, name: str, start: int, length: int) -> bytes:

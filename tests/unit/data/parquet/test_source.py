@@ -116,8 +116,8 @@ def test_a_remote_unit_is_one_read(tmp_path: Path) -> None:
     )
     write_groups(tmp_path / "a.parquet", table, 4)
     storage = RemoteFolder(tmp_path)
-    source = ParquetSource.from_storage(storage)
-    assert (source.place, source.is_remote) == ("memory://set", True)
+    source = ParquetSource(storage)
+    assert (source.location, source.is_remote) == ("memory://set", True)
     storage.reads.clear()
     assert source.read(2, [3, 1]) == [("b", b"11"), ("a", b"9")]
     group = pq.read_metadata(tmp_path / "a.parquet").row_group(2)
@@ -133,7 +133,7 @@ def test_slides_are_read_only_where_the_index_does_not_know_them(tmp_path: Path)
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     write_nanopath(tmp_path / "b.parquet", [b"x"] * 3, 2)
     storage = RemoteFolder(tmp_path)
-    source = ParquetSource.from_storage(storage)
+    source = ParquetSource(storage)
     storage.reads.clear()
     assert [source.slides(unit) for unit in range(5)] == [["a"] * 2, ["b", "c"], [""], ["b"] * 2, ["b"]]
     assert len(storage.reads) == 2
@@ -152,7 +152,7 @@ def test_what_only_pyarrow_can_read(tmp_path: Path, remote: bool) -> None:
     options = {"column_encoding": encodings, "use_dictionary": False, "row_group_size": 150}
     pq.write_table(table, tmp_path / "a.parquet", **options)
     storage = RemoteFolder(tmp_path) if remote else LocalStorage(str(tmp_path))
-    source = ParquetSource.from_storage(storage)
+    source = ParquetSource(storage)
     images[-1] = b""
     assert source.read(0, [149, 0, 70]) == [(slides[row], images[row]) for row in (149, 0, 70)]
     assert source.read(1, range(50)) == list(zip(slides[150:], images[150:], strict=True))
@@ -174,7 +174,7 @@ def test_an_oversized_row_group_is_read_in_windows(
     options = {"use_dictionary": ["slide_path"], "data_page_size": 100, "write_batch_size": 100}
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=900, compression="none", **options)
     storage = RemoteFolder(tmp_path) if remote else LocalStorage(str(tmp_path))
-    source = ParquetSource.from_storage(storage)
+    source = ParquetSource(storage)
     assert source.unit_rows.tolist() == [900, 600]
     rows = [899, 0, 3, 450]
     if remote:
@@ -199,7 +199,7 @@ def test_oversized_row_groups_come_with_a_command(tmp_path: Path, monkeypatch: p
         command = f"python -m dinov2.data.repack '{tmp_path / pattern}' "
         assert command in advice
         assert shlex.split(advice[advice.index(command) :])[4] == f"{tmp_path / target}-repacked"
-    advice = ParquetSource.from_storage(RemoteFolder(tmp_path)).repack_advice()
+    advice = ParquetSource(RemoteFolder(tmp_path)).repack_advice()
     assert "python -m dinov2.data.repack memory://set set-repacked" in advice
 
 

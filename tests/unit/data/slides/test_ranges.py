@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.slides.ranges import SlideBytes, merge, read_ranges
+from dinov2.data.slides.ranges import SlideBytes, merge
 from dinov2.data.storage.retry import RemoteError, Retries
 
 WHOLE = np.random.default_rng(0).bytes(300_000)
@@ -69,15 +69,15 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_local_ranges_come_in_the_order_asked(file: Path) -> None:
-    assert read_ranges(file, RANGES) == EXPECTED
-    assert read_ranges(file, []) == [] and read_ranges(str(file), [(5, 0)]) == [b""]
+    assert SlideBytes(file).read(RANGES) == EXPECTED
+    assert SlideBytes(file).read([]) == [] and SlideBytes(str(file)).read([(5, 0)]) == [b""]
 
 
 def test_end_of_a_local_file_is_an_error(file: Path) -> None:
     with pytest.raises(OSError, match="ends within bytes 299999 to 300000, after 1 of them"):
-        read_ranges(file, [(0, 3), (299_999, 2)])
+        SlideBytes(file).read([(0, 3), (299_999, 2)])
     with pytest.raises(FileNotFoundError):
-        read_ranges(file.with_name("none.svs"), [(0, 3)])
+        SlideBytes(file.with_name("none.svs")).read([(0, 3)])
 
 
 def test_merging_joins_neighbours_within_the_gap() -> None:
@@ -87,26 +87,26 @@ def test_merging_joins_neighbours_within_the_gap() -> None:
 
 
 def test_server_is_asked_once_for_what_lies_together(server: Server, quick: Retries) -> None:
-    assert read_ranges(server.url, RANGES, quick) == EXPECTED
+    assert SlideBytes(server.url, quick).read(RANGES) == EXPECTED
     assert sorted(server.asked) == ["0-100011", "200000-200000", "299000-299999"]
 
 
 def test_only_what_failed_is_asked_for_again(server: Server, quick: Retries) -> None:
     server.faults = ["busy", "short"]
-    assert read_ranges(server.url, RANGES, quick) == EXPECTED
+    assert SlideBytes(server.url, quick).read(RANGES) == EXPECTED
     assert len(server.asked) == 5 and len(set(server.asked)) == 3
 
 
 def test_lasting_faults_of_a_server_are_named(server: Server, quick: Retries) -> None:
     server.faults = ["busy"] * 4
     with pytest.raises(RemoteError, match="HTTP 503"):
-        read_ranges(server.url, [(0, 10)], quick)
+        SlideBytes(server.url, quick).read([(0, 10)])
     server.faults = ["gone"]
     with pytest.raises(OSError):
-        read_ranges(server.url, [(0, 10)], quick)
+        SlideBytes(server.url, quick).read([(0, 10)])
     server.faults = ["all"]
     with pytest.raises(RemoteError, match="asked for 10 bytes and gave 300000; use a server that supports ranges"):
-        read_ranges(server.url + "?token=secret", [(0, 10)], quick)
+        SlideBytes(server.url + "?token=secret", quick).read([(0, 10)])
     assert len(server.asked) == 6
 
 

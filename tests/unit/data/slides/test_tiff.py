@@ -14,14 +14,14 @@ import tifffile
 
 from dinov2.data.slides.blocks import Region, TileIndex, assemble, ranges
 from dinov2.data.slides.errors import SlideOpenError, SlideRangeError, SlideReadError, UnsupportedTiles
-from dinov2.data.slides.ranges import read_ranges
+from dinov2.data.slides.ranges import SlideBytes
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tiff import index_slide
 from tests.helpers.slides import MakeSlide, damage_tile, overwrite, write_encoded
 
 
 def read(index: TileIndex, region: Region) -> np.ndarray:
-    return assemble(index, region, read_ranges(index.path, ranges(index, region)))
+    return assemble(index, region, SlideBytes(index.path).read(ranges(index, region)))
 
 
 def level_0_by_openslide(path: Path) -> np.ndarray:
@@ -123,7 +123,7 @@ def test_damaged_tile_is_never_decoded(tmp_path: Path, compression: int, damage:
     encode = jpeg2000 if compression == 33005 else lambda pixels: imagecodecs.jpeg8_encode(pixels, 95)
     path = write_encoded(tmp_path / "slide.svs", [encode(noise(i)) for i in range(4)], compression)
     index, region = index_slide(path), Region(0, 0, 0, 500, 300)
-    tiles = read_ranges(path, ranges(index, region))
+    tiles = SlideBytes(path).read(ranges(index, region))
     assemble(index, region, tiles)
     tiles[1] = DAMAGES[damage](tiles[1])
     with pytest.raises(SlideReadError, match=r"slide.svs', level 0, tile row 0, tile column 1: its pixels cannot"):

@@ -80,7 +80,7 @@ def read_ranges(storage: Storage, folder: Path, seed: int, count: int = 15) -> i
 
 def test_s3_lists_and_reads_like_a_folder(bucket: str, shards: Path, quick: Retries) -> None:
     storage = ObjectStorage(f"s3://{bucket}/tiles/", quick)
-    assert storage.place == "s3://slides/tiles"
+    assert storage.location == "s3://slides/tiles"
     assert storage.locate(NAMES[0]) == "s3://slides/tiles/c d.parquet"
     expected = [(file.name, file.size) for file in LocalStorage(str(shards)).list_files()]
     assert [(file.name, file.size) for file in storage.list_files()] == expected
@@ -204,7 +204,7 @@ def test_memory(shards: Path, quick: Retries) -> None:
 
 def test_secrets_of_a_url_are_not_told(quick: Retries) -> None:
     storage = ObjectStorage("http://me:secret@127.0.0.1:1/tiles", replace(quick, attempts=1))
-    assert storage.place == "http://127.0.0.1:1/tiles"
+    assert storage.location == "http://127.0.0.1:1/tiles"
     with pytest.raises(RemoteError) as caught:
         storage.list_files()
     assert "secret" not in str(caught.value)

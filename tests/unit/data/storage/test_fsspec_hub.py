@@ -36,7 +36,7 @@ def test_files_are_listed_with_size_and_version(hub: HubServer, shards: Path, qu
     commit = hub.push("org/tiles", shards)
     hub.page = 2
     storage = HubStorage("org/tiles", "", "", quick)
-    assert storage.place == f"hf://datasets/org/tiles@{commit}"
+    assert storage.location == f"hf://datasets/org/tiles@{commit}"
     files = storage.list_files()
     assert [(file.name, file.size) for file in files] == [
         (file.name, file.size) for file in LocalStorage(str(shards)).list_files()
@@ -62,7 +62,7 @@ def test_names_are_relative_to_the_folder(hub: HubServer, shards: Path, quick: R
         "data/deep/[b]*": ["b.parquet"],
     }.items():
         storage = HubStorage("org/tiles", "main", path, quick)
-        assert storage.place == f"hf://datasets/org/tiles@{commit}/{path.strip('/')}"
+        assert storage.location == f"hf://datasets/org/tiles@{commit}/{path.strip('/')}"
         assert [file.name for file in storage.list_files()] == names
         if path != "data/*.parquet":
             assert storage.read_range(names[-1], 10, 100) == content[10:110]
@@ -142,10 +142,10 @@ def test_the_commit_is_kept(hub: HubServer, shards: Path, quick: Retries) -> Non
     first = hub.push("org/tiles", shards)
     storage = HubStorage("org/tiles", "", "data", quick)
     hub.push("org/tiles", shards / "data/deep")
-    assert HubStorage("org/tiles", "", "", quick).place != f"hf://datasets/org/tiles@{first}"
+    assert HubStorage("org/tiles", "", "", quick).location != f"hf://datasets/org/tiles@{first}"
     hub.requests.clear()
     for same in (storage, HubStorage("org/tiles", first, "data", quick)):
-        assert same.place == f"hf://datasets/org/tiles@{first}/data"
+        assert same.location == f"hf://datasets/org/tiles@{first}/data"
         assert [file.name for file in same.list_files()] == ["a.parquet", "deep/b.parquet"]
         assert len(same.read_range("a.parquet", 1, 70_000)) == 70_000
     assert hub.requests == {"tree": 2, "resolve": 2, "cdn": 2}

@@ -50,8 +50,8 @@ def test_revisions_of_a_hub_dataset(hub: HubServer, shards: Path, tmp_path: Path
         ("org/tiles@refs%2Fpr%2F3", "", pulled),
         (f"hf://datasets/org/tiles@{old}", "", old),
     ]:
-        assert open_storage(dataset, revision).place == f"hf://datasets/org/tiles@{commit}"
-    assert open_storage("hf://datasets/org/tiles@refs/pr/3/deep/").place.endswith(f"@{pulled}/deep")
+        assert open_storage(dataset, revision).location == f"hf://datasets/org/tiles@{commit}"
+    assert open_storage("hf://datasets/org/tiles@refs/pr/3/deep/").location.endswith(f"@{pulled}/deep")
     assert names("hf://datasets/org/tiles@refs/pr/3/deep") == ["b.parquet"]
     assert names("org/tiles@v1") == NAMES
 

@@ -14,7 +14,7 @@ import torch
 
 from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.stream.loader import TrainLoader, make_train_loader, validate_stream_state
+from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.data.stream.order import SampleOrder
 from tests.helpers import slow_order
 from tests.helpers.shards import encode, tile, tile_number, write_dataset, write_published
@@ -55,7 +55,7 @@ def make_loader(source: ParquetSource, rank: int = 0, world: int = 1, start: int
     options = {"transform": number_of, "collate": collate, "num_workers": 0, "global_batch": BATCH} | options
     lanes = options.pop("lanes", LANES)
     order = SampleOrder(source.unit_rows, seed=SEED, lanes=lanes, block_rows=BLOCK)
-    return make_train_loader(source, rank=rank, world_size=world, start_sample=start, order=order, **options)
+    return TrainLoader(source, rank=rank, world_size=world, start_sample=start, order=order, **options)
 
 
 def run(source: ParquetSource, world: int, workers: int, start: int, steps: int) -> tuple[list[int], list[int]]:

@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov2.data.source import EncodedSample
+from dinov2.data.stream.derived import MixedSource, make_source
 from dinov2.data.stream.memory import Prefetch
 from dinov2.data.stream.mixture import (
     MixedOrder,
-    MixedSource,
     describe_shares,
     divide_lanes,
     make_order,
-    make_source,
     spread,
 )
 from dinov2.data.stream.order import SampleOrder

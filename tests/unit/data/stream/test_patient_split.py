@@ -16,11 +16,11 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample, Source
-from dinov2.data.stream.loader import make_train_loader
-from dinov2.data.stream.mixture import make_order, make_source
+from dinov2.data.stream.derived import make_source
+from dinov2.data.stream.loader import TrainLoader
+from dinov2.data.stream.mixture import make_order
 from dinov2.data.stream.order import SampleOrder
-from dinov2.data.stream.patient_split import Count, Fate, PatientSplit, describe_splits, split_by_patient
-from dinov2.data.stream.patients import in_validation
+from dinov2.data.stream.patient_split import Count, Fate, PatientSplit, describe_splits, in_validation, split_by_patient
 from dinov2.data.stream.reader import RankReader
 from dinov2.data.stream.worker import DecodedRows
 from tests.helpers.memory_source import MemorySource
@@ -209,7 +209,7 @@ def test_nothing_left_is_refused_and_so_is_a_wrong_share() -> None:
     with pytest.raises(ValueError, match=message):
         split(["TCGA-BB-0002", "case_17"], SHARE)
     source = MemorySource(UNITS)
-    with pytest.raises(ValueError, match="the validation share is 1; at least 0 and less than 1"):
+    with pytest.raises(ValueError, match="the validation fraction is 1; at least 0 and less than 1"):
         split(share=1, source=source)
     assert not source.looked_up
 
@@ -312,7 +312,7 @@ def test_parquet_of_both_schemas_mixed_through_worker_processes(
     def read(world: int, start: int, steps: int, workers: int) -> list[int]:
         shared = {"global_batch": 8, "world_size": world, "start_sample": start, "order": order}
         ranks = [
-            make_train_loader(make_source(sources), number_of, collate, rank=rank, num_workers=workers, **shared)
+            TrainLoader(make_source(sources), number_of, collate, rank=rank, num_workers=workers, **shared)
             for rank in range(world)
         ]
         batches = [batch for step in islice(zip(*ranks, strict=True), steps) for batch in step]

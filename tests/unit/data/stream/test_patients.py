@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.stream.patients import in_validation, read_exclusions
+from dinov2.data.stream.patient_split import in_validation, read_exclusions
 
 # printf NAME | b2sum -l 64
 DIGESTS = {

@@ -1,0 +1,131 @@
+"""Regularisers that spread class tokens over the sphere: KoLeo and KDE."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2.configs.fields import key
+from dinov2.distributed import all_gather_rows
+from dinov2.loss.term import LossTerm, StepOutputs
+
+
+def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
+    """Return (B, D) tokens as rows of length 1, (N, D) float64, and a mask (N, N) of each row with itself.
+
+    The matrices that follow are batch by batch, so float64 costs nothing, and it is out of reach of autocast
+    and TF32, which would blur the distance between near neighbours.
+
+    Args:
+        tokens: (B, D), any float dtype.
+        gather: join the rows of all ranks; all must then call, with equal B. See `all_gather_rows` for why the
+            data-parallel mean of the gradients is then exactly that of the joined batch.
+
+    Raises:
+        ValueError: if there are fewer than 2 rows.
+    """
+    rows = F.normalize(tokens.double(), dim=-1)
+    rows = all_gather_rows(rows) if gather else rows
+    if len(rows) < 2:
+        raise ValueError(f"Spreading class tokens needs at least 2 images in the batch, and it has {len(rows)}.")
+    return rows, torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+
+
+def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8) -> Tensor:
+    """Kozachenko-Leonenko estimate of minus the batch's entropy; falls as the vectors spread.
+
+    Sablayrolles et al. (arXiv:1806.03198, section 3.1), with z the vectors scaled to length 1:
+
+        L_KoLeo = -mean_i log( min_{j != i} ||z_i - z_j|| + eps )
+
+    Equal vectors do not push each other.
+
+    Args:
+        tokens: (B, D), any float dtype.
+        gather: over the vectors of all ranks, see `unit_rows`.
+        eps: keeps the logarithm finite.
+
+    Returns:
+        0-d float32.
+    """
+    z, itself = unit_rows(tokens, gather)
+    # Differences taken directly: 2 - 2 z_i . z_j cancels for near neighbours, the ones that matter here.
+    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distance.masked_fill(itself, torch.inf).amin(1)
+    return -(nearest + eps).log().mean().float()
+
+
+class KoLeo(LossTerm):
+    """`koleo_loss` of each global view's class tokens, summed over the views; keys ``dino.koleo_*``."""
+
+    @dataclass(frozen=True)
+    class Options(LossTerm.Options):
+        """Arguments of `koleo_loss`."""
+
+        gather: bool = key(False, "over the batch of all ranks")
+
+    @classmethod
+    def options_of(cls, config: Any) -> LossTerm.Options:
+        """Keys ``dino.koleo_*``."""
+        return cls.Options(config.dino.koleo_loss_weight, config.dino.koleo_gather)
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        """Return the loss of the student's class tokens."""
+        return sum(koleo_loss(view, self.options.gather) for view in outputs.class_tokens)
+
+
+def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> Tensor:
+    """Mean log-density of the batch under a von Mises-Fisher kernel estimate; falls as the vectors spread.
+
+    With z the vectors scaled to length 1, N of them, each one's density estimated from the others:
+
+        L_KDE = mean_i [ log sum_{j != i} exp(kappa z_i . z_j) - log(N - 1) ]
+
+    Up to a constant it is minus the resubstitution estimate of the entropy (Wang & Isola, arXiv:2005.10242,
+    section 4.2, theorem 1, kappa = 1 / temperature), so it is minimised to make the entropy large; Virchow2
+    (arXiv:2408.00738) puts it in KoLeo's place. Its least value, -kappa / (N - 1), is reached on the simplex.
+
+    The published code minimises the entropy itself, -mean_i log sum_j exp(kappa z_i . z_j) with j = i
+    included, and so rewards collapse: its least value is reached when all vectors are equal.
+
+    Args:
+        tokens: (B, D), any float dtype.
+        kappa: concentration of the kernel, > 0.
+        reference_sign: compute the published code's expression.
+        gather: over the vectors of all ranks, see `unit_rows`.
+
+    Returns:
+        0-d float32.
+    """
+    z, itself = unit_rows(tokens, gather)
+    similarity = kappa * z @ z.mT
+    if reference_sign:
+        return -similarity.logsumexp(1).mean().float()
+    log_sum = similarity.masked_fill(itself, -torch.inf).logsumexp(1)
+    return (log_sum.mean() - math.log(len(z) - 1)).float()
+
+
+class KDE(LossTerm):
+    """`kde_loss` of each global view's class tokens, summed over the views; keys ``dino.kde_*``."""
+
+    @dataclass(frozen=True)
+    class Options(LossTerm.Options):
+        """Arguments of `kde_loss`."""
+
+        kappa: float = key(5.0, "concentration of the kernel", above=0)
+        reference_sign: bool = key(False, "the published code's sign")
+        gather: bool = key(False, "over the batch of all ranks")
+
+    @classmethod
+    def options_of(cls, config: Any) -> LossTerm.Options:
+        """Keys ``dino.kde_*``."""
+        dino = config.dino
+        return cls.Options(dino.kde_loss_weight, dino.kde_kappa, dino.kde_reference_sign, dino.kde_gather)
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        """Return the loss of the student's class tokens."""
+        o = self.options
+        return sum(kde_loss(view, o.kappa, o.reference_sign, o.gather) for view in outputs.class_tokens)
