@@ -36,6 +36,7 @@ from benchmarks.step_batches import PRESETS
 from benchmarks.step_calibration import calibrate
 from benchmarks.step_measure import BASE, measure
 from benchmarks.step_variants import ABLATIONS, VARIANTS
+from dinov2.utils.files import write_text
 
 REFERENCES = ("ref_packed", "ref_sep")
 AGAIN = "_again"
@@ -252,9 +253,7 @@ def driver_version() -> str | None:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file in one go; numbers that are not finite become null, which JSON knows."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-    beside.replace(path)
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

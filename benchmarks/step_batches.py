@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dinov2.configs
 from dinov2.configs import Config, load_config
+from dinov2.data.augment.masking import StratifiedMasks
 
 Batch = dict[str, Tensor]
 ROTATION = 4  # batches in turn, so that no step meets what its predecessor left in the caches
@@ -130,29 +131,21 @@ def _host_batch(config: Config, images: int, rng: np.random.Generator) -> Batch:
         "global_crops": views(2, crops.global_crops_size),
         "local_crops": views(crops.local_crops_number, crops.local_crops_size),
         "slide_ids": torch.arange(images),
-        **_masks(config, images, rng),
+        **_masks(config, images, int(rng.integers(2**32))),
     }
 
 
-def _masks(config: Config, images: int, rng: np.random.Generator) -> Batch:
-    """Masks as the data path draws them, but for their shape: any patches in place of blocks.
-
-    Of the four global crops of two images round(4 p) are masked, their ratios drawn one from each equal part of
-    the range, and the index of masked patches is padded to the most that this allows.
-    """
-    patches = (config.crops.global_crops_size // config.student.patch_size) ** 2
-    low, high = config.ibot.mask_ratio_min_max
-    edges = np.linspace(low, high, round(4 * config.ibot.mask_sample_probability) + 1)
-    masks = np.zeros((images // 2, 4, patches), bool)
-    for pair in masks:
-        for crop, ratio in zip(rng.permutation(4), rng.uniform(edges[:-1], edges[1:]), strict=False):
-            pair[crop, rng.permutation(patches)[: int(patches * ratio)]] = True
-    masks = masks.reshape(images, 2, patches).swapaxes(0, 1).reshape(2 * images, patches)  # view-major
+def _masks(config: Config, images: int, seed: int) -> Batch:
+    """Masks as the data path draws them, and the padded index of what they mask."""
+    side, ibot = config.crops.global_crops_size // config.student.patch_size, config.ibot
+    draw = StratifiedMasks(seed, (side, side), ibot.mask_sample_probability, ibot.mask_ratio_min_max)
+    pairs = [draw(pair) for pair in range(images // 2)]
+    masks = np.concatenate(pairs).swapaxes(0, 1).reshape(2 * images, side**2)  # view-major
     positions = np.flatnonzero(masks)
-    padded = images // 2 * sum(int(patches * edge) for edge in edges[1:])
+    padded = images // 2 * draw.max_masked
     indices, weight = np.zeros(padded, np.int64), np.zeros(padded, np.float32)
     indices[: len(positions)] = positions
-    weight[: len(positions)] = 1 / masks.sum(1)[positions // patches]
+    weight[: len(positions)] = 1 / masks.sum(1)[positions // side**2]
     return {
         "masks": torch.from_numpy(masks),
         "mask_indices": torch.from_numpy(indices),

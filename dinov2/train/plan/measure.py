@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -31,6 +36,8 @@ from dinov2.layers.recompute import compiled_and_recomputed
 from dinov2.models.build import build_model_from_cfg
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.dtypes import DTYPES
+
+logger = logging.getLogger("dinov2")
 
 _ATEN = torch.ops.aten
 _TEACHER_TEMP = 0.07  # no cost depends on it
@@ -141,7 +148,15 @@ class StepCosts:
             arch = self._arch
             limit = 8 + 2 * len(arch.student.backbone.blocks)
             with single_process(), self._mode, torch._dynamo.config.patch(recompile_limit=limit):
-                self._steps[images] = self._measure(arch, fake_batch(self.config, images))
+                try:
+                    self._steps[images] = self._measure(arch, fake_batch(self.config, images))
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    logger.warning(
+                        "A loss or the backbone reads values of its tensors (%s), which makes the step wait for the "
+                        "device and unmeasurable: the plan counts FLOPs of the blocks alone, and no activations.",
+                        " ".join(str(error).split()),
+                    )
+                    self._steps[images] = Cost(), Cost()
             if self.compiled:
                 torch.compiler.reset()  # graphs of tensors without values are of no further use
         return self._steps[images]

@@ -18,7 +18,7 @@ from dinov2.distributed import get_global_size
 from dinov2.layers.linear import keep_low_precision_weights
 from dinov2.layers.recompute import compiled_and_recomputed
 from dinov2.models.vision_transformer import vit_giant2
-from dinov2.train.plan.measure import Meter, StepCosts, fake_batch
+from dinov2.train.plan.measure import Cost, Meter, StepCosts, fake_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
@@ -252,6 +252,24 @@ def test_saved_bytes_of_the_full_recipe(giant):
     saved = giant.activations(IMAGES)
     assert 80e9 < saved.saved < 40 * 27_297 * 80_000 + 5e9
     assert saved.peak - saved.saved < 5e9
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.nonzero], ids=["value", "shape"])
+def test_a_loss_that_reads_values_trains_unmeasured(read, monkeypatch, caplog):
+    compute = SSLMetaArch.compute_losses
+
+    def reading(arch: SSLMetaArch, *args: Any) -> dict[str, torch.Tensor]:
+        losses = compute(arch, *args)
+        read(losses["total_loss"].detach())
+        return losses
+
+    config = load_config(None, list(TINY))
+    whole = StepCosts(config).flops(4)
+    monkeypatch.setattr(SSLMetaArch, "compute_losses", reading)
+    costs = StepCosts(config)
+    assert costs.activations(4) == Cost()
+    assert 0 < costs.flops(4).model < whole.model
+    assert caplog.text.count("reads values") == 1
 
 
 def test_measuring_leaves_nothing_behind():

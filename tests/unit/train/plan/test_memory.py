@@ -115,6 +115,12 @@ def test_auto_that_cannot_be():
         resolve_batch(costs.config, MemoryModel(costs), 16 * GIB)
 
 
+def test_auto_needs_activations():
+    costs = stub("train.batch_size_per_gpu=auto", per_image=0, constant=0)
+    with pytest.raises(ValueError, match="measured"):
+        resolve_batch(costs.config, MemoryModel(costs), 139 * GIB)
+
+
 def test_a_fixed_batch_that_does_not_fit():
     memory = MemoryModel(stub())
     need = memory(48).total
