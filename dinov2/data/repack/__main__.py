@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_footers
@@ -44,7 +45,9 @@ def repack_dataset(source: str, destination: Path, row_group_rows: int, compress
     failure_list = destination / _FAILURES
     destination.mkdir(parents=True, exist_ok=True)
     busy = f"another repack is writing into '{destination}'; wait for it or stop it"
-    with locked(destination / _LOCK, busy=busy):
+    lock = destination / _LOCK
+    with locked(lock, busy=busy), ExitStack() as cleanup:
+        cleanup.callback(lock.unlink, missing_ok=True)  # nobody waits for it: a second run is refused
         failures: dict[str, str] = {}
 
         def fail(name: str, reason: str) -> None:
