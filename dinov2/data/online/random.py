@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from dinov2.data.online.positions import Geometry
-from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, SlideJob, load_plan, prepare_slide
+from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
 from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
 from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError, public_name
@@ -105,11 +105,11 @@ class OnlinePatchSource:
     ) -> None:  # fmt: skip
         self._options, self._seed = options, seed
         kept = take_fraction(sorted(rows), slide_share, seed)
-        jobs = [SlideJob(row, TissueCache(cache_folder), options) for row in kept]
-        made = [result for _, result in sorted(run_jobs(prepare_slide, jobs, workers, "slide"), key=itemgetter(0))]
+        prepare = partial(prepare_slide, TissueCache(cache_folder), options)
+        made = [result for _, result in sorted(run_jobs(prepare, kept, workers, "slide"), key=itemgetter(0))]
         self.slide_list = [result for result in made if isinstance(result, OnlineSlide)]
         self.dropped = [result for result in made if isinstance(result, Dropped)]
-        _check_dropped(self.dropped, len(jobs))
+        _check_dropped(self.dropped, len(kept))
         self.is_remote = any(is_remote(slide.path) for slide in self.slide_list)
         self.num_rows = max_patches or ENDLESS_UNITS * UNIT_PATCHES
         weights = [slide.weight for slide in self.slide_list]
