@@ -93,7 +93,6 @@ class OnlinePatchSource:
         seed: of the draws, in [0, 2^64).
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
-        workers: processes that make slides ready.
 
     Raises:
         ValueError: if too many slides cannot be read, or none gives patches.
@@ -143,11 +142,7 @@ class OnlinePatchSource:
         return Patch(slide, geometry, *positions.position(plan.mask, int(rng.integers(len(positions)))))
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Draw patches and fetch their tiles, all of one slide at a time; OSError if one has become unreadable.
-
-        Returns:
-            The slide, and a header with the tiles behind it, for each row.
-        """
+        """Draw patches and fetch their tiles, all of a slide at a time: its name, and a header with the tiles."""
         patches = [self.draw(unit * UNIT_PATCHES + int(row)) for row in rows]
         of_slide: dict[int, list[int]] = {}
         for number, patch in enumerate(patches):

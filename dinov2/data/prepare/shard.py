@@ -118,7 +118,6 @@ def shuffled_shards(
         shards: number and path of those that are missing.
         patches: the whole list.
         rows: of the list in each shard, in its order; a row's position counts through all shards.
-        cutting: how patches are cut.
         metadata: key-values of all shards, with their `build_id`.
         work: folder for the runs, on the same file system or any other; stays until `clear_work`.
 
