@@ -24,6 +24,7 @@ import json
 import logging
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dinov2.data.prepare import shard as parquet
 from dinov2.data.prepare.cut import Cutting, Encoding, Patches
-from dinov2.data.prepare.shard import (
-    ROWS_PER_GROUP,
-    ShardJob,
-    build_shard,
-    clear_work,
-    shuffled_rows,
-    shuffled_shards,
-)
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
@@ -55,7 +49,6 @@ DESCRIPTION = "_build.json"
 SHUFFLED_ROWS_PER_SHARD = 20_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILURE = {"slide_path", "x", "y", "level", "reason"}
-Failures = dict[int, list[dict[str, Any]]]  # by number of the shard
 
 
 class Build:
@@ -96,7 +89,7 @@ class Build:
         per_shard = args.rows_per_shard
         if args.shuffle:
             per_shard = per_shard or SHUFFLED_ROWS_PER_SHARD
-            self.rows = shuffled_rows(len(samples), per_shard, seed)
+            self.rows = parquet.shuffled_rows(len(samples), per_shard, seed)
         else:
             order = np.argsort(samples.slide, kind="stable")
             slides_end = np.flatnonzero(np.diff(samples.slide[order])) + 1
@@ -108,7 +101,7 @@ class Build:
             "schema_version": "1",
             "tile_size": str(tile_size),
             **encoding.metadata(),
-            "row_group_size": str(ROWS_PER_GROUP),
+            "row_group_size": str(parquet.ROWS_PER_GROUP),
             "sample_list": samples.digest(),
             "seed": str(drawn.get("seed", "")),
             "tissue_rule": json.dumps(asdict(rule)),
@@ -154,15 +147,15 @@ def build_dataset(build: Build) -> tuple[int, int]:
     busy = f"Another builder is writing some of these shards into '{output}'; wait for it or stop it."
     with locked(output / DESCRIPTION, mine.start, len(mine), busy):
         names = {_name(number) for number in mine} | ({DESCRIPTION} if is_whole else set())
-        for name, partial in leftovers(output):
+        for name, temporary in leftovers(output):
             if name in names:
-                partial.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
         failures = _finished_shards(build, mine)
         work = output / f".shuffle-{mine.start:08d}-{mine.stop:08d}"
         missing = {number: output / _name(number) for number in mine if number not in failures}
         failures |= _missing_shards(build, missing, work)
         for done in output.glob(".shuffle-*") if is_whole else [work]:
-            clear_work(done)
+            parquet.clear_work(done)
     records = [record for number in mine for record in failures[number]]
     if records:
         write_text(build.report, json_lines(records))
@@ -181,18 +174,19 @@ def _name(number: int) -> str:
     return f"{number:08d}.parquet"
 
 
-def _missing_shards(build: Build, shards: dict[int, Path], work: Path) -> Failures:
+def _missing_shards(build: Build, shards: dict[int, Path], work: Path) -> dict[int, parquet.Failures]:
     args = build.args
     if args.shuffle:
         memory_rows = max(1, int(args.memory_gib * 2**30 / (3 * args.tile_size**2)))
         how = build.cutting, build.metadata, work, memory_rows, args.workers
-        return dict(shuffled_shards(shards, build.patches, build.rows, *how))
+        return dict(parquet.shuffled_shards(shards, build.patches, build.rows, *how))
     numbers = list(shards)
-    jobs = [ShardJob(shards[n], build.metadata, build.patches.take(build.rows[n]), build.cutting) for n in numbers]
-    return {numbers[place]: failed for place, failed in run_jobs(build_shard, jobs, args.workers, "shard")}
+    jobs = [(shards[number], build.patches.take(build.rows[number])) for number in numbers]
+    function = partial(parquet.build_shard, build.metadata, build.cutting)
+    return {numbers[place]: failed for place, failed in run_jobs(function, jobs, args.workers, "shard")}
 
 
-def _finished_shards(build: Build, mine: range) -> Failures:
+def _finished_shards(build: Build, mine: range) -> dict[int, parquet.Failures]:
     """Which of some shards are there already, with the failures that they keep; FileExistsError if others are."""
     numbers = {_name(number): number for number in range(len(build.rows))}
     finished = {}

@@ -73,13 +73,8 @@ def create_sample_list(
         logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
 
     digest = hashlib.sha256()
-    write_new(
-        {
-            output: _lines(found, made, sampling, digest),
-            meta: _description(found, made, sampling, digest),
-            failures: json_lines(_failures(found, made)),
-        }
-    )
+    lines, description = _lines(found, made, sampling, digest), _description(found, made, sampling, digest)
+    write_new({output: lines, meta: description, failures: json_lines(_failures(found, made))})
     shutil.rmtree(parts)
     total, failed = sum(len(draw.rows) for draw in made), sum(bool(draw.failure) for draw in made)
     logger.info("%d patches of %d slides are in %s", total, len(made) - failed, output)

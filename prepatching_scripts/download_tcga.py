@@ -162,8 +162,8 @@ def read_token(path: Path | None) -> str:
     return token
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--manifest", type=Path, help="manifest from the GDC portal or its API")
@@ -189,12 +189,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--limit-mbps is {args.limit_mbps}, but it must be above 0")
     if args.project and args.manifest:
         parser.error("--project goes with --filter; a manifest says itself which files")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns an exit status of `dinov2.utils.cli`."""
-    args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     folder, stop = args.output, threading.Event()

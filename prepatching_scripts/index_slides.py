@@ -23,15 +23,8 @@ logger = logging.getLogger("index_slides")
 INDEX_NAME, FAILURES_NAME = "tiles.index", "failures.jsonl"
 
 
-def index_collection(
-    source: str, output: Path, table: MppTable | None = None, workers: int = 1, zarr: bool = False
-) -> tuple[int, int]:
-    """Write or complete the index of a collection, `failures.jsonl`, and Zarr references if asked for.
-
-    Args:
-        source: what `find_slides` takes.
-        output: folder to write to.
-        table: mpp of slides that do not say theirs.
+def index_collection(source: str, output: Path, table: MppTable | None, workers: int, zarr: bool) -> tuple[int, int]:
+    """Write or complete the index of a collection in a folder, `failures.jsonl`, and Zarr references if asked for.
 
     Returns:
         Number of slides, and of slides that failed.

@@ -33,13 +33,8 @@ def render_haematoxylin_eosin(micrograph: np.ndarray) -> np.ndarray:
     """Repaint a haematoxylin-DAB micrograph as haematoxylin-eosin.
 
     Nuclei keep their haematoxylin. DAB marks the cytoplasm of glands and becomes eosin; blurred haematoxylin
-    stands in for the stroma, which DAB leaves colourless. Eosin saturates: e = 0.55 (1 - exp(-x)).
-
-    Args:
-        micrograph: uint8 (H, W, 3) RGB.
-
-    Returns:
-        uint8 (H, W, 3) RGB.
+    stands in for the stroma, which DAB leaves colourless. Eosin saturates: e = 0.55 (1 - exp(-x)). Both images are
+    uint8 (H, W, 3) RGB.
     """
     from skimage.color import rgb2hed
 
@@ -75,15 +70,9 @@ def write_aperio_slide(path: Path, image: np.ndarray) -> None:
     thumbnail = cv2.resize(image, (width // 8, height // 8), interpolation=cv2.INTER_AREA)
     source = f"Aperio Image Library v12.0.15 \r\n{width}x{height} [0,0 {width}x{height}]"
     tiled = f"{source} ({TILE_PX}x{TILE_PX})"
-    jpeg = {
-        "photometric": "rgb",  # what goes in; tifffile stores JPEG as YCbCr and tags it so
-        "subsampling": (2, 2),
-        "compression": "jpeg",
-        "compressionargs": {"level": JPEG_QUALITY},
-        "subfiletype": 0,
-        "metadata": None,
-        "software": None,
-    }
+    # "rgb" is what goes in; tifffile stores JPEG as YCbCr and tags it so.
+    jpeg = {"photometric": "rgb", "subsampling": (2, 2), "compression": "jpeg"}
+    jpeg |= {"compressionargs": {"level": JPEG_QUALITY}, "subfiletype": 0, "metadata": None, "software": None}
     scale = f"AppMag = {OBJECTIVE_POWER}|MPP = {MPP_UM}"
     with replacing(path) as partial, TiffWriter(partial, bigtiff=True) as tiff:
         for index, level in enumerate(levels):
@@ -96,11 +85,7 @@ def write_aperio_slide(path: Path, image: np.ndarray) -> None:
 
 
 def make_demo_slides(output_dir: Path) -> tuple[Path, Path]:
-    """Write `demo_train.svs` and `demo_holdout.svs` into a folder, replacing none.
-
-    Raises:
-        FileExistsError: if one of the two files is there already.
-    """
+    """Write `demo_train.svs` and `demo_holdout.svs` into a folder; FileExistsError if one of them is there already."""
     from skimage.data import immunohistochemistry
 
     paths = output_dir / "demo_train.svs", output_dir / "demo_holdout.svs"

@@ -46,7 +46,6 @@ class Gdc:
         attempts: requests in all while the reason of failure may pass.
         wait_s: longest wait after the first, doubled from one to the next.
         read_s: time in which some bytes must come.
-        sleep: waits a number of seconds.
 
     Raises:
         ValueError: if the endpoint is not a URL, or would get the token unencrypted.

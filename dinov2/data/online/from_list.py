@@ -33,8 +33,7 @@ class SlideListSource:
             a list of six columns the patch is cut at its mpp from the level that serves it best.
         slide_root: folder to look for the listed paths in; None takes them as written, see `find.locate`.
         tile_size: side of a patch in px of its level, or of its mpp.
-        mpp_file: CSV `slide,mpp` for slides that do not say theirs, see `read_mpp_table`.
-        columns: see `read_sample_list`.
+        mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
 
     Raises:
         FileNotFoundError: if the list, or a slide that it names, does not exist.
@@ -91,8 +90,7 @@ class SlideListSource:
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Give the slide and the reference `x y level [mpp]` of lines of a unit, in the order asked for."""
-        samples = self._samples
-        read = []
+        samples, read = self._samples, []
         for i in (unit * UNIT_LINES + int(row) for row in rows):
             reference = b"%d %d %d" % (samples.x[i], samples.y[i], samples.level[i])
             if samples.mpp is not None:
@@ -115,10 +113,8 @@ class SlideListSource:
     def describe(self, unit: int, row: int | None = None) -> str:
         """Name a unit, or one of its patches, for a message to the user."""
         first = unit * UNIT_LINES + 1
-        if row is not None:
-            return f"patch {first + row} of sample list '{self._list_path}'"
-        last = first + int(self.unit_rows[unit]) - 1
-        return f"patches {first} to {last} of sample list '{self._list_path}'"
+        lines = f"patches {first} to {first + int(self.unit_rows[unit]) - 1}" if row is None else f"patch {first + row}"
+        return f"{lines} of sample list '{self._list_path}'"
 
     def slides(self, unit: int) -> list[str]:
         """Name the slide of every line of a unit."""

@@ -28,13 +28,7 @@ class Geometry:
 
 
 class Positions:
-    """Positions of patches of one geometry.
-
-    Args:
-        geometry: of the patches.
-        ends: int64 (cell rows,), positions in each row of cells and those above it.
-        min_foreground: least fraction of foreground cells.
-    """
+    """Positions of patches of one geometry; `ends`, int64 (cell rows,), counts those in each row of cells and above."""
 
     def __init__(self, geometry: Geometry, ends: np.ndarray, min_foreground: float) -> None:
         self.geometry, self.ends, self._min_foreground = geometry, ends, min_foreground

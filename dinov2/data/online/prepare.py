@@ -40,14 +40,6 @@ def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(10 / magnification for magnification in magnifications)
 
 
-class SlideJob(NamedTuple):
-    """One slide to make ready."""
-
-    row: SlideRow
-    cache: TissueCache
-    options: PatchOptions
-
-
 @dataclass(frozen=True)
 class OnlineSlide:
     """One slide to draw from; small, since every process holds all of them."""
@@ -87,9 +79,8 @@ class DrawingPlan(NamedTuple):
 _Known = tuple[TissueMask, dict[str, Any], TileIndex | None]
 
 
-def prepare_slide(job: SlideJob) -> OnlineSlide | Dropped:
+def prepare_slide(cache: TissueCache, options: PatchOptions, row: SlideRow) -> OnlineSlide | Dropped:
     """Make one slide ready, from the cache where that was done before; says why where it cannot be."""
-    row, cache, options = job
     name = public_name(row.path)
     try:
         size, version = _stat(row.path)

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from dinov2.data.online.positions import Geometry
-from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, SlideJob, load_plan, prepare_slide
+from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
 from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
 from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError, public_name
@@ -93,7 +93,6 @@ class OnlinePatchSource:
         seed: of the draws, in [0, 2^64).
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
-        workers: processes that make slides ready.
 
     Raises:
         ValueError: if too many slides cannot be read, or none gives patches.
@@ -105,11 +104,11 @@ class OnlinePatchSource:
     ) -> None:  # fmt: skip
         self._options, self._seed = options, seed
         kept = take_fraction(sorted(rows), slide_share, seed)
-        jobs = [SlideJob(row, TissueCache(cache_folder), options) for row in kept]
-        made = [result for _, result in sorted(run_jobs(prepare_slide, jobs, workers, "slide"), key=itemgetter(0))]
+        prepare = partial(prepare_slide, TissueCache(cache_folder), options)
+        made = [result for _, result in sorted(run_jobs(prepare, kept, workers, "slide"), key=itemgetter(0))]
         self.slide_list = [result for result in made if isinstance(result, OnlineSlide)]
         self.dropped = [result for result in made if isinstance(result, Dropped)]
-        _check_dropped(self.dropped, len(jobs))
+        _check_dropped(self.dropped, len(kept))
         self.is_remote = any(is_remote(slide.path) for slide in self.slide_list)
         self.num_rows = max_patches or ENDLESS_UNITS * UNIT_PATCHES
         weights = [slide.weight for slide in self.slide_list]
@@ -143,11 +142,7 @@ class OnlinePatchSource:
         return Patch(slide, geometry, *positions.position(plan.mask, int(rng.integers(len(positions)))))
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Draw patches and fetch their tiles, all of one slide at a time; OSError if one has become unreadable.
-
-        Returns:
-            The slide, and a header with the tiles behind it, for each row.
-        """
+        """Draw patches and fetch their tiles, all of a slide at a time: its name, and a header with the tiles."""
         patches = [self.draw(unit * UNIT_PATCHES + int(row)) for row in rows]
         of_slide: dict[int, list[int]] = {}
         for number, patch in enumerate(patches):

@@ -143,9 +143,9 @@ class _Slides:
         if slide != self._slide:
             if self._reader is not None:
                 self._reader.close()
-            self._reader, self._slide = None, -1
+            self._reader, self._slide = None, slide
             try:
-                self._reader, self._slide = SlideReader(path, self._patches.mpps[slide]), slide
+                self._reader = SlideReader(path, self._patches.mpps[slide])
             except SlideError as error:
                 self._bad[slide] = error.detail
                 raise

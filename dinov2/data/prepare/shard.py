@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,14 @@ _RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
 _PLAN = "plan.json"
 
 
-@dataclass(frozen=True)
-class ShardJob:
-    """One shard to write, its key-values, its patches and how to cut them."""
-
-    shard: Path
-    metadata: dict[str, str]
-    patches: Patches
-    cutting: Cutting
+Failures = list[dict[str, Any]]
 
 
-def build_shard(job: ShardJob) -> list[dict[str, Any]]:
+def build_shard(metadata: dict[str, str], cutting: Cutting, job: tuple[Path, Patches]) -> Failures:
     """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps."""
-    with new_shard(job.shard, job.metadata) as writer:
-        for rows in cut_patches(job.patches, job.cutting, ROWS_AT_ONCE):
+    shard, patches = job
+    with new_shard(shard, metadata) as writer:
+        for rows in cut_patches(patches, cutting, ROWS_AT_ONCE):
             for row in rows:
                 writer.add(row)
     return writer.failures
@@ -98,14 +92,14 @@ def new_shard(shard: Path, metadata: dict[str, str]) -> Iterator[ShardWriter]:
     """Write `shard`, which appears when the block ends well and holds at least one row."""
     plain = [name for name in SCHEMA.names if name != IMAGE_COLUMN]
     options = {"compression": "none", "use_dictionary": plain, "write_statistics": plain}
-    with unfinished(shard) as partial:
-        with pq.ParquetWriter(partial, SCHEMA.with_metadata(metadata), **options) as writer:
+    with unfinished(shard) as temporary:
+        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), **options) as writer:
             rows = ShardWriter(writer, shard.stem)
             yield rows
             rows.flush()
             writer.add_key_value_metadata({"failures": json.dumps(rows.failures)})
         if rows.num_rows:
-            commit(partial, shard)
+            commit(temporary, shard)
 
 
 def shuffled_rows(num_rows: int, per_shard: int, seed: int) -> list[np.ndarray]:
@@ -114,39 +108,16 @@ def shuffled_rows(num_rows: int, per_shard: int, seed: int) -> list[np.ndarray]:
     return np.split(rows, range(per_shard, num_rows, per_shard))
 
 
-@dataclass(frozen=True)
-class RunJob:
-    """Patches to cut and spill, their positions, and the positions where buckets begin."""
-
-    run: Path
-    patches: Patches
-    positions: np.ndarray
-    buckets: np.ndarray
-    cutting: Cutting
-
-
-@dataclass(frozen=True)
-class MixJob:
-    """One shard to write from the sections `buckets` of all runs; `num_rows` with those that failed."""
-
-    shard: Path
-    metadata: dict[str, str]
-    runs: list[Path]
-    buckets: range
-    num_rows: int
-
-
 def shuffled_shards(
     shards: dict[int, Path], patches: Patches, rows: Sequence[np.ndarray], cutting: Cutting, metadata: dict[str, str],
     work: Path, memory_rows: int, workers: int,
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:  # fmt: skip
+) -> Iterator[tuple[int, Failures]]:  # fmt: skip
     """Write shards of the shuffled order, by `workers` processes that hold `memory_rows` rows each.
 
     Args:
         shards: number and path of those that are missing.
         patches: the whole list.
         rows: of the list in each shard, in its order; a row's position counts through all shards.
-        cutting: how patches are cut.
         metadata: key-values of all shards, with their `build_id`.
         work: folder for the runs, on the same file system or any other; stays until `clear_work`.
 
@@ -172,48 +143,50 @@ def shuffled_shards(
     parts = np.split(by_slide, range(run_rows, len(by_slide), run_rows))
     runs = [work / f"{i:06d}.run" for i in range(len(parts))]
     jobs = [
-        RunJob(run, patches.take(listed[part]), positions[part], buckets, cutting)
+        (run, patches.take(listed[part]), positions[part])
         for run, part in zip(runs, parts, strict=True)
         if not run.exists()
     ]
-    for _ in run_jobs(write_run, jobs, workers, "run"):
+    for _ in run_jobs(partial(write_run, buckets, cutting), jobs, workers, "run"):
         pass
     numbers = list(sizes)
-    mixes = [MixJob(shards[n], metadata, runs, range(*sections[n]), sizes[n]) for n in numbers]
-    for place, failures in run_jobs(mix_shard, mixes, workers, "shard"):
+    mixes = [(shards[n], range(*sections[n]), sizes[n]) for n in numbers]
+    for place, failures in run_jobs(partial(mix_shard, metadata, runs), mixes, workers, "shard"):
         yield numbers[place], failures
 
 
-def write_run(job: RunJob) -> None:
-    """Cut the patches of a run and spill them by position.
+def write_run(buckets: np.ndarray, cutting: Cutting, job: tuple[Path, Patches, np.ndarray]) -> None:
+    """Cut the patches of a run and spill them by their positions into buckets, which begin at the given ones.
 
     A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
     Arrow record batches.
     """
-    [rows] = cut_patches(job.patches, job.cutting, len(job.patches))
-    by_position = np.argsort(job.positions)
-    cuts = np.append(np.searchsorted(job.positions[by_position], job.buckets), len(by_position))
-    with unfinished(job.run) as partial:
-        with partial.open("wb") as file:
+    run, patches, positions = job
+    [rows] = cut_patches(patches, cutting, len(patches))
+    by_position = np.argsort(positions)
+    cuts = np.append(np.searchsorted(positions[by_position], buckets), len(by_position))
+    with unfinished(run) as temporary:
+        with temporary.open("wb") as file:
             offsets = [8 * len(cuts)]
             file.seek(offsets[0])
             for start, stop in pairwise(cuts.tolist()):
-                section = [rows[i] | {_POSITION: int(job.positions[i])} for i in by_position[start:stop]]
+                section = [rows[i] | {_POSITION: int(positions[i])} for i in by_position[start:stop]]
                 if section:
                     with pa.ipc.new_stream(file, _ROWS) as stream:
                         stream.write_table(pa.Table.from_pylist(section, _ROWS))
                 offsets.append(file.tell())
             file.seek(0)
             file.write(np.array(offsets, "<i8").tobytes())
-        commit(partial, job.run)
+        commit(temporary, run)
 
 
-def mix_shard(job: MixJob) -> list[dict[str, Any]]:
-    """Write one shard, unless no patch could be read, and return the failures, which the shard also keeps."""
+def mix_shard(metadata: dict[str, str], runs: list[Path], job: tuple[Path, range, int]) -> Failures:
+    """Write one shard from its buckets of all runs, with those that failed so many rows, as `build_shard` does."""
+    shard, buckets, expected = job
     num_rows = 0
-    with new_shard(job.shard, job.metadata) as writer:
-        for bucket in job.buckets:
-            sections = [section for run in job.runs if (section := _read_section(run, bucket)) is not None]
+    with new_shard(shard, metadata) as writer:
+        for bucket in buckets:
+            sections = [section for run in runs if (section := _read_section(run, bucket)) is not None]
             positions = [section[_POSITION].to_numpy() for section in sections]
             which = np.repeat(np.arange(len(sections)), [len(part) for part in positions])
             within = np.concatenate([np.arange(len(part)) for part in positions])
@@ -221,8 +194,8 @@ def mix_shard(job: MixJob) -> list[dict[str, Any]]:
                 [row] = sections[which[i]].slice(within[i], 1).to_pylist()
                 writer.add(row)
             num_rows += len(within)
-        if num_rows != job.num_rows:
-            raise ValueError(_corrupt(job.runs[0].parent, f"{num_rows} of {job.num_rows} rows of a shard are there"))
+        if num_rows != expected:
+            raise ValueError(_corrupt(runs[0].parent, f"{num_rows} of {expected} rows of a shard are there"))
     return writer.failures
 
 
@@ -266,6 +239,6 @@ def clear_work(work: Path) -> None:
     if not work.is_dir():
         return
     (work / _PLAN).unlink(missing_ok=True)  # first: runs without a plan are never used
-    for path in [*(partial for _, partial in leftovers(work)), *work.glob("*.run")]:
+    for path in [*(path for _, path in leftovers(work)), *work.glob("*.run")]:
         path.unlink(missing_ok=True)
     work.rmdir()

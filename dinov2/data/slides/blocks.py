@@ -135,10 +135,7 @@ def paste(level: TileLevel, region: Region, block: Block, pixels: np.ndarray, ou
 
 
 def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.ndarray:
-    """Decode the tiles that `ranges` named, in its order, and cut a region out of them.
-
-    Returns:
-        uint8 (region.height, region.width, 3) RGB.
+    """Decode the tiles that `ranges` named, in its order, and cut a region out of them: uint8 (height, width, 3) RGB.
 
     Raises:
         SlideReadError: if a tile is missing or corrupt.

@@ -7,13 +7,10 @@ from typing import Any
 
 
 class SlideError(RuntimeError):
-    """A slide that cannot give what was asked.
+    """A slide that cannot give what was asked: its `slide`, a path or URL without credentials, and `reason`.
 
-    Attributes:
-        slide: path of the slide, or its URL without credentials.
-        location: level and position, empty where the whole slide is meant.
-        reason: what is wrong, without slide and location.
-        detail: location and reason, for a record that names the slide itself.
+    `location` is level and position, empty where the whole slide is meant; `detail` is both of them, for a record that
+    names the slide itself.
     """
 
     def __init__(self, slide: str | Path, reason: str, location: str = "") -> None:

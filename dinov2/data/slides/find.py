@@ -90,11 +90,7 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
 
 
 def locate(name: str, listed_in: Path) -> str:
-    """Find the file that a list names: beside the list, or in the current directory where only that one exists.
-
-    Returns:
-        Its absolute path, which need not exist, or its URL.
-    """
+    """Find the file or URL that a list names: beside the list, or in the current directory if only that one exists."""
     if is_remote(name):
         return name
     path = listed_in.parent / name

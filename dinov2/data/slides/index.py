@@ -96,10 +96,7 @@ def parse_slide(job: tuple[str, float | None]) -> TileIndex | str:
 def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: int) -> tuple[set[str], dict[str, str]]:
     """Write the index of a collection; what `<path>.part` or an earlier index knows of it is taken over.
 
-    Args:
-        path: file to write or to replace.
-        mpps: the slides, with the mpp that the user gives for them.
-        workers: processes.
+    `mpps` names the slides, with the mpp that the user gives for them.
 
     Returns:
         Slides that were parsed now or since the last stop, and why others could not be.

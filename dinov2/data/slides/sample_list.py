@@ -40,11 +40,7 @@ class SampleList:
 
 
 def read_list_description(path: str | Path) -> dict[str, Any]:
-    """Read `<list>.meta.json` of a sample list; empty where there is no such file.
-
-    Raises:
-        ValueError: if the file is no JSON object, or names columns that no sample list has.
-    """
+    """Read `<list>.meta.json` of a sample list, empty where there is no such file; ValueError if it describes none."""
     description = Path(f"{path}.meta.json")
     if not description.is_file():
         return {}
@@ -61,19 +57,14 @@ def read_list_description(path: str | Path) -> dict[str, Any]:
 def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList:
     """Read a list of `path x y level` or `path x y level mpp_x mpp_y` lines.
 
-    Paths may hold spaces; blank lines and `#` lines are skipped.
-
-    Args:
-        path: the list.
-        columns: 4 or 6, for a list without a `.meta.json` that names its columns; None means 4.
+    Paths may hold spaces; blank lines and `#` lines are skipped. `columns` is 4 or 6, for a list without a `.meta.json`
+    that names its columns; None means 4.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line or the `.meta.json` is malformed, there is no line, or `columns` is neither 4 nor 6.
+        ValueError: if a line or the `.meta.json` is malformed, or there is no line.
     """
     path = Path(path)
-    if columns not in (None, 4, 6):
-        raise ValueError(f"A sample list was said to have {columns} columns, but it must have 4 or 6.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no sample list '{path}'; a text file of 'path x y level' lines is expected.")
     columns = len(read_list_description(path).get("columns", ())) or columns or 4

@@ -29,9 +29,7 @@ _KINDS = {  # compression and photometric of the tags: kind of the tiles and of 
 def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
     """Find the tiles of a slide: 8-bit RGB or YCbCr in JPEG or JPEG 2000 (Aperio 33003, 33005), in a tiled TIFF.
 
-    Args:
-        path: a file, or an fsspec URL.
-        mpp: micrometres per level-0 px, used only when the slide does not say.
+    `path` may be an fsspec URL; `mpp`, in micrometres per level-0 px, is used only when the slide does not say.
 
     Raises:
         SlideOpenError: if the file is missing, cut, or its levels make no sense.

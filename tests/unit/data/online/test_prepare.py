@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, SlideJob, load_plan, prepare_slide
+from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
 from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache, TissueMask
 from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.index import complete_tile_index
@@ -16,8 +16,8 @@ from dinov2.data.slides.tissue import TissueRule
 from tests.helpers.slides import MakeSlide
 
 
-def job(path: Path, folder: Path, mpp: float | None = None, rule: TissueRule = CELL_RULE) -> SlideJob:
-    return SlideJob(SlideRow(str(path), mpp=mpp), TissueCache(folder, rule), PatchOptions())
+def job(path: Path, folder: Path, mpp: float | None = None, rule: TissueRule = CELL_RULE) -> tuple:
+    return TissueCache(folder, rule), PatchOptions(), SlideRow(str(path), mpp=mpp)
 
 
 def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
@@ -26,24 +26,24 @@ def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
     slide, folder, examined = make_slide("a.svs", "|MPP = 0.25"), tmp_path / "cache", []
     original = TissueMask.of_slide
     monkeypatch.setattr(TissueMask, "of_slide", lambda *args: examined.append(1) or original(*args))
-    first = prepare_slide(job(slide, folder))
-    assert isinstance(first, OnlineSlide) and prepare_slide(job(slide, folder)).key == first.key and len(examined) == 1
+    first = prepare_slide(*job(slide, folder))
+    assert isinstance(first, OnlineSlide) and prepare_slide(*job(slide, folder)).key == first.key and len(examined) == 1
     os.utime(slide, ns=(1, 1))
-    assert prepare_slide(job(slide, folder)).stem != first.stem and len(examined) == 2
+    assert prepare_slide(*job(slide, folder)).stem != first.stem and len(examined) == 2
     stricter = TissueRule(min_fraction=0.9)
-    assert prepare_slide(job(slide, folder, rule=stricter)).stem.parent == folder and len(examined) == 3
+    assert prepare_slide(*job(slide, folder, rule=stricter)).stem.parent == folder and len(examined) == 3
     assert not list(folder.glob("*.part*"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", b"no zip at all"])
 def test_damaged_cache_files_are_made_again(make_slide: MakeSlide, tmp_path: Path, content: bytes) -> None:
     slide, folder = make_slide("a.svs", "|MPP = 0.25"), tmp_path / "cache"
-    first = prepare_slide(job(slide, folder))
+    first = prepare_slide(*job(slide, folder))
     damaged = [path for path in folder.iterdir() if path.suffix in (".npz", ".tiles")]
     assert len(damaged) == 3
     for path in damaged:
         path.write_bytes(content)
-    again = prepare_slide(job(slide, folder))
+    again = prepare_slide(*job(slide, folder))
     assert (again.stem, again.key, again.counts) == (first.stem, first.key, first.counts)
     plan = load_plan(again, 0.4)
     assert plan.mask.cells().all() and len(plan.positions[0]) == (512 - 224 + 1) ** 2
@@ -53,8 +53,10 @@ def test_damaged_cache_files_are_made_again(make_slide: MakeSlide, tmp_path: Pat
 def test_a_shared_folder_holds_whole_files_only(make_slide: MakeSlide, tmp_path: Path) -> None:
     slides = [make_slide(f"{name}.svs", "|MPP = 0.5") for name in "ab"]
     with ThreadPoolExecutor(6) as pool:
-        made = list(pool.map(prepare_slide, [job(slide, tmp_path / "shared") for slide in slides] * 6))
-    alone = [prepare_slide(job(slide, tmp_path / "own")).key for slide in slides]
+        made = list(
+            pool.map(lambda made: prepare_slide(*made), [job(slide, tmp_path / "shared") for slide in slides] * 6)
+        )
+    alone = [prepare_slide(*job(slide, tmp_path / "own")).key for slide in slides]
     assert [slide.key for slide in made] == alone * 6
     names = sorted(path.name for path in (tmp_path / "own").iterdir())
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == names and len(names) == 8
@@ -65,7 +67,7 @@ def test_a_shared_folder_holds_whole_files_only(make_slide: MakeSlide, tmp_path:
 def test_a_tile_index_saves_the_parsing(make_slide: MakeSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index tells of a slide's mpp too, where its user told it."""
     told, own = make_slide("a.svs"), make_slide("b.svs", "|MPP = 0.25")
-    expected = [prepare_slide(job(told, tmp_path / "one", 0.5)), prepare_slide(job(own, tmp_path / "one"))]
+    expected = [prepare_slide(*job(told, tmp_path / "one", 0.5)), prepare_slide(*job(own, tmp_path / "one"))]
     complete_tile_index(tmp_path / "tiles.index", {str(told): 0.5, str(own): None}, 1)
     rows = find_slides(tmp_path / "tiles.index").slides
     assert rows == [SlideRow(str(told), mpp=0.5), SlideRow(str(own))]
@@ -73,7 +75,7 @@ def test_a_tile_index_saves_the_parsing(make_slide: MakeSlide, tmp_path: Path, m
     monkeypatch.setattr("dinov2.data.slides.reader.index_slide", None)
     cache = TissueCache(tmp_path / "two")
     for _ in range(2):  # examined, then recalled
-        made = [prepare_slide(SlideJob(row, cache, PatchOptions())) for row in rows]
+        made = [prepare_slide(cache, PatchOptions(), row) for row in rows]
         for slide, same in zip(made, expected, strict=True):
             assert (slide.key, slide.counts, slide.patch_bytes) == (same.key, same.counts, same.patch_bytes)
             index, other = load_plan(slide, 0.4).index, load_plan(same, 0.4).index
@@ -93,7 +95,7 @@ def test_slides_that_give_nothing_say_why(make_slide: MakeSlide, tmp_path: Path)
         (tmp_path / "missing.svs", None, "No such file", True),
         (text, None, "not a", True),
     ):  # fmt: skip
-        made = prepare_slide(job(path, tmp_path / "cache", mpp))
+        made = prepare_slide(*job(path, tmp_path / "cache", mpp))
         assert isinstance(made, Dropped) and reason in made.reason, made
         assert made.path == str(path) and made.unreadable is unreadable
 
@@ -104,5 +106,5 @@ def test_mpp_comes_from_the_slide_then_its_power_then_the_table(make_slide: Make
         ("b.svs", "|AppMag = 40", 0.5, "appmag", 224),
         ("c.svs", "", 0.125, "user", 448),
     ):
-        made = prepare_slide(job(make_slide(name, properties), tmp_path / "cache", given))
+        made = prepare_slide(*job(make_slide(name, properties), tmp_path / "cache", given))
         assert (made.mpp_source, made.geometries[0].mpp, made.geometries[0].side) == (source, 0.25, side)
