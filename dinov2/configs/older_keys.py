@@ -18,11 +18,6 @@ class OlderKey(NamedTuple):
     only: tuple[str, ...] = ()  # of a key without effect the values that are still accepted; empty accepts any
 
 
-def _moved(old: str, new: str, **names: str) -> dict[str, OlderKey]:
-    """Keys of one section that are in another today, by their older names."""
-    return {f"{old}.{name}": OlderKey(f"{new}.{today}") for name, today in names.items()}
-
-
 OLDER_KEYS = {
     # Of these five, the two switches choose which path is the data; see `OlderKeys._choose_data`.
     "train.streaming_from_hf": OlderKey("data.kind"),
@@ -30,19 +25,26 @@ OLDER_KEYS = {
     "train.streaming_dataset_path": OlderKey("data.path"),
     "train.sample_list_path": OlderKey("data.path"),
     "online.slides": OlderKey("data.path"),
-    **_moved(
-        "train", "data", streaming_dataset_revision="revision", datasets="datasets", exclusion_file="exclusion_file",
-        validation_share="validation_fraction", tile_size="tile_size", slide_mpp_file="mpp_file",
-        slide_root="slide_root", sample_list_columns="sample_list_columns", stream_lanes="lanes",
-        stream_block_rows="block_rows", stream_memory_gib="memory_gib", stream_attempts="retries",
-        max_damaged_share="max_corrupt_fraction",
-    ),
+    "train.streaming_dataset_revision": OlderKey("data.revision"),
+    "train.datasets": OlderKey("data.datasets"),
+    "train.exclusion_file": OlderKey("data.exclusion_file"),
+    "train.validation_share": OlderKey("data.validation_fraction"),
+    "train.tile_size": OlderKey("data.tile_size"),
+    "train.slide_mpp_file": OlderKey("data.mpp_file"),
+    "train.slide_root": OlderKey("data.slide_root"),
+    "train.sample_list_columns": OlderKey("data.sample_list_columns"),
+    "train.stream_lanes": OlderKey("data.lanes"),
+    "train.stream_block_rows": OlderKey("data.block_rows"),
+    "train.stream_memory_gib": OlderKey("data.memory_gib"),
+    "train.stream_attempts": OlderKey("data.retries"),
+    "train.max_damaged_share": OlderKey("data.max_corrupt_fraction"),
     "online.slide_share": OlderKey("online.slide_fraction"),
-    **_moved(
-        "performance", "debug", packed_crops="packed_crops", inverse_gather="inverse_gather",
-        factored_targets="factored_targets", prune_last_block="prune_last_block", weight_copies="weight_copies",
-        compile_backend="compile_backend",
-    ),
+    "performance.packed_crops": OlderKey("debug.packed_crops"),
+    "performance.inverse_gather": OlderKey("debug.inverse_gather"),
+    "performance.factored_targets": OlderKey("debug.factored_targets"),
+    "performance.prune_last_block": OlderKey("debug.prune_last_block"),
+    "performance.weight_copies": OlderKey("debug.weight_copies"),
+    "performance.compile_backend": OlderKey("debug.compile_backend"),
     "dino.do_kde": OlderKey(ignored="dino.kde_loss_weight > 0 decides"),
     "dino.do_koleo": OlderKey(ignored="dino.koleo_loss_weight > 0 decides"),
     "train.saveckp_freq": OlderKey(ignored="train.checkpoint_period_iterations decides"),
@@ -56,7 +58,7 @@ OLDER_KEYS = {
     "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
         ignored="the teacher has no gradients to reduce"
     ),
-}  # fmt: skip
+}
 """Every older key; ``*`` stands for any part of a path."""
 
 _SWITCHES = ("train.streaming_from_hf", "train.online_patching")
