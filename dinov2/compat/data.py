@@ -26,14 +26,11 @@ def fresh_rng() -> np.random.Generator:
 class DataAugmentationDINO:
     """Multi-crop augmentation with fresh randomness on every call and normalised views.
 
-    Randomness follows torch's global generator, as ``torch.manual_seed`` and DataLoader workers expect.
-
     Args:
         global_crops_scale: range of a global crop's fraction of the image area.
         local_crops_scale: the same for local crops.
         local_crops_number: local views per image.
-        global_crops_size: side of a global view in pixels, S.
-        local_crops_size: side of a local view in pixels.
+        global_crops_size, local_crops_size: side S of a view in pixels.
         options: section ``augmentation`` of a configuration; the defaults if None.
     """
 
@@ -48,12 +45,8 @@ class DataAugmentationDINO:
     ) -> None:
         self._augment = MultiCropAugmentation(
             build_steps(options or AugmentationConfig()),
-            global_crops_scale,
-            local_crops_scale,
-            local_crops_number,
-            global_crops_size,
-            local_crops_size,
-        )
+            global_crops_scale, local_crops_scale, local_crops_number, global_crops_size, local_crops_size,
+        )  # fmt: skip
 
     def __call__(self, image: Image.Image | np.ndarray) -> dict[str, Any]:
         """Views of one image (PIL or uint8 (H, W, 3)): lists of float32 (3, S, S), and empty "offsets"."""
@@ -76,8 +69,7 @@ class MaskingGenerator:
         num_masking_patches: most patches that one block may add where ``max_num_patches`` is None.
         min_num_patches: least area drawn for a block, in patches.
         max_num_patches: most patches that one block may add; half the grid if neither is given.
-        min_aspect: least height / width of a block.
-        max_aspect: largest one; ``1 / min_aspect`` if None.
+        min_aspect, max_aspect: range of a block's height / width; the largest is ``1 / min_aspect`` if None.
     """
 
     def __init__(
@@ -101,14 +93,8 @@ class MaskingGenerator:
 
     def __call__(self, num_masking_patches: int = 0) -> np.ndarray:
         """Draw a mask of at most ``num_masking_patches`` patches: bool (rows, columns)."""
-        return block_mask(
-            fresh_rng(),
-            self.get_shape(),
-            num_masking_patches,
-            self.min_num_patches,
-            self.max_num_patches,
-            self.aspect_min_max,
-        )
+        sizes = (num_masking_patches, self.min_num_patches, self.max_num_patches)
+        return block_mask(fresh_rng(), self.get_shape(), *sizes, self.aspect_min_max)
 
 
 def collate_data_and_cast(
@@ -121,16 +107,11 @@ def collate_data_and_cast(
 ) -> dict[str, Any]:
     """Stack the views of ``(DataAugmentationDINO(...)(image), target)`` pairs, view-major, and mask them.
 
-    int(mask_probability * 2B) global crops are masked; their ratios are drawn one from each equal part of
-    ``mask_ratio_tuple``.
+    Of 2B global crops int(mask_probability * 2B) are masked; the masked fractions of their patches are drawn one from
+    each equal part of ``mask_ratio_tuple``. Targets are ignored.
 
     Args:
-        samples_list: B pairs; targets are ignored.
-        mask_ratio_tuple: range of the fraction of a masked crop's patches.
-        mask_probability: fraction of global crops that are masked.
-        dtype: of the collated crops.
-        n_tokens: patches per global crop, N.
-        mask_generator: maps a patch count to a bool mask of N patches, e.g. a ``MaskingGenerator``.
+        mask_generator: maps a patch count to a bool mask of ``n_tokens`` patches, e.g. a ``MaskingGenerator``.
 
     Returns:
         ``collated_global_crops``, ``collated_local_crops``, ``collated_masks`` bool (2B, N),

@@ -35,13 +35,7 @@ class _TeacherCentering(Centering):
 
 
 class DINOLoss(_TeacherCentering):
-    """Teacher targets and cross-entropy for class tokens.
-
-    Args:
-        out_dim: K.
-        student_temp: tau > 0.
-        center_momentum: see `Centering`.
-    """
+    """Teacher targets and cross-entropy for class tokens; ``out_dim`` is K, ``center_momentum`` that of `Centering`."""
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__((1, out_dim), center_momentum)
@@ -56,27 +50,13 @@ class DINOLoss(_TeacherCentering):
     def forward(
         self, student_output_list: Iterable[Tensor], teacher_out_softmaxed_centered_list: Iterable[Tensor]
     ) -> Tensor:
-        """Sum, over all pairs of a student and a teacher view, of the cross-entropy averaged over the batch.
-
-        Args:
-            student_output_list: logits, (B, K) each.
-            teacher_out_softmaxed_centered_list: probabilities, (B, K) each.
-
-        Returns:
-            0-d float32.
-        """
+        """Sum, over all pairs of student logits and teacher probabilities, each (B, K), of the mean cross-entropy."""
         target = torch.stack(tuple(teacher_out_softmaxed_centered_list)).sum(0)
         return sum(soft_cross_entropy(s, target, self.student_temp).mean() for s in student_output_list)
 
 
 class iBOTPatchLoss(_TeacherCentering):
-    """Teacher targets and cross-entropy for masked patches.
-
-    Args:
-        patch_out_dim: K.
-        student_temp: tau > 0.
-        center_momentum: see `Centering`.
-    """
+    """Teacher targets and cross-entropy for masked patches; ``patch_out_dim`` is K."""
 
     def __init__(self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__((1, 1, patch_out_dim), center_momentum)
@@ -89,25 +69,15 @@ class iBOTPatchLoss(_TeacherCentering):
         n_masked_patches_tensor: Tensor | int,
         n_iterations: int = 3,
     ) -> Tensor:
-        """`sinkhorn_knopp` of (M, K) teacher logits; all ranks must call.
+        """`sinkhorn_knopp` of (M, K) teacher logits, rows from this rank's number of masked patches on being padding.
 
-        Args:
-            teacher_output: (M, K).
-            teacher_temp: T > 0.
-            n_masked_patches_tensor: this rank's masked patches; rows from this number on are padding.
-            n_iterations: at least 1.
+        All ranks must call.
         """
         row_weight = _first_rows(len(teacher_output), n_masked_patches_tensor, teacher_output.device)
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, row_weight)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
-        """`ibot_loss` from the outputs for all patches, masked or not.
-
-        Args:
-            student_patch_tokens: (C, N, K) logits.
-            teacher_patch_tokens: (C, N, K) probabilities.
-            student_masks_flat: (C, N) bool.
-        """
+        """`ibot_loss` from (C, N, K) student logits and teacher probabilities of all patches, and bool (C, N) masks."""
         row_weight = student_masks_flat / student_masks_flat.sum(1, keepdim=True).clamp_min(1)
         rows = student_patch_tokens, teacher_patch_tokens, row_weight
         return ibot_loss(*(t.flatten(0, 1) for t in rows), len(student_masks_flat), self.student_temp)
@@ -120,18 +90,21 @@ class iBOTPatchLoss(_TeacherCentering):
         n_masked_patches: Tensor | int | None = None,
         masks_weight: Tensor | None = None,
     ) -> Tensor:
-        """`ibot_loss` from the outputs for masked patches, in the order of ``student_masks_flat``.
+        """`ibot_loss` from the outputs for masked patches, in the order of ``student_masks_flat``, bool (C, N).
 
         Args:
             student_patch_tokens_masked: (M, K) logits.
             teacher_patch_tokens_masked: (M, K) probabilities.
-            student_masks_flat: (C, N) bool.
             n_masked_patches: rows from this number on are padding; None when ``masks_weight`` says so.
             masks_weight: 1/|M_c| of the row's crop, for all M rows (padding 0) or those before the padding;
                 None derives it from the masks.
         """
         if masks_weight is None:
-            masks_weight = _weight_of_masked_rows(student_masks_flat, len(student_patch_tokens_masked))
+            counts = student_masks_flat.sum(1)
+            ends = counts.cumsum(0)
+            rows = torch.arange(len(student_patch_tokens_masked), device=counts.device)
+            crop = torch.searchsorted(ends, rows, right=True).clamp_max(len(counts) - 1)
+            masks_weight = (rows < ends[-1]) / counts[crop].clamp_min(1)  # 0 after the last masked patch
         num_rows = len(masks_weight)
         if n_masked_patches is not None:
             masks_weight = masks_weight * _first_rows(num_rows, n_masked_patches, masks_weight.device)
@@ -173,12 +146,3 @@ def forward_backward(arch: SSLMetaArch, images: Mapping[str, Any], teacher_temp:
 
 def _first_rows(num_rows: int, n: Tensor | int, device: torch.device) -> Tensor:
     return torch.arange(num_rows, device=device) < n
-
-
-def _weight_of_masked_rows(masks: Tensor, num_rows: int) -> Tensor:
-    """Return (num_rows,) 1/|M_c| for the masked patches of (C, N) masks in order, 0 after the last one."""
-    counts = masks.sum(1)
-    ends = counts.cumsum(0)
-    rows = torch.arange(num_rows, device=masks.device)
-    crop = torch.searchsorted(ends, rows, right=True).clamp_max(len(masks) - 1)
-    return (rows < ends[-1]) / counts[crop].clamp_min(1)

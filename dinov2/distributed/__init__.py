@@ -1,7 +1,7 @@
 """Process group, ranks, and collectives that are the identity in a single process.
 
-Nothing above this package asks whether a run is distributed: without a process group there is one
-rank, number 0, and every collective returns what it was given.
+Nothing above this package asks whether a run is distributed: without a process group there is one rank, number 0,
+and every collective returns what it was given. All ranks must call a collective.
 """
 
 import contextlib
@@ -66,14 +66,11 @@ def is_main_process() -> bool:
 def init_process_group(device: torch.device) -> None:
     """Join the process group that torchrun describes; does nothing when not started by torchrun.
 
-    CUDA tensors travel by NCCL and CPU tensors (objects, checkpoint metadata) by gloo. All ranks must call.
-
-    Args:
-        device: device of this process; a CUDA device without an index means the one numbered by
-            ``LOCAL_RANK``, and becomes the current device.
+    CUDA tensors travel by NCCL and CPU tensors (objects, checkpoint metadata) by gloo. A CUDA device becomes the
+    current one; without an index it is the one numbered by ``LOCAL_RANK``.
 
     Raises:
-        ValueError: torchrun's variables are incomplete (``RANK`` without ``MASTER_ADDR``, say).
+        ValueError: if torchrun's variables are incomplete (``RANK`` without ``MASTER_ADDR``, say).
     """
     if "RANK" not in os.environ or is_enabled():
         return
@@ -109,17 +106,17 @@ def destroy_process_group() -> None:
 
 
 def all_reduce_sum(t: Tensor) -> Tensor:
-    """Sum ``t`` over all ranks in place and return it. All ranks must call; no gradient flows."""
+    """Sum ``t`` over all ranks in place and return it; no gradient flows."""
     return _all_reduce(t, dist.ReduceOp.SUM)
 
 
 def all_reduce_min(t: Tensor) -> Tensor:
-    """Take the minimum of ``t`` over all ranks in place and return it. All ranks must call; no gradient."""
+    """Take the minimum of ``t`` over all ranks in place and return it; no gradient flows."""
     return _all_reduce(t, dist.ReduceOp.MIN)
 
 
 def all_reduce_max(t: Tensor) -> Tensor:
-    """Take the maximum of ``t`` over all ranks in place and return it. All ranks must call; no gradient."""
+    """Take the maximum of ``t`` over all ranks in place and return it; no gradient flows."""
     return _all_reduce(t, dist.ReduceOp.MAX)
 
 
@@ -130,18 +127,12 @@ def _all_reduce(t: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def all_gather_rows(t: Tensor) -> Tensor:
-    """Stack the rows of all ranks in rank order, differentiably.
+    """Stack the (B, D) rows of all ranks, of one shape and dtype, in rank order: (world * B, D), differentiably.
 
-    The backward pass adds up, for each row, the gradients that all ranks hold for it, and hands the sum to
-    the row's owner. A loss that every rank computes from the gathered rows therefore yields ``world`` times
-    its gradient on each owner, and the data-parallel mean over ranks (DDP, FSDP) divides by ``world``: the
+    The backward pass, which all ranks must run, adds up, for each row, the gradients that all ranks hold for it, and
+    hands the sum to the row's owner. A loss that every rank computes from the gathered rows therefore yields ``world``
+    times its gradient on each owner, and the data-parallel mean over ranks (DDP, FSDP) divides by ``world``: the
     parameters receive exactly the gradient of one process on the joined batch.
-
-    Args:
-        t: (B, D), of the same shape and dtype on all ranks. All ranks must call, and run backward.
-
-    Returns:
-        (world * B, D), dtype of ``t``.
     """
     return _AllGatherRows.apply(t) if get_global_size() > 1 else t
 
@@ -161,7 +152,7 @@ class _AllGatherRows(torch.autograd.Function):
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
-    """Return rank ``src``'s picklable ``obj`` on every rank. All ranks must call."""
+    """Return rank ``src``'s picklable ``obj`` on every rank."""
     if get_global_size() == 1:
         return obj
     box = [obj]
@@ -170,7 +161,7 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """Return every rank's picklable ``obj``, in order of the ranks. All ranks must call."""
+    """Return every rank's picklable ``obj``, in order of the ranks."""
     if get_global_size() == 1:
         return [obj]
     box: list[Any] = [None] * get_global_size()
@@ -179,7 +170,7 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def on_main_process(action: Callable[[], _T]) -> _T:
-    """Return on every rank what ``action`` (picklable result) returns on rank 0. All ranks must call.
+    """Return on every rank what ``action`` (picklable result) returns on rank 0.
 
     Raises:
         MainProcessError: on the other ranks where it raises on rank 0, which raises the error itself.
@@ -198,9 +189,3 @@ def on_main_process(action: Callable[[], _T]) -> _T:
     if failed:
         raise MainProcessError("Rank 0 could not go on.")
     return result
-
-
-def barrier() -> None:
-    """Wait until all ranks have arrived. All ranks must call."""
-    if get_global_size() > 1:
-        dist.barrier()

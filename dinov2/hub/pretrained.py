@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinov2.hub.layouts import meta
 from dinov2.hub.layouts.timm import from_timm, is_timm_layout
-from dinov2.hub.layouts.transformers import from_transformers, is_transformers_layout
+from dinov2.hub.layouts.transformers import from_transformers
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
 _WRAPPERS = ("model", "state_dict", "teacher")
@@ -71,11 +71,11 @@ def read_checkpoint(path_or_url: str) -> Any:
         IsADirectoryError: if it is a folder.
         ValueError: if the file holds something else, or is corrupt; or the address cannot be read.
     """
-    is_url = re.match(r"(https?|file)://", path_or_url)
-    if not is_url and Path(path_or_url).is_dir():
-        raise IsADirectoryError(f"{path_or_url!r} is a folder; name the .pth or .safetensors file in it.")
-    if not is_url and not Path(path_or_url).is_file():
-        raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
+    if not re.match(r"(https?|file)://", path_or_url):
+        if Path(path_or_url).is_dir():
+            raise IsADirectoryError(f"{path_or_url!r} is a folder; name the .pth or .safetensors file in it.")
+        if not Path(path_or_url).is_file():
+            raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
     try:
         path = local_weights(path_or_url)
         if path.suffix == ".safetensors":
@@ -83,7 +83,7 @@ def read_checkpoint(path_or_url: str) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+    except Exception as error:  # torch.load raises whatever the corrupt bytes lead to
         # What follows torch's first sentence is advice to load the file without its safeguard.
         detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
         raise ValueError(
@@ -105,14 +105,13 @@ def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
         return {}
     state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in _PREFIXES:
-        inside = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        state = inside or state
+        state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)} or state
     return state
 
 
 def layout(state: Mapping[str, Tensor]) -> str:
     """Whose names an `unwrapped` state dict has: "transformers", "timm" or, all others, "meta"."""
-    if is_transformers_layout(state):
+    if "embeddings.cls_token" in state:
         return "transformers"
     return "timm" if is_timm_layout(state) else "meta"
 
@@ -125,11 +124,8 @@ def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     empty or fits no model.
     """
     state = unwrapped(checkpoint)
-    if layout(state) == "transformers":
-        return from_transformers(state)
-    if layout(state) == "timm":
-        return from_timm(state)
-    return meta.from_chunks(state)
+    rename = {"transformers": from_transformers, "timm": from_timm, "meta": meta.from_chunks}
+    return rename[layout(state)](state)
 
 
 def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
@@ -142,15 +138,13 @@ def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) 
     """Fill a backbone from a file, its position grid resampled (bicubic, antialiased, exact sides) to the model's.
 
     Args:
-        model: the backbone.
         path_or_url: see `read_checkpoint`.
         positions: whether to take the position grid; otherwise the model keeps its own.
 
     Raises:
         FileNotFoundError, ValueError: if the file cannot be read, or its keys or shapes do not fit.
     """
-    state = weights_for(model, read_checkpoint(path_or_url))
-    state = meta.with_grid_of(model, state, own=not positions)
+    state = meta.with_grid_of(model, weights_for(model, read_checkpoint(path_or_url)), own=not positions)
     check_fit(model, state, path_or_url)
     model.load_state_dict(state)
 
@@ -166,15 +160,14 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     """
     own = model.state_dict()
     registers = [meta.num_registers(state), meta.num_registers(own)]
-    shapes = {
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    }
     misfits = {
         "missing": own.keys() - state.keys(),
         "unknown": state.keys() - own.keys(),
-        "of another shape": shapes,
+        "of another shape": {
+            f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        },
     }
     faults = [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
     for what, found in misfits.items():

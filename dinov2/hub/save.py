@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov2.utils.files import commit, replacing, unfinished
+from dinov2.utils.files import adding, replacing
 
 
 def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
@@ -53,18 +52,14 @@ def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Output {str(folder)!r} is a file; name a new or empty folder.")
-    with _readable_errors(f"Output {str(folder)!r}"), ExitStack() as stack:
+    paths = [folder / name for name in files]
+    with _readable_errors(f"Output {str(folder)!r}"):
         folder.mkdir(parents=True, exist_ok=True)
-        partials = {folder / name: stack.enter_context(unfinished(folder / name)) for name in files}
-        for (path, partial), content in zip(partials.items(), files.values(), strict=True):
-            _write(partial, path.suffix, content)
-        missing = [path for path in partials if not path.exists()]
-        for path in partials.keys() - set(missing):
-            if not filecmp.cmp(path, partials[path], shallow=False):
-                raise FileExistsError(f"{str(path)!r} exists and differs from this export; name a new or empty folder.")
-        for path in missing:
-            commit(partials[path], path)
-        return bool(missing)
+        complete = all(path.exists() for path in paths)
+        with adding(*paths) as partials:
+            for path, partial, content in zip(paths, partials, files.values(), strict=True):
+                _write(partial, path.suffix, content)
+    return not complete
 
 
 @contextmanager

@@ -14,12 +14,11 @@ __all__ = ["setup_logging"]
 def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> logging.Logger:
     """Configure the ``dinov2`` logger: stderr on rank 0 (warnings on all ranks), and a file per rank.
 
+    Calling again replaces the handlers.
+
     Args:
         output_dir: where ``logs/rank_R.log`` is appended to; None logs to the console alone.
         level: lowest level that rank 0 shows.
-
-    Returns:
-        The logger. Calling again replaces its handlers.
     """
     logger = logging.getLogger("dinov2")
     logger.setLevel(logging.DEBUG)

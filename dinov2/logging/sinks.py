@@ -9,24 +9,25 @@ import secrets
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 logger = logging.getLogger("dinov2")
 
 _PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
 
 
-class Sink(Protocol):
+class Sink:
     """Receives one record per logging period, on rank 0 only."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take one record."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Flush and release."""
+        """Flush and release what is held."""
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """One line per record: step, losses, lr, gradient norm, speed, data wait, slides per batch, memory, time left."""
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -48,11 +49,8 @@ class ConsoleSink:
             record["data_wait_pct"], slides, record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
         )  # fmt: skip
 
-    def close(self) -> None:
-        """Nothing is held."""
 
-
-class JsonlSink:
+class JsonlSink(Sink):
     """Appends each record as one JSON line. After a resume, the last line of a step is the valid one."""
 
     def __init__(self, path: Path):
@@ -70,7 +68,7 @@ class JsonlSink:
         self._file.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """A Weights & Biases run whose id is kept in the output folder, so that a resume continues it.
 
     Without a login (or network) the run is kept offline under the output folder; nothing is ever asked.
@@ -83,13 +81,9 @@ class WandbSink:
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         options = {
-            "dir": str(output_dir),
-            "project": project,
-            "id": id_file.read_text().strip(),
-            "resume": "allow",
-            "config": dict(config),
-            "name": output_dir.resolve().name,
-        }
+            "dir": str(output_dir), "project": project, "id": id_file.read_text().strip(), "resume": "allow",
+            "config": dict(config), "name": output_dir.resolve().name,
+        }  # fmt: skip
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         try:
             self._run = wandb.init(mode=mode, **options)

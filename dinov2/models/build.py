@@ -18,7 +18,6 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
 
     Args:
         cfg: has sections ``student``, ``crops`` and, if it comes from here, ``debug``.
-        only_teacher: leave the student out.
 
     Returns:
         Student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.

@@ -143,18 +143,13 @@ class DinoVisionTransformer(Backbone):
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None
     ) -> Any:
-        """All tokens of one batch, or of several batches of different crop sizes in one pass over the blocks.
+        """As of `Backbone`; several batches go through the blocks in one pass.
 
-        Args:
-            x: (B, C, H, W), or a list of such.
-            masks: bool (B, N), True where the mask token replaces the patch, or None; a list of these for a list.
-            patch_index: int64 (M,) into the B * N patches of the (first) batch. The last block is then computed
-                for class tokens and these patches alone, and nothing else is returned.
+        With ``patch_index`` the last block is computed for class tokens and these patches alone.
 
         Returns:
             Per batch a dict: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
-            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given. With ``patch_index`` a dict holds
-            ``x_norm_clstoken``, and the first ``x_norm_indexedtokens`` (M, D).
+            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given.
         """
         if isinstance(x, Tensor):
             return self._forward_crops([x], [masks], patch_index)[0]

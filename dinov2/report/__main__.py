@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2.build.augmentation import build_augmentation, build_collate
-from dinov2.build.data import OpenData, open_data
+from dinov2.build.data import open_data
 from dinov2.configs import Config, load_config
 from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
@@ -41,11 +40,7 @@ PAGE = "report.html"
 
 
 def newest_teacher(output_dir: Path) -> Path:
-    """The exported teacher with the most steps.
-
-    Raises:
-        FileNotFoundError: if none has been exported.
-    """
+    """The exported teacher with the most steps; raises FileNotFoundError where there is none."""
     exports = list(output_dir.glob("eval/training_*/teacher_checkpoint.pth"))
     if not exports:
         raise FileNotFoundError(
@@ -68,35 +63,13 @@ def augmented_batch(config: Config, source: Source) -> tuple[list[np.ndarray], d
     return tiles, build_collate(config)(samples)
 
 
-def choose_tiles(tiles: str | None, data: OpenData) -> tuple[str, Source]:
-    """What to embed, in words and as a source: the dataset named, else the validation patients' tiles, else all."""
-    if tiles:
-        return f"tiles of {tiles}", ParquetSource(tiles)
-    held_out = [source for source in data.held_out if source]
-    return ("validation tiles", make_source(held_out)) if held_out else ("training tiles", data.source)
-
-
-def look_through(model: nn.Module, source: Source, config: Config) -> tuple[np.ndarray, Figure]:
-    """Embeddings of the source's tiles, (N, D), and the PCA map of a few of them at their own size."""
-    norm = {"mean": config.augmentation.normalize_mean, "std": config.augmentation.normalize_std}
-    tiles = list(read_tiles(source, MAX_TILES))
-    embeddings = embed_images(model, tiles, size=config.crops.global_crops_size, **norm)
-    shown = tiles[:: max(1, len(tiles) // PCA_TILES)][:PCA_TILES]
-    patch = config.student.patch_size
-    size = max(patch, min(shown[0].shape[:2]) // patch * patch)
-    return embeddings, draw_pca(shown, patch_feature_map(model, shown, size=size, **norm))
-
-
-def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
+def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
     """Write the report of a run.
 
     Args:
         output_dir: the run's folder.
         tiles: Parquet dataset to embed; None takes the validation patients' tiles, or the training data.
         report_dir: new or empty folder, or that of an earlier report, which is replaced.
-
-    Returns:
-        Path of the page.
 
     Raises:
         FileNotFoundError, ValueError: if something the report is made of is missing, or the folder is in use.
@@ -108,16 +81,27 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
     config = load_config(output_dir / "config.yaml")
     teacher = newest_teacher(output_dir)
     data = open_data(config, output_dir / "stream_index")
-    embedded, source = choose_tiles(tiles, data)
+    held_out = [source for source in data.held_out if source]
+    if tiles:
+        embedded, source = f"tiles of {tiles}", ParquetSource(tiles)
+    else:
+        embedded = "validation tiles" if held_out else "training tiles"
+        source = make_source(held_out) if held_out else data.source
     model = load_teacher(str(teacher)).to(select_device())
+    norm = {"mean": config.augmentation.normalize_mean, "std": config.augmentation.normalize_std}
+    patch = config.student.patch_size
     with memory_advice("hide the GPU with CUDA_VISIBLE_DEVICES='' to use the CPU"):
-        embeddings, pca = look_through(model, source, config)
+        pixels = list(read_tiles(source, MAX_TILES))
+        embeddings = embed_images(model, pixels, size=config.crops.global_crops_size, **norm)
+        shown = pixels[:: max(1, len(pixels) // PCA_TILES)][:PCA_TILES]
+        size = max(patch, min(shown[0].shape[:2]) // patch * patch)  # about their own
+        pca = draw_pca(shown, patch_feature_map(model, shown, size=size, **norm))
     tables = {
         "Losses": loss_table(metrics),
         "Throughput": speed_table(metrics),
         f"Embeddings of {embedded} by {teacher.parent.name}": embedding_table(embeddings),
     }
-    crops = draw_crops(*augmented_batch(config, data.source), config.student.patch_size)
+    crops = draw_crops(*augmented_batch(config, data.source), patch)
     images = {
         "loss_curves.png": ("Curves", as_png(draw_curves(metrics))),
         "crops.png": ("Augmented crops, masked patches grey", as_png(crops)),
@@ -133,7 +117,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> Path:
         with partials[-2].open("wb") as file:
             np.save(file, embeddings)
         partials[-1].write_text(page)
-    return report_dir / PAGE
+    logger.info("Report: %s", report_dir / PAGE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,12 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-
-    def report() -> None:
-        page = make_report(args.output_dir, args.tiles, args.output or args.output_dir / "report")
-        logger.info("Report: %s", page)
-
-    return run_command(report, logger, errors=(DeviceError,))
+    report_dir = args.output or args.output_dir / "report"
+    return run_command(lambda: make_report(args.output_dir, args.tiles, report_dir), logger, errors=(DeviceError,))
 
 
 if __name__ == "__main__":

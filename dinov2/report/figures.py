@@ -23,11 +23,7 @@ def as_png(figure: Figure) -> bytes:
 
 
 def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
-    """Every loss term, the learning rate, the gradient norms and the throughput against the step.
-
-    Args:
-        metrics: columns of ``metrics.jsonl`` by name, each (records,).
-    """
+    """Every loss term, the learning rate, the gradient norms and the throughput against the step."""
     panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss")}
     panels["learning rate"] = ["lr"]
     panels["gradient norm before clipping"] = [name for name in metrics if name.startswith("grad_norm")]
@@ -37,7 +33,15 @@ def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
         for name in names:
-            _draw_line(axis, metrics["step"], metrics[name], name.removeprefix("grad_norm_"))
+            steps, values, label = metrics["step"], metrics[name], name.removeprefix("grad_norm_")
+            window = len(values) // 50
+            if window < 2:
+                axis.plot(steps, values, lw=1.6, label=label)
+                continue
+            # Many values are drawn faint under their running mean over 2 % of the run.
+            (line,) = axis.plot(steps, values, lw=0.8, alpha=0.3)
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
+            axis.plot(steps[window - 1 :], smooth, lw=1.6, color=line.get_color(), label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -51,28 +55,15 @@ def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _draw_line(axis: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    """The values; where there are many, faint under their running mean over 2 % of the run."""
-    window = len(values) // 50
-    if window < 2:
-        axis.plot(steps, values, lw=1.6, label=label)
-        return
-    (line,) = axis.plot(steps, values, lw=0.8, alpha=0.3)
-    smooth = np.convolve(values, np.ones(window) / window, "valid")
-    axis.plot(steps[window - 1 :], smooth, lw=1.6, color=line.get_color(), label=label)
-
-
 def draw_crops(tiles: Sequence[np.ndarray], batch: Mapping[str, Tensor], patch_size: int) -> Figure:
-    """Tiles, one per row, with their augmented views; masked patches are grey.
-
-    Args:
-        tiles: B arrays, uint8 (H, W, 3) RGB.
-        batch: what the collate function made of them: ``global_crops``, ``local_crops``, ``masks``.
-        patch_size: side of a patch in pixels.
-    """
+    """Tiles, uint8 (H, W, 3), one per row, with the views that collation made of them, masked patches grey."""
     images = len(tiles)
-    crops_and_masks = zip(batch["global_crops"], batch["masks"], strict=True)
-    masked = [_grey_out(crop, mask, patch_size) for crop, mask in crops_and_masks]
+    masked = []
+    for crop, mask in zip(batch["global_crops"], batch["masks"], strict=True):
+        grid = mask.reshape(crop.shape[1] // patch_size, -1)
+        hidden = grid.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1).numpy()[..., None]
+        image = crop.permute(1, 2, 0).numpy()
+        masked.append(np.where(hidden, (0.1 * image + 0.9 * MASK_GREY).astype(np.uint8), image))
     local = batch["local_crops"].permute(0, 2, 3, 1).numpy()[: MAX_LOCAL_CROPS * images]
     views = [*tiles, *masked, *local]  # view-major
     titles = ["tile", "global 1", "global 2", *(f"local {i + 1}" for i in range(len(local) // images))]
@@ -85,20 +76,10 @@ def draw_crops(tiles: Sequence[np.ndarray], batch: Mapping[str, Tensor], patch_s
     return figure
 
 
-def _grey_out(crop: Tensor, mask: Tensor, patch_size: int) -> np.ndarray:
-    """uint8 (3, S, S) with the patches of a bool (N,) mask turned grey; (S, S, 3)."""
-    grid = mask.reshape(crop.shape[1] // patch_size, -1)
-    hidden = grid.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1).numpy()[..., None]
-    image = crop.permute(1, 2, 0).numpy()
-    return np.where(hidden, (0.1 * image + 0.9 * MASK_GREY).astype(np.uint8), image)
-
-
 def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
     """Tiles, each beside the first three principal components of its patch features as red, green and blue.
 
-    Args:
-        tiles: uint8 (H, W, 3) RGB.
-        features: (len(tiles), rows, columns, D); the components are those of all tiles together.
+    The features are (len(tiles), rows, columns, D); the components are those of all tiles together.
     """
     rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
     centred = rows - rows.mean(0)
@@ -114,8 +95,8 @@ def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
         _show(right, colour)
     for axis in axes[2 * len(tiles) :]:
         axis.set_visible(False)
-    share = np.square(sigma[:3]).sum() / max(np.square(sigma).sum(), 1e-12)
-    title = f"tiles, and three principal components of their patch features ({share:.0%} of the variance)"
+    fraction = np.square(sigma[:3]).sum() / max(np.square(sigma).sum(), 1e-12)
+    title = f"tiles, and three principal components of their patch features ({fraction:.0%} of the variance)"
     figure.suptitle(title, fontsize=10)
     return figure
 

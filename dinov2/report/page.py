@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,7 @@ from dinov2.eval.probe.spread import mean_cosine, rankme
 Table = list[tuple[str, ...]]
 """A row of headings, then rows of cells."""
 
-_SPEEDS = {
-    "img_per_s": "images per second",
-    "data_wait_pct": "waiting for data, %",
-    "memory_gib": "peak memory, GiB",
-}
+_SPEEDS = {"img_per_s": "images per second", "data_wait_pct": "waiting for data, %", "memory_gib": "peak memory, GiB"}
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -35,19 +32,16 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist; give the output folder of a training run.")
-    by_step = {record["step"]: record for record in _records(path) if "/" not in "".join(record)}
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if "/" not in "".join(record):
+                by_step[record["step"]] = record
     if not by_step:
         raise ValueError(f"{str(path)!r} holds no record yet; wait until the run has logged a step.")
     records = [by_step[step] for step in sorted(by_step)]
     return {name: np.array([record.get(name, np.nan) for record in records]) for name in records[-1]}
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 def loss_table(metrics: Mapping[str, np.ndarray]) -> Table:
@@ -80,14 +74,7 @@ def as_text(title: str, table: Table) -> str:
 
 
 def render_page(title: str, tables: Mapping[str, Table], images: Mapping[str, tuple[str, bytes]], config: str) -> str:
-    """HTML with everything in it.
-
-    Args:
-        title: of the page.
-        tables: by heading.
-        images: heading and PNG of each, by file name.
-        config: the run's YAML.
-    """
+    """HTML with everything in it: tables by heading, heading and PNG of images by file name, the run's YAML."""
     environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     return environment.get_template("page.html").render(title=title, tables=tables, images=images, config=config)

@@ -7,15 +7,15 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+# Exit statuses.
 DONE = 0
-FAILURES = 1
-"""Done, but some items failed and are listed."""
-USER_ERROR = 2
-"""One sentence has said what the user can mend."""
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
+FAILURES = 1  # done, but some items failed and are listed
+USER_ERROR = 2  # one sentence has said what the user can mend
+INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C: 130
+TERMINATED = 128 + signal.SIGTERM  # 143
 
 
 class Terminated(BaseException):
@@ -33,25 +33,22 @@ def run_command(
     errors: tuple[type[BaseException], ...] = (),
     resumable: bool = False,
 ) -> int:
-    """Run a command's body and turn what ends it into a sentence and an exit status.
-
-    ====  =======================================================
-    0     done
-    1     done, and some items failed (the body returns it)
-    2     an error that the user can mend, in one sentence
-    130   interrupted (Ctrl-C)
-    143   terminated (SIGTERM)
-    ====  =======================================================
+    """Run a command's body and turn what ends it into a sentence and an exit status of those above.
 
     Args:
         body: the command; returns an exit status, or None for 0.
         logger: where the sentence goes; the traceback goes there at level DEBUG.
-        errors: exceptions, beside ValueError, OSError and ImportError, whose text is a sentence for
-            the user.
+        errors: exceptions, beside ValueError, OSError and ImportError, whose text is a sentence for the user.
         resumable: the same command goes on where it was stopped, which the last sentence says.
     """
     goes_on = "the same command goes on from here." if resumable else "nothing unfinished was kept."
-    previous = _on_sigterm()
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    previous = None
+    with suppress(ValueError):  # not the main thread, which alone may set handlers
+        previous = signal.signal(signal.SIGTERM, terminate)
     try:
         return body() or DONE
     except ToldElsewhere:
@@ -69,16 +66,6 @@ def run_command(
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-
-
-def _on_sigterm() -> signal.Handlers | Callable | None:
-    def terminate(number: int, frame: object) -> None:
-        raise Terminated
-
-    try:
-        return signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread, which alone may set handlers
-        return None
 
 
 # One name for each option. The spellings after the first are older ones of single commands and stay valid.
@@ -100,15 +87,14 @@ def add_pooling(parser: argparse._ActionsContainer) -> None:
 def add_dtype(
     parser: argparse._ActionsContainer,
     default: str | None = None,
-    what: str = "of the matrix products (default: bf16 on a GPU, fp32 on the CPU)",
+    what: str = "of the matmuls (default: bf16 on a GPU, fp32 on the CPU)",
 ) -> None:
-    """``--dtype``: of the network's matrix products, or of what is written."""
+    """``--dtype``: of the network's matmuls, or of what is written."""
     parser.add_argument("--dtype", "--autocast", choices=("fp32", "bf16", "fp16"), default=default, help=what)
 
 
 def add_image_size(
-    parser: argparse._ActionsContainer,
-    what: str = "side of the network's input (default: as trained, else 224)",
+    parser: argparse._ActionsContainer, what: str = "side of the network's input (default: as trained, else 224)"
 ) -> None:
     """``--image-size``: side of the network's input."""
     parser.add_argument("--image-size", "--size", "--resize", type=int, metavar="PX", help=what)

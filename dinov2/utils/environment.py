@@ -37,7 +37,16 @@ def select_device(name: str | None = None) -> torch.device:
         ValueError: if the name is none of a device.
     """
     if name is not None:
-        return _named_device(name)
+        match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+        if match is None:
+            raise ValueError(f"Device {name!r} is unknown; cpu, cuda or cuda:N is expected.")
+        device = select_device() if name == "cuda" else torch.device(name)
+        if name != "cpu" and (device.type != "cuda" or device.index >= torch.cuda.device_count()):
+            raise DeviceError(
+                f"Device {name!r} is unavailable: PyTorch sees {torch.cuda.device_count() or 'no'} GPUs; --device cpu "
+                "runs on the processor."
+            )
+        return device
     if _gpus_hidden():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -47,21 +56,6 @@ def select_device(name: str | None = None) -> torch.device:
     if os.environ.get(ALLOW_CPU) == "1":
         return torch.device("cpu")
     raise DeviceError(f"{problem} ({ALLOW_CPU}=1 runs on the CPU instead.)")
-
-
-def _named_device(name: str) -> torch.device:
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if match is None:
-        raise ValueError(f"Device {name!r} is unknown; cpu, cuda or cuda:N is expected.")
-    if name == "cpu":
-        return torch.device("cpu")
-    device = torch.device(name) if match[1] else select_device()
-    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"Device {name!r} is unavailable: PyTorch sees {torch.cuda.device_count() or 'no'} GPUs; --device cpu runs "
-            "on the processor."
-        )
-    return device
 
 
 @contextmanager
@@ -81,7 +75,20 @@ def gpu_problem(index: int = 0) -> str | None:
     if _gpus_hidden():
         return None
     if not torch.cuda.is_available():
-        return _unavailable() if nvidia_gpu_present() else None
+        if not nvidia_gpu_present():
+            return None
+        if torch.version.cuda is None:
+            return (
+                f"This machine has an NVIDIA GPU, but PyTorch {torch.__version__} is built without CUDA: "
+                "run ./install.sh again where PyTorch's package index can be reached."
+            )
+        supported = re.search(r"CUDA (?:\w+ )?Version:\s*([\d.]+)", _nvidia_smi())
+        driver = f"whose driver supports CUDA {supported[1]}" if supported else "whose driver does not answer"
+        return (
+            f"This machine has an NVIDIA GPU {driver}, which PyTorch {torch.__version__} with CUDA "
+            f"{torch.version.cuda} cannot use: update the driver, give this container or job access to the GPU, "
+            "or run ./install.sh again where PyTorch's package index can be reached."
+        )
     if index >= torch.cuda.device_count():
         return (
             f"LOCAL_RANK {index} has no GPU of its own, {torch.cuda.device_count()} being visible: "
@@ -100,9 +107,8 @@ def gpu_problem(index: int = 0) -> str | None:
 
 def nvidia_gpu_present() -> bool:
     """Whether the machine shows an NVIDIA GPU, whatever PyTorch makes of it."""
-    if any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*")):
-        return True
-    return "GPU " in _nvidia_smi("-L")
+    folders = (("/dev", "nvidia[0-9]*"), ("/proc/driver/nvidia/gpus", "*"))
+    return any(any(Path(folder).glob(names)) for folder, names in folders) or "GPU " in _nvidia_smi("-L")
 
 
 def main() -> int:
@@ -126,21 +132,6 @@ def _gpus_hidden() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
 
 
-def _unavailable() -> str:
-    if torch.version.cuda is None:
-        return (
-            f"This machine has an NVIDIA GPU, but PyTorch {torch.__version__} is built without CUDA: "
-            "run ./install.sh again where PyTorch's package index can be reached."
-        )
-    supported = re.search(r"CUDA (?:\w+ )?Version:\s*([\d.]+)", _nvidia_smi())
-    driver = f"whose driver supports CUDA {supported[1]}" if supported else "whose driver does not answer"
-    return (
-        f"This machine has an NVIDIA GPU {driver}, which PyTorch {torch.__version__} with CUDA "
-        f"{torch.version.cuda} cannot use: update the driver, give this container or job access to the GPU, "
-        "or run ./install.sh again where PyTorch's package index can be reached."
-    )
-
-
 def _nvidia_smi(*arguments: str) -> str:
     if shutil.which("nvidia-smi") is None:
         return ""
@@ -152,14 +143,9 @@ def _nvidia_smi(*arguments: str) -> str:
 
 def _runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
     """Machine code runs within its major version from its minor version on, PTX on everything newer."""
-    for name in built_for:
-        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)", name)
-        if match is None:
-            continue
-        built = (int(match[2]), int(match[3]))
-        if built <= capability and (match[1] == "compute" or built[0] == capability[0]):
-            return True
-    return False
+    matches = filter(None, (re.fullmatch(r"(sm|compute)_(\d+)(\d)", name) for name in built_for))
+    built = [(kind, (int(major), int(minor))) for kind, major, minor in (match.groups() for match in matches)]
+    return any(version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in built)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def replacing(*paths: Path) -> Iterator[Any]:
     give the one that vouches for the others last.
 
     Yields:
-        The path to write, or a tuple of them where several were given.
+        The path to write, or a tuple where several were given.
     """
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
@@ -84,25 +84,33 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
         return None
 
 
-def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
-    """Write several new texts in order, which get their names together, the last one first.
+@contextmanager
+def adding(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Name a file to write for each new path; they get their names in order when the block ends well.
 
-    A kill in between leaves some of them in place; called again with the same contents, it adds the rest.
-
-    Args:
-        contents: lines of each file.
+    A kill in between leaves some of them in place; the same contents again add the rest.
 
     Raises:
-        FileExistsError: if a file exists with other contents.
+        FileExistsError: if a file exists with other contents; none is then added.
     """
-    paths = tuple(reversed(contents))
-    with replacing(*paths) as partials:
-        partials = partials if len(paths) > 1 else (partials,)
-        for path, partial in zip(reversed(paths), reversed(partials), strict=True):
-            with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(contents[path])
+    with ExitStack() as stack:
+        partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
+        yield partials
+        for path, partial in zip(paths, partials, strict=True):
+            _sync(partial)
             if path.exists() and not filecmp.cmp(path, partial, shallow=False):
-                raise FileExistsError(f"'{path}' exists already with other contents; move it away.")
+                raise FileExistsError(f"'{path}' exists already with other contents; name another or move it away.")
+        for path, partial in zip(paths, partials, strict=True):
+            if not path.exists():
+                commit(partial, path)
+
+
+def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
+    """Write several new texts, given by lines, in order; they get their names as of `adding`, the last one first."""
+    with adding(*reversed(contents)) as partials:
+        for lines, partial in zip(contents.values(), reversed(partials), strict=True):
+            with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(lines)
 
 
 def leftovers(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -118,17 +126,13 @@ def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def check_description(path: Path, identity: dict[str, Any]) -> bool:
-    """Compare a folder's description with what is to be built in it.
-
-    Args:
-        path: the description.
-        identity: what decides over the rows, as JSON holds it.
+    """Compare a folder's description, if there is one, with what decides over the rows that are to be built in it.
 
     Returns:
-        Whether there is a description.
+        Whether there is one.
 
     Raises:
-        FileExistsError: if it is of another build, or damaged.
+        FileExistsError: if it is of another build, or corrupt.
     """
     try:
         found = json.loads(path.read_text())["build"]
@@ -158,7 +162,7 @@ def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Itera
     Args:
         path: a folder, or a file, made where it is missing, that this process must not open again before the end.
         first, length: the range; an empty one locks nothing.
-        busy: the error where another process holds it, where there is more to say than that it does.
+        busy: the error where another process holds it, if not the usual one.
 
     Raises:
         FileExistsError: if another process holds the lock.

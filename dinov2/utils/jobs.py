@@ -38,28 +38,27 @@ def run_jobs(
         ChildProcessError: if a process was killed from outside (memory, signal).
         Exception: what ``function`` raises; jobs that have not begun are then dropped.
     """
-    with tqdm(total=len(jobs), unit=unit, disable=None) as bar:
-        for place, result in _in_processes(function, jobs, min(workers, len(jobs)), bar.refresh):
-            bar.update()
-            yield place, result
-
-
-def _in_processes(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, tick: Callable[[], object]
-) -> Iterator[tuple[int, Result]]:
+    workers = min(workers, len(jobs))
+    bar = tqdm(total=len(jobs), unit=unit, disable=None)
     if workers <= 1:
-        yield from ((place, function(job)) for place, job in enumerate(jobs))
+        with bar:
+            for number, job in enumerate(jobs):
+                result = function(job)
+                bar.update()
+                yield number, result
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        places: dict[Future[Result], int] = {pool.submit(function, job): place for place, job in enumerate(jobs)}
-        pending = set(places)
+    with bar, ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        numbers: dict[Future[Result], int] = {pool.submit(function, job): number for number, job in enumerate(jobs)}
+        pending = set(numbers)
         try:
             while pending:
                 done, pending = wait(pending, _REFRESH_SECONDS, return_when=FIRST_COMPLETED)
-                tick()
+                bar.refresh()
                 for future in done:
-                    yield places[future], future.result()
+                    result = future.result()
+                    bar.update()
+                    yield numbers[future], result
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"One of {workers} processes was killed, perhaps for want of memory; try fewer --workers."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -10,8 +11,6 @@ def package_versions(names: tuple[str, ...] = ("torch", "torchvision", "numpy", 
     """Versions of Python and of the named packages that are installed."""
     versions = {"python": platform.python_version()}
     for name in names:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions

@@ -16,7 +16,7 @@ class Registry(Mapping[str, Any]):
     this package is used by naming it.
 
     Args:
-        kind: what the parts are, in the singular, for messages: ``loss``.
+        kind: what the parts are, in the singular, for messages.
         targets: ``module:attribute`` by name.
     """
 

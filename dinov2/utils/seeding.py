@@ -11,13 +11,11 @@ def sample_rng(seed: int, index: int, stream: int, part: int = 0) -> np.random.G
     """Return the generator of one stream of one sample, independent of rank, worker and order of calls.
 
     Philox is counter based: ``(seed, index)`` is its key; ``stream`` and ``part`` are the two highest words of its
-    counter, so that the streams of one key lie 2^128 blocks apart and never meet.
+    counter, so that the streams of one key lie 2^128 blocks apart and never meet. All are in [0, 2^64).
 
     Args:
-        seed: seed of the run, in [0, 2^64).
-        index: global sample index (or any other number that names the owner), in [0, 2^64).
-        stream: which of the owner's streams, in [0, 2^64).
-        part: which part of the stream, such as a view of the sample, in [0, 2^64).
+        index: global sample index, or any other number that names the owner.
+        part: of the stream, such as a view of the sample.
     """
     # A plain list with a number above 2^63 would pass through float64 and lose its low bits.
     key = np.array([seed, index], np.uint64)
@@ -26,12 +24,7 @@ def sample_rng(seed: int, index: int, stream: int, part: int = 0) -> np.random.G
 
 
 class SampleStreams:
-    """All streams of one sample by one generator, which is moved: twenty times as fast as a `sample_rng` for each.
-
-    Args:
-        seed: seed of the run, in [0, 2^64).
-        index: global sample index, in [0, 2^64).
-    """
+    """All streams of one sample by one generator, which is moved: twenty times as fast as a `sample_rng` for each."""
 
     def __init__(self, seed: int, index: int) -> None:
         self._rng = sample_rng(seed, index, 0)

@@ -25,9 +25,9 @@ from dinov2.eval.embed.inputs import KINDS, Grid, open_input
 from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts
 from dinov2.eval.features import Embedding, embed_tiles
 from dinov2.hub import load_teacher, trained_with
-from dinov2.hub.architecture import describe
 from dinov2.hub.pretrained import local_weights
 from dinov2.hub.record import normalisation
+from dinov2.hub.teacher import describe
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES

@@ -9,25 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
-
-from dinov2.hub.architecture import description
+from dinov2.hub.export import verify
 from dinov2.hub.export.formats import files_for, resampled_by
-from dinov2.hub.export.verify import (
-    LIBRARIES,
-    TOLERANCES,
-    agreement,
-    open_export,
-    read_tiles,
-    require_library,
-    tokens,
-)
 from dinov2.hub.layouts.meta import is_vit, resize_grid, vit_arguments
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import write_new
-from dinov2.hub.teacher import load_teacher
+from dinov2.hub.teacher import description, load_teacher
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
@@ -35,8 +23,8 @@ from dinov2.utils.dtypes import DTYPES
 logger = logging.getLogger("dinov2")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov2.export",
         description="Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
@@ -44,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     cli.add_checkpoint(parser)
-    add("--format", required=True, choices=LIBRARIES, help="whose names and files")
+    add("--format", required=True, choices=verify.LIBRARIES, help="whose names and files")
     add("--output", required=True, type=Path, help="a new or empty folder")
     cli.add_dtype(parser, "fp32", "of all weights (%(default)s)")
     cli.add_image_size(parser, "resample the position grid to square images of this side (default: as in the file)")
@@ -54,20 +42,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="open the export with its library and compare all tokens on images of this folder, or on scikit-image's "
         "micrograph",
     )  # fmt: skip
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = parse_arguments(argv)
+    args = parser.parse_args(argv)
     setup_logging()
     return cli.run_command(lambda: _export(args), logger)
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.verify is not None:
-        require_library(args.format)
-        tiles = read_tiles(args.verify or None)
+        verify.require_library(args.format)
+        tiles = verify.read_tiles(args.verify or None)
     described = description(args.checkpoint)
     model = load_teacher(args.checkpoint)
     if args.image_size is not None:
@@ -84,9 +67,22 @@ def _export(args: argparse.Namespace) -> int:
     side, patch = arguments["img_size"], arguments["patch_size"]
     # One patch less: the position grid is resampled.
     sides = [side] if not alike or side == patch else [side, side - patch]
-    expected = {side: tokens(model, tiles, side, colours) for side in sides}
+    expected = [verify.tokens(model, tiles, side, colours) for side in sides]
     del model  # one at a time: the largest takes 9 GB
-    return _verify(args, open_export(args.format, args.output, arguments), expected, tiles, colours)
+    theirs, library = verify.open_export(args.format, args.output, arguments), verify.LIBRARIES[args.format]
+    holds = True
+    for side, ours in zip(sides, expected, strict=True):
+        found = verify.agreement(ours, verify.tokens(theirs, tiles, side, colours))
+        sys.stdout.write(f"{library}, {len(tiles)} tiles of {side} px: {found}\n")
+        holds &= found.holds(args.dtype)
+    if holds:
+        return cli.DONE
+    logger.error(
+        "%s disagrees: a difference of at most %g of the largest output and a cosine of at least %g are expected of "
+        "%s.",
+        library, *verify.TOLERANCES[args.dtype], args.dtype,
+    )  # fmt: skip
+    return cli.FAILURES
 
 
 def _resamples_alike(target: str, teacher: Mapping[str, Any]) -> bool:
@@ -98,29 +94,6 @@ def _resamples_alike(target: str, teacher: Mapping[str, Any]) -> bool:
         logger.warning(
             "For images of other than %d px %s resamples positions with antialias=%s, offset=%s, this teacher with "
             "antialias=%s, offset=%s: outputs will differ there; export with --image-size for the size in use.",
-            teacher["img_size"], "Meta's model" if target == "meta" else LIBRARIES[target], *theirs, *own,
+            teacher["img_size"], "Meta's model" if target == "meta" else verify.LIBRARIES[target], *theirs, *own,
         )  # fmt: skip
     return own == resampled_by("timm" if target == "meta" else target, registers)
-
-
-def _verify(
-    args: argparse.Namespace,
-    theirs: nn.Module,
-    expected: Mapping[int, Tensor],
-    tiles: Sequence[np.ndarray],
-    colours: Colours,
-) -> int:
-    """Report how far the export is from the teacher's tokens for images of these sides."""
-    library = LIBRARIES[args.format]
-    found = {side: agreement(of_ours, tokens(theirs, tiles, side, colours)) for side, of_ours in expected.items()}
-    for side, result in found.items():
-        sys.stdout.write(f"{library}, {len(tiles)} tiles of {side} px: {result}\n")
-    if all(result.holds(args.dtype) for result in found.values()):
-        return cli.DONE
-    relative, cosine = TOLERANCES[args.dtype]
-    logger.error(
-        "%s disagrees: a difference of at most %g of the largest output and a cosine of at least %g are "
-        "expected of %s.",
-        library, relative, cosine, args.dtype,
-    )  # fmt: skip
-    return cli.FAILURES

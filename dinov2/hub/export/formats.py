@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.architecture import describe
 from dinov2.hub.layouts.meta import gated_width, vit_arguments, width_ratio
 from dinov2.hub.layouts.timm import to_timm
 from dinov2.hub.layouts.transformers import to_transformers
 from dinov2.hub.pixels import Colours
+from dinov2.hub.teacher import describe
 
 _PUBLISHED = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1536, 40, 24): "giant"}
 _HIGHEST_RATIO = 16
@@ -35,9 +35,6 @@ def files_for(
 
     Args:
         target: "meta", "timm" or "hf".
-        model: the teacher.
-        dtype: of all tensors.
-        colours: of the images.
         described: the JSON beside the teacher, or nothing.
 
     Raises:
@@ -49,29 +46,24 @@ def files_for(
         return {"backbone.pth": _cast(state, dtype), "backbone.json": described}
     arguments = vit_arguments(model)
     if target == "timm":
-        config = timm_config(arguments, colours)
-        return {"model.safetensors": _cast(to_timm(state), dtype), "config.json": config}
-    config = transformers_config(arguments, dtype)
+        return {"model.safetensors": _cast(to_timm(state), dtype), "config.json": timm_config(arguments, colours)}
     return {
         "model.safetensors": _cast(to_transformers(state), dtype),
-        "preprocessor_config.json": processor_config(arguments["img_size"], colours),
-        "config.json": config,
+        "preprocessor_config.json": _processor_config(arguments["img_size"], colours),
+        "config.json": transformers_config(arguments, dtype),
     }
 
 
 def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any]:
-    """timm's ``config.json``: the model's name and what ``create_model`` is to be told beside it.
-
-    Raises:
-        ValueError: if timm has no such model.
-    """
+    """timm's ``config.json``: the arguments of ``create_model``; raises ValueError where timm has no such model."""
     _require(arguments, "timm")
     if arguments["proj_bias"] != arguments["ffn_bias"]:
         raise ValueError("timm's ViT has proj_bias and ffn_bias both or neither, this teacher one of them.")
     gated, registers = arguments["ffn_layer"] == "swiglufused", arguments["num_register_tokens"]
     shape = (arguments["embed_dim"], arguments["depth"], arguments["num_heads"])
     size = _PUBLISHED.get(shape)
-    told = {"img_size": arguments["img_size"], "dynamic_img_size": True}
+    side = arguments["img_size"]
+    told = {"img_size": side, "dynamic_img_size": True}
     if size is None or (size == "giant") != gated or arguments["mlp_ratio"] != 4:
         size = "giant" if gated else "small"
         told |= dict(zip(("embed_dim", "depth", "num_heads"), shape, strict=True))
@@ -83,7 +75,6 @@ def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any
     told |= {key: arguments[key] for key, usual in defaults.items() if arguments[key] != usual}
     if registers not in (0, 4):
         told["reg_tokens"] = registers
-    side = arguments["img_size"]
     return {
         "architecture": f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2",
         "num_classes": 0,
@@ -105,11 +96,7 @@ def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any
 
 
 def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Transformers' ``config.json``.
-
-    Raises:
-        ValueError: if transformers has no such model.
-    """
+    """Transformers' ``config.json``; raises ValueError where transformers has no such model."""
     _require(arguments, "transformers")
     if not (arguments["proj_bias"] and arguments["ffn_bias"]):
         raise ValueError("Transformers' DINOv2 has proj_bias and ffn_bias, this teacher has not.")
@@ -140,8 +127,8 @@ def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dic
     return config | ({"num_register_tokens": registers} if registers else {"use_mask_token": True})
 
 
-def processor_config(side: int, colours: Colours) -> dict[str, Any]:
-    """Transformers' ``preprocessor_config.json``: the shorter edge resized to ``side`` px, the centre cut out."""
+def _processor_config(side: int, colours: Colours) -> dict[str, Any]:
+    """The shorter edge is resized to ``side`` px, and the centre cut out."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,

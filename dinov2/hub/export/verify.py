@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,9 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 class Agreement:
     """How far an export's tokens are from the teacher's."""
 
-    difference: float
-    """Largest absolute one over all values of all tokens."""
-    largest: float
-    """Largest absolute value of the teacher's tokens."""
-    cosine: float
-    """Least one between a token and the teacher's."""
+    difference: float  # largest absolute one over all values of all tokens
+    largest: float  # absolute value of the teacher's tokens
+    cosine: float  # least one between a token and the teacher's
 
     def __str__(self) -> str:
         return (
@@ -50,11 +48,7 @@ class Agreement:
 
 
 def require_library(target: str) -> None:
-    """Make sure that a format can be verified.
-
-    Raises:
-        ImportError: if the library is not installed.
-    """
+    """Make sure that a format can be verified; raises ImportError where its library is not installed."""
     library = LIBRARIES[target]
     if find_spec(library) is None:
         raise ImportError(
@@ -68,13 +62,19 @@ def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Co
 
     Args:
         model: a teacher, or what `open_export` returns; becomes float64.
-        tiles: uint8 (H, W, 3) RGB.
-        side: the centred square of each is resized to it.
-        colours: to normalise with.
+        tiles: uint8 (H, W, 3) RGB; the centred square of each is resized to ``side``.
     """
     model.double()
-    images = (network_input([centred_square(tile, side)], colours, dtype=torch.float64) for tile in tiles)
-    return torch.cat([_tokens(model, image) for image in images])
+    found = []
+    for tile in tiles:
+        image = network_input([centred_square(tile, side)], colours, dtype=torch.float64)
+        if not hasattr(model, "forward_features"):
+            out = model(image).last_hidden_state
+        elif not isinstance(out := model.forward_features(image), Tensor):
+            out = [out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]]
+            out = torch.cat(out, dim=1)
+        found.append(out)
+    return torch.cat(found)
 
 
 def agreement(expected: Tensor, found: Tensor) -> Agreement:
@@ -90,34 +90,27 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
     """Open the files in a folder with their library, as its users do.
 
     Args:
-        target: the format.
-        folder: of the export.
         arguments: see `dinov2.hub.layouts.meta.vit_arguments`; files in Meta's format do not hold them for timm.
 
     Raises:
         ValueError: if timm has no model for a "meta" export of this teacher.
     """
+    config = timm_config(arguments, Colours()) if target == "meta" else json.loads((folder / "config.json").read_text())
     if target == "hf":
         import transformers
 
-        config = json.loads((folder / "config.json").read_text())
-        model, report = getattr(transformers, config["architectures"][0]).from_pretrained(
-            folder, output_loading_info=True
-        )
+        architecture = getattr(transformers, config["architectures"][0])
+        model, report = architecture.from_pretrained(folder, output_loading_info=True)
         if report["missing_keys"] or report["unexpected_keys"]:
             raise ValueError(f"transformers {transformers.__version__} reads other names than {str(folder)!r} has.")
         return model.eval()
     import timm
     from safetensors.torch import load_file
 
+    make = partial(timm.create_model, config["architecture"], **config["model_args"])
     if target == "meta":
-        config = timm_config(arguments, Colours())
-        here = {"file": str(folder / "backbone.pth")}
-        return timm.create_model(
-            config["architecture"], pretrained=True, pretrained_cfg_overlay=here, **config["model_args"]
-        ).eval()
-    config = json.loads((folder / "config.json").read_text())
-    model = timm.create_model(config["architecture"], **config["model_args"])
+        return make(pretrained=True, pretrained_cfg_overlay={"file": str(folder / "backbone.pth")}).eval()
+    model = make()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 
@@ -140,24 +133,11 @@ def read_tiles(folder: str | None) -> list[np.ndarray]:
     names = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGES)
     if not names:
         raise FileNotFoundError(f"Tiles {folder!r} are not there; a folder of {', '.join(_IMAGES)} is expected.")
-    count = min(MAX_TILES, len(names))
-    tiles = []
-    for i in range(count):
-        path = names[i * len(names) // count]
+    count, tiles = min(MAX_TILES, len(names)), []
+    for path in (names[i * len(names) // count] for i in range(count)):
         try:
             with Image.open(path) as image:
                 tiles.append(np.asarray(image.convert("RGB")))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(f"Tile {str(path)!r} cannot be decoded ({error}); an image is expected.") from error
     return tiles
-
-
-def _tokens(model: nn.Module, images: Tensor) -> Tensor:
-    """Class token, registers, patches: (B, 1 + R + N, D)."""
-    if not hasattr(model, "forward_features"):
-        return model(images).last_hidden_state
-    out = model.forward_features(images)
-    if isinstance(out, Tensor):
-        return out
-    parts = [out["x_norm_clstoken"][:, None], out["x_norm_regtokens"], out["x_norm_patchtokens"]]
-    return torch.cat(parts, dim=1)

@@ -34,11 +34,7 @@ def num_registers(state: Mapping[str, Tensor]) -> int:
 
 
 def require_vit(path: str, state: Mapping[str, Tensor]) -> None:
-    """Make sure that the tensors by which a ViT's architecture is told are there.
-
-    Raises:
-        ValueError: if one is missing or has another number of dimensions.
-    """
+    """Make sure that the tensors by which a ViT's architecture is told are there; raises ValueError."""
     absent = [key for key in _DIMENSIONS if key not in state and key != "register_tokens"]
     if absent:
         raise ValueError(f"Weights {path!r} hold no backbone: {', '.join(absent)} missing; a DINOv2 ViT is expected.")
@@ -51,15 +47,12 @@ def require_vit(path: str, state: Mapping[str, Tensor]) -> None:
 
 
 def vit_from_shapes(path: str, state: Mapping[str, Tensor], layout: str, heads: int | None) -> DinoVisionTransformer:
-    """Build the ViT that weights are of.
+    """Build the ViT that weights, under Meta's names, are of.
 
-    Positions are resampled as the models with these names do it: timm's always, Meta's and transformers' with
-    registers antialiased to exact sides.
+    Positions are resampled as the models with the file's ``layout`` do it: timm's always, Meta's and transformers'
+    with registers antialiased to exact sides.
 
     Args:
-        path: the weights' file, for messages.
-        state: the weights under Meta's names.
-        layout: whose names the file has.
         heads: attention heads where something beside the file tells them.
 
     Raises:
@@ -98,7 +91,6 @@ def vit_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes tell."""
     blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     ffn_layer, hidden_over_width = "identity", 4.0
@@ -142,9 +134,9 @@ def width_ratio(hidden: int, width: int) -> float:
 
 def take_grid(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a ViT without weights the position grid, of another size, that its weights have."""
-    side = _grid_side(state)
-    if model.pos_embed.shape[1] != 1 + side**2:
-        _set_grid(model, model.pos_embed.new_empty(1, 1 + side**2, model.embed_dim))
+    tokens = 1 + _grid_side(state) ** 2
+    if model.pos_embed.shape[1] != tokens:
+        _set_grid(model, model.pos_embed.new_empty(1, tokens, model.embed_dim))
 
 
 def resize_grid(model: nn.Module, image_size: int) -> None:
@@ -156,9 +148,8 @@ def resize_grid(model: nn.Module, image_size: int) -> None:
     patch = vit_arguments(model)["patch_size"]
     if image_size < patch or image_size % patch:
         raise ValueError(f"The image size is {image_size}; a positive multiple of the patch's {patch} px is expected.")
-    sides = (image_size // patch, image_size // patch)
     with torch.no_grad():
-        grid = resample_positions(model.pos_embed, sides, model.interpolate_antialias, model.interpolate_offset)
+        grid = model.interpolate_pos_encoding(model.pos_embed, image_size, image_size)
     _set_grid(model, grid.clone())
 
 

@@ -35,11 +35,6 @@ _JOINT = {
 }
 
 
-def is_transformers_layout(state: Mapping[str, object]) -> bool:
-    """Whether a state dict has transformers' names."""
-    return "embeddings.cls_token" in state
-
-
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename transformers' tensors, on disk or in memory, and join those that Meta holds in one.
 

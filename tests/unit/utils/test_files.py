@@ -123,6 +123,13 @@ def test_lock_is_exclusive_between_processes_and_goes_with_its_holder(tmp_path: 
     assert run(program, path, 0, 4).returncode == 0
 
 
+def test_folder_is_locked_without_a_file_in_it(tmp_path: Path):
+    program = "import sys, pathlib, dinov2.utils.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): pass"
+    with locked(tmp_path):
+        assert run(program, tmp_path).returncode == 1
+    assert run(program, tmp_path).returncode == 0 and not list(tmp_path.iterdir())
+
+
 def test_empty_range_locks_nothing(tmp_path: Path):
     program = "import sys, pathlib, dinov2.utils.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): pass"
     with locked(tmp_path / "lock", 0, 0):
