@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,9 @@ from dinov2.train.update.optim import state_of
 from dinov2.train.update.weight_update import WeightUpdate, local_shard, refresh
 
 BLOCK, WARPS = 512, 4  # of the kernel
-_LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class _Weight:
+class _Weight(NamedTuple):
     """A trained parameter with all that is updated beside it."""
 
     student: nn.Parameter
@@ -29,10 +26,6 @@ class _Weight:
     group: int | None  # of the optimiser; None: AdamW does not know the parameter
     student_low: Tensor | None
     teacher_low: Tensor | None
-
-    @property
-    def is_trained(self) -> bool:
-        return self.group is not None and self.student.grad is not None
 
 
 class FusedWeightUpdate(WeightUpdate):
@@ -45,8 +38,7 @@ class FusedWeightUpdate(WeightUpdate):
     The optimiser's groups and state tensors are used as they are, so that checkpoints do not differ. Gradients are
     not scaled in place. A gradient that is no contiguous float32 is converted first, at the cost of a pass.
 
-    Args:
-        optimizer, modules, teacher, max_norm, low_precision, scaler: as of `WeightUpdate`.
+    Arguments are those of `WeightUpdate`.
 
     Raises:
         ValueError: if it cannot be used here; see `why_not_fused`.
@@ -54,26 +46,30 @@ class FusedWeightUpdate(WeightUpdate):
 
     chunk = 64 * 1024  # elements per program of the kernel
 
-    def __init__(
-        self,
-        optimizer: torch.optim.AdamW,
-        modules: Mapping[str, nn.Module],
-        teacher: Mapping[str, nn.Module],
-        max_norm: float,
-        low_precision: Sequence[tuple[Tensor, Tensor]] = (),
-        scaler: torch.amp.GradScaler | None = None,
-    ):
-        super().__init__(optimizer, modules, teacher, max_norm, low_precision, scaler)
-        reason = why_not_fused(optimizer, modules, teacher, scaler)
-        if reason:
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if reason := why_not_fused(self.optimizer, self.modules, self.teacher, self.scaler):
             raise ValueError(reason)
-        from dinov2.train.update import kernel as update_kernel
+        from dinov2.train.update import kernel
 
-        self._kernel = update_kernel
-        self._weights, self._others = _match(optimizer, modules, teacher, self.low_precision)
-        networks = (*modules.values(), *teacher.values())
+        self._kernel = kernel
+        for module in self.teacher.values():
+            reshard(module)
+        networks = (*self.modules.values(), *self.teacher.values())
         self._written = [p for module in networks for p in module.parameters()]
         self._written += [low for _, low in self.low_precision]
+        # The kernel writes one low-precision weight of each weight; `refresh` writes the others.
+        fused = {weight: low for weight, low in self.low_precision if _kernel_writes(weight, low)}
+        self._others = [(weight, low) for weight, low in self.low_precision if fused.get(weight) is not low]
+        groups = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        self._weights = []
+        for index, (name, module) in enumerate(self.modules.items()):
+            trained = list(module.parameters())
+            averages = list(self.teacher[name].parameters()) if name in self.teacher else [None] * len(trained)
+            self._weights += [
+                _Weight(parameter, average, index, groups.get(parameter), fused.get(parameter), fused.get(average))
+                for parameter, average in zip(trained, averages, strict=True)
+            ]
         self._sizes: list[int] = []
         self._chunks = torch.empty(0)
 
@@ -82,19 +78,25 @@ class FusedWeightUpdate(WeightUpdate):
         """As of `WeightUpdate`."""
         for module in self.teacher.values():
             reshard(module)
-        trained = [weight for weight in self._weights if weight.is_trained]
+        device = all_finite.device
+        trained = [w.student for w in self._weights if w.group is not None and w.student.grad is not None]
         # The table holds bare addresses: a gradient that was converted must live until the launch.
-        gradients = {weight.student: _plain(weight.student.grad) for weight in trained}
+        gradients = {p: local_shard(p.grad).to(torch.float32).contiguous() for p in trained}
         rows = [self._row(weight, gradients.get(weight.student)) for weight in self._weights]
-        of_group = {None: [0.0] * 5} | dict(enumerate(map(_rates, self.optimizer.param_groups)))
-        rates = [of_group[weight.group] for weight in self._weights]
+        rates: dict[int | None, list[float]] = {None: [0.0] * 5}
+        for index, group in enumerate(self.optimizer.param_groups):
+            logs = (math.log(beta) if beta > 0 else -math.inf for beta in group["betas"])
+            rates[index] = [group["lr"], group["weight_decay"], *logs, group["eps"]]
         clip = self._clip_factors()
-        chunks = self._chunks_of([row[self._kernel.SIZE.value] for row in rows], all_finite.device)
-        if len(chunks):
-            self._kernel.weight_update_kernel[(len(chunks),)](
-                _on_device(rows, torch.int64, all_finite.device),
-                _on_device(rates, torch.float64, all_finite.device),
-                chunks,
+        sizes = [row[self._kernel.SIZE.value] for row in rows]
+        if sizes != self._sizes:
+            chunks = [(row, at) for row, size in enumerate(sizes) for at in range(0, size, self.chunk)]
+            self._sizes, self._chunks = sizes, _on_device(chunks, torch.int64, device)
+        if len(self._chunks):
+            self._kernel.weight_update_kernel[(len(self._chunks),)](
+                _on_device(rows, torch.int64, device),
+                _on_device([rates[weight.group] for weight in self._weights], torch.float64, device),
+                self._chunks,
                 clip,
                 all_finite.float(),
                 float(1 - momentum),
@@ -104,7 +106,7 @@ class FusedWeightUpdate(WeightUpdate):
                 enable_fp_fusion=True,
             )
         if trained:
-            steps = [self.optimizer.state[weight.student]["step"] for weight in trained]
+            steps = [self.optimizer.state[parameter]["step"] for parameter in trained]
             torch._foreach_add_(steps, all_finite.float(), alpha=1)  # without alpha the host reads the tensor
         torch.autograd.graph.increment_version(self._written)  # the kernel wrote behind autograd's back
         refresh(self._others)
@@ -112,28 +114,21 @@ class FusedWeightUpdate(WeightUpdate):
     def _row(self, weight: _Weight, gradient: Tensor | None) -> list[int]:
         """A row of the kernel's table; see its columns."""
         kernel, size = self._kernel, local_shard(weight.student).numel()
+        state = {} if gradient is None else state_of(self.optimizer, weight.student)
         tensors = [weight.student, weight.teacher, weight.student_low, weight.teacher_low, gradient]
-        if gradient is None:
-            tensors += [None] * 3
-        else:
-            state = state_of(self.optimizer, weight.student)
-            tensors += [state["exp_avg"], state["exp_avg_sq"], state["step"]]
+        tensors += [state.get(name) for name in ("exp_avg", "exp_avg_sq", "step")]
         addresses = [0 if tensor is None else local_shard(tensor).data_ptr() for tensor in tensors]
         is_aligned = size % 4 == 0 and not any(address % 16 for address in addresses[:-1])
+        student_fp16, teacher_fp16 = (
+            low is not None and low.dtype == torch.float16 for low in (weight.student_low, weight.teacher_low)
+        )
         flags = (
             kernel.TRAINED.value * (gradient is not None)
             + kernel.ALIGNED.value * is_aligned
-            + kernel.STUDENT_LOW_FP16.value * _is_fp16(weight.student_low)
-            + kernel.TEACHER_LOW_FP16.value * _is_fp16(weight.teacher_low)
+            + kernel.STUDENT_LOW_FP16.value * student_fp16
+            + kernel.TEACHER_LOW_FP16.value * teacher_fp16
         )
         return [*addresses, size, weight.module, flags]
-
-    def _chunks_of(self, sizes: list[int], device: torch.device) -> Tensor:
-        """The kernel's table of chunks, made anew only when sizes change."""
-        if sizes != self._sizes:
-            chunks = [(row, at) for row, size in enumerate(sizes) for at in range(0, size, self.chunk)]
-            self._sizes, self._chunks = sizes, _on_device(chunks, torch.int64, device)
-        return self._chunks
 
 
 def why_not_fused(
@@ -163,45 +158,14 @@ def why_not_fused(
     return None
 
 
-def _match(
-    optimizer: torch.optim.AdamW,
-    modules: Mapping[str, nn.Module],
-    teacher: Mapping[str, nn.Module],
-    low_precision: Sequence[tuple[Tensor, Tensor]],
-) -> tuple[list[_Weight], list[tuple[Tensor, Tensor]]]:
-    """The weights, and the pairs whose low-precision weight the kernel does not write."""
-    for module in teacher.values():
-        reshard(module)
-    groups = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    fused = {weight: low for weight, low in low_precision if _kernel_writes(weight, low)}
-    weights = []
-    for index, (name, module) in enumerate(modules.items()):
-        trained = list(module.parameters())
-        averages = list(teacher[name].parameters()) if name in teacher else [None] * len(trained)
-        weights += [
-            _Weight(parameter, average, index, groups.get(parameter), fused.get(parameter), fused.get(average))
-            for parameter, average in zip(trained, averages, strict=True)
-        ]
-    written = {id(low) for weight in weights for low in (weight.student_low, weight.teacher_low)}
-    return weights, [pair for pair in low_precision if id(pair[1]) not in written]
-
-
 def _kernel_writes(weight: Tensor, low: Tensor) -> bool:
     is_plain = not isinstance(weight, DTensor) and not isinstance(low, DTensor)
-    return is_plain and low.dtype in _LOW_DTYPES and low.is_contiguous() and low.device == weight.device
-
-
-def _plain(gradient: Tensor) -> Tensor:
-    return local_shard(gradient).to(torch.float32).contiguous()
-
-
-def _is_fp16(low: Tensor | None) -> bool:
-    return low is not None and low.dtype == torch.float16
-
-
-def _rates(group: dict[str, Any]) -> list[float]:
-    logs = (math.log(beta) if beta > 0 else -math.inf for beta in group["betas"])
-    return [group["lr"], group["weight_decay"], *logs, group["eps"]]
+    return (
+        is_plain
+        and low.dtype in (torch.bfloat16, torch.float16)
+        and low.is_contiguous()
+        and low.device == weight.device
+    )
 
 
 def _on_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ class NonFiniteError(RuntimeError):
     """The loss or a gradient norm was not finite; the update was suppressed."""
 
 
-@dataclass(frozen=True)
-class _Observation:
+class _Observation(NamedTuple):
     step: int
     terms: dict[str, Tensor]
     bad: Tensor  # (world + 1,), the ranks' losses, then the gradient; on the host, valid once `copied` has passed
@@ -37,8 +36,7 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device, global_batch: int, delay: int = 3):
         self.all_finite = torch.ones((), device=device)
-        self._global_batch = global_batch
-        self._delay = delay
+        self._global_batch, self._delay = global_batch, delay
         self._pending: deque[_Observation] = deque()
 
     def observe(self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
@@ -53,8 +51,10 @@ class FiniteGuard:
             NonFiniteError: if the step observed ``delay`` steps ago was bad.
         """
         bad = torch.zeros(get_global_size() + 1, device=self.all_finite.device)
-        bad[get_global_rank()] = _any_non_finite(losses)
-        bad[-1] = _any_non_finite(norms) if norms else 0.0
+        for place, values in ((get_global_rank(), losses), (-1, norms)):
+            if values:
+                stacked = torch.stack([value.detach().float() for value in values.values()])
+                bad[place] = 1 - torch.isfinite(stacked).all().float()
         all_reduce_sum(bad)
         self.all_finite = self.all_finite * (bad.sum() == 0)
         host = torch.empty(bad.shape, pin_memory=bad.is_cuda).copy_(bad, non_blocking=True)
@@ -89,8 +89,3 @@ class FiniteGuard:
             "was updated from that step on: resume from the last checkpoint, with a lower optim.base_lr or "
             "optim.clip_grad if it happens again."
         )
-
-
-def _any_non_finite(values: Mapping[str, Tensor]) -> Tensor:
-    stacked = torch.stack([value.detach().float() for value in values.values()])
-    return 1 - torch.isfinite(stacked).all().float()

@@ -6,18 +6,9 @@ import triton
 import triton.language as tl
 
 # Columns of the table of tensors (int64, a row per weight): addresses, then numbers. A missing tensor has address 0.
-STUDENT = tl.constexpr(0)
-TEACHER = tl.constexpr(1)
-STUDENT_LOW = tl.constexpr(2)
-TEACHER_LOW = tl.constexpr(3)
-GRADIENT = tl.constexpr(4)
-EXP_AVG = tl.constexpr(5)
-EXP_AVG_SQ = tl.constexpr(6)
-STEP = tl.constexpr(7)
-SIZE = tl.constexpr(8)
-MODULE = tl.constexpr(9)
-FLAGS = tl.constexpr(10)
-COLUMNS = tl.constexpr(11)
+STUDENT, TEACHER, STUDENT_LOW, TEACHER_LOW, GRADIENT, EXP_AVG, EXP_AVG_SQ, STEP, SIZE, MODULE, FLAGS, COLUMNS = map(
+    tl.constexpr, range(12)
+)
 
 TRAINED = tl.constexpr(1)  # has a gradient; without one only the moving average runs
 ALIGNED = tl.constexpr(2)  # addresses are multiples of 16 bytes and the size of 4 elements: vector accesses

@@ -62,16 +62,8 @@ def adam_state(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimize
 
     The tensors are the optimiser's own: filling them restores it.
     """
-    names = {
-        parameter: f"{module_name}.{name}"
-        for module_name, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
-    return {
-        names[parameter]: dict(state_of(optimizer, parameter))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    names = {p: f"{module}.{name}" for module in modules for name, p in modules[module].named_parameters()}
+    return {names[p]: dict(state_of(optimizer, p)) for group in optimizer.param_groups for p in group["params"]}
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

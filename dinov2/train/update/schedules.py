@@ -43,10 +43,5 @@ class Schedules:
 
     def __getitem__(self, step: int) -> ScheduleValues:
         lr = self.lr[step]
-        return ScheduleValues(
-            lr=lr,
-            last_layer_lr=0.0 if step < self.frozen_steps else lr,
-            wd=self.wd[step],
-            mom=self.mom[step],
-            teacher_temp=self.teacher_temp[step],
-        )
+        last_layer_lr = 0.0 if step < self.frozen_steps else lr
+        return ScheduleValues(lr, last_layer_lr, self.wd[step], self.mom[step], self.teacher_temp[step])

@@ -28,10 +28,8 @@ class TrainingStep:
     """
 
     def __init__(self, arch: SSLMetaArch, update: WeightUpdate, global_batch: int, seed: int):
-        self.arch = arch
-        self.weight_update = update
+        self.arch, self.weight_update, self.seed = arch, update, seed
         self.guard = FiniteGuard(arch.device, global_batch)
-        self.seed = seed
 
     def __call__(self, step: int, batch: Mapping[str, Any], values: ScheduleValues) -> dict[str, Tensor]:
         """Train on one batch; all ranks must call.

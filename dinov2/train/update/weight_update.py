@@ -41,10 +41,7 @@ class WeightUpdate:
         low_precision: Sequence[tuple[Tensor, Tensor]] = (),
         scaler: torch.amp.GradScaler | None = None,
     ):
-        self.optimizer = optimizer
-        self.modules = modules
-        self.teacher = teacher
-        self.max_norm = max_norm
+        self.optimizer, self.modules, self.teacher, self.max_norm = optimizer, modules, teacher, max_norm
         self.low_precision = list(low_precision)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._norms: dict[str, Tensor] = {}
@@ -95,10 +92,7 @@ class WeightUpdate:
 def ema_update(student: Mapping[str, nn.Module], teacher: Mapping[str, nn.Module], weight: Tensor | float) -> None:
     """Move the teacher's parameters towards the student's: ``t <- t + weight (s - t)``; no communication.
 
-    Args:
-        student: modules; those that the teacher has are of the same structure, plain or sharded alike.
-        teacher: modules.
-        weight: in [0, 1]; a 0-d tensor is not waited for.
+    Modules of one name are of the same structure, plain or sharded alike. A 0-d weight is not waited for.
     """
     for module in teacher.values():
         reshard(module)
@@ -126,10 +120,7 @@ def module_norms(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     norms = {}
     for name, module in modules.items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else _zero(module)
+        nothing = torch.zeros((), device=next(module.parameters()).device)
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else nothing
         norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return norms
-
-
-def _zero(module: nn.Module) -> Tensor:
-    return torch.zeros((), device=next(module.parameters()).device)
