@@ -129,7 +129,7 @@ def test_config_file(tmp_path: Path, capsys: pytest.CaptureFixture, text: str, m
         ("student.layerscale=-1", "student.layerscale = -1 is out of range"),
         (
             "ibot.mask_ratio_min_max=[0.001, 0.01]",
-            "mask none of 4 x 4 patches; set the weight to 0 or raise the two",
+            "mask none of 4 x 4 patches (crops.global_crops_size by student.patch_size); set the weight to 0",
         ),
         ("crops.global_crops_size=14", "mask none of 1 x 1 patches"),
         ("student.pretrained_weights=/no/w.pth", "student.pretrained_weights = '/no/w.pth' is no file"),
