@@ -57,10 +57,10 @@ BACKBONES = Registry(
 PROBES = Registry(
     "probe",
     {
-        "knn": "dinov2.eval.probe.knn:Knn",
+        "knn": "dinov2.eval.probe.nearest:Knn",
         "linear_eva": "dinov2.eval.probe.linear:LinearEva",
         "linear_kaiko": "dinov2.eval.probe.linear:LinearKaiko",
-        "few_shot": "dinov2.eval.probe.few_shot:FewShot",
+        "few_shot": "dinov2.eval.probe.nearest:FewShot",
         "rankme": "dinov2.eval.probe.spread:RankMe",
         "odcorr": "dinov2.eval.probe.spread:ODCorr",
     },

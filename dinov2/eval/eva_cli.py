@@ -54,11 +54,7 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
     From ``CHECKPOINT_PATH`` and ``POOLING`` ("cls", "cls_mean"; ``EMBEDDING`` is an older name) follow MODEL_NAME,
     MODEL_EXTRA_KWARGS, IN_FEATURES (width of an embedding), MAP_FEATURES (width of a feature map), and NORMALIZE_MEAN
     and NORMALIZE_STD where the JSON beside the file states them. With another MODEL_NAME, or with MODEL_EXTRA_KWARGS
-    set, nothing is filled in.
-
-    Raises:
-        ValueError: if a variable is missing or has no meaning, or the checkpoint holds no teacher.
-        OSError: if there is no such checkpoint.
+    set, nothing is filled in. A variable that is missing or has no meaning is a ValueError.
     """
     accelerator = environment.get("ACCELERATOR", "auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():

@@ -81,11 +81,7 @@ def read_results(path: Path) -> tuple[str, str, float, float, int]:
 def collect(output: Path) -> list[Row]:
     """Rows of all tasks that a folder's `STATUS_FILE` names, in the order of `TASKS`.
 
-    A task's figures are those of the newest ``<task>/results/*/results.json``.
-
-    Raises:
-        FileNotFoundError: if the folder has no `STATUS_FILE`.
-        ValueError: if a file in it is corrupt.
+    A task's figures are those of the newest ``<task>/results/*/results.json``. ValueError: if a file is corrupt.
     """
     status = output / STATUS_FILE
     if not status.is_file():
@@ -119,16 +115,6 @@ def as_markdown(rows: Sequence[Row], title: str) -> str:
     return "\n".join([f"# {title}", "", *lines]) + "\n"
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The same, one line per task, figures in full, empty where there are none."""
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*Row.__dataclass_fields__, *PUBLISHED])
-        for row in rows:
-            own = ["" if value != value else value for value in vars(row).values()]
-            writer.writerow([*own, *_published(row.task)])
-
-
 def _published(task: str) -> list[float]:
     return [figures[TASKS.index(task)] for figures in PUBLISHED.values()]
 
@@ -152,7 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def summarise() -> None:
         rows = collect(output)
         text = as_markdown(rows, f"eva: {output.name}")
-        write_csv(output / "summary.csv", rows)
+        with replacing(output / "summary.csv") as partial, partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*Row.__dataclass_fields__, *PUBLISHED])
+            for row in rows:  # figures in full, empty where there are none
+                own = ["" if value != value else value for value in vars(row).values()]
+                writer.writerow([*own, *_published(row.task)])
         write_text(output / "summary.md", text)
         sys.stdout.write(text)
 

@@ -64,21 +64,16 @@ def embed_tiles(backbone: nn.Module, tiles: Sequence[np.ndarray], embedding: Emb
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, tile in enumerate(tiles):
         alike.setdefault(tile.shape, []).append(index)
-    parts = [_forward(backbone, [tiles[index] for index in members], embedding) for members in alike.values()]
-    if len(parts) == 1:
-        return parts[0]
+    device, parts = device_of(backbone), []
+    for members in alike.values():
+        x = network_input([tiles[index] for index in members], Colours(embedding.mean, embedding.std), device)
+        with torch.autocast(device.type, embedding.autocast) if embedding.autocast else nullcontext():
+            found = backbone(x) if embedding.pooling == "cls" else backbone(x, is_training=True)
+        if embedding.pooling == "cls_mean":
+            found = torch.cat([found["x_norm_clstoken"].float(), found["x_norm_patchtokens"].float().mean(1)], dim=1)
+        parts.append(found.float())
     order = np.argsort([index for members in alike.values() for index in members])
-    return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
-
-
-def _forward(backbone: nn.Module, tiles: Sequence[np.ndarray], embedding: Embedding) -> Tensor:
-    device = device_of(backbone)
-    x = network_input(tiles, Colours(embedding.mean, embedding.std), device)
-    with torch.autocast(device.type, embedding.autocast) if embedding.autocast else nullcontext():
-        if embedding.pooling == "cls":
-            return backbone(x).float()
-        tokens = backbone(x, is_training=True)
-    return torch.cat([tokens["x_norm_clstoken"].float(), tokens["x_norm_patchtokens"].float().mean(1)], dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.from_numpy(order).to(device)]
 
 
 def embed_images(

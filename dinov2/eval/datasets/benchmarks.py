@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.eval.datasets.images import ImageFiles, UnreadableImage
-from dinov2.eval.datasets.labelled import LabelledTiles
+from dinov2.eval.datasets.images import ImageFiles, UnreadableImage, import_h5py
+from dinov2.eval.datasets.labels import LabelledTiles
 
 _BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
 # kaiko-eva's patient-wise split of the 400 images in order of class and name; half-open.
@@ -80,14 +80,14 @@ def open_pcam(root: str | Path) -> LabelledTiles:
     if absent := [path for path in (*files["x"], *files["y"]) if not path.is_file()]:
         raise FileNotFoundError(f"PCam in '{root}' lacks {absent[0].name}; its six unpacked .h5 files are expected.")
     labels = [_open(path, "y")[:].reshape(-1).astype(np.int64) for path in files["y"]]
-    images, counts = Hdf5Tiles(files["x"]), list(map(len, labels))
+    images, counts = _Hdf5Tiles(files["x"]), list(map(len, labels))
     if images.counts != counts:
         raise ValueError(f"PCam in '{root}' has {images.counts} tiles, but {counts} labels.")
     splits = tuple(np.repeat(list(names), counts).tolist())
     return LabelledTiles(images, np.concatenate(labels), ("no_tumor", "tumor"), splits=splits)
 
 
-class Hdf5Tiles:
+class _Hdf5Tiles:
     """Tiles of HDF5 files, one after the other; ``x`` of each is uint8 (N, H, W, 3)."""
 
     def __init__(self, paths: Sequence[Path]):
@@ -100,12 +100,10 @@ class Hdf5Tiles:
         return int(self._ends[-1])
 
     def name(self, index: int) -> str:
-        """File and row."""
         file, row = self._find(index)
         return f"row {row} of {self._paths[file]}"
 
     def read(self, index: int) -> np.ndarray:
-        """One tile, uint8 (H, W, 3) RGB."""
         file, row = self._find(index)
         try:
             return self._arrays[file][row]
@@ -118,10 +116,7 @@ class Hdf5Tiles:
 
 
 def _open(path: Path, key: str) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("PCam's files need h5py: install the extra 'hdf5' (pip install 'path-fm[hdf5]').") from error
+    h5py = import_h5py()
     try:
         return h5py.File(path, "r")[key]
     except (OSError, KeyError) as error:

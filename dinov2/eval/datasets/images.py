@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -37,11 +37,12 @@ class TileImages(Protocol):
         """What a message to the user calls the tile."""
 
 
+@dataclass(frozen=True)
 class ImageFiles:
     """Image files: a folder, and their paths below it."""
 
-    def __init__(self, root: Path, names: Sequence[str]):
-        self.root, self.names = root, tuple(names)
+    root: Path
+    names: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,22 +54,17 @@ class ImageFiles:
     def read(self, index: int) -> np.ndarray:
         """Decode the file: PNG and JPEG as in training, the rest by Pillow."""
         try:
-            data = Path(self.name(index)).read_bytes()
-            if image_format(data):
+            path = self.root / self.names[index]
+            if image_format(data := path.read_bytes()):
                 return decode_image(data)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(path) as image:
                 return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for corrupt files
             raise UnreadableImage(f"Image '{self.name(index)}' cannot be read: {error}.") from error
 
 
 class ParquetTiles:
-    """Rows of open Parquet datasets, one dataset after the other, in stored order.
-
-    Args:
-        sources: the datasets.
-        limit: take this many rows, spread evenly over all; None takes all.
-    """
+    """Rows of open datasets, in stored order one after the other; at most ``limit``, spread evenly over all."""
 
     def __init__(self, sources: Sequence[Source], limit: int | None = None):
         self._units = [(source, unit) for source in sources for unit in range(len(source.unit_rows))]
@@ -112,14 +108,9 @@ def decode_row(source: Source, sample: EncodedSample) -> np.ndarray:
 
 
 def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]:
-    """Decode tiles in stored order, leaving out corrupt rows with a warning; each row group is fetched once.
+    """Decode tiles of an open dataset in stored order, uint8 (H, W, 3) RGB; each row group is fetched once.
 
-    Args:
-        source: an open dataset.
-        limit: take this many rows, spread evenly over the dataset; None takes all.
-
-    Yields:
-        uint8 (H, W, 3) RGB.
+    Corrupt rows are left out with a warning. A limit takes so many rows, spread evenly over the dataset.
     """
     tiles = ParquetTiles([source], limit)
     for unit, found in groupby(map(tiles.find, range(len(tiles))), key=lambda location: location[1]):
@@ -139,3 +130,12 @@ def visible_files(folder: Path) -> list[str]:
         inside = Path(location).relative_to(folder)
         found += [(inside / name).as_posix() for name in names if name[0] != "."]
     return sorted(found)
+
+
+def import_h5py() -> Any:
+    """The h5py module; ImportError says how to get it."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("HDF5 needs h5py, which is not installed: pip install 'path-fm[hdf5]'.") from error
+    return h5py

@@ -1,11 +1,12 @@
-"""Labelled tiles from a folder of classes, a CSV of tiles or of slides, or Parquet shards."""
+"""Labelled tiles, and where they are from: a folder of classes, a CSV of tiles or of slides, or Parquet shards."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,86 @@ import pyarrow.parquet as pq
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.patients import patient_of, patients_of
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages, visible_files
-from dinov2.eval.datasets.labelled import SPLITS, LabelledTiles
 
 logger = logging.getLogger("dinov2")
 
+SPLITS = ("train", "val", "test")
+GROUPINGS = ("patient", "slide", "tile")
 Rows = dict[str, dict[str, str]]
 _SPLIT_NAMES = {name: name for name in SPLITS} | {"valid": "val", "validation": "val"}
+
+
+@dataclass(frozen=True)
+class LabelledTiles:
+    """N tiles; a ValueError tells where the parts do not fit together."""
+
+    images: TileImages
+    labels: np.ndarray  # class number of each tile, int64 (N,)
+    classes: tuple[str, ...]  # name of each class
+    slides: tuple[str, ...] | None = None  # of each tile
+    patients: tuple[str, ...] | None = None  # of each tile
+    splits: tuple[str, ...] | None = None  # train, val or test for each tile; None where folds are to be made
+    per_slide: bool = False  # a label belongs to the slide, and slides are what is counted
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"Labels name {len(self.classes)} class ({', '.join(self.classes)}); at least 2 are needed."
+            )
+        if absent := [name for number, name in enumerate(self.classes) if not np.any(self.labels == number)]:
+            raise ValueError(f"Class {absent[0]!r} has no tiles; every class needs some.")
+        if self.splits is None:
+            return
+        if unknown := sorted(set(self.splits) - set(SPLITS)):
+            raise ValueError(f"Split {unknown[0]!r} is none of {', '.join(SPLITS)}.")
+        if missing := [name for name in ("train", "test") if name not in self.splits]:
+            raise ValueError(f"Splits hold no {missing[0]} tiles; train and test are needed, val is optional.")
+
+    def groups(self, by: str | None = None) -> np.ndarray:
+        """Number of the patient, slide or tile that each tile belongs to, int64 (N,); None takes the widest known."""
+        known = {"patient": self.patients, "slide": self.slides, "tile": range(len(self.labels))}
+        by = by or next(name for name in GROUPINGS if known[name] is not None)
+        if known[by] is None:
+            raise ValueError(f"Nothing tells the {by} of a tile: labels need a column {by!r}.")
+        return np.unique(np.asarray(known[by]), return_inverse=True)[1]
+
+    def thinned(self, limit: int, seed: int = 0) -> LabelledTiles:
+        """At most `limit` tiles of each split, drawn so that classes keep their fractions; order stays."""
+        rng = np.random.default_rng(seed)
+        splits = np.asarray(self.splits or ["all"] * len(self.labels))
+        keep = []
+        for split in np.unique(splits):
+            members = np.flatnonzero(splits == split)
+            if len(members) > limit:
+                order = members[np.lexsort((rng.random(len(members)), self.labels[members]))]
+                members = order[np.arange(limit) * len(members) // limit]
+            keep.append(members)
+        chosen = np.sort(np.concatenate(keep))
+
+        def pick(values: Sequence[str] | None) -> tuple[str, ...] | None:
+            return None if values is None else tuple(values[i] for i in chosen)
+
+        return replace(
+            self, images=_SomeTiles(self.images, chosen), labels=self.labels[chosen],
+            slides=pick(self.slides), patients=pick(self.patients), splits=pick(self.splits),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _SomeTiles:
+    """Those tiles of others that have the given numbers."""
+
+    images: TileImages
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.numbers[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        return self.images.read(int(self.numbers[index]))
 
 
 def open_labelled_tiles(
@@ -59,7 +134,7 @@ def open_labelled_tiles(
             slides.append(next((name for name in spellings if name in rows), path))
     else:
         names = image_names(root)
-        images, slides = ImageFiles(root, names), list(map(_slide_finder(slide_regex), names))
+        images, slides = ImageFiles(root, names), _slides_of(names, slide_regex)
         paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
     return _of_slides(images, slides, paths, rows, labels)
 
@@ -185,19 +260,17 @@ def _patients(slides: Sequence[str]) -> tuple[str, ...] | None:
     return patients if patients_of(slides) or len(set(patients)) < len(set(slides)) else None
 
 
-def _slide_finder(pattern: str | None) -> Callable[[str], str]:
+def _slides_of(names: Sequence[str], pattern: str | None) -> list[str]:
+    """Slide of each tile: its parent folder, or what group 1 of a pattern finds."""
     if pattern is None:
-        return lambda name: Path(name).parent.name
+        return [Path(name).parent.name for name in names]
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"Slide pattern {pattern!r} is no regular expression ({error}).") from error
     if compiled.groups != 1:
         raise ValueError(f"Slide pattern {pattern!r} has {compiled.groups} groups; 1 is needed, around the slide.")
-
-    def find(name: str) -> str:
-        if match := compiled.search(name):
-            return match[1]
-        raise ValueError(f"Slide pattern {pattern!r} does not match tile {name!r}.")
-
-    return find
+    found = [compiled.search(name) for name in names]
+    if None in found:
+        raise ValueError(f"Slide pattern {pattern!r} does not match tile {names[found.index(None)]!r}.")
+    return [match[1] for match in found]

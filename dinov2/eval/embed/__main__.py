@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dinov2.data.slides.tissue import TissueRule
 from dinov2.distributed import destroy_process_group, get_global_rank, get_global_size, on_main_process, process_group
-from dinov2.eval.embed.files import ENDINGS, STORED, require_h5py
+from dinov2.eval.datasets.images import import_h5py
+from dinov2.eval.embed.files import ENDINGS, STORED
 from dinov2.eval.embed.inputs import KINDS, Grid, open_input
 from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts
-from dinov2.eval.features import Embedding, embed_tiles
+from dinov2.eval.features import Embedding
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.pretrained import local_weights
 from dinov2.hub.record import normalisation
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _embed(args: argparse.Namespace, device: torch.device) -> None:
     if args.format == "hdf5":
-        require_h5py()
+        import_h5py()
     stride = args.tile_size if args.stride is None else args.stride
     grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue)
     location, target = Path(args.input).expanduser().resolve(), args.output.resolve()
@@ -142,16 +142,13 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
         logger.info("%d of %d files are there already.", len(source.parts) - len(missing), len(source.parts))
     rank, world = get_global_rank(), get_global_size()
     destroy_process_group()  # processes have nothing to say to each other from here on, and may end hours apart
-    embedding = Embedding(args.pooling, mean=mean, std=std, autocast=None if dtype == "fp32" else DTYPES[dtype])
-
-    def embedder(tiles: Sequence[np.ndarray]) -> np.ndarray:
-        return embed_tiles(backbone, tiles, embedding).cpu().numpy()
-
+    embedding = Embedding(
+        args.pooling, batch_size=args.batch_size, mean=mean, std=std, show_progress=rank == 0,
+        autocast=None if dtype == "fp32" else DTYPES[dtype],
+    )  # fmt: skip
     with locked(args.output / DESCRIPTION, rank):
-        embed_parts(
-            source, missing[rank::world], output, embedder, fitting,
-            batch_size=args.batch_size, workers=args.workers, skip_corrupt=args.skip_damaged, show_progress=rank == 0,
-        )  # fmt: skip
+        own = missing[rank::world]
+        embed_parts(source, own, output, backbone, embedding, fitting, args.workers, args.skip_damaged)
 
 
 if __name__ == "__main__":

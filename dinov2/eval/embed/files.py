@@ -12,20 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dinov2.eval.datasets.images import import_h5py
 from dinov2.utils.files import replacing
 
 ENDINGS = {"parquet": ".parquet", "hdf5": ".h5"}
 STORED = {"fp16": np.float16, "fp32": np.float32}
 _ROWS_PER_GROUP = 1024
 _COLUMNS = {
-    "name": pa.string(),
-    "slide": pa.string(),
-    "x": pa.int64(),
-    "y": pa.int64(),
-    "level": pa.int32(),
-    "mpp": pa.float32(),
-    "tile_size": pa.int32(),
-}
+    "name": "string", "slide": "string", "x": "int64", "y": "int64", "level": "int32", "mpp": "float32",
+    "tile_size": "int32",
+}  # fmt: skip
 
 Columns = dict[str, Sequence[Any]]
 
@@ -39,7 +35,7 @@ def embedding_file(path: Path, width: int, stored: str) -> Iterator[EmbeddingFil
     """
     with replacing(path) as partial:
         if path.suffix == ENDINGS["hdf5"]:
-            with require_h5py().File(partial, "w") as file:
+            with import_h5py().File(partial, "w") as file:
                 yield _Hdf5File(file, width, STORED[stored])
             return
         embedding = pa.list_(pa.from_numpy_dtype(STORED[stored]), width)
@@ -47,17 +43,6 @@ def embedding_file(path: Path, width: int, stored: str) -> Iterator[EmbeddingFil
         repeated = ["slide", "level", "mpp", "tile_size"]
         with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=repeated) as writer:
             yield _ParquetFile(writer, schema)
-
-
-def require_h5py() -> Any:
-    """The h5py module; ImportError says how to get it."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            "--format hdf5 needs h5py, which is not installed: pip install 'path-fm[hdf5]', or take --format parquet."
-        ) from error
-    return h5py
 
 
 class _ParquetFile:
@@ -68,10 +53,8 @@ class _ParquetFile:
         self._waiting = [schema.empty_table()]
 
     def append(self, columns: Columns, embeddings: np.ndarray) -> None:
-        arrays = [
-            pa.array(columns[name], kind) if name in columns else pa.nulls(len(embeddings), kind)
-            for name, kind in _COLUMNS.items()
-        ]
+        nulls = [None] * len(embeddings)
+        arrays = [pa.array(columns.get(name, nulls), kind) for name, kind in _COLUMNS.items()]
         values = pa.array(embeddings.ravel())
         arrays.append(pa.FixedSizeListArray.from_arrays(values, type=self._schema.field("embedding").type))
         self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
@@ -103,7 +86,7 @@ class _Hdf5File:
     def append(self, columns: Columns, embeddings: np.ndarray) -> None:
         self._extend("features", embeddings)
         if "name" in columns:
-            self._extend("name", np.array(columns["name"], object), require_h5py().string_dtype())
+            self._extend("name", np.array(columns["name"], object), import_h5py().string_dtype())
         if "x" in columns:
             pairs = zip(columns["x"], columns["y"], strict=True)
             self._extend("coords", np.array([[-1 if v is None else v for v in pair] for pair in pairs], np.int64))

@@ -32,13 +32,13 @@ from dinov2.data.storage.locate import open_storage
 from dinov2.eval.datasets import images
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, UnreadableImage
 
-KINDS = ("images", "parquet", "slides")
 _EITHER = IMAGE_SUFFIXES & SLIDE_SUFFIXES
 _ENDINGS = {
     "images": IMAGE_SUFFIXES - _EITHER,
     "parquet": {".parquet"},
     "slides": (SLIDE_SUFFIXES - _EITHER) | {".txt", ".csv"},
 }
+KINDS = tuple(_ENDINGS)
 _COPIED = ("x", "y", "level", "mpp", "tile_size")
 _FETCHES = 8  # row groups at a time
 _CACHE_BYTES = 256 << 20  # two rows of a wide slide's tiles, so that each is decoded once
@@ -55,19 +55,12 @@ class Part:
 
 
 class TileInput(ABC):
-    """Tiles in a fixed order, cut into parts that are embedded and kept one by one.
+    """Tiles in a fixed order, cut into parts that are embedded and kept one by one."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        fingerprint: of what is embedded; equal ones mean equal tiles in equal parts.
-        parts: file name of each part's output, without ending.
-        part_rows: number of tiles of each part; None where only opening tells.
-    """
-
-    kind: ClassVar[str]
-    fingerprint: str
-    parts: list[str]
-    part_rows: list[int] | None = None
+    kind: ClassVar[str]  # one of KINDS
+    fingerprint: str  # of what is embedded; equal ones mean equal tiles in equal parts
+    parts: list[str]  # file name of each part's output, without ending
+    part_rows: list[int] | None = None  # number of tiles of each part; None where only opening tells
 
     @abstractmethod
     def open(self, number: int) -> Part:
@@ -308,14 +301,9 @@ class SlideTiles(TileInput):
         columns: dict[str, Sequence[Any]] = {"slide": [slide] * count, "x": x, "y": y, "level": [level] * count}
         columns |= {"mpp": [grid.mpp] * count, "tile_size": [grid.tile_size] * count}
         about = {
-            "slide": slide,
-            "path": public_name(reader.path),
-            "slide_mpp": reader.mpp,
-            "mpp_source": reader.mpp_source,
-            "level": level,
-            "tile_size_level0": round(reader.patch_side(grid.tile_size, grid.mpp)),
-            **asdict(grid),
-        }
+            "slide": slide, "path": public_name(reader.path), "slide_mpp": reader.mpp, "mpp_source": reader.mpp_source,
+            "level": level, "tile_size_level0": round(reader.patch_side(grid.tile_size, grid.mpp)), **asdict(grid),
+        }  # fmt: skip
         return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close)
 
 

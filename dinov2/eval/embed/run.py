@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 from tqdm import tqdm
 
 from dinov2.eval.datasets.images import TileImages, UnreadableImage
 from dinov2.eval.embed.files import ENDINGS, STORED, embedding_file
 from dinov2.eval.embed.inputs import Part, TileInput
-from dinov2.eval.features import map_ahead
+from dinov2.eval.features import Embedding, embed_tiles, map_ahead
 from dinov2.hub.pixels import centred_square
 from dinov2.utils.files import check_description, leftovers, locked, write_json
 
@@ -26,8 +27,7 @@ DESCRIPTION = "_embedding.json"  # readers of Parquet folders leave files with t
 _ALL_RANKS = 1 << 20
 _TILES_AT_ONCE = 8  # that one thread reads, neighbours of one slide
 
-Tile = np.ndarray | UnreadableImage
-"""Pixels, or why there are none."""
+Tile = np.ndarray | UnreadableImage  # pixels, or why there are none
 
 
 class Piece(NamedTuple):
@@ -49,18 +49,14 @@ class Output:
     identity: dict[str, Any]  # JSON of all that decides over the embeddings; a folder of another one is refused
 
     def path(self, part: str) -> Path:
-        """The file of a part."""
+        """File of a part."""
         return self.folder / f"{part}{ENDINGS[self.format]}"
 
     def prepare(self, parts: Sequence[str], about: dict[str, Any]) -> list[int]:
         """Make and check the folder and clear unfinished files away; returns the numbers of the missing parts.
 
-        Args:
-            parts: of the input.
-            about: further notes for the description.
-
-        Raises:
-            FileExistsError: if the folder is of another run, holds other files, or is in use.
+        ``about`` holds further notes for the description. FileExistsError: if the folder is of another run, holds other
+        files, or is in use.
         """
         description = self.folder / DESCRIPTION
         try:
@@ -126,13 +122,11 @@ def embed_parts(
     source: TileInput,
     numbers: Sequence[int],
     output: Output,
-    embedder: Callable[[Sequence[np.ndarray]], np.ndarray],
+    backbone: nn.Module,
+    embedding: Embedding,
     fitting: Fitting,
-    *,
-    batch_size: int,
     workers: int,
     skip_corrupt: bool,
-    show_progress: bool,
 ) -> None:
     """Embed some parts of an input and write a file for each.
 
@@ -141,36 +135,36 @@ def embed_parts(
     Args:
         source, numbers: the input, and which of its parts.
         output: a prepared folder.
-        embedder: tiles to embeddings, float32 (N, D).
-        fitting: how tiles are made to fit.
+        backbone, embedding, fitting: from tiles to features, at the sides of ``fitting``.
         workers: threads that read.
         skip_corrupt: leave out what cannot be read, with a warning, instead of raising.
 
     Raises:
         ValueError: if a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
-        OSError: if a shard cannot be read, or a file not written.
     """
     written, left_out, unreadable = 0, 0, []
     options = {"total": len(numbers), "bar_format": "{l_bar}{bar}| {n:.2f}/{total} slides [{elapsed}<{remaining}]"}
     if source.part_rows:
         options = {"total": sum(source.part_rows[number] for number in numbers), "unit": "tile"}
-    pieces = _read_ahead(source, numbers, fitting, workers, batch_size, unreadable if skip_corrupt else None)
-    with closing(pieces), tqdm(desc="embedding", disable=None if show_progress else True, **options) as bar:
+    pieces = _read_ahead(source, numbers, fitting, workers, embedding.batch_size, unreadable if skip_corrupt else None)
+    with closing(pieces), tqdm(desc="embedding", disable=None if embedding.show_progress else True, **options) as bar:
         for (number, part), of_part in groupby(pieces, key=lambda piece: piece[:2]):
             corrupt: list[str] = []
             step = 1 if source.part_rows else 1 / max(1, len(part.tiles))
             with embedding_file(output.path(source.parts[number]), output.width, output.stored) as file:
-                for batch in _batches(of_part, batch_size, corrupt if skip_corrupt else None):
+                for batch in _batches(of_part, embedding.batch_size, corrupt if skip_corrupt else None):
                     indices, tiles = zip(*batch, strict=True)
                     columns = {name: [values[i] for i in indices] for name, values in part.columns.items()}
-                    file.append(columns, _as_stored(embedder(tiles), output.stored, part, indices))
+                    features = embed_tiles(backbone, tiles, embedding).cpu().numpy()
+                    file.append(columns, _as_stored(features, output.stored, part, indices))
                     written += len(batch)
                     bar.update(len(batch) * step)
                 file.finish({"run": output.identity, "part": part.about, "damaged": corrupt})
             part.close()
             left_out += len(corrupt)
-            bar.update(len(corrupt) * step if len(part.tiles) else 1)
+            bar.update(len(corrupt) * step)
             if not len(part.tiles):
+                bar.update()
                 logger.warning("Slide '%s' has no tile with enough tissue.", part.about["path"])
     if left_out:
         logger.warning("%d tiles could not be read and were left out; their files say which.", left_out)

@@ -17,12 +17,10 @@ import torch
 
 from dinov2.distributed import is_main_process, on_main_process, process_group
 from dinov2.eval.datasets.benchmarks import BENCHMARKS
-from dinov2.eval.datasets.labelled import GROUPINGS, LabelledTiles
-from dinov2.eval.datasets.labels import open_labelled_tiles
+from dinov2.eval.datasets.labels import GROUPINGS, LabelledTiles, open_labelled_tiles
 from dinov2.eval.features import Embedding
-from dinov2.eval.probe.options import AGGREGATIONS, Probing, option_flags, options_for
-from dinov2.eval.probe.results import Result, append_csv, as_table, write_json
-from dinov2.eval.probe.run import run_probes
+from dinov2.eval.probe.results import append_csv, as_table, write_json
+from dinov2.eval.probe.run import AGGREGATIONS, Probing, option_flags, options_for, run_probes
 from dinov2.extensions import PROBES
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.record import normalisation
@@ -88,18 +86,17 @@ def _run(args: argparse.Namespace) -> None:
     advice = f"--batch-size {args.batch_size} or --limit is too much, take a smaller one"
     with process_group(device), memory_advice(advice):
         setup_logging()
-        results = _probe(args, device)
-        if is_main_process():
-            sys.stdout.write(as_table(results) + "\n")
+        _probe(args, device)
 
 
-def _probe(args: argparse.Namespace, device: torch.device) -> list[Result]:
+def _probe(args: argparse.Namespace, device: torch.device) -> None:
     probing = Probing(
         probes=tuple(name.strip() for name in args.probes.split(",")),
         options=options_for(**{name: getattr(args, name) for name in option_flags()}),
         folds=args.folds, group=args.group, aggregation=args.aggregate, limit=args.limit, seed=args.seed,
     )  # fmt: skip
-    on_main_process(lambda: _check_output(args.output))
+    if args.output is not None:
+        on_main_process(lambda: _check_output(args.output))
     trained = trained_with(args.checkpoint)
     mean, std, _ = normalisation(args.checkpoint, args.mean, args.std)
     embedding = Embedding(
@@ -116,17 +113,14 @@ def _probe(args: argparse.Namespace, device: torch.device) -> list[Result]:
             on_main_process(lambda: append_csv(args.output, results, step))
         else:
             on_main_process(lambda: write_json(args.output, results, about))
-    return results
+    if is_main_process():
+        sys.stdout.write(as_table(results) + "\n")
 
 
 def open_tasks(
     data: Sequence[str], labels: str | None = None, slide_regex: str | None = None
 ) -> dict[str, LabelledTiles]:
-    """Tiles by task: ``NAME=ROOT`` opens the benchmark of that name, if there is one; ``ROOT`` is named by its folder.
-
-    Raises:
-        FileNotFoundError, ValueError: if a root does not have the layout, or labels are given for several roots.
-    """
+    """Tiles by task, ``NAME=ROOT`` or ``ROOT``, named by its folder; NAME may be a benchmark, with its own layout."""
     if labels is not None and len(data) > 1:
         raise ValueError(f"Labels '{labels}' are given for {len(data)} roots; one root is possible with labels.")
     tasks: dict[str, LabelledTiles] = {}
@@ -143,16 +137,14 @@ def open_tasks(
     return tasks
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path) -> None:
     """Before the work, not after."""
-    if output is None:
-        return
-    if output.suffix not in (".csv", ".json"):
-        raise ValueError(f"Output '{output}' ends neither in .csv nor in .json.")
-    if output.suffix == ".json" and output.exists():
-        raise ValueError(f"Output '{output}' exists; name a new file, or a .csv to append to.")
     if output.suffix == ".csv":
         append_csv(output, [], None)
+    elif output.suffix != ".json":
+        raise ValueError(f"Output '{output}' ends neither in .csv nor in .json.")
+    elif output.exists():
+        raise ValueError(f"Output '{output}' exists; name a new file, or a .csv to append to.")
 
 
 if __name__ == "__main__":

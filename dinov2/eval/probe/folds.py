@@ -9,8 +9,7 @@ import numpy as np
 
 logger = logging.getLogger("dinov2")
 
-VALIDATION_PART = 5
-"""Where there is no validation part, one in so many of the training groups is it."""
+VALIDATION_PART = 5  # where there is no validation part, one in so many of the training groups is it
 
 
 class Division(NamedTuple):

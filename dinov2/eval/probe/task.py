@@ -6,17 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.eval.datasets.labelled import LabelledTiles
+from dinov2.eval.datasets.labels import LabelledTiles
 from dinov2.eval.probe.folds import Division, divide
 from dinov2.eval.probe.metrics import Predictions, estimate
-from dinov2.eval.probe.options import Probing
 from dinov2.eval.probe.results import Result
+
+if TYPE_CHECKING:
+    from dinov2.eval.probe.run import Probing
 
 _LABEL_FREE_ROWS = 2048
 
@@ -24,12 +26,10 @@ _LABEL_FREE_ROWS = 2048
 class Probe(ABC):
     """A measure of features; a subclass in a file of its own and its line in `dinov2.extensions.PROBES` make one.
 
-    Attributes:
-        needs_labels: leave tasks without labels out.
-        options: an instance of the class's `Options`.
+    ``options`` is an instance of the class's `Options`.
     """
 
-    needs_labels: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True  # leaves tasks without labels out
 
     @dataclass(frozen=True)
     class Options:
@@ -111,12 +111,9 @@ class TaskFeatures:
         return divide(rows.labels, rows.groups, rows.splits, probing.folds, probing.seed)
 
     def classify(self, probe: str, scores: Callable[[Fold], Tensor], with_auroc: bool = True) -> list[Result]:
-        """Results of a classifier over all divisions.
+        """Results of a classifier over all divisions, under the name of a probe.
 
-        Args:
-            probe: name in the results.
-            scores: of the M test rows, float (R, M, C) for R runs, the higher the likelier.
-            with_auroc: compute that, too.
+        Its scores of the M test rows of a fold are float (R, M, C) for R runs, the higher the likelier.
         """
         rows, probing, parts = self.rows, self.probing, []
         for number, division in enumerate(self.divisions):
