@@ -218,7 +218,9 @@ def test_saved_bytes_of_a_small_step(overrides):
     config = load_config(None, [*TINY, *overrides])
     measured = StepCosts(config).activations(16)
     assert measured.saved == pytest.approx(bytes_saved_by_a_step(config, 16), rel=0.02)
-    assert measured.saved <= measured.peak < 2 * measured.saved
+    # The backward adds gradients and what a block computes anew: less than half of what all four blocks would keep.
+    plain = bytes_saved_by_a_step(load_config(None, [*TINY, *overrides, "performance.recompute=none"]), 16)
+    assert measured.saved <= measured.peak < measured.saved + 0.5 * plain
 
 
 def test_recomputing_saves_less():
