@@ -31,17 +31,10 @@ _STATE_FILE = "state.json"
 
 
 class Checkpointer:
-    """The checkpoints of one run.
-
-    Args:
-        output_dir: the run's folder.
-        keep: number of newest complete checkpoints kept by `save`.
-    """
+    """The checkpoints of the run in ``output_dir``, of which `save` keeps the ``keep`` newest complete ones."""
 
     def __init__(self, output_dir: Path, keep: int):
-        self.output_dir = output_dir
-        self.folder = output_dir / "checkpoints"
-        self.keep = keep
+        self.output_dir, self.folder, self.keep = output_dir, output_dir / "checkpoints", keep
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -72,7 +65,7 @@ class Checkpointer:
 
         Args:
             step: completed optimiser steps.
-            tensors: nested state dict of (sharded) tensors.
+            tensors: nested dicts of tensors, sharded or not.
             state: JSON-serialisable rest; its ``step`` is ``step``.
 
         Raises:
@@ -90,7 +83,8 @@ class Checkpointer:
                 final.rename(final.with_name(f"{final.name}.damaged.{time.time_ns()}"))
             files.commit(beside, final)
             files.write_text(self.output_dir / "last_checkpoint", final.name)
-            self._retain()
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
 
         try:
             on_main_process(begin)
@@ -102,10 +96,10 @@ class Checkpointer:
                 raise
             if is_main_process():
                 shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+            free = shutil.disk_usage(self.output_dir).free >> 20
             raise OSError(
-                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}; "
-                f"{_free_mib(self.output_dir)} MiB free); make room or mend the folder, and the run resumes from the "
-                "checkpoint before it."
+                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}; {free} MiB free); make room or mend "
+                "the folder, and the run resumes from the checkpoint before it."
             ) from error
         logger.info("Saved checkpoint %s.", final)
 
@@ -132,17 +126,12 @@ class Checkpointer:
         go_on = f"resume from {self.path(earlier[-1]).name}" if earlier else "start anew"
         return f"move that checkpoint out of {str(self.folder)!r} to {go_on}."
 
-    def _retain(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step))
-
 
 class _RestrictedReader(dcp.FileSystemReader):
     """A reader whose pickled metadata may name only what checkpoint metadata consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        with path.open("rb") as file:
+        with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -167,10 +156,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"Checkpoint metadata names {module}.{name}, which is not checkpoint data.")
-
-
-def _free_mib(folder: Path) -> int:
-    return shutil.disk_usage(folder).free >> 20
 
 
 def _cause(error: BaseException) -> str:
