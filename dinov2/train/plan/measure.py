@@ -14,16 +14,12 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -40,7 +36,6 @@ from dinov2.utils.dtypes import DTYPES
 logger = logging.getLogger("dinov2")
 
 _ATEN = torch.ops.aten
-_TEACHER_TEMP = 0.07  # no cost depends on it
 # Older versions of PyTorch do not count the attention of a CPU.
 _COUNTED_AS = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
@@ -70,17 +65,11 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step or a block costs.
-
-    Attributes:
-        flops: of forward and backward.
-        saved: bytes that the forward leaves for the backward.
-        peak: bytes allocated at most, gradients included; weights, their low-precision copies and the batch are not.
-    """
+    """What a step or a block costs, forward and backward."""
 
     flops: int = 0
-    saved: int = 0
-    peak: int = 0
+    saved: int = 0  # bytes that the forward leaves for the backward
+    peak: int = 0  # bytes allocated at most, gradients included; weights, their copies and the batch are not
 
 
 class StepCosts:
@@ -96,9 +85,10 @@ class StepCosts:
 
     def __init__(self, config: Config, compiled: bool = False):
         self.config, self.compiled = config, compiled
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._steps: dict[int, tuple[Cost, Cost]] = {}
 
-    @cached_property
+    @property
     def student(self) -> nn.ModuleDict:
         """The student without its weights, frozen parts marked."""
         return self._arch.student
@@ -106,72 +96,67 @@ class StepCosts:
     def flops(self, images: int) -> StepFlops:
         """Count a step on ``images`` images, an even number."""
         whole, blocks = self._step(images)
-        rest = whole.flops - blocks.flops
-        plain = dataclasses.replace(
-            self.config, student=dataclasses.replace(self.config.student, attention_backend="math")
+        plain = dataclasses.replace(self.config.student, attention_backend="math")
+        model, dense = (
+            whole.flops - blocks.flops + self._plain_blocks(dataclasses.replace(self.config, student=student), images)
+            for student in (plain, dataclasses.replace(plain, drop_path_rate=0.0))
         )
-        dense = dataclasses.replace(plain, student=dataclasses.replace(plain.student, drop_path_rate=0.0))
-        return StepFlops(
-            rest + self._plain_blocks(plain, images), whole.flops, rest + self._plain_blocks(dense, images)
-        )
+        return StepFlops(model, whole.flops, dense)
 
     def activations(self, images: int) -> Cost:
         """Measure `Cost.saved` and `Cost.peak` of a step on ``images`` images."""
         return self._step(images)[0]
 
     @cached_property
-    def _mode(self) -> FakeTensorMode:
-        return FakeTensorMode(allow_non_fake_inputs=True)
-
-    @cached_property
     def _arch(self) -> SSLMetaArch:
         """The networks as training computes them, on tensors without values."""
-        student = dataclasses.replace(self.config.student, attention_backend=self.attention_backend)
+        config = self.config
+        student = dataclasses.replace(config.student, attention_backend=self.attention_backend)
         with torch.device("meta"):
-            arch = SSLMetaArch(dataclasses.replace(self.config, student=student)).train()
-        arch.freeze_all_but_last_blocks(self.config.train.unfreeze_last_n_blocks)
+            arch = SSLMetaArch(dataclasses.replace(config, student=student)).train()
+        arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
+        compiler = partial(torch.compile, backend=_PARTITIONER, fullgraph=True, dynamic=False)
         with self._mode:
             arch.to_empty(device="cpu")
             for role in ("student", "teacher"):
-                precision = getattr(self.config.compute_precision, role).backbone.mixed_precision
+                precision = getattr(config.compute_precision, role).backbone.mixed_precision
                 if precision.param_dtype != "fp32":
                     keep_low_precision_weights(getattr(arch, role).backbone, DTYPES[precision.param_dtype])
             for block in arch.student.backbone.blocks:
                 block.forward = compiled_and_recomputed(
-                    block.forward, self.config.performance.recompute, _partitioned if self.compiled else None
+                    block.forward, config.performance.recompute, compiler if self.compiled else None
                 )
         return arch
 
     def _step(self, images: int) -> tuple[Cost, Cost]:
         """Cost of the whole step, and of all its blocks."""
-        if images not in self._steps:
-            arch = self._arch
-            limit = 8 + 2 * len(arch.student.backbone.blocks)
-            with single_process(), self._mode, torch._dynamo.config.patch(recompile_limit=limit):
-                try:
-                    self._steps[images] = self._measure(arch, fake_batch(self.config, images))
-                except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                    logger.warning(
-                        "A loss or the backbone reads values of its tensors (%s), which makes the step wait for the "
-                        "device and unmeasurable: the plan counts FLOPs of the blocks alone, and no activations.",
-                        " ".join(str(error).split()),
-                    )
-                    self._steps[images] = Cost(), Cost()
-            if self.compiled:
-                torch.compiler.reset()  # graphs of tensors without values are of no further use
+        if images in self._steps:
+            return self._steps[images]
+        arch, limit = self._arch, 8 + 2 * len(self._arch.student.backbone.blocks)
+        with single_process(), self._mode, torch._dynamo.config.patch(recompile_limit=limit):
+            try:
+                self._steps[images] = self._measure(arch, fake_batch(self.config, images))
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                logger.warning(
+                    "A loss or the backbone reads values of its tensors (%s), which makes the step wait for the "
+                    "device and unmeasurable: the plan counts FLOPs of the blocks alone, and no activations.",
+                    " ".join(str(error).split()),
+                )
+                self._steps[images] = Cost(), Cost()
+        if self.compiled:
+            torch.compiler.reset()  # graphs of tensors without values are of no further use
         return self._steps[images]
 
     def _measure(self, arch: SSLMetaArch, batch: dict[str, Any]) -> tuple[Cost, Cost]:
         backbones = arch.student.backbone, arch.teacher.backbone
         with Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
-            loss = arch.compute_losses(batch, _TEACHER_TEMP)["total_loss"]
+            loss = arch.compute_losses(batch, teacher_temp=0.07)["total_loss"]  # no cost depends on it
             saved = meter.live
             loss.backward()
         arch.zero_grad(set_to_none=True)
-        more = _total((count - 1, cost) for count, cost in costs)
+        more = _total([(count - 1, cost) for count, cost in costs])
         # Whenever the peak is, the student's blocks hold what they saved: it begins to go with the last one.
-        whole = Cost(meter.flops + more.flops, saved + more.saved, meter.peak + more.saved)
-        return whole, _total(costs)
+        return Cost(meter.flops + more.flops, saved + more.saved, meter.peak + more.saved), _total(costs)
 
     def _plain_blocks(self, config: Config, images: int) -> int:
         """FLOPs of all blocks of a step; other parts of it do not depend on the switches."""
@@ -217,25 +202,22 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
 def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
     """While open, only one block of each kind runs, and the last one; the others return their first argument.
 
-    Of a backbone without ``blocks`` everything runs.
-
-    Args:
-        meter: sees every operation.
-        student: backbone; its blocks tell the kinds, by class, parameters and rate of stochastic depth.
-        teacher: backbone with as many blocks.
+    The student's blocks tell the kinds, by class, parameters and rate of stochastic depth; the teacher has as many.
 
     Yields:
         For each block that ran, of either network, the number of those like it and what one costs.
     """
     costs: list[tuple[int, Cost]] = []
-    blocks = list(getattr(student, "blocks", ()))
+    kinds = [
+        (type(block), getattr(block, "drop_path_rate", 0.0), *((n, p.shape, p.requires_grad) for n, p in parameters))
+        for block, parameters in ((block, block.named_parameters()) for block in student.blocks[:-1])
+    ]
     # The last of its kind, so that gradients go through its input where they do in most.
-    runs = {_kind(block): i for i, block in enumerate(blocks[:-1])}
-    kinds = [_kind(block) for block in blocks[:-1]]
-    counts = {i: kinds.count(kind) for kind, i in runs.items()} | {len(blocks) - 1: 1}
+    runs = {kind: i for i, kind in enumerate(kinds)}
+    counts = {i: kinds.count(kind) for kind, i in runs.items()} | {len(kinds): 1}
     with contextlib.ExitStack() as undo:
         for network in (student, teacher):
-            for i, block in enumerate(getattr(network, "blocks", ())):
+            for i, block in enumerate(network.blocks):
                 if i in counts:
 
                     def measure(block: nn.Module, args: Any, kwargs: Any, _: Any, count: int = counts[i]) -> None:
@@ -251,8 +233,7 @@ def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> It
 class Meter(TorchDispatchMode):
     """Counts FLOPs of the operations under it, and bytes of the storages that they allocate and free.
 
-    Args:
-        known: modules and tensors that exist already, in any nesting of modules, lists and dicts.
+    Modules and tensors that are ``known``, in any nesting of lists and dicts, exist already.
     """
 
     def __init__(self, known: Any):
@@ -285,10 +266,11 @@ class Meter(TorchDispatchMode):
         # A copy of the input, so that it counts where the block saves it, and no leaf, which the graph would hold.
         inputs = tree_map_only(Tensor, _copy, (args, kwargs))
         out = block.forward(*inputs[0], **inputs[1])
-        is_trained, scalar = out.requires_grad, out.sum()
+        scalar = out.sum()
         del inputs, out
-        saved = self.live - live if is_trained else 0
-        if is_trained:
+        saved = 0
+        if scalar.requires_grad:
+            saved = self.live - live
             scalar.backward()
             block.zero_grad(set_to_none=True)
         cost = Cost(self.flops - flops, saved)
@@ -314,15 +296,6 @@ def _copy(argument: Tensor) -> Tensor:
     return argument.detach().requires_grad_(argument.requires_grad).clone()
 
 
-def _partitioned(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, backend=_PARTITIONER, fullgraph=True, dynamic=False)
-
-
-def _kind(block: nn.Module) -> tuple[Any, ...]:
-    parameters = tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
-    return type(block), getattr(block, "drop_path_rate", 0.0), parameters
-
-
 def _passing_on(block: nn.Module) -> Callable[..., Tensor]:
     """What stands for a block that does not run."""
     is_trained = any(p.requires_grad for p in block.parameters())
@@ -335,6 +308,5 @@ def _passing_on(block: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def _total(costs: Sequence[tuple[int, Cost]] | Iterator[tuple[int, Cost]]) -> Cost:
-    costs = list(costs)
+def _total(costs: Sequence[tuple[int, Cost]]) -> Cost:
     return Cost(sum(n * cost.flops for n, cost in costs), sum(n * cost.saved for n, cost in costs))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dinov2.configs.schema import Config, ModulePrecisionConfig
+from dinov2.configs.schema import Config
 from dinov2.distributed import all_reduce_min
 from dinov2.layers.linear import Linear
 from dinov2.train.plan.measure import Cost, StepCosts
@@ -28,25 +29,15 @@ _REMEDIES = "performance.recompute = selective or full, more GPUs, or sharding_s
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes on one GPU, by what holds them.
+    """Bytes on one GPU, by what holds them."""
 
-    Attributes:
-        weights: fp32 student and teacher, this rank's shards.
-        moments: AdamW's two.
-        copies: low-precision weights: kept, gathered, or cast and saved by autograd.
-        gradients: fp32, this rank's shards, all present when the backward ends.
-        saved: what the student's forward leaves for the backward.
-        peak: most that is allocated in forward and backward.
-        batch: crops in float32, of this step and of the next.
-    """
-
-    weights: int
-    moments: int
-    copies: int
-    gradients: int
-    saved: int
-    peak: int
-    batch: int
+    weights: int  # fp32 student and teacher, this rank's shards
+    moments: int  # AdamW's two
+    copies: int  # low-precision weights: kept, gathered, or cast and saved by autograd
+    gradients: int  # fp32, this rank's shards, all present when the backward ends
+    saved: int  # what the student's forward leaves for the backward
+    peak: int  # most that is allocated in forward and backward
+    batch: int  # crops in float32, of this step and of the next
 
     @property
     def total(self) -> int:
@@ -61,15 +52,10 @@ class MemoryPrediction:
 
     def describe(self) -> str:
         """What the peak consists of, in GiB, on one line."""
+        parts = {"fp32 weights": self.weights, "moments": self.moments}
+        parts |= {"low-precision weights": self.copies, "crops": self.batch}
         largest = "activations" if self.saved > self.gradients else "gradients"
-        parts = {
-            "fp32 weights": self.weights,
-            "moments": self.moments,
-            "low-precision weights": self.copies,
-            "crops": self.batch,
-            largest: max(self.saved, self.gradients),
-            "backward": self.backward,
-        }
+        parts |= {largest: max(self.saved, self.gradients), "backward": self.backward}
         return ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
 
 
@@ -78,10 +64,7 @@ class MemoryModel:
 
     States are sums over parameters; activations are measured at two batch sizes and linear in between.
 
-    Args:
-        costs: of the configuration's step.
-        world_size: processes.
-        gpus_per_node: over which ``HYBRID_SHARD`` shards.
+    ``HYBRID_SHARD`` shards over ``gpus_per_node``.
     """
 
     def __init__(self, costs: StepCosts, world_size: int = 1, gpus_per_node: int = 8):
@@ -89,7 +72,12 @@ class MemoryModel:
 
     def __call__(self, images: int) -> MemoryPrediction:
         """Predict the peak of a step on ``images`` images per process."""
-        return self._at(images, self._activations(images))
+        (few, less), (many, more) = ((n, self._costs.activations(n)) for n in _MEASURED)
+        saved, peak = (
+            max(round(a + (b - a) * (images - few) / (many - few)), 0)
+            for a, b in ((less.saved, more.saved), (less.peak, more.peak))
+        )
+        return self._at(images, Cost(saved=saved, peak=peak))
 
     def exactly(self, images: int) -> MemoryPrediction:
         """Predict it from activations measured at this very batch."""
@@ -97,21 +85,16 @@ class MemoryModel:
 
     def largest_batch(self, available: int) -> int:
         """The largest even batch that is predicted to take at most ``available`` bytes; 0 where there is none."""
-        if self(2).total > available:
-            return 0
-        low, high = 1, 2  # pairs of images
-        while self(2 * high).total <= available:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self(2 * middle).total <= available else (low, middle)
-        return 2 * low
+        pairs = range(1, 2**20)
+        return 2 * bisect.bisect_right(pairs, available, key=lambda number: self(2 * number).total)
 
     def _at(self, images: int, activations: Cost) -> MemoryPrediction:
         config, student = self._costs.config, self._costs.student
         weights = trained = 0
+        over = {"NO_SHARD": 1, "HYBRID_SHARD": min(self._world, self._node)}  # ranks that split fp32 states
         for name, module in student.items():
-            shards = self._shards(getattr(config.compute_precision.student, name))
+            strategy = getattr(config.compute_precision.student, name).sharding_strategy
+            shards = over.get(strategy, self._world)
             weights += 2 * 4 * _numel(module) // shards
             trained += _numel(module, trained_only=True) // shards
         # Two whole blocks' gradients before they are reduced.
@@ -127,20 +110,6 @@ class MemoryModel:
             peak=activations.peak + unreduced,
             batch=2 * 4 * 3 * images * pixels,
         )
-
-    def _activations(self, images: int) -> Cost:
-        (few, less), (many, more) = ((n, self._costs.activations(n)) for n in _MEASURED)
-        saved, peak = (
-            max(round(a + (b - a) * (images - few) / (many - few)), 0)
-            for a, b in ((less.saved, more.saved), (less.peak, more.peak))
-        )
-        return Cost(saved=saved, peak=peak)
-
-    def _shards(self, settings: ModulePrecisionConfig) -> int:
-        """Over how many ranks a module's fp32 states are split."""
-        if settings.sharding_strategy == "NO_SHARD":
-            return 1
-        return min(self._world, self._node) if settings.sharding_strategy == "HYBRID_SHARD" else self._world
 
     def _copies(self) -> int:
         """Weights in the dtype of the matmuls, of both networks.
@@ -160,16 +129,11 @@ class MemoryModel:
                     if element == 2 and (config.debug.weight_copies or not frozen):
                         linear = (m for unit in units for m in unit.modules() if isinstance(m, Linear))
                         total += element * sum(layer.weight.numel() for layer in linear)
-                    continue
-                if frozen and name != "backbone":
-                    continue
-                again = [
-                    _numel(unit)
-                    for unit in units
-                    if frozen or settings.sharding_strategy == "FULL_SHARD" or not _numel(unit, True)
-                ]
-                ahead = 2 + config.performance.prefetch_blocks
-                total += element * (_numel(module) - sum(sorted(again)[ahead:]))
+                elif name == "backbone" or not frozen:
+                    always = frozen or settings.sharding_strategy == "FULL_SHARD"
+                    again = sorted(_numel(unit) for unit in units if always or not _numel(unit, trained_only=True))
+                    ahead = 2 + config.performance.prefetch_blocks
+                    total += element * (_numel(module) - sum(again[ahead:]))
         return total
 
 
@@ -184,16 +148,13 @@ def free_memory(device: torch.device) -> int | None:
 def resolve_batch(config: Config, memory: MemoryModel, free: int | None) -> int:
     """Images per process: the configured number, or for ``auto`` the largest that `USABLE` memory holds.
 
-    Args:
-        config: validated configuration.
-        memory: of its step.
-        free: bytes free on the GPU before anything is allocated; None without a GPU.
+    ``free`` are the bytes free on the GPU before anything is allocated; None without a GPU.
 
     Raises:
         ValueError: if it is ``auto`` and there is no GPU, or not even two images fit.
     """
-    if config.train.batch_size_per_gpu != "auto":
-        return config.train.batch_size_per_gpu
+    if (configured := config.train.batch_size_per_gpu) != "auto":
+        return configured
     if free is None:
         raise ValueError(
             "train.batch_size_per_gpu = auto needs a GPU whose memory it can fill and there is none; give an even "
@@ -214,12 +175,7 @@ def resolve_batch(config: Config, memory: MemoryModel, free: int | None) -> int:
 
 
 def check_fits(images: int, memory: MemoryModel, free: int) -> str | None:
-    """A sentence of warning where a batch is predicted not to fit; None where it is.
-
-    Args:
-        images: per process and step.
-        memory: of the step.
-        free: bytes free on the GPU before anything is allocated.
+    """A sentence of warning where ``images`` per process are predicted not to fit ``free`` bytes; None where they are.
 
     Raises:
         ValueError: if the prediction exceeds the memory by more than `REFUSED`.
