@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -41,11 +41,7 @@ class Training:
 
 
 def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
-    """Read all footers, some images, and slide names where footers do not tell them.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError, ImportError, RemoteError: as `open_storage` does.
-    """
+    """Read all footers, some images, and slide names where footers do not tell them; raises as `open_storage`."""
     storage = open_storage(dataset)
     files = storage.list_files()
     found = footer.read_footers(storage, files, partial(footer.describe_shard, storage))
@@ -61,10 +57,9 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
     if report["rows"]:
         rows = np.concatenate([shard.rows for shard in shards])
         sizes = np.concatenate([shard.plain_sizes for shard in shards])
-        repack = repack_advice(storage, rows, sizes)
-        groups = {"count": len(rows), "rows": _spread(rows), "image_bytes": _spread(sizes), "repack": repack}
+        spreads = {"rows": _spread(rows), "image_bytes": _spread(sizes)}
+        report["row_groups"] = {"count": len(rows)} | spreads | {"repack": repack_advice(storage, rows, sizes)}
         kinds = Counter(tuple(shard.columns.items()) for shard in shards)
-        report["row_groups"] = groups
         report["schemas"] = [{"files": n, "columns": dict(columns)} for columns, n in kinds.most_common()]
         report["stored"] = {
             "columns": dict(Counter(shard.image for shard in shards)),
@@ -86,13 +81,9 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
 
 
 def distinct_if_uniform(slide_rows: np.ndarray, samples: int) -> float:
-    """Expected distinct slides among rows drawn uniformly without replacement.
+    """Expected distinct slides among n samples of rows, int (S,) of each slide, drawn uniformly without replacement.
 
-    A slide of s of the N rows is missed by n draws with probability C(N-s, n) / C(N, n).
-
-    Args:
-        slide_rows: rows of each slide, int (S,).
-        samples: n; more than there are rows counts as all of them.
+    A slide of s of the N rows is missed with probability C(N-s, n) / C(N, n); an n above N counts as N.
     """
     total = int(slide_rows.sum())
     draws = min(samples, total)
@@ -110,9 +101,7 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
     """Kinds and sizes of some images of row groups spread over the dataset."""
     groups = [(shard, group) for shard in shards for group in np.flatnonzero(shard.rows).tolist()]
     chosen = np.unique(np.linspace(0, len(groups) - 1, _SAMPLED_GROUPS).astype(int)).tolist()
-    kinds: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    corrupt, read = [], 0
+    kinds, sizes, corrupt, read = Counter(), Counter(), [], 0
     for shard, group in (groups[i] for i in chosen):
         read += int(shard.sizes[group])
         if read > _SAMPLED_BYTES and kinds and not isinstance(storage, LocalStorage):
@@ -137,12 +126,9 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
 
 
 def _find_slides(storage: Storage, shards: Sequence[Shard]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Number the slide of every row, from footers where they tell it, else from the slide column.
+    """Number the slide of every row, int32 (rows,), and tell how many there are and where they mix.
 
-    Where that would take too many reads, a row group stands for a slide of its own.
-
-    Returns:
-        Slide of each row, int32 (rows,), and how many there are and where they mix.
+    They are told by footers or the slide column; where that takes too many reads, a row group counts as a slide.
     """
     numbers: dict[str | tuple[str, int], int] = {}
     slides = np.empty(sum(int(shard.rows.sum()) for shard in shards), np.int32)
@@ -160,19 +146,14 @@ def _find_slides(storage: Storage, shards: Sequence[Shard]) -> tuple[np.ndarray,
             if len(names) not in (1, end - first):
                 unknown += 1
                 names = [(shard.file.name, group)]
-            found = [numbers.setdefault(name, len(numbers)) for name in names]
-            slides[first:end] = found
-            mixed += len(set(found)) > 1
-            of_shard.update(found)
+            slides[first:end] = own = [numbers.setdefault(name, len(numbers)) for name in names]
+            mixed += len(set(own)) > 1
+            of_shard.update(own)
             first = end
         if of_shard:
             per_shard.append(len(of_shard))
-    return slides, {
-        "distinct": len(numbers),
-        "per_file": _spread(np.array(per_shard)),
-        "mixed_row_groups": mixed,
-        "unknown_row_groups": unknown,
-    }
+    found = {"distinct": len(numbers), "per_file": _spread(np.array(per_shard))}
+    return slides, found | {"mixed_row_groups": mixed, "unknown_row_groups": unknown}
 
 
 def _read_slides(storage: Storage, shard: Shard, group: int) -> list[str]:
@@ -205,15 +186,13 @@ def _judge_stream(units: SimpleNamespace, slides: np.ndarray, training: Training
     for step in range(WINDOWS[-1]):
         samples = order.locate(np.arange(step * training.batch, (step + 1) * training.batch))
         seen.append(slides[first_rows[samples.unit] + samples.row])
-    distinct = []
-    slide_rows = np.bincount(slides)
+    distinct, slide_rows = [], np.bincount(slides)
     for steps in WINDOWS:
         counts = [len(np.unique(window)) for window in np.reshape(seen, (WINDOWS[-1] // steps, -1))]
         uniform = distinct_if_uniform(slide_rows, steps * training.batch)
         distinct.append({"steps": steps, "stream": float(np.mean(counts)), "uniform": uniform})
-    settings = asdict(training) | {"lanes": lanes}
-    del settings["memory_gib"]
     held = memory_bound(units, order, prefetch=prefetch, **sharing)
+    settings = {"batch": training.batch, "ranks": training.ranks, "lanes": lanes, "block_rows": training.block_rows}
     return settings | {"refused": refused, "memory_bytes_per_rank": held, "distinct": distinct}
 
 
@@ -244,8 +223,7 @@ def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
     groups, stored, images, stream = (report[key] for key in ("row_groups", "stored", "images", "stream"))
     unreadable, corrupt = report["unreadable"], images["corrupt"]
     if unreadable:
-        text = f"{len(unreadable)} files cannot be read and would be left out: {_named(unreadable)}"
-        yield "corrupt_files", text
+        yield "corrupt_files", f"{len(unreadable)} files cannot be read and would be left out: {_named(unreadable)}"
     if corrupt and images["sizes"]:
         text = f"{len(corrupt)} sampled images or row groups are corrupt: {_named(corrupt)}"
         yield "corrupt_images", f"{text}; training stops above data.max_corrupt_fraction"
@@ -257,11 +235,8 @@ def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
         yield "compression", text
     yield from _mixing_advice(stream, report["rows"], groups["count"], batch)
     if "png" in images["kinds"]:
-        yield (
-            "png",
-            "PNG tiles take 4 to 6 times the CPU of JPEG ones to decode and about 3 times the bytes; if the CPUs "
-            "cannot keep up, build the shards anew with --encoding jpeg (which is lossy)",
-        )
+        text = "PNG tiles take 4 to 6 times the CPU of JPEG ones to decode and about 3 times the bytes; if the CPUs "
+        yield "png", f"{text}cannot keep up, build the shards anew with --encoding jpeg (which is lossy)"
     if len(images["kinds"]) > 1 or len(images["sizes"]) > 1:
         found = ", ".join([*images["kinds"], *images["sizes"]])
         yield "mixed_images", f"images differ in kind or size ({found}); training takes them as they come"

@@ -17,9 +17,8 @@ from dinov2.data.slides.sample_list import locate_slide, read_list_description, 
 from dinov2.data.source import DecodeError, EncodedSample
 
 UNIT_LINES = 64
-_OPEN_SLIDES = 64  # per process; each keeps a handle and a small tile cache
+_OPEN_SLIDES, _OPENING_THREADS = 64, 16  # per process; each slide keeps a handle and a small tile cache
 _SAMPLE_BYTES = 80  # a reference, as it waits in the reader's queue
-_OPENING_THREADS = 16
 
 
 class SlideListSource:
@@ -31,7 +30,7 @@ class SlideListSource:
     Args:
         list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
             a list of six columns the patch is cut at its mpp from the level that serves it best.
-        slide_root: folder to look for the listed paths in; None takes them as written, see `find.locate`.
+        slide_root: see `locate_slide`.
         tile_size: side of a patch in px of its level, or of its mpp.
         mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
 
@@ -52,10 +51,8 @@ class SlideListSource:
         self._paths = {name: locate_slide(name, slide_root, list_path) for name in self._samples.slides}
         missing = [str(path) for path in self._paths.values() if not path.is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist, "
-                f"the first is '{missing[0]}'; mount them or set data.slide_root."
-            )
+            lost = f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist"
+            raise FileNotFoundError(f"{lost}, the first is '{missing[0]}'; mount them or set data.slide_root.")
         self.num_rows = len(self._samples)
         starts = np.arange(0, self.num_rows, UNIT_LINES)
         self.unit_rows = np.minimum(UNIT_LINES, self.num_rows - starts).astype(np.int64)

@@ -21,11 +21,12 @@ from dinov2.data.online.positions import Geometry
 from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
 from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
 from dinov2.data.slides.blocks import Region, assemble, ranges
-from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import SlideBytes, is_remote
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.storage.base import public_name
 from dinov2.data.stream.order import Locations, SampleOrder
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.seeding import hash_words, sample_rng
@@ -54,7 +55,7 @@ class Patch(NamedTuple):
 class OnlineOrder:
     """Patches in the order of their numbers: sample g is row g % 64 of unit g // 64; stands in for a `SampleOrder`.
 
-    The patches are drawn with the seed, the order itself has nothing random; after `units` the first comes again.
+    The order itself has nothing random; after `units` the first comes again.
     """
 
     lanes, block_rows = 1, UNIT_PATCHES  # patch follows patch; a process holds those that it has looked ahead to
@@ -89,7 +90,6 @@ class OnlinePatchSource:
     Args:
         rows: the slides; their order does not matter.
         cache_folder: where tissue and tile indexes are kept.
-        options: what is cut.
         seed: of the draws, in [0, 2^64).
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
@@ -172,9 +172,7 @@ class OnlinePatchSource:
                 pixels = assemble(slide.tiles, region, tiles)
         except SlideError as error:
             raise DecodeError(str(error)) from error
-        if geometry.side == size:
-            return pixels
-        return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+        return pixels if geometry.side == size else cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
 
     def describe(self, unit: int, row: int | None = None) -> str:
         """Name a unit, or one of its patches and where it lies, for a message to the user."""

@@ -74,8 +74,7 @@ class TissueMask:
 class TissueCache:
     """Masks of slides in a folder: `<slide>-<key>.npz`, and `.geojson` beside it.
 
-    Files are written whole or not at all, so that any number of processes may share the folder. The rule says which
-    pixels are tissue, and from which fraction of them on a cell is foreground.
+    Files are written whole or not at all, so that any number of processes may share the folder.
     """
 
     def __init__(self, folder: str | Path, rule: TissueRule = CELL_RULE) -> None:

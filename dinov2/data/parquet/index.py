@@ -22,7 +22,6 @@ from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.utils.files import replacing
 
 logger = logging.getLogger(__name__)
-
 _PER_GROUP = pa.list_(pa.int64())
 _LISTING = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string())])
 _SCHEMA = pa.schema(
@@ -49,17 +48,11 @@ _REPORT_EVERY = 10.0  # seconds
 def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
     """Index a dataset, from the sidecar if the listing, or the commit that the location names, is still the same.
 
-    Args:
-        storage: where the shards are.
-        sidecar: where the index is kept between runs (in the run's output folder); None keeps nothing. With
-            several processes, let one write it before the others call.
-
-    Returns:
-        One row per shard, sorted by name (`_SCHEMA`).
+    The sidecar keeps it between runs; None keeps nothing. With several processes, let one write it before the others
+    call. Gives one row per shard, sorted by name (`_SCHEMA`).
 
     Raises:
-        FileNotFoundError: if there is no shard.
-        OSError: if a shard cannot be read.
+        OSError: if a shard cannot be read, or there is none (FileNotFoundError).
         ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
     """
     kept = _load_sidecar(sidecar) if sidecar else None
@@ -102,7 +95,6 @@ def in_one(column: pa.ChunkedArray) -> pa.Array:
 
 def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
     def describe(file: StoredFile) -> dict[str, Any]:
-        """Describe a shard by its footer; only by an "error" if the footer cannot be read."""
         try:
             footer = read_footer(storage, file)
             shard = describe_shard(storage, file, footer)

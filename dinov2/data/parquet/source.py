@@ -35,10 +35,7 @@ class ParquetSource:
 
     Args:
         dataset: name of a dataset, with ``revision`` and ``attempts`` as for `open_storage`, or its storage.
-        sidecar: where to keep the index for the next start; None reads all footers every time.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: as `open_storage` and `load_index` do.
+        sidecar: where to keep the index for the next start; None reads all footers every time, see `load_index`.
     """
 
     def __init__(
@@ -63,10 +60,7 @@ class ParquetSource:
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
 
-        Nulls, and rows that corruption hides, come as empty bytes.
-
-        Raises:
-            OSError: if the shard cannot be read, or is not what it was.
+        Nulls, and rows that corruption hides, come as empty bytes; OSError if the shard is not what it was.
         """
         slide, image = self._slide_and_image(unit)
         if slide is not None:

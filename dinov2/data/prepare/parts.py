@@ -24,10 +24,7 @@ class PartJob:
 def make_part(job: PartJob) -> SlideDraw:
     """Draw from a slide unless its part is there, then the preview unless it shows just that.
 
-    A slide that cannot be read leaves no part: it is tried again.
-
-    Raises:
-        OSError: if the part or the preview cannot be written.
+    A slide that cannot be read leaves no part: it is tried again. OSError if the part or preview cannot be written.
     """
     slide = job.slide
     try:

@@ -31,11 +31,8 @@ _FAILURES = "failures.jsonl"
 def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
     """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
-    Raises:
-        FileNotFoundError: if there is no such dataset.
-        FileExistsError: if the destination holds something else than a part of this result, or is being written to.
-        ValueError: if source and destination overlap.
-        OSError: if a file cannot be written, or a process was killed from outside.
+    FileExistsError if the destination holds something else than a part of this result, or is being written to,
+    ValueError if it overlaps with the source.
     """
     start = time.monotonic()
     storage = open_storage(source)
@@ -43,8 +40,7 @@ def repack_dataset(source: str, destination: Path, row_group_rows: int, compress
     _check_destination(source, storage, destination)
     failure_list = destination / _FAILURES
     destination.mkdir(parents=True, exist_ok=True)
-    busy = f"another repack is writing into '{destination}'; wait for it or stop it"
-    with locked(destination, busy=busy):
+    with locked(destination, busy=f"another repack is writing into '{destination}'; wait for it or stop it"):
         failures: dict[str, str] = {}
 
         def fail(name: str, reason: str) -> None:
@@ -107,10 +103,8 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
 
     for file, ours in zip(files, read_footers(here, files, is_ours), strict=True):
         if ours is not True:
-            raise FileExistsError(
-                f"'{destination / file.name}' was not made by this command from the present state of this source; "
-                "give another destination or move it away"
-            )
+            found = f"'{destination / file.name}' was not made by this command from the present state of this source"
+            raise FileExistsError(f"{found}; give another destination or move it away")
     return {file.name for file in files}
 
 
@@ -124,10 +118,8 @@ def _check_destination(source: str, storage: Storage, destination: Path) -> None
     path = destination / _FAILURES
     try:
         ours = all(set(json.loads(line)) == {"file", "reason"} for line in path.read_text().splitlines())
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError):
-        ours = False
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        ours = isinstance(error, FileNotFoundError)
     if not ours:
         raise FileExistsError(f"'{path}' was not made by this command; give another destination or move it away")
 

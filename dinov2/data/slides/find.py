@@ -50,8 +50,7 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
         The slides, sorted by key in a folder, in the given order in a list.
 
     Raises:
-        FileNotFoundError: if there is no such place.
-        OSError: if a folder cannot be listed.
+        OSError: if there is no such place (FileNotFoundError), or a folder cannot be listed.
         ValueError: if there is no slide, one has two weights, a column is missing, or a value is out of range.
     """
     path = Path(source)
@@ -103,10 +102,8 @@ def _row(path: str, **known: Any) -> SlideRow:
 
 def _search(folder: Path) -> list[SlideRow]:
     def refuse(error: OSError) -> None:
-        raise type(error)(
-            f"The folder '{error.filename}' cannot be listed ({error.strerror}); it must be readable, since its "
-            "slides would be missed."
-        ) from error
+        found = f"The folder '{error.filename}' cannot be listed ({error.strerror})"
+        raise type(error)(f"{found}; it must be readable, since its slides would be missed.") from error
 
     rows = []
     for place, folders, names in os.walk(folder, onerror=refuse):
@@ -126,9 +123,8 @@ def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
     rows = []
     for line, row in cells:
         if not row[path_column]:
-            raise ValueError(
-                f"The column '{path_column}' is empty in line {line} of '{path}'; a path or URL is expected."
-            )
+            empty = f"The column '{path_column}' is empty in line {line} of '{path}'"
+            raise ValueError(f"{empty}; a path or URL is expected.")
         weight = _number(row[weight_column], 0, math.inf, line, path) if weight_column else 1.0
         mpp = _number(row["mpp"], *PLAUSIBLE_MPP, line, path) if row.get("mpp") else None
         if weight > 0:
@@ -139,15 +135,13 @@ def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
 def _number(text: str, least: float, most: float, line: int, path: Path) -> float:
     value = number(text)
     if value is None or not (least <= value <= most and math.isfinite(value)):
-        raise ValueError(
-            f"{text!r} in line {line} of '{path}' is no number from {least:g} to {most:g}, which is expected."
-        )
+        wanted = f"no number from {least:g} to {most:g}, which is expected"
+        raise ValueError(f"{text!r} in line {line} of '{path}' is {wanted}.")
     return value
 
 
 def _each_once(rows: list[SlideRow], source: str | Path) -> FoundSlides:
-    first: dict[str, SlideRow] = {}
-    found = FoundSlides([], [])
+    first, found = {}, FoundSlides([], [])
     for row in rows:
         known = first.setdefault(row.path if is_remote(row.path) else os.path.realpath(row.path), row)
         if known is row:
@@ -157,8 +151,6 @@ def _each_once(rows: list[SlideRow], source: str | Path) -> FoundSlides:
         else:
             found.duplicates.append((row.path, known.path))
     if found.duplicates:
-        logger.warning(
-            "%d paths lead to slides that count already; the first is '%s', the same file as '%s'.",
-            len(found.duplicates), *found.duplicates[0],
-        )  # fmt: skip
+        words = "%d paths lead to slides that count already; the first is '%s', the same file as '%s'."
+        logger.warning(words, len(found.duplicates), *found.duplicates[0])
     return found

@@ -36,9 +36,7 @@ _ZARR_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
 class TileIndexes(Mapping[str, TileIndex]):
     """Tile indexes by slide path, made when asked for; their arrays stay in the file. Picklable and fork-safe.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if `write_tile_index` or `complete_tile_index` did not make it, or not finish it.
+    FileNotFoundError if there is no such file, ValueError if it is no index, or not a finished one.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -96,10 +94,8 @@ def parse_slide(job: tuple[str, float | None]) -> TileIndex | str:
 def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: int) -> tuple[set[str], dict[str, str]]:
     """Write the index of a collection; what `<path>.part` or an earlier index knows of it is taken over.
 
-    `mpps` names the slides, with the mpp that the user gives for them.
-
-    Returns:
-        Slides that were parsed now or since the last stop, and why others could not be.
+    `mpps` names the slides, with the mpp that the user gives for them. Returns the slides that were parsed now or
+    since the last stop, and why others could not be.
     """
     partial = path.with_name(f"{path.name}.part")
     starts, end = {}, 0
@@ -219,14 +215,9 @@ def write_zarr(index: Path, job: tuple[str, Path]) -> str:
 def zarr_references(index: TileIndex) -> dict[str, Any]:
     """Describe a slide as a Zarr (format 2) group whose chunks are the tiles in its own file; nothing is copied.
 
-    fsspec's `reference://` file system opens the references: an array for each level, named "0", "1", ... Chunks
-    decode with the codecs of imagecodecs.numcodecs; those that the file does not hold read as 0.
-
-    Returns:
-        JSON-able: fsspec's reference format, version 1.
-
-    Raises:
-        ValueError: if tiles are YCbCr in JPEG 2000, which no such codec turns into RGB.
+    fsspec's `reference://` file system opens what is returned, which is JSON-able (its format, version 1): an array for
+    each level, named "0", "1", ... Chunks decode with the codecs of imagecodecs.numcodecs; those that the file does not
+    hold read as 0. ValueError if tiles are YCbCr in JPEG 2000, which no such codec turns into RGB.
     """
     axes = [{"name": name, "type": kind} for name, kind in (("y", "space"), ("x", "space"), ("c", "channel"))]
     datasets = [
@@ -246,16 +237,9 @@ def zarr_references(index: TileIndex) -> dict[str, Any]:
             codec = {"id": "imagecodecs_jpeg", "tables": tables, **colours}
         elif level.photometric != "rgb":
             raise ValueError(f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are.")
-        array = {
-            "zarr_format": 2,
-            "shape": [level.height, level.width, 3],
-            "chunks": [level.tile_height, level.tile_width, 3],
-            "dtype": "|u1",
-            "compressor": codec,
-            "fill_value": 0,
-            "order": "C",
-            "filters": None,
-        }
+        shape, chunks = [level.height, level.width, 3], [level.tile_height, level.tile_width, 3]
+        array = {"zarr_format": 2, "shape": shape, "chunks": chunks, "dtype": "|u1", "compressor": codec}
+        array |= {"fill_value": 0, "order": "C", "filters": None}
         refs[f"{number}/.zarray"] = json.dumps(array)
         refs[f"{number}/.zattrs"] = json.dumps({"_ARRAY_DIMENSIONS": ["Y", "X", "S"]})
         for row, column in np.argwhere(level.lengths).tolist():

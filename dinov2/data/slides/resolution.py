@@ -74,9 +74,7 @@ class MppTable:
 def read_mpp_table(path: str | Path) -> MppTable:
     """Read a CSV file with the columns `slide` (path, file name, stem or barcode) and `mpp`.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, a value is no plausible mpp, or a slide has two.
+    ValueError if a column is missing, a value is no plausible mpp, or a slide has two.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,8 +82,7 @@ def read_mpp_table(path: str | Path) -> MppTable:
     columns, rows = read_csv(path)
     if not {"slide", "mpp"} <= set(columns):
         raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")
-    written: dict[str, float] = {}
-    values: dict[str, set[float]] = {}
+    written, values = {}, {}
     for line, row in rows:
         slide, mpp = row["slide"], number(row["mpp"])
         if not slide or not is_plausible(mpp):

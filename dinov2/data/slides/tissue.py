@@ -20,9 +20,7 @@ class TissueRule:
     Defaults are the ones of Virchow and OpenMidnight: blue to pink hues (0-180), not white, not black.
     `reject_pen` also refuses patches of which more than a tenth is blue ink. Red and purple ink have the hues of
     the stain, so no rule of colour can tell them; green and black are no tissue in the first place.
-
-    Raises:
-        ValueError: if a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
+    ValueError if a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
     """
 
     lower: tuple[int, int, int] = (90, 8, 103)
@@ -47,20 +45,15 @@ class TissueRule:
 
     def accepts(self, image: np.ndarray) -> bool:
         """Whether the fraction of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
-        if self.fraction(image) <= self.min_fraction:
-            return False
-        if not self.reject_pen:
-            return True
+        accepted = self.fraction(image) > self.min_fraction
+        if not accepted or not self.reject_pen:
+            return accepted
         ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
         return cv2.countNonZero(ink) / ink.size <= MAX_PEN_FRACTION
 
 
 class TissueMap:
-    """Fraction of tissue in any rectangle of a slide, estimated from its coarsest level.
-
-    Raises:
-        SlideReadError: if that cannot be decoded.
-    """
+    """Fraction of tissue in any rectangle of a slide, estimated from its coarsest level; SlideReadError without it."""
 
     def __init__(self, reader: SlideReader, rule: TissueRule) -> None:
         level = len(reader.level_dimensions) - 1
@@ -80,8 +73,7 @@ class TissueMap:
     def fraction(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
         """Estimate the tissue fraction of squares by their left and top edges, (N,), and side in level-0 px.
 
-        Returns:
-            float64 (N,) in [0, 1]; edges count to the nearest cell.
+        Gives float64 (N,) in [0, 1]; edges count to the nearest cell.
         """
         rows, columns = self.cells.shape
         top, left = np.minimum(self._edge(y), rows - 1), np.minimum(self._edge(x), columns - 1)

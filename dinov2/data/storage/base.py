@@ -3,6 +3,7 @@
 import glob
 import io
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,13 +17,9 @@ class StoredFile(NamedTuple):
 
 
 class Storage(Protocol):
-    """The Parquet files of one dataset; may be pickled, forked and used from several threads.
+    """The Parquet files of one dataset; may be pickled, forked and used from several threads."""
 
-    Attributes:
-        location: the dataset as a path or URL, with the commit where there is one; equal ones hold equal names.
-    """
-
-    location: str
+    location: str  # the dataset as a path or URL, with the commit where there is one; equal ones hold equal names
 
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
@@ -35,11 +32,7 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """The Parquet files of a folder (with its subfolders), of a glob, or one file; hidden ones are left out.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-    """
+    """The Parquet files of a folder (with its subfolders), of a glob, or one file; hidden ones are left out."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern  # as the user named it
@@ -84,6 +77,15 @@ class LocalStorage:
 def no_files(dataset: str) -> FileNotFoundError:
     """The error of a dataset without files."""
     return FileNotFoundError(f"dataset '{dataset}' holds no Parquet file; at least one is expected")
+
+
+def public_name(path: str | Path) -> str:
+    """A path as it is; a URL without user, password and query, since they may hold secrets."""
+    name = str(path)
+    if "://" not in name:
+        return name
+    name = re.sub(r"(?<=://)[^/@]*@", "", name)
+    return name.partition("?")[0] if name.startswith("http") else name
 
 
 class RangedFile(io.RawIOBase):
