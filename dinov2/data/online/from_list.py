@@ -34,10 +34,8 @@ class SlideListSource:
         tile_size: side of a patch in px of its level, or of its mpp.
         mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
 
-    Raises:
-        FileNotFoundError: if the list, or a slide that it names, does not exist.
-        ValueError: if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.
-        SlideError: if a slide had to be opened for its mpp and cannot be.
+    FileNotFoundError if the list or a slide of it does not exist, SlideError if a slide cannot be opened for its mpp,
+    ValueError if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.
     """
 
     is_remote = False
@@ -79,10 +77,9 @@ class SlideListSource:
                 known = pool.map(lambda name: SlideReader(self._paths[name]).mpp is not None, unsure)
             silent = [name for name, knows in zip(unsure, known, strict=True) if not knows]
             if silent:
-                raise ValueError(
-                    f"{len(silent)} slides of sample list '{self._list_path}' do not say their resolution, the "
-                    f"first is '{silent[0]}'; its six columns need it: name them in a CSV of 'slide,mpp' lines."
-                )
+                found = f"{len(silent)} slides of sample list '{self._list_path}' do not say their resolution"
+                advice = "its six columns need it: name them in a CSV of 'slide,mpp' lines"
+                raise ValueError(f"{found}, the first is '{silent[0]}'; {advice}.")
         return given
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
@@ -108,13 +105,11 @@ class SlideListSource:
             raise DecodeError(str(error)) from error
 
     def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its patches, for a message to the user."""
         first = unit * UNIT_LINES + 1
         lines = f"patches {first} to {first + int(self.unit_rows[unit]) - 1}" if row is None else f"patch {first + row}"
         return f"{lines} of sample list '{self._list_path}'"
 
     def slides(self, unit: int) -> list[str]:
-        """Name the slide of every line of a unit."""
         numbers = self._samples.slide[unit * UNIT_LINES : (unit + 1) * UNIT_LINES]
         return [self._samples.slides[number] for number in numbers.tolist()]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from dinov2.data.online.tissue_mask import TissueMask
+from dinov2.data.slides.tissue import TissueMask
 
 
 @dataclass(frozen=True)

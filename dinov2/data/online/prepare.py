@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinov2.data.online.positions import Geometry, Positions
-from dinov2.data.online.tissue_mask import TissueCache, TissueMask
 from dinov2.data.slides.blocks import TileIndex
 from dinov2.data.slides.errors import SlideError, UnsupportedTiles
 from dinov2.data.slides.find import SlideRow
@@ -20,6 +19,7 @@ from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppSource, coarsest_level
 from dinov2.data.slides.tiff import index_slide
+from dinov2.data.slides.tissue import TissueCache, TissueMask
 from dinov2.data.storage.base import public_name
 from dinov2.data.storage.fsspec import filesystem, version_of
 from dinov2.data.storage.retry import RemoteError, Retries

@@ -110,10 +110,7 @@ def parse_footer(data: bytes) -> pq.FileMetaData:
 
 
 def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
-    """Find the columns of a shard and what they hold.
-
-    CorruptShard if the footer contradicts itself or the file's size, ValueError if columns or their types are wrong.
-    """
+    """Find the columns of a shard; CorruptShard where its footer is wrong, ValueError where columns or types are."""
     path, metadata, schema = storage.locate(file.name), footer.metadata, footer.schema
     image = image_column(path, schema)
     slide: str | None = SLIDE_COLUMN[image]
@@ -201,10 +198,8 @@ def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
         raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; png, jpeg or raw is expected")
     size, dtype = texts.get(b"tile_size", ""), texts.get(b"image_dtype", "uint8")
     if not size.isdecimal() or int(size) == 0 or dtype != "uint8":
-        raise ValueError(
-            f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata; "
-            "a positive integer and uint8 are expected"
-        )
+        found = f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata"
+        raise ValueError(f"{found}; a positive integer and uint8 are expected")
     return int(size)
 
 

@@ -41,10 +41,7 @@ def preview_mark(path: Path) -> str | None:
 
 
 def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
-    """Write the preview of a slide as PNG, unless the one at `path` bears the mark of all that it depends on.
-
-    SlideError if the slide has no readable thumbnail, OSError if the file is no preview or cannot be written.
-    """
+    """Write the preview of a slide as PNG, unless the one at `path` bears the mark of all that it depends on."""
     if preview_mark(path) == mark:
         return
     figure = preview_figure(SlideReader(job.path, job.mpp), job, draw)

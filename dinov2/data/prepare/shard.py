@@ -35,8 +35,7 @@ _POSITION = "position"
 _ROWS = pa.schema([(_POSITION, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])
 _RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
 _PLAN = "plan.json"
-
-Failures = list[dict[str, Any]]
+Failures = list[dict[str, Any]]  # slide_path, x, y, level and reason of the rows without an image
 
 
 def build_shard(metadata: dict[str, str], cutting: Cutting, job: tuple[Path, Patches]) -> Failures:
@@ -55,7 +54,7 @@ class ShardWriter:
     def __init__(self, writer: pq.ParquetWriter, task_id: str) -> None:
         self._writer, self._task_id = writer, task_id
         self._waiting: list[dict[str, Any]] = []
-        self.failures: list[dict[str, Any]] = []  # slide_path, x, y, level and reason of the rows without an image
+        self.failures: Failures = []
         self.num_rows = 0  # of those with one
 
     def add(self, row: dict[str, Any]) -> None:

@@ -83,10 +83,9 @@ def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> No
         logger.info("nothing to do: %d files with %d rows are in place", len(done), rows)
         return
     before, after = sum(job.groups for job in done), sum(-(-job.rows // job.row_group_rows) for job in done)
-    logger.info(
-        "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)",
-        len(done) - len(finished), len(finished), rows, before, after, size / 1e6, seconds, size / 1e6 / seconds,
-    )  # fmt: skip
+    words = "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)"
+    counts = len(done) - len(finished), len(finished), rows, before, after
+    logger.info(words, *counts, size / 1e6, seconds, size / 1e6 / seconds)
 
 
 def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
@@ -136,10 +135,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help=NAMES)
     parser.add_argument("destination", metavar="DST", help="folder for the new files, apart from SRC")
     parser.add_argument("--row-group-rows", type=int, default=64, help="rows of a row group (64)")
-    parser.add_argument(
-        "--compression", choices=("none", "snappy", "zstd", "lz4", "gzip"), default="none",
-        help="codec of the image column (none: PNG and JPEG do not get smaller)",
-    )  # fmt: skip
+    codecs = ("none", "snappy", "zstd", "lz4", "gzip")
+    text = "codec of the image column (none: PNG and JPEG do not get smaller)"
+    parser.add_argument("--compression", choices=codecs, default="none", help=text)
     add_workers(parser)
     args = parser.parse_args(argv)
     for name in ("row_group_rows", "workers"):

@@ -128,10 +128,7 @@ def paste(level: TileLevel, region: Region, block: Block, pixels: np.ndarray, ou
 
 
 def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.ndarray:
-    """Decode the tiles that `ranges` named, in its order, and cut a region out of them.
-
-    Gives uint8 (height, width, 3) RGB; SlideReadError if a tile is missing or corrupt.
-    """
+    """Cut a region out of tiles that `ranges` named: uint8 (H, W, 3) RGB; SlideReadError if one is missing or bad."""
     level = index.levels[region.level]
     out = np.empty((region.height, region.width, 3), np.uint8)
     for block, tile in zip(covering(level, region), tiles, strict=True):
@@ -176,9 +173,7 @@ def _rgb_of_ycbcr(pixels: np.ndarray) -> np.ndarray:
     one, half = 1 << 16, 1 << 15
     luma = pixels[..., 0].astype(np.int32)
     blue, red = pixels[..., 1].astype(np.int32) - 128, pixels[..., 2].astype(np.int32) - 128
-    channels = (
-        luma + ((round(1.40200 * one) * red + half) >> 16),
-        luma + ((half - round(0.344136 * one) * blue - round(0.714136 * one) * red) >> 16),
-        luma + ((round(1.77200 * one) * blue + half) >> 16),
-    )
-    return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+    r = luma + ((round(1.40200 * one) * red + half) >> 16)
+    g = luma + ((half - round(0.344136 * one) * blue - round(0.714136 * one) * red) >> 16)
+    b = luma + ((round(1.77200 * one) * blue + half) >> 16)
+    return np.clip(np.stack([r, g, b], axis=-1), 0, 255).astype(np.uint8)

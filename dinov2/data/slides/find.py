@@ -38,6 +38,8 @@ class FoundSlides(NamedTuple):
 def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable | None = None) -> FoundSlides:
     """Find slides, each file once: of several paths that lead to one file the first counts.
 
+    They are sorted by key in a folder, and in the given order in a list.
+
     Args:
         source: a folder, searched with its subfolders but without hidden files and folders (links to folders are
             not followed); a text file with one path or URL per line (blank lines and `#` lines are skipped); a .csv
@@ -45,9 +47,6 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
             one. For relative paths in a file see `locate`.
         weight_column: column of a CSV file with each slide's weight, 0 leaves it out; empty weighs all alike.
         mpp_table: micrometres per level-0 px of slides that `source` has no number for.
-
-    Returns:
-        The slides, sorted by key in a folder, in the given order in a list.
 
     Raises:
         OSError: if there is no such place (FileNotFoundError), or a folder cannot be listed.
@@ -62,9 +61,8 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
     elif path.is_dir():
         rows = _search(path)
     elif not path.is_file():
-        raise FileNotFoundError(
-            f"'{source}' does not exist; a folder of slides, a text or .csv file of paths, or one slide is expected."
-        )
+        wanted = "a folder of slides, a text or .csv file of paths, or one slide is expected"
+        raise FileNotFoundError(f"'{source}' does not exist; {wanted}.")
     elif ending in SLIDE_SUFFIXES:
         rows = [_row(os.path.abspath(path))]
     elif ending == ".csv":

@@ -34,10 +34,7 @@ _ZARR_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
 
 
 class TileIndexes(Mapping[str, TileIndex]):
-    """Tile indexes by slide path, made when asked for; their arrays stay in the file. Picklable and fork-safe.
-
-    FileNotFoundError if there is no such file, ValueError if it is no index, or not a finished one.
-    """
+    """Tile indexes by slide path, made when asked for; their arrays stay in the file. Picklable and fork-safe."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -135,12 +132,10 @@ def _still_holds(index: TileIndex, mpps: Mapping[str, float | None]) -> bool:
 
 def _append(file: BinaryIO, index: TileIndex) -> int:
     """Append a record to a file opened at its end; returns its first byte."""
-    levels = [
-        {name: getattr(level, name) for name in _LEVEL_FIELDS}
-        | {"shape": level.offsets.shape, "longest": int(level.lengths.max())}
-        | {"jpeg_tables": level.jpeg_tables.hex()}
-        for level in index.levels
-    ]
+    levels = []
+    for level in index.levels:
+        fields = {name: getattr(level, name) for name in _LEVEL_FIELDS} | {"shape": level.offsets.shape}
+        levels.append(fields | {"longest": int(level.lengths.max()), "jpeg_tables": level.jpeg_tables.hex()})
     words = _json({name: getattr(index, name) for name in _INDEX_FIELDS} | {"levels": levels})
     stored = (array for level in index.levels for array in (level.offsets.astype("<i8"), level.lengths.astype("<i4")))
     arrays = b"".join(array.tobytes() + bytes(-array.nbytes % 8) for array in stored)
@@ -220,15 +215,11 @@ def zarr_references(index: TileIndex) -> dict[str, Any]:
     hold read as 0. ValueError if tiles are YCbCr in JPEG 2000, which no such codec turns into RGB.
     """
     axes = [{"name": name, "type": kind} for name, kind in (("y", "space"), ("x", "space"), ("c", "channel"))]
-    datasets = [
-        {"path": str(number), "coordinateTransformations": [{"type": "scale", "scale": [scale, scale, 1.0]}]}
-        for number, scale in enumerate(index.downsamples)
-    ]
+    scales = [[{"type": "scale", "scale": [scale, scale, 1.0]}] for scale in index.downsamples]
+    datasets = [{"path": str(number), "coordinateTransformations": scale} for number, scale in enumerate(scales)]
     multiscales = [{"version": "0.4", "axes": axes, "datasets": datasets}]
-    refs: dict[str, Any] = {
-        ".zgroup": json.dumps({"zarr_format": 2}),
-        ".zattrs": json.dumps({"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}),
-    }
+    attributes = {"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}
+    refs: dict[str, Any] = {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": json.dumps(attributes)}
     for number, level in enumerate(index.levels):
         codec: dict[str, Any] = {"id": "imagecodecs_jpeg2k"}
         if level.compression == "jpeg":

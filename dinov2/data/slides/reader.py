@@ -161,10 +161,9 @@ def _location(region: Region) -> str:
 
 
 class TileReader:
-    """One slide, read tile by tile at the whole pixels of each level's grid.
+    """One slide, read tile by tile at the whole pixels of each level's grid; the decoded tiles used last are kept.
 
-    Holds no lock and no file position, so threads and forked processes may share it. A tile that two threads want
-    at once is decoded twice. The decoded tiles used last are kept.
+    Holds no lock or file position: threads and forks may share it. A tile that two want at once is decoded twice.
     """
 
     def __init__(self, index: TileIndex, cache_bytes: int) -> None:
@@ -175,10 +174,7 @@ class TileReader:
         self.level_downsamples, self.mpp, self.mpp_source = index.downsamples, index.mpp, index.mpp_source
 
     def read(self, region: Region) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels of a region, uint8 (H, W, 3), 0 where the file has no tile, and which the file holds, bool (H, W).
-
-        ValueError if a tile is corrupt, SlideOpenError if the file is not the one that was indexed.
-        """
+        """Pixels of a region, uint8 (H, W, 3), 0 where the file has no tile, and which the file holds, bool (H, W)."""
         level = self._index.levels[region.level]
         out = np.empty((region.height, region.width, 3), np.uint8)
         known = np.ones(out.shape[:2], bool)

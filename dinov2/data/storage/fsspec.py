@@ -30,22 +30,20 @@ _Result = TypeVar("_Result")
 
 
 class RemoteStorage:
-    """Reading of files over a network; subclasses list and locate them, and have `_get_range` and `_explain`."""
+    """A `Storage` over a network; subclasses list and locate files, and have `_get_range` and `_explain`."""
 
     location: str
     _retries: Retries
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Read exactly `length` bytes of a file by one request; OSError where they cannot be had."""
+        """Read exactly `length` bytes of a file, by one request."""
         url = self.locate(name)
 
         def request() -> bytes:
             data = self._get_range(name, start, length)
             if data is None or len(data) > length:
-                raise RemoteError(
-                    f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others; "
-                    "use a server that supports ranges, or a local copy"
-                )
+                asked = f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others"
+                raise RemoteError(f"{asked}; use a server that supports ranges, or a local copy")
             if len(data) < length:
                 raise ConnectionError(f"{len(data)} of {length} bytes came")
             return data
@@ -79,7 +77,6 @@ class ObjectStorage(RemoteStorage):
         self._filesystem()
 
     def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         fs, folder = self._filesystem()
         pattern = folder + self._url[len(self._folder) :]
         fs.invalidate_cache()
@@ -92,7 +89,6 @@ class ObjectStorage(RemoteStorage):
             return list(pool.map(self._describe, names, names.values()))
 
     def locate(self, name: str) -> str:
-        """Give the URL of a file, without credentials."""
         return public_name(f"{self._folder}/{name}")
 
     def _filesystem(self) -> tuple[Any, str]:
@@ -128,10 +124,8 @@ class ObjectStorage(RemoteStorage):
     def _explain(self, error: Exception, url: str, status: int | None, headers: Mapping[str, str]) -> Exception:
         missing = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
         if missing or status in (401, 403) or isinstance(error, PermissionError):
-            return PermissionError(
-                f"'{url}' may not be read ({reason(error)}); check the credentials in the environment "
-                "(for a public S3 bucket set FSSPEC_S3_ANON=true)"
-            )
+            advice = "check the credentials in the environment (for a public S3 bucket set FSSPEC_S3_ANON=true)"
+            return PermissionError(f"'{url}' may not be read ({reason(error)}); {advice}")
         if status == 404 or isinstance(error, FileNotFoundError):
             return FileNotFoundError(f"'{url}' does not exist; check the name")
         return RemoteError(f"'{url}' cannot be read ({reason(error)})")
@@ -142,12 +136,8 @@ class HubStorage(RemoteStorage):
 
     The server is `HF_ENDPOINT` and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use; neither
     token nor connection is kept. An empty revision is the default branch, an empty path the training split. The
-    revision is resolved here, once, to ``commit``; a full commit needs no request.
-
-    Raises:
-        FileNotFoundError, PermissionError: if there is no such dataset, it is hidden or may not be read.
-        ValueError: if there is no such revision.
-        RemoteError: if the hub does not answer.
+    revision is resolved here, once, to ``commit``; a full commit needs no request. FileNotFoundError or PermissionError
+    if there is no such dataset or it may not be read, ValueError without the revision, RemoteError without an answer.
     """
 
     def __init__(self, repo: str, revision: str, path: str, retries: Retries) -> None:
@@ -164,7 +154,6 @@ class HubStorage(RemoteStorage):
         self.location = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         tree = {file.path: file for file in self._tree()}
         shards = _select(tree, self._path)
         if not self._path:
@@ -173,13 +162,10 @@ class HubStorage(RemoteStorage):
         if not shards:
             raise no_files(self.location)
         inside = len(self._folder) + 1 if self._folder else 0
-        return [
-            StoredFile(file.path[inside:], file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-            for file in (tree[name] for name in sorted(shards))
-        ]
+        files = (tree[name] for name in sorted(shards))
+        return [StoredFile(f.path[inside:], f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files]
 
     def locate(self, name: str) -> str:
-        """Give the URL of a file."""
         from huggingface_hub import hf_hub_url
 
         path = f"{self._folder}/{name}" if self._folder else name
@@ -218,9 +204,7 @@ class HubStorage(RemoteStorage):
             response.raise_for_status()
             yield response
 
-    def _explain(
-        self, error: Exception, wanted: str, status: int | None, headers: Mapping[str, str]
-    ) -> Exception | None:
+    def _explain(self, error: Exception, wanted: str, status: int | None, headers: dict[str, str]) -> Exception | None:
         """Say what an answer of the hub means, which is 401 or 404 for what it does not want to speak of."""
         from huggingface_hub import get_token
 
@@ -234,15 +218,11 @@ class HubStorage(RemoteStorage):
         if code == "EntryNotFound":
             return FileNotFoundError(f"{dataset} on {_endpoint()} has no {wanted} at commit {self.commit}")
         if code == "GatedRepo" or status == 403:
-            return PermissionError(
-                f"{dataset} on {_endpoint()} is private or gated and {token}; "
-                "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
-            )
+            advice = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
+            return PermissionError(f"{dataset} on {_endpoint()} is private or gated and {token}; {advice}")
         if status in (401, 404):
-            return FileNotFoundError(
-                f"{_endpoint()} has no {dataset}, or it is private and {token}; "
-                "check the name, set HF_TOKEN or run `hf auth login`"
-            )
+            advice = "check the name, set HF_TOKEN or run `hf auth login`"
+            return FileNotFoundError(f"{_endpoint()} has no {dataset}, or it is private and {token}; {advice}")
         return RemoteError(f"{dataset} on {_endpoint()}: {wanted} gave {reason(error)}")
 
 

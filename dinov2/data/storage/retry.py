@@ -136,10 +136,8 @@ class Retries:
             error = state.outcome.exception()
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
-            raise RemoteError(
-                f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)}); {advice}, "
-                "raise data.retries or train from a local copy"
-            ) from error
+            failure = f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)})"
+            raise RemoteError(f"{failure}; {advice}, raise data.retries or train from a local copy") from error
 
         stop, retry = stop_after_attempt(self.attempts), retry_if_exception(is_transient)
         hooks = {"before": hold_up, "retry_error_callback": give_up}
