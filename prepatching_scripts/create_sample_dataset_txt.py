@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
-from dinov2.data.prepare.parts import PartJob, make_part
+from dinov2.data.prepare.parts import make_part
 from dinov2.data.prepare.preview import preview_mark
 from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
@@ -64,7 +64,7 @@ def create_sample_list(
             if folder / name in finals:
                 partial.unlink(missing_ok=True)
     jobs = [
-        PartJob(SlideJob(row.path, row.key, sampling, row.mpp), parts, picture)
+        (SlideJob(row.path, row.key, sampling, row.mpp), parts, picture)
         for row, picture in zip(found.slides, pictures, strict=True)
     ]
     made = [draw for _, draw in sorted(run_jobs(make_part, jobs, workers, "slide"), key=itemgetter(0))]

@@ -7,18 +7,38 @@ mix them, and a verdict. Reads all footers, some images, and slide names where f
 import argparse
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from dinov2.data.inspect.report import Training, inspect_dataset
-from dinov2.data.storage.locate import NAMES
+import numpy as np
+
+from dinov2.data.parquet import footer
+from dinov2.data.parquet.footer import Shard, open_shard
+from dinov2.data.parquet.source import repack_advice
+from dinov2.data.source import DecodeError, decode_image, image_format
+from dinov2.data.storage.base import LocalStorage, Storage
+from dinov2.data.storage.locate import NAMES, open_storage
+from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
+from dinov2.data.stream.order import SampleOrder
 from dinov2.utils.cli import DONE, FAILURES, run_command
 from dinov2.utils.files import write_text
 
 logger = logging.getLogger("inspect")
 
+WINDOWS = (1, 10, 100)  # steps over which distinct slides are counted; each divides the last
+_SAMPLED_GROUPS, _SAMPLED_ROWS = 16, 4
+_SAMPLED_BYTES = 1 << 28  # of the row groups that images are sampled from, where they come over a network
+_READ_GROUPS, _READ_REMOTE_GROUPS = 20_000, 500  # most row groups whose slide column is read
+_NAMED = 3  # files named in a sentence
+_WELL_MIXED = 0.9  # of the distinct slides of uniform sampling
+Finding = tuple[str, str]  # a word for programs, and a sentence
 _NUMBERS = (  # field of Training, least value, help
     ("batch", 1, "global batch size"),
     ("ranks", 1, "processes that share it"),
@@ -26,6 +46,236 @@ _NUMBERS = (  # field of Training, least value, help
     ("block_rows", 1, "rows shuffled together"),
     ("memory_gib", 0, "most that the reader of one process may hold"),
 )
+
+
+@dataclass(frozen=True)
+class Training:
+    """The run to judge the dataset for."""
+
+    batch: int = 384  # global batch B
+    ranks: int = 8
+    lanes: int = 0  # V; 0 takes what training takes, 8 B or less where memory or rows do not allow it
+    block_rows: int = 64  # R
+    memory_gib: float = 16.0  # most that the reader of one process may hold
+
+
+def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
+    """Read all footers, some images, and slide names where footers do not tell them; raises as `open_storage`."""
+    storage = open_storage(dataset)
+    files = storage.list_files()
+    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage))
+    shards = [item for item in found if isinstance(item, Shard)]
+    report: dict[str, Any] = {
+        "place": storage.location,
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "unreadable": [item._asdict() for item in found if type(item) is footer.Unusable],
+        "wrong_schema": [item._asdict() for item in found if isinstance(item, footer.WrongSchema)],
+        "rows": sum(int(shard.rows.sum()) for shard in shards),
+    }
+    if report["rows"]:
+        rows = np.concatenate([shard.rows for shard in shards])
+        sizes = np.concatenate([shard.plain_sizes for shard in shards])
+        spreads = {"rows": _spread_of(rows), "image_bytes": _spread_of(sizes)}
+        report["row_groups"] = {"count": len(rows)} | spreads | {"repack": repack_advice(storage, rows, sizes)}
+        kinds = Counter(tuple(shard.columns.items()) for shard in shards)
+        report["schemas"] = [{"files": n, "columns": dict(columns)} for columns, n in kinds.most_common()]
+        report["stored"] = {
+            "columns": dict(Counter(shard.image for shard in shards)),
+            "encodings": dict(sum((shard.encodings for shard in shards), Counter())),
+            "compression": dict(sum((shard.codecs for shard in shards), Counter())),
+            "with_dictionary": sum(shard.with_dictionary for shard in shards),
+            "with_page_index": sum(shard.with_page_index for shard in shards),
+            "bytes_per_image": round(sum(int(shard.sizes.sum()) for shard in shards) / report["rows"]),
+        }
+        report["images"] = _sample_images(storage, shards)
+        slides, report["slides"] = _find_slides(storage, shards)
+        units = SimpleNamespace(unit_rows=rows, unit_bytes=sizes, is_remote=not isinstance(storage, LocalStorage))
+        report["stream"] = _judge_stream(units, slides, training)
+    findings = _reasons(report), _advice(report, training.batch) if report["rows"] else ()
+    reasons, advice = ([{"code": code, "text": text} for code, text in some] for some in findings)
+    return report | {"verdict": {"usable": not reasons, "reasons": reasons, "advice": advice}}
+
+
+def distinct_if_uniform(slide_rows: np.ndarray, samples: int) -> float:
+    """Expected distinct slides among n samples of rows, int (S,) of each slide, drawn uniformly without replacement.
+
+    A slide of s of the N rows is missed with probability C(N-s, n) / C(N, n); an n above N counts as N.
+    """
+    total = int(slide_rows.sum())
+    draws = min(samples, total)
+
+    def ways(rows: int) -> float:
+        """Logarithm of the ways to draw, order counting."""
+        return math.lgamma(rows + 1) - math.lgamma(rows - draws + 1) if rows >= draws else -math.inf
+
+    sizes, counts = np.unique(slide_rows[slide_rows > 0], return_counts=True)
+    missed = [math.exp(ways(total - size) - ways(total)) for size in sizes.tolist()]
+    return float(counts @ (1 - np.array(missed)))
+
+
+def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
+    """Kinds and sizes of some images of row groups spread over the dataset."""
+    groups = [(shard, group) for shard in shards for group in np.flatnonzero(shard.rows).tolist()]
+    chosen = np.unique(np.linspace(0, len(groups) - 1, _SAMPLED_GROUPS).astype(int)).tolist()
+    kinds, sizes, corrupt, read = Counter(), Counter(), [], 0
+    for shard, group in (groups[i] for i in chosen):
+        read += int(shard.sizes[group])
+        if read > _SAMPLED_BYTES and kinds and not isinstance(storage, LocalStorage):
+            break
+        location = {"file": shard.file.name, "row_group": group}
+        try:
+            with footer.as_corruption(), open_shard(storage, shard.file) as file:
+                batch = next(file.iter_batches(_SAMPLED_ROWS, [group], [shard.image], use_threads=False))
+                images = [value or b"" for value in batch[shard.image].to_pylist()]
+        except footer.CorruptShard as error:
+            corrupt.append(location | {"reason": str(error)})
+            continue
+        for row, data in enumerate(images):
+            kind = "raw" if shard.raw_size else image_format(data)
+            kinds[kind.lower() if kind else "neither PNG nor JPEG"] += 1
+            try:
+                height, width, _ = decode_image(data, shard.raw_size).shape
+                sizes[f"{width}x{height}"] += 1
+            except DecodeError as error:
+                corrupt.append(location | {"row": row, "reason": str(error)})
+    return {"sampled": kinds.total(), "kinds": dict(kinds), "sizes": dict(sizes), "corrupt": corrupt}
+
+
+def _find_slides(storage: Storage, shards: Sequence[Shard]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Number the slide of every row, int32 (rows,), and tell how many there are and where they mix.
+
+    They are told by footers or the slide column; where that takes too many reads, a row group counts as a slide.
+    """
+    numbers: dict[str | tuple[str, int], int] = {}
+    slides = np.empty(sum(int(shard.rows.sum()) for shard in shards), np.int32)
+    left = _READ_GROUPS if isinstance(storage, LocalStorage) else _READ_REMOTE_GROUPS
+    first = mixed = unknown = 0
+    per_shard = []
+    for shard in shards:
+        of_shard: set[int] = set()
+        for group in np.flatnonzero(shard.rows).tolist():
+            end = first + int(shard.rows[group])
+            names: list[Any] = [shard.slides[group]]
+            if names == [None]:
+                names = _read_slides(storage, shard, group) if left else []
+                left -= left > 0
+            if len(names) not in (1, end - first):
+                unknown += 1
+                names = [(shard.file.name, group)]
+            slides[first:end] = own = [numbers.setdefault(name, len(numbers)) for name in names]
+            mixed += len(set(own)) > 1
+            of_shard.update(own)
+            first = end
+        if of_shard:
+            per_shard.append(len(of_shard))
+    found = {"distinct": len(numbers), "per_file": _spread_of(np.array(per_shard))}
+    return slides, found | {"mixed_row_groups": mixed, "unknown_row_groups": unknown}
+
+
+def _read_slides(storage: Storage, shard: Shard, group: int) -> list[str]:
+    """Slide of every row of a row group; empty where it cannot be read."""
+    try:
+        with footer.as_corruption(), open_shard(storage, shard.file) as file:
+            names = file.read_row_group(group, [shard.slide], use_threads=False)[shard.slide].to_pylist()
+    except footer.CorruptShard:
+        return []
+    return [footer.slide_of(name or "", shard.image) for name in names]
+
+
+def _judge_stream(units: SimpleNamespace, slides: np.ndarray, training: Training) -> dict[str, Any]:
+    """Lanes, memory and mixing of the order that training would use."""
+    sharing = {"global_batch": training.batch, "world_size": training.ranks}
+
+    def make_order(lanes: int) -> SampleOrder:
+        return SampleOrder(units.unit_rows, seed=0, lanes=lanes, block_rows=training.block_rows)
+
+    limit, refused = training.memory_gib, ""
+    lanes = training.lanes or 8 * training.batch
+    try:
+        lanes = fit_lanes(make_order, units, lanes=training.lanes, limit_gib=limit, **sharing)
+    except ValueError as error:
+        refused = str(error)
+    order = make_order(lanes)
+    prefetch = Prefetch.suited_to(units, limit * GIB)
+    first_rows = np.cumsum(units.unit_rows) - units.unit_rows
+    seen = []  # slides of each step of the first epoch
+    for step in range(WINDOWS[-1]):
+        samples = order.locate(np.arange(step * training.batch, (step + 1) * training.batch))
+        seen.append(slides[first_rows[samples.unit] + samples.row])
+    distinct, slide_rows = [], np.bincount(slides)
+    for steps in WINDOWS:
+        counts = [len(np.unique(window)) for window in np.reshape(seen, (WINDOWS[-1] // steps, -1))]
+        uniform = distinct_if_uniform(slide_rows, steps * training.batch)
+        distinct.append({"steps": steps, "stream": float(np.mean(counts)), "uniform": uniform})
+    held = memory_bound(units, order, prefetch=prefetch, **sharing)
+    settings = {"batch": training.batch, "ranks": training.ranks, "lanes": lanes, "block_rows": training.block_rows}
+    return settings | {"refused": refused, "memory_bytes_per_rank": held, "distinct": distinct}
+
+
+def _spread_of(values: np.ndarray) -> dict[str, float]:
+    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
+    """Why training cannot use the dataset."""
+    wrong, unreadable = report["wrong_schema"], report["unreadable"]
+    if wrong:
+        yield "wrong_schema", f"{len(wrong)} files have a wrong schema: {_named(wrong)}; take them away"
+    if len(unreadable) == report["files"]:
+        yield "no_readable_file", f"no file has a readable footer: {_named(unreadable)}"
+    elif not report["rows"]:
+        yield "no_rows", f"there are 0 rows in {report['files']} files"
+    if not report["rows"]:
+        return
+    images, refused = report["images"], report["stream"]["refused"]
+    if images["corrupt"] and not images["sizes"]:
+        yield "undecodable", f"none of the sampled images can be decoded: {_named(images['corrupt'])}"
+    if refused:
+        yield "refused", refused
+
+
+def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
+    """What else is good to know."""
+    groups, stored, images, stream = (report[key] for key in ("row_groups", "stored", "images", "stream"))
+    unreadable, corrupt = report["unreadable"], images["corrupt"]
+    if unreadable:
+        yield "corrupt_files", f"{len(unreadable)} files cannot be read and would be left out: {_named(unreadable)}"
+    if corrupt and images["sizes"]:
+        text = f"{len(corrupt)} sampled images or row groups are corrupt: {_named(corrupt)}"
+        yield "corrupt_images", f"{text}; training stops above data.max_corrupt_fraction"
+    if groups["repack"]:
+        yield "repack", groups["repack"]
+    if set(stored["compression"]) - {"UNCOMPRESSED"} and "raw" not in images["kinds"]:
+        codecs = ", ".join(stored["compression"])
+        text = f"the image column is compressed ({codecs}), which costs time and makes PNG and JPEG no smaller"
+        yield "compression", text
+    yield from _mixing_advice(stream, report["rows"], groups["count"], batch)
+    if "png" in images["kinds"]:
+        text = "PNG tiles take 4 to 6 times the CPU of JPEG ones to decode and about 3 times the bytes; if the CPUs "
+        yield "png", f"{text}cannot keep up, build the shards anew with --encoding jpeg (which is lossy)"
+    if len(images["kinds"]) > 1 or len(images["sizes"]) > 1:
+        found = ", ".join([*images["kinds"], *images["sizes"]])
+        yield "mixed_images", f"images differ in kind or size ({found}); training takes them as they come"
+
+
+def _mixing_advice(stream: dict[str, Any], rows: int, groups: int, batch: int) -> Iterator[Finding]:
+    lanes, first = stream["lanes"], stream["distinct"][0]
+    if rows < 8 * batch:
+        yield "few_rows", f"{rows} rows are fewer than 8 global batches of {batch}: fewer lanes, long repeats"
+    elif 2 * lanes < min(16 * batch, groups):
+        yield "lanes", f"{lanes} lanes are read side by side where {8 * batch} mix better"
+    if first["stream"] < _WELL_MIXED * first["uniform"]:
+        # Lanes that begin in the same row group are neighbours in a batch.
+        remedy = "fewer lanes" if lanes > groups else "smaller row groups or more lanes"
+        seen = f"{first['stream']:.3g} distinct slides where uniform sampling has {first['uniform']:.3g}"
+        yield "mixing", f"a batch holds {seen}; {remedy} would mix better"
+
+
+def _named(records: list[dict[str, Any]]) -> str:
+    """The first few of some files with what is wrong with them."""
+    shown = [f"{record.get('name') or record.get('file')} ({record['reason']})" for record in records[:_NAMED]]
+    return "; ".join([*shown, f"and {len(records) - _NAMED} more"] if len(records) > _NAMED else shown)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -98,8 +348,8 @@ def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _describe_layout(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     groups, stored, images, slides = (report[key] for key in ("row_groups", "stored", "images", "slides"))
-    yield "row groups", f"{groups['count']:,} of {_spread(groups['rows'])} rows"
-    yield "  images", f"{_spread(groups['image_bytes'], _size)} before compression"
+    yield "row groups", f"{groups['count']:,} of {_show_spread(groups['rows'])} rows"
+    yield "  images", f"{_show_spread(groups['image_bytes'], _size)} before compression"
     for schema in report["schemas"]:
         columns = ", ".join(f"{name} {kind}" for name, kind in schema["columns"].items())
         yield "columns", f"{columns} ({schema['files']:,} files)"
@@ -114,11 +364,11 @@ def _describe_layout(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  corrupt", f"{len(images['corrupt'])} of these or their row groups"
     unknown = slides["unknown_row_groups"]
     guess = f"; {unknown:,} row groups of unknown slides count as one each" if unknown else ""
-    yield "slides", f"{slides['distinct']:,}, {_spread(slides['per_file'])} per file{guess}"
+    yield "slides", f"{slides['distinct']:,}, {_show_spread(slides['per_file'])} per file{guess}"
     yield "  mixed", f"{slides['mixed_row_groups']:,} of {groups['count']:,} row groups"
 
 
-def _spread(values: dict[str, float], show: Any = "{:,.0f}".format) -> str:
+def _show_spread(values: dict[str, float], show: Any = "{:,.0f}".format) -> str:
     if values["min"] == values["max"]:
         return show(values["min"])
     return f"{show(values['min'])} to {show(values['max'])} (median {show(values['median'])})"

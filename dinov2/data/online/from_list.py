@@ -17,9 +17,8 @@ from dinov2.data.slides.sample_list import locate_slide, read_list_description, 
 from dinov2.data.source import DecodeError, EncodedSample
 
 UNIT_LINES = 64
-_OPEN_SLIDES = 64  # per process; each keeps a handle and a small tile cache
+_OPEN_SLIDES, _OPENING_THREADS = 64, 16  # per process; each slide keeps a handle and a small tile cache
 _SAMPLE_BYTES = 80  # a reference, as it waits in the reader's queue
-_OPENING_THREADS = 16
 
 
 class SlideListSource:
@@ -31,14 +30,12 @@ class SlideListSource:
     Args:
         list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
             a list of six columns the patch is cut at its mpp from the level that serves it best.
-        slide_root: folder to look for the listed paths in; None takes them as written, see `find.locate`.
+        slide_root: see `locate_slide`.
         tile_size: side of a patch in px of its level, or of its mpp.
         mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
 
-    Raises:
-        FileNotFoundError: if the list, or a slide that it names, does not exist.
-        ValueError: if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.
-        SlideError: if a slide had to be opened for its mpp and cannot be.
+    FileNotFoundError if the list or a slide of it does not exist, SlideError if a slide cannot be opened for its mpp,
+    ValueError if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.
     """
 
     is_remote = False
@@ -52,10 +49,8 @@ class SlideListSource:
         self._paths = {name: locate_slide(name, slide_root, list_path) for name in self._samples.slides}
         missing = [str(path) for path in self._paths.values() if not path.is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist, "
-                f"the first is '{missing[0]}'; mount them or set data.slide_root."
-            )
+            lost = f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist"
+            raise FileNotFoundError(f"{lost}, the first is '{missing[0]}'; mount them or set data.slide_root.")
         self.num_rows = len(self._samples)
         starts = np.arange(0, self.num_rows, UNIT_LINES)
         self.unit_rows = np.minimum(UNIT_LINES, self.num_rows - starts).astype(np.int64)
@@ -82,10 +77,9 @@ class SlideListSource:
                 known = pool.map(lambda name: SlideReader(self._paths[name]).mpp is not None, unsure)
             silent = [name for name, knows in zip(unsure, known, strict=True) if not knows]
             if silent:
-                raise ValueError(
-                    f"{len(silent)} slides of sample list '{self._list_path}' do not say their resolution, the "
-                    f"first is '{silent[0]}'; its six columns need it: name them in a CSV of 'slide,mpp' lines."
-                )
+                found = f"{len(silent)} slides of sample list '{self._list_path}' do not say their resolution"
+                advice = "its six columns need it: name them in a CSV of 'slide,mpp' lines"
+                raise ValueError(f"{found}, the first is '{silent[0]}'; {advice}.")
         return given
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
@@ -111,13 +105,11 @@ class SlideListSource:
             raise DecodeError(str(error)) from error
 
     def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its patches, for a message to the user."""
         first = unit * UNIT_LINES + 1
         lines = f"patches {first} to {first + int(self.unit_rows[unit]) - 1}" if row is None else f"patch {first + row}"
         return f"{lines} of sample list '{self._list_path}'"
 
     def slides(self, unit: int) -> list[str]:
-        """Name the slide of every line of a unit."""
         numbers = self._samples.slide[unit * UNIT_LINES : (unit + 1) * UNIT_LINES]
         return [self._samples.slides[number] for number in numbers.tolist()]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from dinov2.data.online.tissue_mask import TissueMask
+from dinov2.data.slides.tissue import TissueMask
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Positions:
 
     @classmethod
     def count(cls, mask: TissueMask, geometry: Geometry, min_foreground: float) -> "Positions":
-        """Count the positions, cell row by cell row."""
         n, least, columns, rows = _grid(mask, geometry, min_foreground)
         if columns is None or rows is None:
             return cls(geometry, np.zeros(1, np.int64), min_foreground)

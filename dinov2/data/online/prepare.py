@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinov2.data.online.positions import Geometry, Positions
-from dinov2.data.online.tissue_mask import TissueCache, TissueMask
 from dinov2.data.slides.blocks import TileIndex
-from dinov2.data.slides.errors import SlideError, UnsupportedTiles, public_name
+from dinov2.data.slides.errors import SlideError, UnsupportedTiles
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.index import TileIndexes, opened_index, write_tile_index
-from dinov2.data.slides.ranges import filesystem, is_remote
+from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppSource, coarsest_level
 from dinov2.data.slides.tiff import index_slide
-from dinov2.data.storage.fsspec import VERSION_KEYS
+from dinov2.data.slides.tissue import TissueCache, TissueMask
+from dinov2.data.storage.base import public_name
+from dinov2.data.storage.fsspec import filesystem, version_of
 from dinov2.data.storage.retry import RemoteError, Retries
 from dinov2.utils.files import read_arrays, write_arrays
 
@@ -136,10 +137,9 @@ def _recall(stem: Path, row: SlideRow, cache: TissueCache) -> _Known | None:
     if found is None:
         return None
     try:
-        tiles = _tile_indexes(stem, row.tile_index).outline(row.path) if found[1]["tiled"] else None
+        return *found, _tile_indexes(stem, row.tile_index).outline(row.path) if found[1]["tiled"] else None
     except (OSError, ValueError, KeyError):
         return None
-    return *found, tiles
 
 
 def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
@@ -151,13 +151,9 @@ def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     reader = SlideReader(row.path, index=index)
     mask = TissueMask.of_slide(reader, cache.rule)
     own = reader.mpp_source in ("slide", "appmag")
-    facts = {
-        "mpp": reader.mpp if own else None,
-        "mpp_source": reader.mpp_source if own else "none",
-        "sizes": list(map(list, reader.level_dimensions)),
-        "downsamples": list(reader.level_downsamples),
-        "tiled": index is not None,
-    }
+    facts = {"mpp": reader.mpp, "mpp_source": reader.mpp_source} if own else {"mpp": None, "mpp_source": "none"}
+    facts |= {"sizes": list(map(list, reader.level_dimensions)), "downsamples": list(reader.level_downsamples)}
+    facts["tiled"] = index is not None
     reader.close()
     cache.folder.mkdir(parents=True, exist_ok=True)
     if index is not None and not row.tile_index:
@@ -192,5 +188,4 @@ def _stat(path: str) -> tuple[int, str]:
     retries = Retries()
     fs, inside = filesystem(path, retries)
     info = retries.call(public_name(path), lambda: fs.info(inside))
-    version = next((str(info[name]) for name in VERSION_KEYS if info.get(name) is not None), "")
-    return int(info["size"]), version
+    return int(info["size"]), version_of(info)

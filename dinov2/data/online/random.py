@@ -19,13 +19,14 @@ import numpy as np
 
 from dinov2.data.online.positions import Geometry
 from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
-from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache
 from dinov2.data.slides.blocks import Region, assemble, ranges
-from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import SlideBytes, is_remote
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tissue import CELL_RULE, TissueCache
 from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.storage.base import public_name
 from dinov2.data.stream.order import Locations, SampleOrder
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.seeding import hash_words, sample_rng
@@ -54,7 +55,7 @@ class Patch(NamedTuple):
 class OnlineOrder:
     """Patches in the order of their numbers: sample g is row g % 64 of unit g // 64; stands in for a `SampleOrder`.
 
-    The patches are drawn with the seed, the order itself has nothing random; after `units` the first comes again.
+    The order itself has nothing random; after `units` the first comes again.
     """
 
     lanes, block_rows = 1, UNIT_PATCHES  # patch follows patch; a process holds those that it has looked ahead to
@@ -88,14 +89,11 @@ class OnlinePatchSource:
 
     Args:
         rows: the slides; their order does not matter.
-        cache_folder: where tissue and tile indexes are kept.
-        options: what is cut.
         seed: of the draws, in [0, 2^64).
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
 
-    Raises:
-        ValueError: if too many slides cannot be read, or none gives patches.
+    ValueError if too many slides cannot be read, or none gives patches.
     """
 
     def __init__(
@@ -132,7 +130,6 @@ class OnlinePatchSource:
         return SampleOrder(self.unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
 
     def draw(self, number: int) -> Patch:
-        """Draw patch `number`."""
         rng = sample_rng(self._seed, number, _STREAM)
         by_slide, by_mpp = rng.random(2)
         slide = _pick(self._slide_ends, by_slide)
@@ -172,12 +169,9 @@ class OnlinePatchSource:
                 pixels = assemble(slide.tiles, region, tiles)
         except SlideError as error:
             raise DecodeError(str(error)) from error
-        if geometry.side == size:
-            return pixels
-        return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+        return pixels if geometry.side == size else cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
 
     def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its patches and where it lies, for a message to the user."""
         first = unit * UNIT_PATCHES
         if row is None:
             return f"patches {first} to {first + UNIT_PATCHES - 1} drawn from {len(self.slide_list)} slides"
@@ -187,7 +181,6 @@ class OnlinePatchSource:
         return f"patch {first + row}, slide '{self._name(slide)}' at x {x}, y {y}, level {g.level}, {g.mpp:g} um/px"
 
     def slides(self, unit: int) -> list[str]:
-        """Name the slide of every patch of a unit."""
         first = unit * UNIT_PATCHES
         rngs = (sample_rng(self._seed, first + row, _STREAM) for row in range(int(self.unit_rows[unit])))
         return [self._name(_pick(self._slide_ends, rng.random(2)[0])) for rng in rngs]
@@ -254,10 +247,8 @@ def _check_dropped(dropped: Sequence[Dropped], slides: int) -> None:
         logger.warning("slide '%s' is left out: %s", slide.path, slide.reason)
     unreadable = [slide for slide in dropped if slide.unreadable]
     if len(unreadable) > _MAX_UNREADABLE * slides:
-        raise ValueError(
-            f"{len(unreadable)} of {slides} slides cannot be read, where {_MAX_UNREADABLE:.1%} may be left out; "
-            f"the first is '{unreadable[0].path}': {unreadable[0].reason}."
-        )
+        found = f"{len(unreadable)} of {slides} slides cannot be read, where {_MAX_UNREADABLE:.1%} may be left out"
+        raise ValueError(f"{found}; the first is '{unreadable[0].path}': {unreadable[0].reason}.")
     if len(dropped) == slides:
         reasons = Counter(slide.reason for slide in dropped).most_common(3)
         causes = "; ".join(f"{count} because {reason}" for reason, count in reasons)

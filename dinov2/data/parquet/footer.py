@@ -20,7 +20,6 @@ _REMOTE_PAGE_BUFFER = 1 << 24  # ... and so over a network, in fewer requests
 THREADS = 32  # that read footers
 _TAIL = 1 << 16  # bytes read from the end of a shard; a longer footer takes a second read
 _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
 Result = TypeVar("Result")
 
 
@@ -111,12 +110,7 @@ def parse_footer(data: bytes) -> pq.FileMetaData:
 
 
 def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
-    """Find the columns of a shard and what they hold.
-
-    Raises:
-        CorruptShard: if the footer contradicts itself or the file's size.
-        ValueError: if columns are missing or have another type, or raw tiles have no size.
-    """
+    """Find the columns of a shard; CorruptShard where its footer is wrong, ValueError where columns or types are."""
     path, metadata, schema = storage.locate(file.name), footer.metadata, footer.schema
     image = image_column(path, schema)
     slide: str | None = SLIDE_COLUMN[image]
@@ -137,14 +131,10 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
             start, length = extent(chunk)
             if chunk.num_values and length and not (4 <= start <= file.size - length and length > 0):
                 raise CorruptShard(f"it places {length} bytes at {start}, but {file.size} are there")
+    columns = {field.name: str(field.type) for field in schema}
+    rows = np.array([group.num_rows for group in groups], np.int64)
     return Shard(
-        file=file,
-        columns={field.name: str(field.type) for field in schema},
-        image=image,
-        slide=slide,
-        raw_size=raw_size,
-        rows=np.array([group.num_rows for group in groups], np.int64),
-        slides=slides,
+        *(file, columns, image, slide, raw_size, rows, slides),
         sizes=np.array([chunk.total_compressed_size for chunk in images], np.int64),
         plain_sizes=np.array([chunk.total_uncompressed_size for chunk in images], np.int64),
         encodings=Counter("+".join(sorted(set(chunk.encodings))) for chunk in images),
@@ -208,10 +198,8 @@ def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
         raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; png, jpeg or raw is expected")
     size, dtype = texts.get(b"tile_size", ""), texts.get(b"image_dtype", "uint8")
     if not size.isdecimal() or int(size) == 0 or dtype != "uint8":
-        raise ValueError(
-            f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata; "
-            "a positive integer and uint8 are expected"
-        )
+        found = f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata"
+        raise ValueError(f"{found}; a positive integer and uint8 are expected")
     return int(size)
 
 

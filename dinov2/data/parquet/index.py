@@ -22,24 +22,19 @@ from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.utils.files import replacing
 
 logger = logging.getLogger(__name__)
-
 _PER_GROUP = pa.list_(pa.int64())
 _LISTING = pa.schema([("name", pa.string()), ("size", pa.int64()), ("version", pa.string())])
-_SCHEMA = pa.schema(
-    [
-        *_LISTING,
-        ("error", pa.string()),  # why the footer cannot be read; null where it can
-        ("footer", pa.string()),  # digest of its bytes
-        ("footer_size", pa.int64()),
-        ("packed_footer", pa.binary()),  # the bytes, by zlib; null for local files, where they are at hand
-        ("raw_size", pa.int32()),  # tile side in pixels where images are raw, else 0
-        ("image_column", pa.string()),
-        ("slides", pa.list_(pa.string())),  # that fill row groups by themselves
-        ("group_rows", _PER_GROUP),
-        ("group_bytes", _PER_GROUP),  # of the image column, uncompressed
-        ("group_slide", _PER_GROUP),  # number in `slides`; -1 where the column must be read
-    ]
-)
+_SCHEMA = pa.schema([
+    *_LISTING,
+    ("error", pa.string()),  # why the footer cannot be read; null where it can
+    ("footer", pa.string()), ("footer_size", pa.int64()),  # digest of its bytes, and how many
+    ("packed_footer", pa.binary()),  # the bytes, by zlib; null for local files, where they are at hand
+    ("raw_size", pa.int32()),  # tile side in pixels where images are raw, else 0
+    ("image_column", pa.string()),
+    ("slides", pa.list_(pa.string())),  # that fill row groups by themselves
+    ("group_rows", _PER_GROUP), ("group_bytes", _PER_GROUP),  # of the image column, uncompressed
+    ("group_slide", _PER_GROUP),  # number in `slides`; -1 where the column must be read
+])  # fmt: skip
 _NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
 _FORMAT = {b"format": b"dinov2 shard index 3"}
 _PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a location: a commit, whose files never change
@@ -49,18 +44,9 @@ _REPORT_EVERY = 10.0  # seconds
 def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
     """Index a dataset, from the sidecar if the listing, or the commit that the location names, is still the same.
 
-    Args:
-        storage: where the shards are.
-        sidecar: where the index is kept between runs (in the run's output folder); None keeps nothing. With
-            several processes, let one write it before the others call.
-
-    Returns:
-        One row per shard, sorted by name (`_SCHEMA`).
-
-    Raises:
-        FileNotFoundError: if there is no shard.
-        OSError: if a shard cannot be read.
-        ValueError: if a shard has the wrong schema, no shard can be read or all are empty.
+    The sidecar keeps it between runs; None keeps nothing. With several processes, let one write it before the others
+    call. Gives one row per shard, sorted by name (`_SCHEMA`); OSError if a shard cannot be read or there is none,
+    ValueError if one has the wrong schema, no footer is readable or all shards are empty.
     """
     kept = _load_sidecar(sidecar) if sidecar else None
     location = {b"location": storage.location.encode()}
@@ -102,7 +88,6 @@ def in_one(column: pa.ChunkedArray) -> pa.Array:
 
 def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
     def describe(file: StoredFile) -> dict[str, Any]:
-        """Describe a shard by its footer; only by an "error" if the footer cannot be read."""
         try:
             footer = read_footer(storage, file)
             shard = describe_shard(storage, file, footer)
@@ -110,17 +95,11 @@ def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
             return _NO_GROUPS | file._asdict() | {"error": str(error)}
         slides = list(dict.fromkeys(name for name in shard.slides if name is not None))
         numbers = {name: number for number, name in enumerate(slides)} | {None: -1}
-        return file._asdict() | {
-            "footer": footer.digest,
-            "footer_size": len(footer.data),
-            "packed_footer": None if isinstance(storage, LocalStorage) else zlib.compress(footer.data),
-            "raw_size": shard.raw_size,
-            "image_column": shard.image,
-            "slides": slides,
-            "group_rows": shard.rows,
-            "group_bytes": shard.plain_sizes,
-            "group_slide": [numbers[name] for name in shard.slides],
-        }
+        packed = None if isinstance(storage, LocalStorage) else zlib.compress(footer.data)
+        record = {"footer": footer.digest, "footer_size": len(footer.data), "packed_footer": packed, "slides": slides}
+        record |= {"raw_size": shard.raw_size, "image_column": shard.image, "group_rows": shard.rows}
+        record |= {"group_bytes": shard.plain_sizes, "group_slide": [numbers[name] for name in shard.slides]}
+        return file._asdict() | record
 
     records, reported = [], time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -132,10 +111,8 @@ def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
     index = pa.Table.from_pylist(records, _SCHEMA)
     errors = index["error"].drop_null().to_pylist()
     if len(errors) == len(index):
-        raise ValueError(
-            f"none of the {len(index)} Parquet files of dataset '{storage.location}' has a readable footer "
-            f"({errors[0]}); at least one is expected"
-        )
+        none = f"none of the {len(index)} Parquet files of dataset '{storage.location}' has a readable footer"
+        raise ValueError(f"{none} ({errors[0]}); at least one is expected")
     if not flatten(index["group_rows"]).any():
         raise ValueError(f"dataset '{storage.location}' holds 0 rows in {len(index)} shards; at least 1 is expected")
     return index

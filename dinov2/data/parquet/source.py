@@ -35,10 +35,7 @@ class ParquetSource:
 
     Args:
         dataset: name of a dataset, with ``revision`` and ``attempts`` as for `open_storage`, or its storage.
-        sidecar: where to keep the index for the next start; None reads all footers every time.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: as `open_storage` and `load_index` do.
+        sidecar: where to keep the index for the next start; None reads all footers every time, see `load_index`.
     """
 
     def __init__(
@@ -61,13 +58,7 @@ class ParquetSource:
         self.fingerprint = fingerprint(index, self.unit_rows)
 
     def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
-
-        Nulls, and rows that corruption hides, come as empty bytes.
-
-        Raises:
-            OSError: if the shard cannot be read, or is not what it was.
-        """
+        """As in `Source`; nulls, and rows that corruption hides, come as empty bytes."""
         slide, image = self._slide_and_image(unit)
         if slide is not None:
             return [(slide, data) for data in self._columns(unit, rows, [image])[0]]
@@ -75,26 +66,22 @@ class ParquetSource:
         return list(zip(_slide_names(names, image), images, strict=True))
 
     def slides(self, unit: int) -> list[str]:
-        """Name the slide of every row of a unit, without reading images."""
         (slide, image), rows = self._slide_and_image(unit), range(int(self.unit_rows[unit]))
         if slide is not None:
             return [slide] * len(rows)
         return _slide_names(self._columns(unit, rows, [SLIDE_COLUMN[image]])[0], image)
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Decode to uint8 (H, W, 3) RGB; raises DecodeError where the bytes are no image."""
         if not sample.data:
             raise DecodeError("nothing is stored there (a null, or a corrupt page of the shard)")
         return decode_image(sample.data, self._raw_sizes[self._find(sample.unit)[0]])
 
     def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its rows, for a message to the user."""
         shard, group = self._find(unit)
         named = f"row group {group} of shard '{self._storage.locate(self._names[shard])}'"
         return named if row is None else f"row {row} of {named}"
 
     def repack_advice(self) -> str:
-        """See the function of this name."""
         return repack_advice(self._storage, self.unit_rows, self.unit_bytes)
 
     def _find(self, unit: int) -> tuple[int, int]:
@@ -140,11 +127,9 @@ def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
     cores = os.cpu_count() or 1
     slowest, fastest = (math.ceil(sizes.sum() / speed / cores / 60) for speed in _REPACK_SPEED)
     minutes = f"{fastest} to {slowest} minutes" if fastest < slowest else f"{slowest} min"
-    return (
-        f"row groups hold up to {sizes[oversized].max() / 1e6:.0f} MB of images, and each is fetched and held whole; "
-        f"python -m dinov2.data.repack {shlex.quote(source)} {shlex.quote(target + '-repacked')} rewrites them to "
-        f"{GROUP_ROWS} rows in about {minutes} on {cores} cores"
-    )
+    held = f"row groups hold up to {sizes[oversized].max() / 1e6:.0f} MB of images, and each is fetched and held whole"
+    command = f"python -m dinov2.data.repack {shlex.quote(source)} {shlex.quote(target + '-repacked')}"
+    return f"{held}; {command} rewrites them to {GROUP_ROWS} rows in about {minutes} on {cores} cores"
 
 
 @lru_cache(_FOOTERS_KEPT)
@@ -188,7 +173,6 @@ class _ShardFile(RangedFile):
         return super().read(size)
 
     def readinto(self, buffer: memoryview) -> int:
-        """As in `RangedFile`, noting where the storage fails."""
         try:
             return super().readinto(buffer)
         except OSError as error:

@@ -83,9 +83,8 @@ class Patches:
 def cut_patches(patches: Patches, cutting: Cutting, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
     """Cut patches, slide by slide and tile row by tile row within `rows_at_once` of them.
 
-    Yields:
-        For each so many patches, in their order, the rows of the dataset without `task_id`; the row of a patch
-        that cannot be read has a `reason` in place of everything but slide_path, x, y and level.
+    Yields, for each so many patches, in their order, the rows of the dataset without `task_id`; the row of a patch
+    that cannot be read has a `reason` in place of everything but slide_path, x, y and level.
     """
     slides = _Slides(patches, cutting)
     for start in range(0, len(patches), rows_at_once):
@@ -102,8 +101,7 @@ class _Slides:
 
     def __init__(self, patches: Patches, cutting: Cutting) -> None:
         self._patches, self._samples, self._cutting = patches, patches.samples, cutting
-        self._reader: SlideReader | None = None
-        self._slide = -1
+        self._reader, self._slide = None, -1
         self._bad: dict[int, str] = {}  # slides given up, and why
         self._failures = [0] * len(patches.paths)
 
@@ -161,15 +159,7 @@ class _Slides:
             image, level = reader.read_patch(x, y, size, mpp), reader.level_for(mpp)
             downsample = reader.level_downsamples[level]
             read_size = round(size * mpp / (reader.mpp * downsample))
-        return {
-            "level": level,
-            "tile_size": size,
-            "level_downsample": downsample,
-            "image_dtype": "uint8",
-            IMAGE_COLUMN: self._cutting.encoding.encode(image),
-            "slide_id": reader.path.stem,
-            "mpp": mpp,
-            "mpp_source": reader.mpp_source,
-            "read_size": read_size,
-            "tissue_frac": self._cutting.rule.fraction(image),
-        }
+        row = {"level": level, "tile_size": size, "level_downsample": downsample, "image_dtype": "uint8"}
+        row |= {IMAGE_COLUMN: self._cutting.encoding.encode(image), "tissue_frac": self._cutting.rule.fraction(image)}
+        row |= {"slide_id": reader.path.stem, "mpp": mpp, "mpp_source": reader.mpp_source, "read_size": read_size}
+        return row

@@ -101,7 +101,11 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
             reasons = dict.fromkeys(skipped.values())  # one for all where the mpp is unknown
             none = f"it has levels 0 to {len(reader.level_dimensions) - 1} only"
             return SlideDraw(failure="; ".join(reasons) or none)
-        corners = _draw_targets(reader, targets, job)
+        tissue, unreadable, corners = TissueMap(reader, job.sampling.rule), [], {}
+        for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
+            proposals = islice(_proposals(reader, tissue, target, job), quota * MAX_CHECKS_PER_PATCH)
+            accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
+            corners[target] = [reader.origin(target.level, *pixel) for pixel in accepted]  # level-0 x, y
     except (SlideError, OSError) as error:
         return SlideDraw(failure=getattr(error, "detail", str(error)))
     skipped |= {float(f"{target.mpp:g}"): NO_TISSUE for target, found in corners.items() if target.mpp and not found}
@@ -113,24 +117,12 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     return SlideDraw(np.array(rows, np.int32), np.array(mpp, np.float32), "", skipped, given_mpp)
 
 
-def _draw_targets(reader: SlideReader, targets: list[Target], job: SlideJob) -> dict[Target, list[tuple[int, int]]]:
-    """Level-0 positions (x, y) of each target's patches."""
-    tissue, unreadable, drawn = TissueMap(reader, job.sampling.rule), [], {}
-    for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
-        name = f"{target.mpp:g} um" if target.mpp else str(target.level)
-        words = f"{job.sampling.seed} {name} {job.key}".encode(errors="surrogateescape")
-        digest = hashlib.blake2b(words, digest_size=16).digest()
-        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-        proposals = islice(_proposals(reader, tissue, target, job.sampling.rule, rng), quota * MAX_CHECKS_PER_PATCH)
-        accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
-        drawn[target] = [reader.origin(target.level, *pixel) for pixel in accepted]
-    return drawn
-
-
-def _proposals(
-    reader: SlideReader, tissue: TissueMap, target: Target, rule: TissueRule, rng: np.random.Generator
-) -> Iterator[tuple[int, int]]:
+def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: SlideJob) -> Iterator[tuple[int, int]]:
     """Distinct (column, row) corners of patches that lie on the level and show tissue on the map."""
+    name = f"{target.mpp:g} um" if target.mpp else str(target.level)
+    words = f"{job.sampling.seed} {name} {job.key}".encode(errors="surrogateescape")
+    digest = hashlib.blake2b(words, digest_size=16).digest()
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     size, downsample = target.side, reader.level_downsamples[target.level]
     columns, rows = (side - size + 1 for side in reader.level_dimensions[target.level])
     if columns < 1 or rows < 1:
@@ -139,7 +131,7 @@ def _proposals(
     for _ in range(MAX_ROUNDS):
         column, row = rng.integers(0, columns, DRAWS_PER_ROUND), rng.integers(0, rows, DRAWS_PER_ROUND)
         fractions = tissue.fraction(column * downsample, row * downsample, size * downsample)
-        likely = fractions > rule.min_fraction
+        likely = fractions > job.sampling.rule.min_fraction
         for pixel in zip(column[likely].tolist(), row[likely].tolist(), strict=True):
             if pixel not in seen:
                 seen.add(pixel)

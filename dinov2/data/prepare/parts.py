@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 from dinov2.data.prepare.draw import NO_TISSUE, SlideDraw, SlideJob, draw_from_slide
@@ -12,33 +12,21 @@ from dinov2.data.slides.errors import SlideError
 from dinov2.utils.files import read_arrays, write_arrays
 
 
-@dataclass(frozen=True)
-class PartJob:
-    """One slide to draw from, the folder that keeps its part, and the PNG to draw (None draws none)."""
-
-    slide: SlideJob
-    folder: Path
-    preview: Path | None
-
-
-def make_part(job: PartJob) -> SlideDraw:
+def make_part(job: tuple[SlideJob, Path, Path | None]) -> SlideDraw:
     """Draw from a slide unless its part is there, then the preview unless it shows just that.
 
-    A slide that cannot be read leaves no part: it is tried again.
-
-    Raises:
-        OSError: if the part or the preview cannot be written.
+    A job is the slide, the folder that keeps its part, and the PNG to draw (None draws none). A slide that cannot be
+    read leaves no part: it is tried again. OSError if the part or preview cannot be written.
     """
-    slide = job.slide
-    try:
+    slide, folder, preview = job
+    state = []
+    with suppress(OSError):
         status = os.stat(slide.path)
         state = [status.st_size, status.st_mtime_ns]
-    except OSError:
-        state = []
     # The name stands for the slide's file, as it is now, and for what its draws hang on besides the options.
     identity = json.dumps([slide.path, slide.key, slide.mpp, *state])
     name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    path = job.folder / f"{name}.npz"
+    path = folder / f"{name}.npz"
     if stored := read_arrays(path, "rows", "mpp", "words"):
         words = json.loads(str(stored[2]))
         draw = SlideDraw(*stored[:2], words["failure"], dict(words["skipped"]), words["given_mpp"])
@@ -47,9 +35,9 @@ def make_part(job: PartJob) -> SlideDraw:
         words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
         if draw.failure in ("", NO_TISSUE):
             write_arrays(path, rows=draw.rows, mpp=draw.mpp, words=json.dumps(words))
-    if job.preview is not None and draw.failure in ("", NO_TISSUE):
+    if preview is not None and draw.failure in ("", NO_TISSUE):
         try:
-            draw_preview(slide, draw, job.preview, f"{job.folder.name} {name}")
+            draw_preview(slide, draw, preview, f"{folder.name} {name}")
         except SlideError as error:
             draw.preview_failure = str(error)
     return draw

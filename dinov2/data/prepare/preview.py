@@ -27,11 +27,7 @@ _MISSING = 225  # grey of pixels that the file does not hold
 
 
 def preview_mark(path: Path) -> str | None:
-    """What the preview at `path` shows, None where there is no file.
-
-    Raises:
-        FileExistsError: if the file is no preview, so it must not be replaced.
-    """
+    """What the preview at `path` shows, None where there is no file; FileExistsError if the file is no preview."""
     try:
         with Image.open(path) as image:
             mark = image.info.get(MARK)
@@ -45,13 +41,7 @@ def preview_mark(path: Path) -> str | None:
 
 
 def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
-    """Write the preview of a slide as PNG, unless the one at `path` bears the mark of all that it depends on.
-
-    Raises:
-        FileExistsError: if a file at `path` is no preview.
-        SlideError: if the slide has no readable thumbnail.
-        OSError: if the file cannot be written.
-    """
+    """Write the preview of a slide as PNG, unless the one at `path` bears the mark of all that it depends on."""
     if preview_mark(path) == mark:
         return
     figure = preview_figure(SlideReader(job.path, job.mpp), job, draw)

@@ -24,31 +24,18 @@ from dinov2.utils.files import commit, leftovers, unfinished, write_json
 from dinov2.utils.jobs import run_jobs
 
 ROWS_PER_GROUP = 64
-SCHEMA = pa.schema(
-    [
-        ("task_id", pa.string()),
-        ("slide_path", pa.string()),
-        ("x", pa.int32()),
-        ("y", pa.int32()),
-        ("level", pa.int32()),
-        ("tile_size", pa.int32()),
-        ("level_downsample", pa.float32()),
-        ("image_dtype", pa.string()),
-        (IMAGE_COLUMN, pa.binary()),
-        ("slide_id", pa.string()),
-        ("mpp", pa.float32()),  # of the patch, null when unknown
-        ("mpp_source", pa.string()),
-        ("read_size", pa.int32()),  # px of the level that became tile_size px
-        ("tissue_frac", pa.float32()),
-    ]
-)
+_TEXT, _INTEGER, _FLOAT = pa.string(), pa.int32(), pa.float32()
+SCHEMA = pa.schema([
+    ("task_id", _TEXT), ("slide_path", _TEXT), ("x", _INTEGER), ("y", _INTEGER), ("level", _INTEGER),
+    ("tile_size", _INTEGER), ("level_downsample", _FLOAT), ("image_dtype", _TEXT), (IMAGE_COLUMN, pa.binary()),
+    ("slide_id", _TEXT), ("mpp", _FLOAT), ("mpp_source", _TEXT),  # mpp of the patch, null when unknown
+    ("read_size", _INTEGER), ("tissue_frac", _FLOAT),  # px of the level that became tile_size px
+])  # fmt: skip
 _POSITION = "position"
 _ROWS = pa.schema([(_POSITION, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])
 _RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
 _PLAN = "plan.json"
-
-
-Failures = list[dict[str, Any]]
+Failures = list[dict[str, Any]]  # slide_path, x, y, level and reason of the rows without an image
 
 
 def build_shard(metadata: dict[str, str], cutting: Cutting, job: tuple[Path, Patches]) -> Failures:
@@ -67,7 +54,7 @@ class ShardWriter:
     def __init__(self, writer: pq.ParquetWriter, task_id: str) -> None:
         self._writer, self._task_id = writer, task_id
         self._waiting: list[dict[str, Any]] = []
-        self.failures: list[dict[str, Any]] = []  # slide_path, x, y, level and reason of the rows without an image
+        self.failures: Failures = []
         self.num_rows = 0  # of those with one
 
     def add(self, row: dict[str, Any]) -> None:
@@ -121,12 +108,7 @@ def shuffled_shards(
         metadata: key-values of all shards, with their `build_id`.
         work: folder for the runs, on the same file system or any other; stays until `clear_work`.
 
-    Yields:
-        Number of a shard and the failures among its rows, as they finish.
-
-    Raises:
-        OSError: if a run or a shard cannot be written.
-        ValueError: if a run is corrupt.
+    Yields the number of a shard and the failures among its rows, as they finish; ValueError if a run is corrupt.
     """
     if not shards:
         return
@@ -136,23 +118,18 @@ def shuffled_shards(
     starts = [np.arange(ends[number], ends[number + 1], bucket_rows) for number in served]
     buckets = np.concatenate(starts)
     sections = dict(zip(served, pairwise(np.cumsum([0, *map(len, starts)]).tolist()), strict=True))
-
     positions = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in served])
     listed = np.concatenate([rows[number] for number in served])
     by_slide = np.lexsort((listed, patches.samples.slide[listed]))
     parts = np.split(by_slide, range(run_rows, len(by_slide), run_rows))
     runs = [work / f"{i:06d}.run" for i in range(len(parts))]
-    jobs = [
-        (run, patches.take(listed[part]), positions[part])
-        for run, part in zip(runs, parts, strict=True)
-        if not run.exists()
-    ]
+    missing = [(run, part) for run, part in zip(runs, parts, strict=True) if not run.exists()]
+    jobs = [(run, patches.take(listed[part]), positions[part]) for run, part in missing]
     for _ in run_jobs(partial(write_run, buckets, cutting), jobs, workers, "run"):
         pass
-    numbers = list(sizes)
-    mixes = [(shards[n], range(*sections[n]), sizes[n]) for n in numbers]
+    mixes = [(shards[number], range(*sections[number]), size) for number, size in sizes.items()]
     for place, failures in run_jobs(partial(mix_shard, metadata, runs), mixes, workers, "shard"):
-        yield numbers[place], failures
+        yield list(sizes)[place], failures
 
 
 def write_run(buckets: np.ndarray, cutting: Cutting, job: tuple[Path, Patches, np.ndarray]) -> None:

@@ -31,11 +31,8 @@ _FAILURES = "failures.jsonl"
 def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
     """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
-    Raises:
-        FileNotFoundError: if there is no such dataset.
-        FileExistsError: if the destination holds something else than a part of this result, or is being written to.
-        ValueError: if source and destination overlap.
-        OSError: if a file cannot be written, or a process was killed from outside.
+    FileExistsError if the destination holds something else than a part of this result, or is being written to,
+    ValueError if it overlaps with the source.
     """
     start = time.monotonic()
     storage = open_storage(source)
@@ -43,8 +40,7 @@ def repack_dataset(source: str, destination: Path, row_group_rows: int, compress
     _check_destination(source, storage, destination)
     failure_list = destination / _FAILURES
     destination.mkdir(parents=True, exist_ok=True)
-    busy = f"another repack is writing into '{destination}'; wait for it or stop it"
-    with locked(destination, busy=busy):
+    with locked(destination, busy=f"another repack is writing into '{destination}'; wait for it or stop it"):
         failures: dict[str, str] = {}
 
         def fail(name: str, reason: str) -> None:
@@ -87,10 +83,9 @@ def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> No
         logger.info("nothing to do: %d files with %d rows are in place", len(done), rows)
         return
     before, after = sum(job.groups for job in done), sum(-(-job.rows // job.row_group_rows) for job in done)
-    logger.info(
-        "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)",
-        len(done) - len(finished), len(finished), rows, before, after, size / 1e6, seconds, size / 1e6 / seconds,
-    )  # fmt: skip
+    words = "%d files written, %d were there: %d rows, row groups %d -> %d; %.1f MB in %.1f s (%.0f MB/s)"
+    counts = len(done) - len(finished), len(finished), rows, before, after
+    logger.info(words, *counts, size / 1e6, seconds, size / 1e6 / seconds)
 
 
 def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
@@ -107,10 +102,8 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
 
     for file, ours in zip(files, read_footers(here, files, is_ours), strict=True):
         if ours is not True:
-            raise FileExistsError(
-                f"'{destination / file.name}' was not made by this command from the present state of this source; "
-                "give another destination or move it away"
-            )
+            found = f"'{destination / file.name}' was not made by this command from the present state of this source"
+            raise FileExistsError(f"{found}; give another destination or move it away")
     return {file.name for file in files}
 
 
@@ -124,10 +117,8 @@ def _check_destination(source: str, storage: Storage, destination: Path) -> None
     path = destination / _FAILURES
     try:
         ours = all(set(json.loads(line)) == {"file", "reason"} for line in path.read_text().splitlines())
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError):
-        ours = False
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        ours = isinstance(error, FileNotFoundError)
     if not ours:
         raise FileExistsError(f"'{path}' was not made by this command; give another destination or move it away")
 
@@ -144,10 +135,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help=NAMES)
     parser.add_argument("destination", metavar="DST", help="folder for the new files, apart from SRC")
     parser.add_argument("--row-group-rows", type=int, default=64, help="rows of a row group (64)")
-    parser.add_argument(
-        "--compression", choices=("none", "snappy", "zstd", "lz4", "gzip"), default="none",
-        help="codec of the image column (none: PNG and JPEG do not get smaller)",
-    )  # fmt: skip
+    codecs = ("none", "snappy", "zstd", "lz4", "gzip")
+    text = "codec of the image column (none: PNG and JPEG do not get smaller)"
+    parser.add_argument("--compression", choices=codecs, default="none", help=text)
     add_workers(parser)
     args = parser.parse_args(argv)
     for name in ("row_group_rows", "workers"):

@@ -39,18 +39,18 @@ class RepackJob:
 
 
 def repack_shard(job: RepackJob) -> str:
-    """Write one shard; return why the source cannot be read, or an empty string.
-
-    Raises:
-        OSError: if the shard cannot be written, or reads back differently.
-    """
+    """Write one shard; return why the source cannot be read, or ""; OSError if the shard reads back differently."""
     job.destination.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(job.destination) as partial:
         try:
             written = _rewrite(job, partial)
         except CorruptShard as error:
             return str(error)
-        if _digest_of(partial, job.image) != written:
+        digest = hashlib.sha256()
+        with pq.ParquetFile(partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as file:
+            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[job.image], use_threads=False):
+                _hash_images(digest, batch[job.image])
+        if digest.hexdigest() != written:
             raise OSError(f"'{partial}' does not read back as it was written; check the disk and the memory")
         commit(partial, job.destination)
     return ""
@@ -104,15 +104,6 @@ def _column_options(metadata: pq.FileMetaData, image: str, compression: str) -> 
     encoded = [chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page and chunk.path_in_schema != image]
     compression = codecs | {image: compression}
     return {"use_dictionary": encoded, "write_statistics": others, "compression": compression}
-
-
-def _digest_of(partial: Path, image: str) -> str:
-    """Digest of the images in the partial file, which must hold all rows."""
-    digest = hashlib.sha256()
-    with pq.ParquetFile(partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as written:
-        for batch in written.iter_batches(_ROWS_PER_BATCH, columns=[image], use_threads=False):
-            _hash_images(digest, batch[image])
-    return digest.hexdigest()
 
 
 def _hash_images(digest: "hashlib._Hash", images: pa.Array | pa.ChunkedArray) -> None:

@@ -12,10 +12,7 @@ from dinov2.data.slides.errors import SlideOpenError, SlideReadError, import_pac
 from dinov2.data.slides.resolution import MppSource
 
 # Says how colours are stored; without it decoders take three components for YCbCr, which RGB tiles are not.
-_ADOBE = {
-    "rgb": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00",
-    "ycbcr": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
-}
+_ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # and 0 for RGB, 1 for YCbCr
 # JPEG 2000 has no checks of its own. Runs of zeros are short, unless a block of the disk was never written.
 _HOLE = bytes(512)
 _J2K_START, _J2K_TILE_PART, _J2K_END = b"\xff\x4f\xff\x51", b"\xff\x90", b"\xff\xd9"
@@ -53,12 +50,7 @@ class TileLevel:
     jpeg_tables: bytes  # JPEG segments that all tiles share, b"" if none
 
     def decode(self, tile: bytes) -> np.ndarray:
-        """Decode one of its tiles: uint8 (tile_height, tile_width, 3) RGB.
-
-        Raises:
-            ValueError: if the tile is cut, corrupt, or of another size.
-            ImportError: if a decoder is not installed.
-        """
+        """Decode one of its tiles: uint8 (tile_height, tile_width, 3) RGB; ValueError if it is cut or corrupt."""
         try:
             pixels = self._jpeg(tile) if self.compression == "jpeg" else self._jpeg2000(tile)
         except RuntimeError as error:
@@ -75,7 +67,8 @@ class TileLevel:
         if start != b"\xff\xd8":
             raise ValueError("the tile is no JPEG")
         tables = _without_applications(self.jpeg_tables[2:-2])
-        return simplejpeg.decode_jpeg(b"".join((start, tables, _ADOBE[self.photometric], rest)), strict=True)
+        colours = _ADOBE + bytes([self.photometric == "ycbcr"])
+        return simplejpeg.decode_jpeg(b"".join((start, tables, colours, rest)), strict=True)
 
     def _jpeg2000(self, tile: bytes) -> np.ndarray:
         imagecodecs = import_package("imagecodecs", "JPEG 2000 slides need imagecodecs")
@@ -135,11 +128,7 @@ def paste(level: TileLevel, region: Region, block: Block, pixels: np.ndarray, ou
 
 
 def assemble(index: TileIndex, region: Region, tiles: Sequence[bytes]) -> np.ndarray:
-    """Decode the tiles that `ranges` named, in its order, and cut a region out of them: uint8 (height, width, 3) RGB.
-
-    Raises:
-        SlideReadError: if a tile is missing or corrupt.
-    """
+    """Cut a region out of tiles that `ranges` named: uint8 (H, W, 3) RGB; SlideReadError if one is missing or bad."""
     level = index.levels[region.level]
     out = np.empty((region.height, region.width, 3), np.uint8)
     for block, tile in zip(covering(level, region), tiles, strict=True):
@@ -184,9 +173,7 @@ def _rgb_of_ycbcr(pixels: np.ndarray) -> np.ndarray:
     one, half = 1 << 16, 1 << 15
     luma = pixels[..., 0].astype(np.int32)
     blue, red = pixels[..., 1].astype(np.int32) - 128, pixels[..., 2].astype(np.int32) - 128
-    channels = (
-        luma + ((round(1.40200 * one) * red + half) >> 16),
-        luma + ((half - round(0.344136 * one) * blue - round(0.714136 * one) * red) >> 16),
-        luma + ((round(1.77200 * one) * blue + half) >> 16),
-    )
-    return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+    r = luma + ((round(1.40200 * one) * red + half) >> 16)
+    g = luma + ((half - round(0.344136 * one) * blue - round(0.714136 * one) * red) >> 16)
+    b = luma + ((round(1.77200 * one) * blue + half) >> 16)
+    return np.clip(np.stack([r, g, b], axis=-1), 0, 255).astype(np.uint8)

@@ -1,16 +1,16 @@
 """Errors of whole-slide images; each names the slide, the location and the reason."""
 
 import importlib
-import re
 from pathlib import Path
 from typing import Any
 
+from dinov2.data.storage.base import public_name
+
 
 class SlideError(RuntimeError):
-    """A slide that cannot give what was asked: its `slide`, a path or URL without credentials, and `reason`.
+    """A slide, a path or URL without credentials, that cannot give what was asked, where on it, and the reason.
 
-    `location` is level and position, empty where the whole slide is meant; `detail` is both of them, for a record that
-    names the slide itself.
+    `location` is level and position, or empty; `detail` is it and `reason`, for a record that names the slide itself.
     """
 
     def __init__(self, slide: str | Path, reason: str, location: str = "") -> None:
@@ -36,15 +36,6 @@ class SlideRangeError(SlideError, ValueError):
 
 class SlideReadError(SlideError):
     """The file holds no decodable pixels for (a part of) the region."""
-
-
-def public_name(path: str | Path) -> str:
-    """A path as it is; a URL without user, password and query, since they may hold secrets."""
-    name = str(path)
-    if "://" not in name:
-        return name
-    name = re.sub(r"(?<=://)[^/@]*@", "", name)
-    return name.partition("?")[0] if name.startswith("http") else name
 
 
 def import_package(name: str, need: str) -> Any:

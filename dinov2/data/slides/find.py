@@ -38,6 +38,8 @@ class FoundSlides(NamedTuple):
 def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable | None = None) -> FoundSlides:
     """Find slides, each file once: of several paths that lead to one file the first counts.
 
+    They are sorted by key in a folder, and in the given order in a list.
+
     Args:
         source: a folder, searched with its subfolders but without hidden files and folders (links to folders are
             not followed); a text file with one path or URL per line (blank lines and `#` lines are skipped); a .csv
@@ -46,12 +48,8 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
         weight_column: column of a CSV file with each slide's weight, 0 leaves it out; empty weighs all alike.
         mpp_table: micrometres per level-0 px of slides that `source` has no number for.
 
-    Returns:
-        The slides, sorted by key in a folder, in the given order in a list.
-
     Raises:
-        FileNotFoundError: if there is no such place.
-        OSError: if a folder cannot be listed.
+        OSError: if there is no such place (FileNotFoundError), or a folder cannot be listed.
         ValueError: if there is no slide, one has two weights, a column is missing, or a value is out of range.
     """
     path = Path(source)
@@ -63,9 +61,8 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
     elif path.is_dir():
         rows = _search(path)
     elif not path.is_file():
-        raise FileNotFoundError(
-            f"'{source}' does not exist; a folder of slides, a text or .csv file of paths, or one slide is expected."
-        )
+        wanted = "a folder of slides, a text or .csv file of paths, or one slide is expected"
+        raise FileNotFoundError(f"'{source}' does not exist; {wanted}.")
     elif ending in SLIDE_SUFFIXES:
         rows = [_row(os.path.abspath(path))]
     elif ending == ".csv":
@@ -103,10 +100,8 @@ def _row(path: str, **known: Any) -> SlideRow:
 
 def _search(folder: Path) -> list[SlideRow]:
     def refuse(error: OSError) -> None:
-        raise type(error)(
-            f"The folder '{error.filename}' cannot be listed ({error.strerror}); it must be readable, since its "
-            "slides would be missed."
-        ) from error
+        found = f"The folder '{error.filename}' cannot be listed ({error.strerror})"
+        raise type(error)(f"{found}; it must be readable, since its slides would be missed.") from error
 
     rows = []
     for place, folders, names in os.walk(folder, onerror=refuse):
@@ -126,9 +121,8 @@ def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
     rows = []
     for line, row in cells:
         if not row[path_column]:
-            raise ValueError(
-                f"The column '{path_column}' is empty in line {line} of '{path}'; a path or URL is expected."
-            )
+            empty = f"The column '{path_column}' is empty in line {line} of '{path}'"
+            raise ValueError(f"{empty}; a path or URL is expected.")
         weight = _number(row[weight_column], 0, math.inf, line, path) if weight_column else 1.0
         mpp = _number(row["mpp"], *PLAUSIBLE_MPP, line, path) if row.get("mpp") else None
         if weight > 0:
@@ -139,15 +133,13 @@ def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
 def _number(text: str, least: float, most: float, line: int, path: Path) -> float:
     value = number(text)
     if value is None or not (least <= value <= most and math.isfinite(value)):
-        raise ValueError(
-            f"{text!r} in line {line} of '{path}' is no number from {least:g} to {most:g}, which is expected."
-        )
+        wanted = f"no number from {least:g} to {most:g}, which is expected"
+        raise ValueError(f"{text!r} in line {line} of '{path}' is {wanted}.")
     return value
 
 
 def _each_once(rows: list[SlideRow], source: str | Path) -> FoundSlides:
-    first: dict[str, SlideRow] = {}
-    found = FoundSlides([], [])
+    first, found = {}, FoundSlides([], [])
     for row in rows:
         known = first.setdefault(row.path if is_remote(row.path) else os.path.realpath(row.path), row)
         if known is row:
@@ -157,8 +149,6 @@ def _each_once(rows: list[SlideRow], source: str | Path) -> FoundSlides:
         else:
             found.duplicates.append((row.path, known.path))
     if found.duplicates:
-        logger.warning(
-            "%d paths lead to slides that count already; the first is '%s', the same file as '%s'.",
-            len(found.duplicates), *found.duplicates[0],
-        )  # fmt: skip
+        words = "%d paths lead to slides that count already; the first is '%s', the same file as '%s'."
+        logger.warning(words, len(found.duplicates), *found.duplicates[0])
     return found

@@ -34,12 +34,7 @@ _ZARR_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
 
 
 class TileIndexes(Mapping[str, TileIndex]):
-    """Tile indexes by slide path, made when asked for; their arrays stay in the file. Picklable and fork-safe.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if `write_tile_index` or `complete_tile_index` did not make it, or not finish it.
-    """
+    """Tile indexes by slide path, made when asked for; their arrays stay in the file. Picklable and fork-safe."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -96,10 +91,8 @@ def parse_slide(job: tuple[str, float | None]) -> TileIndex | str:
 def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: int) -> tuple[set[str], dict[str, str]]:
     """Write the index of a collection; what `<path>.part` or an earlier index knows of it is taken over.
 
-    `mpps` names the slides, with the mpp that the user gives for them.
-
-    Returns:
-        Slides that were parsed now or since the last stop, and why others could not be.
+    `mpps` names the slides, with the mpp that the user gives for them. Returns the slides that were parsed now or
+    since the last stop, and why others could not be.
     """
     partial = path.with_name(f"{path.name}.part")
     starts, end = {}, 0
@@ -139,12 +132,10 @@ def _still_holds(index: TileIndex, mpps: Mapping[str, float | None]) -> bool:
 
 def _append(file: BinaryIO, index: TileIndex) -> int:
     """Append a record to a file opened at its end; returns its first byte."""
-    levels = [
-        {name: getattr(level, name) for name in _LEVEL_FIELDS}
-        | {"shape": level.offsets.shape, "longest": int(level.lengths.max())}
-        | {"jpeg_tables": level.jpeg_tables.hex()}
-        for level in index.levels
-    ]
+    levels = []
+    for level in index.levels:
+        fields = {name: getattr(level, name) for name in _LEVEL_FIELDS} | {"shape": level.offsets.shape}
+        levels.append(fields | {"longest": int(level.lengths.max()), "jpeg_tables": level.jpeg_tables.hex()})
     words = _json({name: getattr(index, name) for name in _INDEX_FIELDS} | {"levels": levels})
     stored = (array for level in index.levels for array in (level.offsets.astype("<i8"), level.lengths.astype("<i4")))
     arrays = b"".join(array.tobytes() + bytes(-array.nbytes % 8) for array in stored)
@@ -219,25 +210,16 @@ def write_zarr(index: Path, job: tuple[str, Path]) -> str:
 def zarr_references(index: TileIndex) -> dict[str, Any]:
     """Describe a slide as a Zarr (format 2) group whose chunks are the tiles in its own file; nothing is copied.
 
-    fsspec's `reference://` file system opens the references: an array for each level, named "0", "1", ... Chunks
-    decode with the codecs of imagecodecs.numcodecs; those that the file does not hold read as 0.
-
-    Returns:
-        JSON-able: fsspec's reference format, version 1.
-
-    Raises:
-        ValueError: if tiles are YCbCr in JPEG 2000, which no such codec turns into RGB.
+    fsspec's `reference://` file system opens what is returned, which is JSON-able (its format, version 1): an array for
+    each level, named "0", "1", ... Chunks decode with the codecs of imagecodecs.numcodecs; those that the file does not
+    hold read as 0. ValueError if tiles are YCbCr in JPEG 2000, which no such codec turns into RGB.
     """
     axes = [{"name": name, "type": kind} for name, kind in (("y", "space"), ("x", "space"), ("c", "channel"))]
-    datasets = [
-        {"path": str(number), "coordinateTransformations": [{"type": "scale", "scale": [scale, scale, 1.0]}]}
-        for number, scale in enumerate(index.downsamples)
-    ]
+    scales = [[{"type": "scale", "scale": [scale, scale, 1.0]}] for scale in index.downsamples]
+    datasets = [{"path": str(number), "coordinateTransformations": scale} for number, scale in enumerate(scales)]
     multiscales = [{"version": "0.4", "axes": axes, "datasets": datasets}]
-    refs: dict[str, Any] = {
-        ".zgroup": json.dumps({"zarr_format": 2}),
-        ".zattrs": json.dumps({"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}),
-    }
+    attributes = {"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}
+    refs: dict[str, Any] = {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": json.dumps(attributes)}
     for number, level in enumerate(index.levels):
         codec: dict[str, Any] = {"id": "imagecodecs_jpeg2k"}
         if level.compression == "jpeg":
@@ -246,16 +228,9 @@ def zarr_references(index: TileIndex) -> dict[str, Any]:
             codec = {"id": "imagecodecs_jpeg", "tables": tables, **colours}
         elif level.photometric != "rgb":
             raise ValueError(f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are.")
-        array = {
-            "zarr_format": 2,
-            "shape": [level.height, level.width, 3],
-            "chunks": [level.tile_height, level.tile_width, 3],
-            "dtype": "|u1",
-            "compressor": codec,
-            "fill_value": 0,
-            "order": "C",
-            "filters": None,
-        }
+        shape, chunks = [level.height, level.width, 3], [level.tile_height, level.tile_width, 3]
+        array = {"zarr_format": 2, "shape": shape, "chunks": chunks, "dtype": "|u1", "compressor": codec}
+        array |= {"fill_value": 0, "order": "C", "filters": None}
         refs[f"{number}/.zarray"] = json.dumps(array)
         refs[f"{number}/.zattrs"] = json.dumps({"_ARRAY_DIMENSIONS": ["Y", "X", "S"]})
         for row, column in np.argwhere(level.lengths).tolist():

@@ -1,18 +1,16 @@
 """Byte ranges of a slide's file, from a disk or a server."""
 
 import os
-import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinov2.data.slides.errors import public_name
-from dinov2.data.storage.fsspec import connect
+from dinov2.data.storage.base import public_name
+from dinov2.data.storage.fsspec import filesystem
 from dinov2.data.storage.retry import RemoteError, Retries, is_transient, reason
 
 _REMOTE_GAP = 64 << 10  # bytes between two ranges that cost less than another request
-
 Range = tuple[int, int]
 
 
@@ -34,16 +32,11 @@ class SlideBytes:
         self._pid = -1
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Read ranges, in the order given; adjacent ones together, those of a server in one batch of requests.
+        """Read ranges (offset, length) in the order given; adjacent ones together, those of a server in one batch.
 
-        Args:
-            ranges: (offset, length) in bytes; a length of 0 gives b"".
-
-        Raises:
-            OSError: if the file cannot be read, or ends within a range.
-            RemoteError: if the server cannot be read.
+        A length of 0 gives b"". OSError if the file cannot be read or ends within a range, RemoteError by a server.
         """
-        wanted = [(offset, offset + length) for offset, length in ranges if length > 0]
+        wanted = ((offset, offset + length) for offset, length in ranges if length > 0)
         spans = merge(wanted, _REMOTE_GAP if self._remote else 0)
         blocks = self._from_server(spans) if self._remote else self._from_disk(spans)
         starts, parts = [start for start, _ in spans], []
@@ -77,7 +70,7 @@ class SlideBytes:
         # The object, not its number: a number may by then belong to another file that a thread opened.
         file, blocks = self._opened(), []
         for start, end in spans:
-            data = os.pread(file.fileno(), end - start, start)
+            data = b""
             while len(data) < end - start:
                 more = os.pread(file.fileno(), end - start - len(data), start + len(data))
                 if not more:
@@ -118,11 +111,6 @@ class SlideBytes:
         except Exception as error:
             raise RemoteError(f"'{url}' cannot be read ({reason(error)})") from error
         return [got[span] for span in spans]
-
-
-def filesystem(url: str, retries: Retries) -> tuple[Any, str]:
-    """The fsspec file system of this process for a URL, and the URL's path in it."""
-    return connect(os.getpid(), threading.get_ident(), url, retries.connect_s, retries.read_s)
 
 
 def merge(ranges: Iterable[Range], gap: int) -> list[Range]:

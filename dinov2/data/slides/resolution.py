@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+Mpp = float | None  # None where it is unknown
 MppSource = Literal["slide", "appmag", "user", "none"]
 PLAUSIBLE_MPP = (0.1, 4.0)  # outside lie resolution tags meant for screens and print (72 dpi is 353 um)
 _TOLERANCE = 1.01  # a level this much coarser than the target still serves it
@@ -22,9 +23,7 @@ def check_user_mpp(slide: str | Path, mpp: float | None) -> None:
         raise ValueError(f"The mpp given for slide '{slide}' is {mpp}, but it must lie within {PLAUSIBLE_MPP}.")
 
 
-def resolve_mpp(
-    sides: Sequence[float | None], power: float | None, user_mpp: float | None
-) -> tuple[float | None, MppSource]:
+def resolve_mpp(sides: Sequence[Mpp], power: float | None, user_mpp: Mpp) -> tuple[Mpp, MppSource]:
     """Choose a slide's mpp: its own (mean of `sides`, along x and y), else 10 / objective power, else the user's."""
     if all(map(is_plausible, sides)):
         return sum(sides) / len(sides), "slide"
@@ -74,9 +73,7 @@ class MppTable:
 def read_mpp_table(path: str | Path) -> MppTable:
     """Read a CSV file with the columns `slide` (path, file name, stem or barcode) and `mpp`.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, a value is no plausible mpp, or a slide has two.
+    ValueError if a column is missing, a value is no plausible mpp, or a slide has two.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,15 +81,12 @@ def read_mpp_table(path: str | Path) -> MppTable:
     columns, rows = read_csv(path)
     if not {"slide", "mpp"} <= set(columns):
         raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")
-    written: dict[str, float] = {}
-    values: dict[str, set[float]] = {}
+    written, values = {}, {}
     for line, row in rows:
         slide, mpp = row["slide"], number(row["mpp"])
         if not slide or not is_plausible(mpp):
-            raise ValueError(
-                f"Line {line} of mpp table '{path}' gives slide {slide!r} the mpp {row['mpp']!r}; "
-                f"a name and a number within {PLAUSIBLE_MPP} are expected."
-            )
+            found = f"Line {line} of mpp table '{path}' gives slide {slide!r} the mpp {row['mpp']!r}"
+            raise ValueError(f"{found}; a name and a number within {PLAUSIBLE_MPP} are expected.")
         if written.setdefault(slide, mpp) != mpp:
             raise ValueError(f"The mpp table '{path}' gives slide {slide!r} both {written[slide]} and {mpp}.")
         for name in (PurePosixPath(slide).name, PurePosixPath(slide).stem):

@@ -58,11 +58,7 @@ def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList
     """Read a list of `path x y level` or `path x y level mpp_x mpp_y` lines.
 
     Paths may hold spaces; blank lines and `#` lines are skipped. `columns` is 4 or 6, for a list without a `.meta.json`
-    that names its columns; None means 4.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line or the `.meta.json` is malformed, or there is no line.
+    that names its columns; None means 4. ValueError if a line or the `.meta.json` is malformed, or there is no line.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,7 +122,6 @@ def _complaint(path: Path, first: int, lines: list[bytes], columns: int) -> Valu
             _pack([line], columns, {})
         except (ValueError, OverflowError):
             text = line.strip().decode("utf-8", "surrogateescape")
-            return ValueError(
-                f"Line {number} of sample list '{path}' is {text!r}; {expected} (in a list of {columns} columns)."
-            )
+            found = f"Line {number} of sample list '{path}' is {text!r}"
+            return ValueError(f"{found}; {expected} (in a list of {columns} columns).")
     raise AssertionError("a chunk of good lines was refused")

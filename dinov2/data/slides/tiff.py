@@ -9,13 +9,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dinov2.data.slides.blocks import TileIndex, TileLevel
-from dinov2.data.slides.errors import SlideOpenError, UnsupportedTiles, import_package, public_name
-from dinov2.data.slides.ranges import filesystem, is_remote
+from dinov2.data.slides.errors import SlideOpenError, UnsupportedTiles, import_package
+from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import check_user_mpp, number, resolve_mpp
+from dinov2.data.storage.base import public_name
+from dinov2.data.storage.fsspec import filesystem
 from dinov2.data.storage.retry import RemoteError, Retries, reason
 
-_APERIO = "Aperio Image"
-_TRESTLE = "MedScan"  # its tiles overlap
+_APERIO, _TRESTLE = "Aperio Image", "MedScan"  # tiles of the latter overlap
 _REDUCED = 1  # bit of subfiletype
 _BLOCK_BYTES = 1 << 20  # a server's file is parsed through a cache of such blocks
 _KINDS = {  # compression and photometric of the tags: kind of the tiles and of their colours
@@ -32,8 +33,8 @@ def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
     `path` may be an fsspec URL; `mpp`, in micrometres per level-0 px, is used only when the slide does not say.
 
     Raises:
-        SlideOpenError: if the file is missing, cut, or its levels make no sense.
-        UnsupportedTiles: if the file is of another kind, which OpenSlide may read.
+        SlideOpenError: if the file is missing, cut, or its levels make no sense; if it is of another kind, which
+            OpenSlide may read, UnsupportedTiles.
         RemoteError: if the server cannot be read.
         ValueError: if `mpp` is implausible.
     """

@@ -3,6 +3,7 @@
 import glob
 import io
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,13 +17,9 @@ class StoredFile(NamedTuple):
 
 
 class Storage(Protocol):
-    """The Parquet files of one dataset; may be pickled, forked and used from several threads.
+    """The Parquet files of one dataset; may be pickled, forked and used from several threads."""
 
-    Attributes:
-        location: the dataset as a path or URL, with the commit where there is one; equal ones hold equal names.
-    """
-
-    location: str
+    location: str  # the dataset as a path or URL, with the commit where there is one; equal ones hold equal names
 
     def list_files(self) -> list[StoredFile]:
         """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
@@ -35,11 +32,7 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """The Parquet files of a folder (with its subfolders), of a glob, or one file; hidden ones are left out.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-    """
+    """The Parquet files of a folder (with its subfolders), of a glob, or one file, as a `Storage`; no hidden ones."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern  # as the user named it
@@ -52,12 +45,10 @@ class LocalStorage:
             self.location = next(str(parent) for parent in Path(path).parents if not glob.has_magic(str(parent)))
             self._inside = os.path.relpath(path, self.location)
         else:
-            raise FileNotFoundError(
-                f"dataset '{pattern}' does not exist; give a folder of .parquet files, a glob or one file"
-            )
+            expected = "give a folder of .parquet files, a glob or one file"
+            raise FileNotFoundError(f"dataset '{pattern}' does not exist; {expected}")
 
     def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
         names = sorted(name for name in found if os.path.isfile(self.locate(name)))
         if not names:
@@ -66,7 +57,6 @@ class LocalStorage:
         return [StoredFile(n, s.st_size, str(s.st_mtime_ns)) for n, s in zip(names, stats, strict=True)]
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Read exactly `length` bytes of a file; OSError where they cannot be had."""
         path = self.locate(name)
         # Long reads pass the buffer by; without any, a read would end after 2 GiB. The default is 4 MiB on Lustre.
         with open(path, "rb", buffering=1 << 13) as file:
@@ -77,13 +67,21 @@ class LocalStorage:
         return data
 
     def locate(self, name: str) -> str:
-        """Give the path of a file."""
         return os.path.join(self.location, name)
 
 
 def no_files(dataset: str) -> FileNotFoundError:
     """The error of a dataset without files."""
     return FileNotFoundError(f"dataset '{dataset}' holds no Parquet file; at least one is expected")
+
+
+def public_name(path: str | Path) -> str:
+    """A path as it is; a URL without user, password and query, since they may hold secrets."""
+    name = str(path)
+    if "://" not in name:
+        return name
+    name = re.sub(r"(?<=://)[^/@]*@", "", name)
+    return name.partition("?")[0] if name.startswith("http") else name
 
 
 class RangedFile(io.RawIOBase):
@@ -93,16 +91,13 @@ class RangedFile(io.RawIOBase):
         self._storage, self._name, self._size, self._position = storage, name, size, 0
 
     def readable(self) -> bool:
-        """Always true."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position and return it."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer as far as the file goes and return how far that is."""
         length = max(0, min(len(buffer), self._size - self._position))
         if length:
             buffer[:length] = self._storage.read_range(self._name, self._position, length)

@@ -16,38 +16,34 @@ from glob import has_magic
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from dinov2.data.storage.base import StoredFile, no_files
+from dinov2.data.storage.base import StoredFile, no_files, public_name
 from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
 from dinov2.data.storage.train_split import find_train_files
 
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
-VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
+_VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONNECTIONS = 64  # of one process to one store; botocore's own 10 would make reader threads wait
-_LISTING_THREADS = 16
+_CONNECTIONS, _LISTING_THREADS = 64, 16  # of one process; botocore's own 10 connections would make readers wait
 _FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")  # stores that list a folder with its subfolders at once
 _CARD = "README.md"
-
 _Result = TypeVar("_Result")
 
 
 class RemoteStorage:
-    """Reading of files over a network; subclasses list and locate them, and have `_get_range` and `_explain`."""
+    """A `Storage` over a network; subclasses list and locate files, and have `_get_range` and `_explain`."""
 
     location: str
     _retries: Retries
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Read exactly `length` bytes of a file by one request; OSError where they cannot be had."""
+        """Read exactly `length` bytes of a file, by one request."""
         url = self.locate(name)
 
         def request() -> bytes:
             data = self._get_range(name, start, length)
             if data is None or len(data) > length:
-                raise RemoteError(
-                    f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others; "
-                    "use a server that supports ranges, or a local copy"
-                )
+                asked = f"'{url}' was asked for bytes {start} to {start + length - 1} and gave others"
+                raise RemoteError(f"{asked}; use a server that supports ranges, or a local copy")
             if len(data) < length:
                 raise ConnectionError(f"{len(data)} of {length} bytes came")
             return data
@@ -71,20 +67,16 @@ class ObjectStorage(RemoteStorage):
     """The Parquet files of a folder (with its subfolders), of a glob, or one .parquet file.
 
     Endpoints and credentials are those of the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
-
-    Raises:
-        ValueError: if the scheme of the URL is unknown.
-        ImportError: if the package for it is not installed.
+    ValueError if the scheme of the URL is unknown, ImportError if the package for it is not installed.
     """
 
     def __init__(self, url: str, retries: Retries) -> None:
         self._url, self._retries = url.rstrip("/"), retries
         self._folder = _folder_of(self._url)
-        self.location = _public(self._url)
+        self.location = public_name(self._url)
         self._filesystem()
 
     def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         fs, folder = self._filesystem()
         pattern = folder + self._url[len(self._folder) :]
         fs.invalidate_cache()
@@ -97,12 +89,10 @@ class ObjectStorage(RemoteStorage):
             return list(pool.map(self._describe, names, names.values()))
 
     def locate(self, name: str) -> str:
-        """Give the URL of a file, without credentials."""
-        return _public(f"{self._folder}/{name}")
+        return public_name(f"{self._folder}/{name}")
 
     def _filesystem(self) -> tuple[Any, str]:
-        times = self._retries.connect_s, self._retries.read_s
-        return connect(os.getpid(), threading.get_ident(), self._folder, *times)
+        return filesystem(self._folder, self._retries)
 
     def _find(self, fs: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
         """Files at and below a folder, by path."""
@@ -125,8 +115,7 @@ class ObjectStorage(RemoteStorage):
             info = self._ask(url, partial(fs.info, f"{folder}/{name}"), url)
         if info.get("size") is None:
             raise RemoteError(f"the server does not tell the size of '{url}'; use another, or a local copy")
-        version = next((str(info[key]) for key in VERSION_KEYS if info.get(key) is not None), "")
-        return StoredFile(name, info["size"], version)
+        return StoredFile(name, info["size"], version_of(info))
 
     def _get_range(self, name: str, start: int, length: int) -> bytes:
         fs, folder = self._filesystem()
@@ -135,10 +124,8 @@ class ObjectStorage(RemoteStorage):
     def _explain(self, error: Exception, url: str, status: int | None, headers: Mapping[str, str]) -> Exception:
         missing = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
         if missing or status in (401, 403) or isinstance(error, PermissionError):
-            return PermissionError(
-                f"'{url}' may not be read ({reason(error)}); check the credentials in the environment "
-                "(for a public S3 bucket set FSSPEC_S3_ANON=true)"
-            )
+            advice = "check the credentials in the environment (for a public S3 bucket set FSSPEC_S3_ANON=true)"
+            return PermissionError(f"'{url}' may not be read ({reason(error)}); {advice}")
         if status == 404 or isinstance(error, FileNotFoundError):
             return FileNotFoundError(f"'{url}' does not exist; check the name")
         return RemoteError(f"'{url}' cannot be read ({reason(error)})")
@@ -148,19 +135,9 @@ class HubStorage(RemoteStorage):
     """Files of one commit on the Hugging Face hub, or on a server that speaks its protocol.
 
     The server is `HF_ENDPOINT` and the token that of `HF_TOKEN` or `hf auth login`, both as they are at use; neither
-    token nor connection is kept.
-
-    Args:
-        repo: org/name.
-        revision: branch, tag or commit; the default branch if empty. It is resolved here, once, to ``commit``; a
-            full commit needs no request.
-        path: folder (with its subfolders), glob or .parquet file; the training split if empty.
-        retries: how long requests are repeated.
-
-    Raises:
-        FileNotFoundError, PermissionError: if there is no such dataset, it is hidden or may not be read.
-        ValueError: if there is no such revision.
-        RemoteError: if the hub does not answer.
+    token nor connection is kept. An empty revision is the default branch, an empty path the training split. The
+    revision is resolved here, once, to ``commit``; a full commit needs no request. FileNotFoundError or PermissionError
+    if there is no such dataset or it may not be read, ValueError without the revision, RemoteError without an answer.
     """
 
     def __init__(self, repo: str, revision: str, path: str, retries: Retries) -> None:
@@ -177,23 +154,18 @@ class HubStorage(RemoteStorage):
         self.location = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
         tree = {file.path: file for file in self._tree()}
         shards = _select(tree, self._path)
         if not self._path:
-            size = tree[_CARD].size if _CARD in tree else 0
-            card = self.read_range(_CARD, 0, size).decode(errors="replace")
+            card = self.read_range(_CARD, 0, tree[_CARD].size if _CARD in tree else 0).decode(errors="replace")
             shards = find_train_files(self._repo, shards, card)
         if not shards:
             raise no_files(self.location)
         inside = len(self._folder) + 1 if self._folder else 0
-        return [
-            StoredFile(file.path[inside:], file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-            for file in (tree[name] for name in sorted(shards))
-        ]
+        files = (tree[name] for name in sorted(shards))
+        return [StoredFile(f.path[inside:], f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files]
 
     def locate(self, name: str) -> str:
-        """Give the URL of a file."""
         from huggingface_hub import hf_hub_url
 
         path = f"{self._folder}/{name}" if self._folder else name
@@ -232,9 +204,7 @@ class HubStorage(RemoteStorage):
             response.raise_for_status()
             yield response
 
-    def _explain(
-        self, error: Exception, wanted: str, status: int | None, headers: Mapping[str, str]
-    ) -> Exception | None:
+    def _explain(self, error: Exception, wanted: str, status: int | None, headers: dict[str, str]) -> Exception | None:
         """Say what an answer of the hub means, which is 401 or 404 for what it does not want to speak of."""
         from huggingface_hub import get_token
 
@@ -243,23 +213,22 @@ class HubStorage(RemoteStorage):
         dataset, code = f"dataset '{self._repo}'", headers.get("x-error-code")
         token = "the token in use may not read it" if get_token() else "no token is set"
         if code == "RevisionNotFound":
-            return ValueError(
-                f"{dataset} on {_endpoint()} has no revision '{self._revision}'; "
-                "a branch, a tag or a commit is expected"
-            )
+            known = f"{dataset} on {_endpoint()} has no revision '{self._revision}'"
+            return ValueError(f"{known}; a branch, a tag or a commit is expected")
         if code == "EntryNotFound":
             return FileNotFoundError(f"{dataset} on {_endpoint()} has no {wanted} at commit {self.commit}")
         if code == "GatedRepo" or status == 403:
-            return PermissionError(
-                f"{dataset} on {_endpoint()} is private or gated and {token}; "
-                "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
-            )
+            advice = "ask for access on its page, then set HF_TOKEN or run `hf auth login`"
+            return PermissionError(f"{dataset} on {_endpoint()} is private or gated and {token}; {advice}")
         if status in (401, 404):
-            return FileNotFoundError(
-                f"{_endpoint()} has no {dataset}, or it is private and {token}; "
-                "check the name, set HF_TOKEN or run `hf auth login`"
-            )
+            advice = "check the name, set HF_TOKEN or run `hf auth login`"
+            return FileNotFoundError(f"{_endpoint()} has no {dataset}, or it is private and {token}; {advice}")
         return RemoteError(f"{dataset} on {_endpoint()}: {wanted} gave {reason(error)}")
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """What changes when a file does, from what fsspec says of it; empty where nothing tells it."""
+    return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), "")
 
 
 def _endpoint() -> str:
@@ -274,10 +243,7 @@ def _folder_of(path: str) -> str:
 
 
 def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
-    """Choose the Parquet files that a glob matches, or that are a file or lie in a folder; sorted.
-
-    Those that are hidden from character `inside` on are left out.
-    """
+    """Those Parquet files, sorted, that are `pattern`, match it or lie in it, and are not hidden from `inside` on."""
     from fsspec.utils import glob_translate
 
     folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
@@ -286,18 +252,19 @@ def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
     return sorted(filter(chosen.fullmatch, shards))
 
 
-@cache
-def connect(process: int, thread: int, url: str, connect_s: float, read_s: float) -> tuple[Any, str]:
-    """The file system for a URL, and the URL's path in it.
+def filesystem(url: str, retries: Retries) -> tuple[Any, str]:
+    """The file system for a URL, and the URL's path in it, of this process and thread."""
+    return _connect(os.getpid(), threading.get_ident(), url, retries.connect_s, retries.read_s)
 
-    Kept per process, since connections do not survive a fork. What a forked process inherits stays referenced
-    here, unused: if it were collected, its sockets would leave the event loop that the parent still waits on.
-    And kept per thread, since only the asynchronous ones, which fsspec shares between threads, are safe in several.
-    """
+
+@cache
+def _connect(process: int, thread: int, url: str, connect_s: float, read_s: float) -> tuple[Any, str]:
+    # Kept per process, since connections do not survive a fork. What a forked process inherits stays referenced
+    # here, unused: if it were collected, its sockets would leave the event loop that the parent still waits on.
+    # And kept per thread, since only the asynchronous ones, which fsspec shares between threads, are safe in several.
     from fsspec.core import url_to_fs
 
-    scheme = url.partition("://")[0]
-    options: dict[str, Any] = {}
+    scheme, options = url.partition("://")[0], {}
     is_s3 = scheme in ("s3", "s3a")
     if is_s3:
         timeouts = {"connect_timeout": connect_s, "read_timeout": read_s}
@@ -315,13 +282,7 @@ def connect(process: int, thread: int, url: str, connect_s: float, read_s: float
         advice = 'pip install "path-fm[s3]"' if is_s3 else str(error)
         raise ImportError(f"a package for {scheme}:// is not installed: {advice}") from error
     except ValueError as error:
-        raise ValueError(f"dataset '{_public(url)}' cannot be opened ({error})") from error
+        raise ValueError(f"dataset '{public_name(url)}' cannot be opened ({error})") from error
     if is_s3:
         fs.retries = 1
     return fs, path
-
-
-def _public(url: str) -> str:
-    """A URL without user and password, and a web address without its query, since they may hold secrets."""
-    url = re.sub(r"(?<=://)[^/@]*@", "", url)
-    return url.partition("?")[0] if url.startswith("http") else url

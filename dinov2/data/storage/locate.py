@@ -26,8 +26,7 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
         attempts: how often each request is sent at most.
 
     Raises:
-        FileNotFoundError, PermissionError, RemoteError: if there is no such dataset, it may not be read, or the
-            server does not answer.
+        FileNotFoundError, PermissionError, RemoteError: if there is no such dataset, it may not be read, or no answer.
         ValueError: if the name or the revision makes no sense.
         ImportError: if the package for a scheme is not installed.
     """
@@ -37,9 +36,8 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
     if scheme == "hf":
         named = _HUB_URL.fullmatch(dataset)
         if not named:
-            raise ValueError(
-                f"dataset '{dataset}' is unknown; hf://datasets/org/name[@revision][/folder, glob or file] is expected"
-            )
+            form = "hf://datasets/org/name[@revision][/folder, glob or file]"
+            raise ValueError(f"dataset '{dataset}' is unknown; {form} is expected")
     elif not separator and not os.path.exists(path) and not path.endswith(".parquet"):
         named = _BARE_ID.fullmatch(path)
     if not named:
@@ -48,10 +46,8 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
             raise ValueError(f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://")
         storage = ObjectStorage(dataset, retries) if remote else LocalStorage(path)
         if revision:
-            raise ValueError(
-                f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; "
-                "leave it empty or name a Hugging Face dataset"
-            )
+            advice = "leave it empty or name a Hugging Face dataset"
+            raise ValueError(f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; {advice}")
         return storage
     own = unquote(named["revision"] or "")
     if own and revision and own != revision and not COMMIT.fullmatch(revision):

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
-
 _Result = TypeVar("_Result")
 _thread = threading.local()
 # Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
@@ -110,10 +109,7 @@ class Retries:
         """Give what `request` returns, repeated while it fails for a reason that may pass.
 
         A 429 holds up all processes of this machine's user that ask the same server. The URL appears in messages, so
-        it must be one without credentials.
-
-        Raises:
-            RemoteError: if all retries failed. What cannot pass is raised as it comes.
+        it must be one without credentials. RemoteError if all retries failed; what cannot pass is raised as it comes.
         """
         from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
@@ -140,19 +136,12 @@ class Retries:
             error = state.outcome.exception()
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
-            raise RemoteError(
-                f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)}); {advice}, "
-                "raise data.retries or train from a local copy"
-            ) from error
+            failure = f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)})"
+            raise RemoteError(f"{failure}; {advice}, raise data.retries or train from a local copy") from error
 
-        return Retrying(
-            sleep=self.sleep,
-            stop=stop_after_attempt(self.attempts),
-            wait=wait,
-            retry=retry_if_exception(is_transient),
-            before=hold_up,
-            retry_error_callback=give_up,
-        )(request)
+        stop, retry = stop_after_attempt(self.attempts), retry_if_exception(is_transient)
+        hooks = {"before": hold_up, "retry_error_callback": give_up}
+        return Retrying(sleep=self.sleep, stop=stop, wait=wait, retry=retry, **hooks)(request)
 
     @staticmethod
     def _jittered(seconds: float) -> float:

@@ -14,13 +14,8 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
     splits, else everything. It applies them to a folder, so an empty copy of the listing is made for it; asked
     about the hub itself it would list the dataset once for each of its patterns.
 
-    Args:
-        dataset: org/name, for messages.
-        names: Parquet files, relative to the dataset.
-        card: text of the dataset's README.md; may be empty.
-
-    Raises:
-        ValueError: if the card cannot be understood or leaves open what to read, or no split is called train.
+    `names` are relative to the dataset; `card` is the text of its README.md, or empty. ValueError if the card cannot
+    be understood or leaves open what to read, or no split is called train.
     """
     from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern, sanitize_patterns
 
@@ -41,9 +36,8 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
         except FileNotFoundError:
             return []
         if "train" not in splits:
-            raise ValueError(
-                f"dataset '{dataset}' has the splits {', '.join(map(str, splits))}, none is train; {advice}"
-            )
+            given = ", ".join(map(str, splits))
+            raise ValueError(f"dataset '{dataset}' has the splits {given}, none is train; {advice}")
         found = set()
         for pattern in splits["train"]:
             if "://" in pattern or not _stays_inside(pattern):

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 
 from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.slides.errors import SlideError, public_name
+from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SLIDE_SUFFIXES, SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 from dinov2.data.source import EncodedSample, Source
-from dinov2.data.storage.base import RangedFile
+from dinov2.data.storage.base import RangedFile, public_name
 from dinov2.data.storage.locate import open_storage
 from dinov2.eval.datasets import images
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, UnreadableImage

@@ -306,7 +306,7 @@ def test_parts_of_other_options_or_slides_are_not_used(
         folder = tmp_path / "parts"
         folder.mkdir(exist_ok=True)
         job = SlideJob(str(copy), "s.svs", Sampling(TissueRule(), 0, (2,), 3, None, 224), None)
-        sample_parts.make_part(sample_parts.PartJob(replace(job, **changes), folder, None))
+        sample_parts.make_part((replace(job, **changes), folder, None))
         return len(drawn)
 
     assert made() == made() == 1

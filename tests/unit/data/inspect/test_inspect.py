@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.inspect import report as inspection
-from dinov2.data.inspect.__main__ import main
-from dinov2.data.inspect.report import distinct_if_uniform
+from dinov2.data.inspect import __main__ as inspection
+from dinov2.data.inspect.__main__ import distinct_if_uniform, main
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
-from dinov2.data.online.tissue_mask import CELL_RULE, TissueCache, TissueMask
 from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.index import complete_tile_index
-from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.slides.tissue import CELL_RULE, TissueCache, TissueMask, TissueRule
 from tests.helpers.slides import MakeSlide
 
 

@@ -18,10 +18,10 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.online.positions import Geometry, Positions
 from dinov2.data.online.prepare import PatchOptions, load_plan, mpps_of
 from dinov2.data.online.random import OnlineOrder, OnlinePatchSource, take_fraction
-from dinov2.data.online.tissue_mask import TissueMask
 from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MppTable
+from dinov2.data.slides.tissue import TissueMask
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.stream.loader import TrainLoader
 from tests.helpers.slides import damage_tile

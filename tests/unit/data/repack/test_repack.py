@@ -277,16 +277,17 @@ def test_a_full_disk_is_said_so(
 def test_what_does_not_read_back_gets_no_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_back = repacked_shard._digest_of
+    rewrite = repacked_shard._rewrite
 
-    def flip_a_bit(partial: Path, image: str) -> str:
+    def flip_a_bit(job: RepackJob, partial: Path) -> str:
+        digest = rewrite(job, partial)
         content = bytearray(partial.read_bytes())
         content[content.index(b"mark") + 5] ^= 1
         partial.write_bytes(content)
-        return read_back(partial, image)
+        return digest
 
     write_nanopath(tmp_path / "in" / "a.parquet", [b"mark" + bytes(100)])
-    monkeypatch.setattr(repacked_shard, "_digest_of", flip_a_bit)
+    monkeypatch.setattr(repacked_shard, "_rewrite", flip_a_bit)
     assert run(tmp_path / "in", tmp_path / "out") == 2
     assert "does not read back as it was written" in caplog.text
     assert names(tmp_path / "out") == []

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from dinov2.data.online.tissue_mask import CELL_RULE, TissueMask
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.tissue import CELL_RULE, TissueMask
 
 
 def mask_of(cells: np.ndarray, cell_px: float = 32.0) -> TissueMask:
