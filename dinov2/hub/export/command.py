@@ -11,7 +11,7 @@ from typing import Any
 
 from dinov2.hub.export import verify
 from dinov2.hub.export.formats import files_for, resampled_by
-from dinov2.hub.layouts.meta import is_vit, resize_grid, vit_arguments
+from dinov2.hub.layouts import is_vit, resize_grid, vit_arguments
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import write_new

@@ -89,11 +89,7 @@ def agreement(expected: Tensor, found: Tensor) -> Agreement:
 def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
     """Open the files in a folder with their library, as its users do.
 
-    Args:
-        arguments: see `dinov2.hub.layouts.meta.vit_arguments`; files in Meta's format do not hold them for timm.
-
-    Raises:
-        ValueError: if timm has no model for a "meta" export of this teacher.
+    ``arguments`` are those of `dinov2.hub.layouts.vit_arguments`, which files in Meta's format do not hold for timm.
     """
     config = timm_config(arguments, Colours()) if target == "meta" else json.loads((folder / "config.json").read_text())
     if target == "hf":
@@ -116,12 +112,7 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
 
 
 def read_tiles(folder: str | None) -> list[np.ndarray]:
-    """Up to `MAX_TILES` images of a folder, spread evenly over the sorted names; or scikit-image's micrograph in four.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or no image in it.
-        ValueError: if an image cannot be decoded.
-    """
+    """Up to `MAX_TILES` images of a folder, spread evenly over the sorted names; or scikit-image's micrograph in four."""
     if folder is None:
         from skimage.data import immunohistochemistry
 

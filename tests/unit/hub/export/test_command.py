@@ -16,7 +16,7 @@ from safetensors import safe_open
 import dinov2.hub.export.command as command
 import dinov2.hub.export.formats as formats
 from dinov2.export import main, save_teacher
-from dinov2.hub.layouts.meta import vit_arguments
+from dinov2.hub.layouts import vit_arguments
 from dinov2.models.vision_transformer import vit_demo
 from dinov2.utils.cli import USER_ERROR
 from tests.helpers.backbones import randomise, transformers_weights
