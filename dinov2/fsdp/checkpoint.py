@@ -31,12 +31,7 @@ _STATE_FILE = "state.json"
 
 
 class Checkpointer:
-    """The checkpoints of one run.
-
-    Args:
-        output_dir: the run's folder.
-        keep: number of newest complete checkpoints kept by `save`.
-    """
+    """The checkpoints in a run's folder, of which `save` keeps the ``keep`` newest complete ones."""
 
     def __init__(self, output_dir: Path, keep: int):
         self.output_dir = output_dir
@@ -53,11 +48,7 @@ class Checkpointer:
         return self.folder / f"step_{step:07d}"
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The small JSON beside the tensors.
-
-        Raises:
-            ValueError: if the file is not a JSON object or says another step.
-        """
+        """The small JSON beside the tensors; raises ValueError where it is none, or of another step."""
         path = self.path(step) / _STATE_FILE
         try:
             state = json.loads(path.read_bytes())
@@ -76,7 +67,7 @@ class Checkpointer:
             state: JSON-serialisable rest; its ``step`` is ``step``.
 
         Raises:
-            OSError: if the checkpoint cannot be written; earlier ones are as they were.
+            OSError: if it cannot be written; earlier ones are as they were.
         """
         final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
 
@@ -90,7 +81,8 @@ class Checkpointer:
                 final.rename(final.with_name(f"{final.name}.damaged.{time.time_ns()}"))
             files.commit(beside, final)
             files.write_text(self.output_dir / "last_checkpoint", final.name)
-            self._retain()
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
 
         try:
             on_main_process(begin)
@@ -104,16 +96,15 @@ class Checkpointer:
                 shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
             raise OSError(
                 f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}; "
-                f"{_free_mib(self.output_dir)} MiB free); make room or mend the folder, and the run resumes from the "
-                "checkpoint before it."
+                f"{shutil.disk_usage(self.output_dir).free >> 20} MiB free); make room or mend the folder, and the run "
+                "resumes from the checkpoint before it."
             ) from error
         logger.info("Saved checkpoint %s.", final)
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
 
-        Raises:
-            ValueError: if a file is missing or corrupt, or names or shapes differ from those saved.
+        Raises ValueError where a file is missing or corrupt, or names or shapes differ from those saved.
         """
         reader = _RestrictedReader(self.path(step))
         try:
@@ -131,10 +122,6 @@ class Checkpointer:
         earlier = [other for other in self.steps() if other < step]
         go_on = f"resume from {self.path(earlier[-1]).name}" if earlier else "start anew"
         return f"move that checkpoint out of {str(self.folder)!r} to {go_on}."
-
-    def _retain(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step))
 
 
 class _RestrictedReader(dcp.FileSystemReader):
@@ -167,10 +154,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"Checkpoint metadata names {module}.{name}, which is not checkpoint data.")
-
-
-def _free_mib(folder: Path) -> int:
-    return shutil.disk_usage(folder).free >> 20
 
 
 def _cause(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,7 @@ def shard(
     gathered anew each step anyway.
 
     Args:
-        module: root to shard.
         units: submodules gathered one at a time (the transformer blocks), in the order in which they run.
-        device: where the shards live.
         strategy: ``SHARD_GRAD_OP`` keeps gathered parameters until the backward, ``FULL_SHARD`` gathers those of
             the units again, ``NO_SHARD`` replicates. ``HYBRID_SHARD`` shards among the ranks of a node as
             ``SHARD_GRAD_OP`` and replicates over nodes: only gradients travel between nodes.
@@ -46,9 +44,6 @@ def shard(
         ranks_per_node: for ``HYBRID_SHARD``; by default torchrun's.
         prefetch: units gathered ahead of the one that runs, in forward and backward, each holding its gathered
             parameters meanwhile; 0 leaves the order to FSDP, whose host thread gathers one ahead.
-
-    Raises:
-        ValueError: the number of ranks is no multiple of ``ranks_per_node``.
     """
     # It warns that views of a module's output must not be changed in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -61,7 +56,12 @@ def shard(
     # The backward begins where the forward ended: the root would be gathered again at once.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not _is_trainable(module))
     if prefetch:
-        _prefetch(module, units, prefetch)
+        # What to gather while the root and every unit run; frozen units see no backward.
+        backward = [unit for unit in reversed(units) if _is_trainable(unit)]
+        for i, unit in enumerate([module, *units]):
+            unit.set_modules_to_forward_prefetch(units[i : i + prefetch])
+        for i, unit in enumerate([module, *backward]):
+            unit.set_modules_to_backward_prefetch(backward[i : i + prefetch])
 
 
 def local_world_size() -> int:
@@ -94,17 +94,6 @@ def _is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _prefetch(root: FSDPModule, units: Sequence[FSDPModule], ahead: int) -> None:
-    """Tell the root and every unit what to gather while it runs; frozen units see no backward."""
-    root.set_modules_to_forward_prefetch(units[:ahead])
-    for i, unit in enumerate(units):
-        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + ahead])
-    backward = [unit for unit in reversed(units) if _is_trainable(unit)]
-    root.set_modules_to_backward_prefetch(backward[:ahead])
-    for i, unit in enumerate(backward):
-        unit.set_modules_to_backward_prefetch(backward[i + 1 : i + 1 + ahead])
-
-
 def reshard(module: nn.Module) -> None:
     """Put the shards back in place of gathered parameters, so that they can be updated and gathered anew.
 
@@ -113,16 +102,12 @@ def reshard(module: nn.Module) -> None:
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
-            _forget_forwards(unit)
-
-
-def _forget_forwards(unit: FSDPModule) -> None:
-    """Empty FSDP's record of forwards, which otherwise grows by 2 KB a step: a backward that never comes clears it."""
-    state = unit._get_fsdp_state()  # no public way in torch 2.11 to 2.15
-    getattr(state._comm_ctx, "post_forward_order", []).clear()  # made at the first forward
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    for group in filter(None, groups):
-        group._post_forward_indices.clear()
+            # FSDP's record of forwards grows by 2 KB a step, since the backward that clears it never comes.
+            state = unit._get_fsdp_state()  # no public way in torch 2.11 to 2.15
+            getattr(state._comm_ctx, "post_forward_order", []).clear()  # made at the first forward
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            for group in filter(None, groups):
+                group._post_forward_indices.clear()
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -132,11 +117,6 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy rank 0's whole tensors into every rank's parameters; all ranks must call.
-
-    Args:
-        module: plain or sharded, on its device.
-        state: complete on rank 0; ignored elsewhere.
-    """
+    """Copy rank 0's whole tensors into every rank's parameters; all ranks must call. Elsewhere ``state`` is ignored."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_enabled(), strict=True)
     set_model_state_dict(module, dict(state), options=options)

@@ -106,19 +106,12 @@ class DinoVisionTransformer(Backbone):
         rates = [drop_path_rate * (1 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
             block_fn(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                **biases,
-                drop_path=rate,
-                init_values=init_values or None,
-                act_layer=act_layer,
-                ffn_layer=FFN_LAYERS[ffn_layer],
-                attention_backend=attention_backend,
-                inverse_gather=inverse_gather,
+                dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, **biases, drop_path=rate,
+                init_values=init_values or None, act_layer=act_layer, ffn_layer=FFN_LAYERS[ffn_layer],
+                attention_backend=attention_backend, inverse_gather=inverse_gather,
             )
             for rate in rates
-        )
+        )  # fmt: skip
         self.norm = LayerNorm(embed_dim)
         self.head = nn.Identity()
         self.init_weights()

@@ -7,12 +7,17 @@ a PCA map of patch features, the embeddings of tiles, and ``report.html``, which
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
 from dinov2.build.augmentation import build_augmentation, build_collate
@@ -24,9 +29,9 @@ from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
+from dinov2.eval.probe.spread import mean_cosine, rankme
 from dinov2.hub import load_teacher
 from dinov2.report.figures import as_png, draw_crops, draw_curves, draw_pca
-from dinov2.report.page import as_text, embedding_table, loss_table, read_metrics, render_page, speed_table
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.files import replacing
@@ -37,6 +42,10 @@ MAX_TILES = 512  # embedded, spread evenly over the dataset
 PCA_TILES = 8
 CROP_TILES = 4  # two pairs, since masks are shared out over the four global crops of a pair
 PAGE = "report.html"
+Table = list[tuple[str, ...]]
+"""A row of headings, then rows of cells."""
+
+_SPEEDS = {"img_per_s": "images per second", "data_wait_pct": "waiting for data, %", "memory_gib": "peak memory, GiB"}
 
 
 def newest_teacher(output_dir: Path) -> Path:
@@ -63,17 +72,64 @@ def augmented_batch(config: Config, source: Source) -> tuple[list[np.ndarray], d
     return tiles, build_collate(config)(samples)
 
 
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Columns of ``metrics.jsonl`` by name, ordered by step; NaN where a record lacks a value.
+
+    A resumed run writes some steps again: the last record of a step counts. Lines cut short by a kill do not, nor
+    do records of probes, which are no training steps.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} does not exist; give the output folder of a training run.")
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if "/" not in "".join(record):
+                by_step[record["step"]] = record
+    if not by_step:
+        raise ValueError(f"{str(path)!r} holds no record yet; wait until the run has logged a step.")
+    records = [by_step[step] for step in sorted(by_step)]
+    return {name: np.array([record.get(name, np.nan) for record in records]) for name in records[-1]}
+
+
+def loss_table(metrics: Mapping[str, np.ndarray]) -> Table:
+    """First and last logged value of every loss term."""
+    names = [name for name in metrics if name.endswith("_loss")]
+    rows = [(name, f"{metrics[name][0]:.4f}", f"{metrics[name][-1]:.4f}") for name in names]
+    return [("", f"step {metrics['step'][0]:.0f}", f"step {metrics['step'][-1]:.0f}"), *rows]
+
+
+def speed_table(metrics: Mapping[str, np.ndarray]) -> Table:
+    """Median, least and largest logged throughput, data wait and memory."""
+    statistics = (np.median, np.min, np.max)
+    rows = [(words, *(f"{of(metrics[name]):.1f}" for of in statistics)) for name, words in _SPEEDS.items()]
+    return [("", "median", "least", "largest"), *rows]
+
+
+def embedding_table(embeddings: np.ndarray) -> Table:
+    """Number, width, mean off-diagonal cosine and RankMe of (N, D) embeddings."""
+    figures = (*map(str, embeddings.shape), f"{mean_cosine(embeddings):.4f}", f"{rankme(embeddings):.2f}")
+    return [("tiles", "width", "mean off-diagonal cosine", "RankMe"), figures]
+
+
+def as_text(title: str, table: Table) -> str:
+    """A table as lines of a log."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n  ".join([title, *lines])
+
+
+def render_page(title: str, tables: Mapping[str, Table], images: Mapping[str, tuple[str, bytes]], config: str) -> str:
+    """HTML with everything in it: tables by heading, heading and PNG of images by file name, the run's YAML."""
+    environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    return environment.get_template("page.html").render(title=title, tables=tables, images=images, config=config)
+
+
 def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
-    """Write the report of a run.
+    """Write the report of a run to a new or empty folder, or that of an earlier report, which is replaced.
 
-    Args:
-        output_dir: the run's folder.
-        tiles: Parquet dataset to embed; None takes the validation patients' tiles, or the training data.
-        report_dir: new or empty folder, or that of an earlier report, which is replaced.
-
-    Raises:
-        FileNotFoundError, ValueError: if something the report is made of is missing, or the folder is in use.
-        DeviceError: if the machine's GPU cannot be used.
+    ``tiles`` is a Parquet dataset to embed; None takes the validation patients' tiles, or the training data.
     """
     if report_dir.exists() and any(report_dir.iterdir()) and not (report_dir / PAGE).exists():
         raise ValueError(f"Folder {str(report_dir)!r} holds other files; give --output a new folder.")

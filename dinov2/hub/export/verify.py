@@ -112,7 +112,7 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
 
 
 def read_tiles(folder: str | None) -> list[np.ndarray]:
-    """Up to `MAX_TILES` images of a folder, spread evenly over the sorted names; or scikit-image's micrograph in four."""
+    """Up to `MAX_TILES` images, evenly spread over a folder's sorted names; else scikit-image's micrograph in four."""
     if folder is None:
         from skimage.data import immunohistochemistry
 
