@@ -59,15 +59,10 @@ class Checkpointer:
         return state
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write one checkpoint and drop those beyond ``keep``; all ranks must call.
+        """Write a checkpoint after ``step`` steps and drop those beyond ``keep``; all ranks must call.
 
-        Args:
-            step: completed optimiser steps.
-            tensors: nested state dict of (sharded) tensors.
-            state: JSON-serialisable rest; its ``step`` is ``step``.
-
-        Raises:
-            OSError: if it cannot be written; earlier ones are as they were.
+        ``tensors`` is a nested state dict of (sharded) tensors, ``state`` the JSON-serialisable rest, with the same
+        ``step``. Raises OSError where it cannot be written; earlier ones are then as they were.
         """
         final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
 
@@ -102,10 +97,7 @@ class Checkpointer:
         logger.info("Saved checkpoint %s.", final)
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
-
-        Raises ValueError where a file is missing or corrupt, or names or shapes differ from those saved.
-        """
+        """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call; raises ValueError."""
         reader = _RestrictedReader(self.path(step))
         try:
             reader.read_metadata()  # torch would report what is wrong with it as a traceback of its own

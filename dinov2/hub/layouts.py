@@ -237,11 +237,8 @@ def width_ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
-# The position grid, the one tensor whose shape follows from the size of the images.
-
-
 def take_grid(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a ViT without weights the position grid, of another size, that its weights have."""
+    """Give a ViT without weights the position grid that its weights have: its size is that of the images."""
     tokens = 1 + _grid_side(state) ** 2
     if model.pos_embed.shape[1] != tokens:
         _set_grid(model, model.pos_embed.new_empty(1, tokens, model.embed_dim))

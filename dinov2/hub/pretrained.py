@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dinov2.hub import layouts
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
-_WRAPPERS = ("model", "state_dict", "teacher")
 # In the order in which they nest; the last two are those of transformers' models with heads.
 _PREFIXES = ("module.", "teacher.", "backbone.", "dinov2.", "dinov2_with_registers.")
 _SHOWN = 6  # keys named in an error
@@ -87,7 +86,7 @@ def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
     Where nothing of the kind is found the result is empty, or all there is.
     """
     state = checkpoint
-    for wrapper in _WRAPPERS:
+    for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):

@@ -68,8 +68,7 @@ def load_teacher(
         pooling: "cls" (the default), or "cls_mean" for a `ClassAndMean`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a folder.
+        FileNotFoundError, IsADirectoryError: if there is no such file, or it is a folder.
         ValueError: if it cannot be read, holds no backbone, or does not fit the architecture; or for wrong arguments.
     """
     if (path is None) == (checkpoint_path is None):
@@ -96,9 +95,6 @@ def load_teacher(
     if feature_map:
         return FeatureMap(model).eval()
     return ClassAndMean(model).eval() if pooling == "cls_mean" else model.eval()
-
-
-# The backbone that a weights file is of: stated beside the file, or told by its tensors.
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from dinov2.distributed import get_global_rank, is_main_process
 
-__all__ = ["setup_logging"]
-
 
 def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> logging.Logger:
     """Configure the ``dinov2`` logger, anew at each call: stderr from ``level`` on (warnings, on other ranks than 0),

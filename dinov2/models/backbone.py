@@ -28,22 +28,14 @@ class Backbone(nn.Module):
     (``train.unfreeze_last_n_blocks``), sharded, compiled and recomputed one by one, so each must be called once per
     pass and draw no random numbers. The parameters of the patch embedding have names that begin with ``patch_embed.``;
     of all others, those of blocks and of ``norm`` are told apart by `layer_of`. It must run on the meta device.
-
-    Attributes:
-        blocks: in the order in which they run; at least one.
-        embed_dim: D.
-        patch_size: side of a patch in pixels.
-        num_prefix_tokens: tokens that are no patches (class token, registers), for those who count tokens.
-        supports_patch_index: whether `forward_features` takes ``patch_index``; otherwise all tokens are computed.
-        compiled_methods: names of methods beside the blocks' that compile into one graph each.
     """
 
-    blocks: nn.ModuleList
-    embed_dim: int
-    patch_size: int
-    num_prefix_tokens: int = 1
-    supports_patch_index: ClassVar[bool] = False
-    compiled_methods: ClassVar[tuple[str, ...]] = ()
+    blocks: nn.ModuleList  # in the order in which they run; at least one
+    embed_dim: int  # D
+    patch_size: int  # side of a patch in pixels
+    num_prefix_tokens: int = 1  # that are no patches (class token, registers), for those who count tokens
+    supports_patch_index: ClassVar[bool] = False  # by `forward_features`; otherwise all tokens are computed
+    compiled_methods: ClassVar[tuple[str, ...]] = ()  # beside the blocks', that compile into one graph each
 
     @abstractmethod
     def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:

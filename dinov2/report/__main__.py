@@ -92,24 +92,18 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array([record.get(name, np.nan) for record in records]) for name in records[-1]}
 
 
-def loss_table(metrics: Mapping[str, np.ndarray]) -> Table:
-    """First and last logged value of every loss term."""
+def tables_of(metrics: Mapping[str, np.ndarray], embeddings: np.ndarray, of: str) -> dict[str, Table]:
+    """By heading: first and last value of every loss; throughput, data wait, memory; figures of (N, D) embeddings."""
     names = [name for name in metrics if name.endswith("_loss")]
-    rows = [(name, f"{metrics[name][0]:.4f}", f"{metrics[name][-1]:.4f}") for name in names]
-    return [("", f"step {metrics['step'][0]:.0f}", f"step {metrics['step'][-1]:.0f}"), *rows]
-
-
-def speed_table(metrics: Mapping[str, np.ndarray]) -> Table:
-    """Median, least and largest logged throughput, data wait and memory."""
-    statistics = (np.median, np.min, np.max)
-    rows = [(words, *(f"{of(metrics[name]):.1f}" for of in statistics)) for name, words in _SPEEDS.items()]
-    return [("", "median", "least", "largest"), *rows]
-
-
-def embedding_table(embeddings: np.ndarray) -> Table:
-    """Number, width, mean off-diagonal cosine and RankMe of (N, D) embeddings."""
+    losses = [(name, f"{metrics[name][0]:.4f}", f"{metrics[name][-1]:.4f}") for name in names]
+    kinds = {"median": np.median, "least": np.min, "largest": np.max}
+    speeds = [(words, *(f"{kind(metrics[name]):.1f}" for kind in kinds.values())) for name, words in _SPEEDS.items()]
     figures = (*map(str, embeddings.shape), f"{mean_cosine(embeddings):.4f}", f"{rankme(embeddings):.2f}")
-    return [("tiles", "width", "mean off-diagonal cosine", "RankMe"), figures]
+    return {
+        "Losses": [("", f"step {metrics['step'][0]:.0f}", f"step {metrics['step'][-1]:.0f}"), *losses],
+        "Throughput": [("", *kinds), *speeds],
+        f"Embeddings of {of}": [("tiles", "width", "mean off-diagonal cosine", "RankMe"), figures],
+    }
 
 
 def as_text(title: str, table: Table) -> str:
@@ -117,13 +111,6 @@ def as_text(title: str, table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n  ".join([title, *lines])
-
-
-def render_page(title: str, tables: Mapping[str, Table], images: Mapping[str, tuple[str, bytes]], config: str) -> str:
-    """HTML with everything in it: tables by heading, heading and PNG of images by file name, the run's YAML."""
-    environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
-    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    return environment.get_template("page.html").render(title=title, tables=tables, images=images, config=config)
 
 
 def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
@@ -152,11 +139,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
         shown = pixels[:: max(1, len(pixels) // PCA_TILES)][:PCA_TILES]
         size = max(patch, min(shown[0].shape[:2]) // patch * patch)  # about their own
         pca = draw_pca(shown, patch_feature_map(model, shown, size=size, **norm))
-    tables = {
-        "Losses": loss_table(metrics),
-        "Throughput": speed_table(metrics),
-        f"Embeddings of {embedded} by {teacher.parent.name}": embedding_table(embeddings),
-    }
+    tables = tables_of(metrics, embeddings, f"{embedded} by {teacher.parent.name}")
     crops = draw_crops(*augmented_batch(config, data.source), patch)
     images = {
         "loss_curves.png": ("Curves", as_png(draw_curves(metrics))),
@@ -165,7 +148,11 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
     }
     for title, table in tables.items():
         logger.info("%s", as_text(title, table))
-    page = render_page(output_dir.resolve().name, tables, images, (output_dir / "config.yaml").read_text())
+    environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    page = environment.get_template("page.html").render(
+        title=output_dir.resolve().name, tables=tables, images=images, config=(output_dir / "config.yaml").read_text()
+    )
     report_dir.mkdir(parents=True, exist_ok=True)
     with replacing(*(report_dir / name for name in (*images, "embeddings.npy", PAGE))) as partials:
         for partial, (_, png) in zip(partials, images.values(), strict=False):

@@ -27,8 +27,7 @@ def run_jobs(
 
     Args:
         function: importable by name and not from a ``__main__`` module, since the processes are spawned. What it
-            raises is raised here, and jobs that have not begun are dropped.
-        jobs: picklable.
+            raises is raised here, and jobs (picklable) that have not begun are dropped.
         workers: processes; 1 runs everything in this one.
         unit: what the progress bar counts.
 
