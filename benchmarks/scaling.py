@@ -18,8 +18,8 @@ from torch import nn
 
 import dinov2
 from dinov2.configs import Config, load_config
-from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_FRACTION, NETWORK_LINK, find_gpu
 from dinov2.train.plan.measure import StepCosts
+from dinov2.train.plan.plan import ASSUMED_GPU, ASSUMED_PEAK_FRACTION, NETWORK_LINK, find_gpu
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512)
 PER_NODE = 8

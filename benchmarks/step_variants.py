@@ -18,8 +18,7 @@ from dinov2.configs import Config
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.update.optim import build_optimizer
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, build_optimizer
 from dinov2.train.update.step import TrainingStep
 
 VALUES = ScheduleValues(lr=1e-5, last_layer_lr=1e-5, wd=0.04, mom=0.994, teacher_temp=0.05)

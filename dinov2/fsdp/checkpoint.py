@@ -31,12 +31,10 @@ _STATE_FILE = "state.json"
 
 
 class Checkpointer:
-    """The checkpoints in a run's folder, of which `save` keeps the ``keep`` newest complete ones."""
+    """The checkpoints of the run in ``output_dir``, of which `save` keeps the ``keep`` newest complete ones."""
 
     def __init__(self, output_dir: Path, keep: int):
-        self.output_dir = output_dir
-        self.folder = output_dir / "checkpoints"
-        self.keep = keep
+        self.output_dir, self.folder, self.keep = output_dir, output_dir / "checkpoints", keep
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -61,7 +59,7 @@ class Checkpointer:
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Write a checkpoint after ``step`` steps and drop those beyond ``keep``; all ranks must call.
 
-        ``tensors`` is a nested state dict of (sharded) tensors, ``state`` the JSON-serialisable rest, with the same
+        ``tensors`` are nested dicts of tensors, sharded or not; ``state`` is the JSON-serialisable rest, with the same
         ``step``. Raises OSError where it cannot be written; earlier ones are then as they were.
         """
         final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
@@ -89,15 +87,18 @@ class Checkpointer:
                 raise
             if is_main_process():
                 shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+            free = shutil.disk_usage(self.output_dir).free >> 20
             raise OSError(
-                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}; "
-                f"{shutil.disk_usage(self.output_dir).free >> 20} MiB free); make room or mend the folder, and the run "
-                "resumes from the checkpoint before it."
+                f"Checkpoint {str(final)!r} cannot be written ({_cause(error)}; {free} MiB free); make room or mend "
+                "the folder, and the run resumes from the checkpoint before it."
             ) from error
         logger.info("Saved checkpoint %s.", final)
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call; raises ValueError."""
+        """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
+
+        Raises ValueError where a file is missing or corrupt, or names or shapes differ from those saved.
+        """
         reader = _RestrictedReader(self.path(step))
         try:
             reader.read_metadata()  # torch would report what is wrong with it as a traceback of its own
@@ -120,8 +121,7 @@ class _RestrictedReader(dcp.FileSystemReader):
     """A reader whose pickled metadata may name only what checkpoint metadata consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        with path.open("rb") as file:
+        with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()

@@ -41,7 +41,7 @@ def shard(
         param_dtype: dtype in which parameters are gathered and multiplied. The module's inputs keep theirs: the
             residual stream stays fp32 and autocast rounds at each product.
         reduce_dtype: dtype of the gradient average over ranks.
-        ranks_per_node: for ``HYBRID_SHARD``; by default torchrun's.
+        ranks_per_node: for ``HYBRID_SHARD``, a divisor of the number of ranks; by default torchrun's.
         prefetch: units gathered ahead of the one that runs, in forward and backward, each holding its gathered
             parameters meanwhile; 0 leaves the order to FSDP, whose host thread gathers one ahead.
     """
@@ -56,12 +56,12 @@ def shard(
     # The backward begins where the forward ended: the root would be gathered again at once.
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not _is_trainable(module))
     if prefetch:
-        # What to gather while the root and every unit run; frozen units see no backward.
-        backward = [unit for unit in reversed(units) if _is_trainable(unit)]
-        for i, unit in enumerate([module, *units]):
-            unit.set_modules_to_forward_prefetch(units[i : i + prefetch])
-        for i, unit in enumerate([module, *backward]):
-            unit.set_modules_to_backward_prefetch(backward[i : i + prefetch])
+        # The root and every unit gather the next ones while they run; frozen units see no backward.
+        forward, backward = [module, *units], [module, *filter(_is_trainable, reversed(units))]
+        for i, unit in enumerate(forward):
+            unit.set_modules_to_forward_prefetch(forward[i + 1 : i + 1 + prefetch])
+        for i, unit in enumerate(backward):
+            unit.set_modules_to_backward_prefetch(backward[i + 1 : i + 1 + prefetch])
 
 
 def local_world_size() -> int:
@@ -102,7 +102,7 @@ def reshard(module: nn.Module) -> None:
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
-            # FSDP's record of forwards grows by 2 KB a step, since the backward that clears it never comes.
+            # FSDP's record of forwards otherwise grows by 2 KB a step: a backward that never comes clears it.
             state = unit._get_fsdp_state()  # no public way in torch 2.11 to 2.15
             getattr(state._comm_ctx, "post_forward_order", []).clear()  # made at the first forward
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
@@ -117,6 +117,6 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy rank 0's whole tensors into every rank's parameters; all ranks must call. Elsewhere ``state`` is ignored."""
+    """Copy rank 0's whole tensors into every rank's parameters, plain or sharded; all ranks must call."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_enabled(), strict=True)
     set_model_state_dict(module, dict(state), options=options)

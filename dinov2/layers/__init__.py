@@ -8,13 +8,5 @@ from dinov2.layers.norm import LayerNorm, LayerScale
 from dinov2.layers.patch_embed import PatchEmbed
 
 __all__ = [
-    "Attention",
-    "Block",
-    "DINOHead",
-    "LayerNorm",
-    "LayerScale",
-    "Mlp",
-    "PatchEmbed",
-    "SwiGLUFFN",
-    "SwiGLUFFNFused",
-]
+    "Attention", "Block", "DINOHead", "LayerNorm", "LayerScale", "Mlp", "PatchEmbed", "SwiGLUFFN", "SwiGLUFFNFused",
+]  # fmt: skip

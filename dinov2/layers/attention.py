@@ -18,10 +18,8 @@ class Attention(nn.Module):
     call has a static shape.
 
     Args:
-        dim: D.
-        num_heads: H, a divisor of D.
-        qkv_bias: bias in the joint query, key and value projection.
-        proj_bias: bias in the output projection.
+        dim, num_heads: D and its divisor H.
+        qkv_bias, proj_bias: of the joint query, key and value projection, and of the output projection.
         backend: one of `dinov2.layers.attention_backends`.
 
     Raises:

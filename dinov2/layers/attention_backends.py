@@ -36,19 +36,23 @@ def attention_backend(name: str) -> Attend:
         ValueError: the name is unknown, or the backend lacks its device or its package. The function returned
             raises it where the backend has no kernel for what it is given.
     """
-    if name not in ("sdpa", *_KERNELS, "xformers"):
-        raise ValueError(
-            f"attention_backend = {name!r} is unknown; choose 'sdpa', 'flash', 'cudnn', 'efficient', 'math' or "
-            "'xformers'."
-        )
+    if name not in (known := ("sdpa", *_KERNELS, "xformers")):
+        choices = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise ValueError(f"attention_backend = {name!r} is unknown; choose {choices}.")
     if name not in _ON_CPU and not torch.cuda.is_available():
         raise ValueError(f"attention_backend = {name!r} needs a CUDA device and there is none; choose 'sdpa'.")
     if name == "sdpa":
         return _sdpa
-    if name == "xformers":
-        _require_xformers()
-        return _xformers
-    return functools.partial(_one_kernel, name)
+    if name != "xformers":
+        return functools.partial(_one_kernel, name)
+    try:
+        from xformers.ops import memory_efficient_attention
+    except Exception as error:  # a build for another torch fails in its loader, with whatever that raises
+        raise ValueError(
+            f"attention_backend = 'xformers' cannot be imported beside torch {torch.__version__} "
+            f"({_one_line(error)}); install the xformers build made for it, or choose 'sdpa'."
+        ) from error
+    return functools.partial(_xformers, memory_efficient_attention)
 
 
 def require_kernel(name: str, *, head_width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -79,25 +83,13 @@ def _one_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ) from error
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
+def _xformers(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     try:
-        return memory_efficient_attention(q, k, v)
+        return attend(q, k, v)
     except NotImplementedError as error:  # the build has no kernel for this torch, device or dtype
         raise ValueError(
             f"attention_backend = 'xformers' has no kernel here for {q.dtype} on {q.device} ({_one_line(error)}); "
             f"install the xformers build made for torch {torch.__version__}, or choose 'sdpa'."
-        ) from error
-
-
-def _require_xformers() -> None:
-    try:
-        from xformers.ops import memory_efficient_attention  # noqa: F401
-    except Exception as error:  # a build for another torch fails in its loader, with whatever that raises
-        raise ValueError(
-            f"attention_backend = 'xformers' cannot be imported beside torch {torch.__version__} "
-            f"({_one_line(error)}); install the xformers build made for it, or choose 'sdpa'."
         ) from error
 
 

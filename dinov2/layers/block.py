@@ -21,14 +21,11 @@ class Block(nn.Module):
     multiply in the dtype of their parameters, or in that of autocast, and are added in float32 or better.
 
     Args:
-        dim: D.
-        num_heads: attention heads.
         mlp_ratio: hidden width of the feed-forward layer over D.
         qkv_bias, proj_bias, ffn_bias: biases of the linear maps.
         drop_path: rate of stochastic depth, in [0, 1).
         init_values: initial LayerScale gain; None or 0 leaves LayerScale out.
-        act_layer: activation of the feed-forward layer.
-        ffn_layer: class of the feed-forward layer.
+        act_layer, ffn_layer: activation and class of the feed-forward layer.
         attention_backend: see `Attention`.
         inverse_gather: see `add_branch`.
     """
@@ -69,31 +66,19 @@ class Block(nn.Module):
             orders: per segment int64 (2, 2, B), each branch's part of `draw_orders`; None computes every image.
             selected: int64 (S,), the rows to return; None returns all. What is not needed for them is not computed.
         """
-        first, second = ([order[branch] for order in orders] if orders else None for branch in (0, 1))
-        if selected is not None:
-            return self._selected_rows(x, segments, first, second, selected)
-        drop = (self.drop_path_rate, self.inverse_gather)
-        x = add_branch(x, self._attention, segments, first, *drop)
-        return add_branch(x, self._feed_forward, segments, second, *drop)
-
-    def _selected_rows(
-        self,
-        x: Tensor,
-        segments: Segments,
-        first: Sequence[Tensor] | None,
-        second: Sequence[Tensor] | None,
-        selected: Tensor,
-    ) -> Tensor:
-        """Rows ``selected`` of `forward`: every row is a key, but projection and feed-forward see the selected alone.
-
-        How many of them lie in kept images depends on the draw, so all are computed and the others weighted by 0.
-        """
+        branches = [[order[branch] for order in orders] if orders else None for branch in (0, 1)]
+        if selected is None:
+            for branch, kept in zip((self._attention, self._feed_forward), branches, strict=True):
+                x = add_branch(x, branch, segments, kept, self.drop_path_rate, self.inverse_gather)
+            return x
+        # Every row is a key, but projection and feed-forward see the selected rows alone. How many of them lie in kept
+        # images depends on the draw, so all are computed and the others weighted by 0.
         rows = x.index_select(0, selected)
-        if first is None or self.drop_path_rate == 0:
+        if orders is None or self.drop_path_rate == 0:
             mixed = self.attn.mix(self.norm1(x), segments).index_select(0, selected)
             attention_scale = feed_forward_scale = 1.0
         else:
-            kept, also_kept = (kept_rows(segments, orders, self.drop_path_rate, x.dtype) for orders in (first, second))
+            kept, also_kept = (kept_rows(segments, branch, self.drop_path_rate, x.dtype) for branch in branches)
             mixed = self.attn.mix(self.norm1(take_rows(x, kept.rows, kept.inverse)), kept.segments)
             number, attention_scale = kept.of(selected)
             mixed = mixed.index_select(0, number)

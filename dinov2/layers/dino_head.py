@@ -19,12 +19,10 @@ class DINOHead(nn.Module):
     DINO (arXiv:2104.14294, appendix C): logit_k = g_k <v_k / ||v_k||, z / ||z||> with z = MLP(x).
 
     Args:
-        in_dim: D.
-        out_dim: K.
+        in_dim, bottleneck_dim, out_dim: D, Z and K.
         use_bn: batch norm after every hidden layer.
         nlayers: linear layers of the MLP; at least 1.
         hidden_dim: width of the hidden layers.
-        bottleneck_dim: Z.
         mlp_bias: biases in the MLP.
     """
 
@@ -69,12 +67,7 @@ class DINOHead(nn.Module):
 
 
 class WeightNormLinear(nn.Module):
-    """y = W x with rows W_k = g_k v_k / ||v_k|| (arXiv:1602.07868, eq. 2); the gains start at 1 and are trained.
-
-    Args:
-        in_features: Z.
-        out_features: K.
-    """
+    """y = W x with K rows W_k = g_k v_k / ||v_k|| (arXiv:1602.07868, eq. 2); the gains start at 1 and are trained."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()

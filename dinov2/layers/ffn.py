@@ -11,14 +11,7 @@ from dinov2.layers.linear import Linear
 
 
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))).
-
-    Args:
-        in_features: D.
-        hidden_features: width between the two maps.
-        act_layer: activation.
-        bias: of both maps.
-    """
+    """fc2(act(fc1(x))), ``hidden_features`` wide between the two maps."""
 
     def __init__(
         self, in_features: int, hidden_features: int, act_layer: Callable[[], nn.Module] = nn.GELU, bias: bool = True
@@ -34,13 +27,9 @@ class Mlp(nn.Module):
 
 
 class SwiGLUFFN(nn.Module):
-    """w3(silu(a) * b) with (a, b) the halves of w12(x) (arXiv:2002.05202, eq. 6).
+    """w3(silu(a) * b) with (a, b) the halves of w12(x), each ``hidden_features`` wide (arXiv:2002.05202, eq. 6).
 
-    Args:
-        in_features: D.
-        hidden_features: width of each half.
-        act_layer: not used, the gate is always SiLU; here so that all layers are built alike.
-        bias: of both maps.
+    The gate is always SiLU: ``act_layer`` is there so that all layers are built alike.
     """
 
     def __init__(

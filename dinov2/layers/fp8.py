@@ -9,8 +9,7 @@ from torch import Tensor
 WIDTH_MULTIPLE = 16
 COMPUTE_DTYPE = torch.bfloat16
 
-_E4M3 = torch.float8_e4m3fn
-_E5M2 = torch.float8_e5m2
+_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _MIN_CAPABILITY = (8, 9)
 
 
@@ -25,28 +24,21 @@ def fp8_problem(device: torch.device | str, per_row: bool = False) -> str | None
     if not hasattr(torch, "_scaled_mm") or not hasattr(torch, "float8_e4m3fn"):
         return f"PyTorch {torch.__version__} has no FP8 matmuls; 2.11 or newer has them."
     if device.type == "cpu":
-        if per_row and not _scales_rows_on_cpu():
+        ones, scale = torch.ones(16, 16).to(_E4M3), torch.ones(16, 1)
+        try:
+            if per_row:  # torch 2.11 does not, 2.15 does
+                torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=COMPUTE_DTYPE)
+        except RuntimeError:
             return f"PyTorch {torch.__version__} has no FP8 matmuls with scales per row on a CPU; use one per tensor."
         return None
     if device.type != "cuda" or torch.version.hip:
         return f"FP8 matmuls are not implemented for {device}; an NVIDIA GPU or the CPU can do them."
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
-        return (
-            f"{torch.cuda.get_device_name(device)} has CUDA capability {'.'.join(map(str, capability))}; "
-            f"FP8 needs {'.'.join(map(str, _MIN_CAPABILITY))} or higher (Ada, Hopper or newer)."
-        )
+        has, needed = (".".join(map(str, version)) for version in (capability, _MIN_CAPABILITY))
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has CUDA capability {has}; FP8 needs {needed} or higher (Ada, Hopper or newer)."
     return None
-
-
-def _scales_rows_on_cpu() -> bool:
-    """Torch 2.11 does not, 2.15 does."""
-    ones, scale = torch.ones(16, 16).to(_E4M3), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=COMPUTE_DTYPE)
-    except RuntimeError:
-        return False
-    return True
 
 
 def quantise(matrix: Tensor, per_row: bool, dtype: torch.dtype = _E4M3) -> tuple[Tensor, Tensor]:

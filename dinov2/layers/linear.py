@@ -14,10 +14,10 @@ _SCALINGS = ("tensor", "row")
 
 
 class Fp8(NamedTuple):
-    """How a layer multiplies in FP8: a scale per row or one per tensor, and the input gradient too or not."""
+    """How a layer multiplies in FP8."""
 
-    per_row: bool
-    backward: bool
+    per_row: bool  # a scale per row, or one per tensor
+    backward: bool  # the input gradient too
 
 
 class Linear(nn.Linear):
@@ -116,14 +116,9 @@ class _Matmul(torch.autograd.Function):
                 else:
                     grad_x = grad @ operand.to(grad.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = _weight_gradient(grad, x, ctx.weight_dtype)
+                # From its float32 accumulator where the device can write that out.
+                options = {"out_dtype": torch.float32} if grad.is_cuda and ctx.weight_dtype == torch.float32 else {}
+                grad_weight = torch.mm(grad.t(), x, **options).to(ctx.weight_dtype)
             if ctx.needs_input_grad[3]:
                 grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_weight, None, grad_bias, None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """g^T x, from its float32 accumulator where the device can write that out."""
-    if grad.is_cuda and dtype == torch.float32:
-        return torch.mm(grad.t(), x, out_dtype=dtype)
-    return torch.mm(grad.t(), x).to(dtype)

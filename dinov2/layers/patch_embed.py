@@ -6,16 +6,10 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """One linear map for all patches, written as a strided convolution.
-
-    Args:
-        img_size: side in pixels of the images that the position grid is made for.
-        patch_size: side of a patch in pixels.
-        in_chans: colour channels.
-        embed_dim: D.
+    """One linear map for all patches, written as a strided convolution; sizes are sides in pixels.
 
     Raises:
-        ValueError: ``img_size`` is not a multiple of ``patch_size``.
+        ValueError: if ``img_size``, for which the position grid is made, is not a multiple of ``patch_size``.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
@@ -24,9 +18,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(
                 f"img_size = {img_size} is not a multiple of patch_size = {patch_size}; choose one that is."
             )
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.in_chans = in_chans
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 

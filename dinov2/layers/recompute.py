@@ -42,7 +42,9 @@ def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
         return forward
     if mode not in ("selective", "full"):
         raise ValueError(f"recompute = {mode!r} is unknown; choose 'none', 'selective' or 'full'.")
-    options = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    options = {}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     return functools.partial(
         _without_cast_cache, checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **options
     )
@@ -74,10 +76,6 @@ def _without_cast_cache(function: Callable[..., Any], *args: Any, **kwargs: Any)
         return function(*args, **kwargs)
     finally:
         torch.set_autocast_cache_enabled(remembers)
-
-
-def _selective_contexts() -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

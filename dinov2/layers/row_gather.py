@@ -14,22 +14,6 @@ import torch
 from torch import Tensor
 
 
-def take_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-    """x[rows]: (T, D) to (K, D).
-
-    Args:
-        x: any float dtype.
-        rows: int64 (K,), different from each other.
-        inverse: int64 (T,), the number of each row among those taken; K where it is not taken.
-    """
-    return _TakeRows.apply(x, rows, inverse)
-
-
-def add_rows(x: Tensor, update: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-    """(T, D) with ``update`` (K, D) added at ``rows``; see `take_rows`."""
-    return _AddRows.apply(x, update, rows, inverse)
-
-
 def spread_rows(small: Tensor, inverse: Tensor) -> Tensor:
     """(K, D) to (T, D): row ``inverse[t]`` of ``small`` at t, zeros where that is K."""
     count = len(small)
@@ -58,3 +42,13 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         return grad, grad.index_select(0, rows), None, None
+
+
+def take_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+    """x[rows], (T, D) to (K, D), of any float dtype, with different int64 ``rows`` and their ``inverse``."""
+    return _TakeRows.apply(x, rows, inverse)
+
+
+def add_rows(x: Tensor, update: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+    """(T, D) with ``update`` (K, D) added at ``rows``; see `take_rows`."""
+    return _AddRows.apply(x, update, rows, inverse)

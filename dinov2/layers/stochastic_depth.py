@@ -40,19 +40,12 @@ def draw_orders(segments: Segments, num_branches: int, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Kept:
-    """The K rows of a packed (T, D) matrix that belong to the images one branch keeps.
+    """The K rows of a packed (T, D) matrix that belong to the images one branch keeps."""
 
-    Attributes:
-        rows: int64 (K,), their numbers.
-        inverse: int64 (T,), the number of every row among them, K where it is not kept.
-        scale: (K, 1), B / k of the row's segment.
-        segments: of the kept rows.
-    """
-
-    rows: Tensor
-    inverse: Tensor
-    scale: Tensor
-    segments: Segments
+    rows: Tensor  # int64 (K,), their numbers
+    inverse: Tensor  # int64 (T,), the number of every row among them, K where it is not kept
+    scale: Tensor  # (K, 1), B / k of the row's segment
+    segments: Segments  # of the kept rows
 
     def of(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Number (S,) of rows ``selected`` (S,) of the large matrix among those kept, and the scale (S, 1) of each.
@@ -105,7 +98,6 @@ def add_branch(
     Args:
         x: residual stream, packed rows (T, D); its dtype is kept.
         branch: maps packed rows and their segments to an update of the same shape.
-        segments: of ``x``.
         orders: see `kept_rows`; None keeps all images.
         drop_rate: p in [0, 1); 0 keeps all images.
         inverse_gather: move rows by gathers alone (`row_gather`); False adds them by index, which on a GPU takes

@@ -25,24 +25,16 @@ from dinov2.utils.dtypes import DTYPES
 
 logger = logging.getLogger("dinov2")
 
-HELD_OUT = "held_out"
-"""Name of the tiles of validation patients, for probes that need no labels."""
+HELD_OUT = "held_out"  # name of the tiles of validation patients, for probes that need no labels
 _HELD_OUT_TILES = 2048
 _RUNS = 2  # of linear heads, where evaluation.probe_options does not say
 
 
 class ProbeHook(PeriodicHook):
-    """Probes the teacher before the first step, so that the dip after it shows, and then periodically.
+    """Probes the teacher before the first step, so that the dip after it shows, and then every ``period`` steps.
 
-    Results go to the sinks as ``task/probe/metric`` and to a CSV.
-
-    Args:
-        period: steps.
-        backbone: the teacher's, perhaps sharded.
-        tasks: tiles by name, from `open_tasks`.
-        config: of the run.
-        path: of the CSV.
-        sinks: of rank 0; empty elsewhere.
+    Results go to the sinks (of rank 0; empty elsewhere) as ``task/probe/metric`` and to the CSV ``path``. The tasks
+    are those of `open_tasks`.
     """
 
     def __init__(

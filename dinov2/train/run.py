@@ -24,16 +24,14 @@ from dinov2.logging.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
-from dinov2.train.plan.hardware import ASSUMED_GPU, find_gpu
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
-from dinov2.train.plan.plan import RunPlan, describe_plan, make_plan, parameter_table
+from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, find_gpu, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, describe_state
 from dinov2.train.trainer import Trainer
-from dinov2.train.update.optim import adam_state, build_optimizer
-from dinov2.train.update.schedules import Schedules
+from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
 
 logger = logging.getLogger("dinov2")
 
@@ -100,7 +98,12 @@ class Run:
         if config.logging.samples:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step)
-        sinks = self._sinks()
+        sinks: list[Sink] = []
+        if is_main_process():
+            sinks += [ConsoleSink(), JsonlSink(self.output_dir / "metrics.jsonl")]
+            if config.logging.wandb:
+                shown = dataclasses.asdict(config) | {"plan": dataclasses.asdict(plan)}
+                sinks.append(WandbSink(self.output_dir, config.logging.wandb_project, shown))
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
             schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),
@@ -117,18 +120,14 @@ class Run:
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
-        described |= {
-            "scaler": self.scaler.state_dict(),
-            "places": self._places,
-            "loss_modules": list(self._loss_modules()),
-        }
+        described |= {"scaler": self.scaler.state_dict(), "places": self._places}
+        described["loss_modules"] = list(self._loss_modules())
         self.checkpointer.save(state.step, self._tensors(), described)
 
     def export_teacher(self, state: TrainState) -> None:
         """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
         path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
-
         architecture, config = self.arch.teacher.backbone.describe(), dataclasses.asdict(self.config)
         metadata = {"architecture": architecture, **vars(state), "config": config}
         on_main_process(partial(save_teacher, path, modules, metadata))
@@ -194,15 +193,6 @@ class Run:
         if not self.config.train.skip_checkpointer:
             hooks.append(PeriodicHook(self.config.train.checkpoint_period_iterations, self.save_checkpoint))
         return [*hooks, GarbageHook()]
-
-    def _sinks(self) -> list[Sink]:
-        if not is_main_process():
-            return []
-        sinks: list[Sink] = [ConsoleSink(), JsonlSink(self.output_dir / "metrics.jsonl")]
-        if self.config.logging.wandb:
-            config = dataclasses.asdict(self.config) | {"plan": dataclasses.asdict(self.plan)}
-            sinks.append(WandbSink(self.output_dir, self.config.logging.wandb_project, config))
-        return sinks
 
 
 def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: int) -> Iterator[dict[str, Any]]:

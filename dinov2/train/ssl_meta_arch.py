@@ -269,12 +269,7 @@ class SSLMetaArch(nn.Module):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def update_teacher(self, m: float, all_finite: Tensor | float = 1.0) -> None:
-        """Move the teacher towards the student: ``t <- m t + (1 - m) s``; no communication.
-
-        Args:
-            m: momentum in [0, 1].
-            all_finite: 1, or a 0-d tensor that is 0 to leave the teacher as it is.
-        """
+        """Move the teacher to the student: ``t <- m t + (1 - m) s`` unless ``all_finite`` is 0; see `ema_update`."""
         ema_update(self.student, self.teacher, (1 - m) * all_finite)
 
     def forward_backward(self, images: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:

@@ -16,23 +16,19 @@ from dinov2.logging.metrics import MetricAccumulator, Sink
 from dinov2.train.hooks import Hook
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.state import TrainState
-from dinov2.train.update.schedules import Schedules, ScheduleValues
+from dinov2.train.update.optim import Schedules, ScheduleValues
 from dinov2.train.update.step import TrainingStep
 
 
 class Trainer:
-    """Runs the steps of a plan over batches and calls hooks around them.
+    """Runs the steps of a plan over batches and calls hooks around them, in order.
 
     Args:
-        training_step: what is done with each batch.
-        schedules: values per step.
-        plan: derived figures of the run.
         state: where to start.
         batches: batch dicts on the device, beginning at ``state.samples``.
         log_period: steps per metric record.
         flops: model arithmetic of a step on one process, for the metric ``tflops``.
         sinks: receivers of metric records (rank 0 only; empty elsewhere).
-        hooks: called around the steps, in order.
     """
 
     def __init__(

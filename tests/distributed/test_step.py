@@ -13,8 +13,7 @@ from dinov2.distributed import all_reduce_sum, get_global_size
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.run import build_arch
-from dinov2.train.update.optim import adam_state, build_optimizer
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, adam_state, build_optimizer
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 from tests.helpers.spawn import run_ranks

@@ -17,8 +17,7 @@ from dinov2.train.plan.plan import make_plan
 from dinov2.train.run import build_arch
 from dinov2.train.state import TrainState
 from dinov2.train.trainer import Trainer
-from dinov2.train.update.optim import adam_state, build_optimizer
-from dinov2.train.update.schedules import Schedules
+from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
 from tests.helpers.batches import random_batch
 from tests.helpers.runs import TINY
 

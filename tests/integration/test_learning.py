@@ -10,8 +10,7 @@ from dinov2.build.augmentation import build_collate
 from dinov2.configs import load_config
 from dinov2.data import MultiCrops, Sample, normalize
 from dinov2.train.run import build_arch
-from dinov2.train.update.optim import apply_schedule, build_optimizer
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, apply_schedule, build_optimizer
 from dinov2.train.update.weight_update import WeightUpdate
 from tests.helpers.runs import TINY
 

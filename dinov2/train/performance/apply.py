@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +28,7 @@ def build_training_step(
 ) -> TrainingStep:
     """The step as section ``performance`` wants it, on networks that hold the weights they start from.
 
-    Args:
-        arch: student, teacher and losses, sharded and on their device.
-        optimizer: over what is trained.
-        scaler: loss scaler, enabled or not.
-        performance: the section's ``auto`` values, decided.
-        global_batch: images per step over all ranks.
+    They are sharded and on their device; the loss scaler may be enabled or not.
     """
     low_precision = accelerate(arch, performance.compile)
     update = FusedWeightUpdate if performance.fused_update else WeightUpdate
@@ -49,10 +42,6 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
 
     State dicts stay as they are. What is compiled is compiled at its first call.
 
-    Args:
-        arch: student, teacher and losses.
-        compile: ``performance.compile``, resolved.
-
     Returns:
         Pairs of a weight and its low-precision weight, which whoever changes the weight refreshes.
 
@@ -60,7 +49,14 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
         ValueError: the attention backend has no kernel here, or FP8 does not fit the widths.
     """
     performance = arch.cfg.performance
-    compiler = _compiler(arch.cfg.debug.compile_backend, arch) if compile else None
+    compiler = None
+    if compile:
+        # Equal blocks share their graphs. Under rates of stochastic depth that rise linearly none are equal: every
+        # block has one graph in the student, and those of student, teacher and last block come on top.
+        limit = 8 + 2 * len(arch.student.backbone.blocks)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        compiler = partial(torch.compile, backend=arch.cfg.debug.compile_backend, fullgraph=True, dynamic=False)
+        arch.kernels = compiled_kernels(arch.cfg.debug.compile_backend)
     low_precision: list[tuple[Tensor, Tensor]] = []
     for role, network in (("student", arch.student), ("teacher", arch.teacher)):
         backbone, trained = network.backbone, role == "student"
@@ -76,19 +72,7 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
             # The method, not the module: FSDP's hooks stay outside.
             block.forward = compiled_and_recomputed(block.forward, recompute, compiler)
         if compiler:
-            for name in backbone.compiled_methods:
-                setattr(backbone, name, compiler(getattr(backbone, name)))
-            for name, head in network.items():
-                if name != "backbone":
-                    head.forward = compiler(head.forward)
-    if compile:
-        arch.kernels = compiled_kernels(arch.cfg.debug.compile_backend)
+            heads = [(head, "forward") for name, head in network.items() if name != "backbone"]
+            for module, name in [*((backbone, name) for name in backbone.compiled_methods), *heads]:
+                setattr(module, name, compiler(getattr(module, name)))
     return low_precision
-
-
-def _compiler(backend: str, arch: SSLMetaArch) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    # Equal blocks share their graphs. Under rates of stochastic depth that rise linearly none are equal: every
-    # block has one graph in the student, and those of student, teacher and last block come on top.
-    limit = 8 + 2 * len(arch.student.backbone.blocks)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-    return partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from operator import attrgetter
 
 import torch
 
@@ -19,19 +20,12 @@ _FIRST_BF16 = (8, 0)  # compute capability
 
 @dataclass(frozen=True)
 class ResolvedPerformance:
-    """Every ``auto`` of section ``performance`` decided.
+    """Every ``auto`` of section ``performance`` decided."""
 
-    Attributes:
-        compile: blocks and losses run through torch.compile.
-        fused_update: clipping, AdamW, EMA and low-precision weights run as one Triton pass.
-        attention_backend: kernel of attention.
-        notes: a sentence for the log per ``auto`` that fell back.
-    """
-
-    compile: bool
-    fused_update: bool
+    compile: bool  # blocks and losses run through torch.compile
+    fused_update: bool  # clipping, AdamW, EMA and low-precision weights run as one Triton pass
     attention_backend: str = "sdpa"
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # a sentence for the log per `auto` that fell back
 
     def applied(self, config: Config) -> Config:
         """The configuration to build networks from."""
@@ -57,7 +51,7 @@ def resolve_performance(
         ValueError: if something cannot be used that is asked for; names all such.
     """
     on_gpu = device.type == "cuda"
-    settings = {name: check.setting(config) for name, check in checks.items()}
+    settings = {name: attrgetter(check.key)(config) for name, check in checks.items()}
     on = {name: setting not in (False, "none") and (on_gpu or setting != "auto") for name, setting in settings.items()}
     notes = []
     scales_losses = config.compute_precision.grad_scaler and any(_keys_of_dtype(config, "student", "fp16"))
@@ -97,6 +91,6 @@ def _faults(config: Config, device: torch.device) -> Iterator[str]:
 
 def _keys_of_dtype(config: Config, role: str, dtype: str) -> Iterator[str]:
     """Configuration keys of modules that compute in ``dtype``."""
-    for field in dataclasses.fields(network := getattr(config.compute_precision, role)):
-        if getattr(network, field.name).mixed_precision.param_dtype == dtype:
-            yield f"compute_precision.{role}.{field.name}.mixed_precision.param_dtype"
+    for name, module in vars(getattr(config.compute_precision, role)).items():
+        if module.mixed_precision.param_dtype == dtype:
+            yield f"compute_precision.{role}.{name}.mixed_precision.param_dtype"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,34 +31,27 @@ Results = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """One switch and the comparison that it has to pass.
+    """One switch and the comparison that it has to pass."""
 
-    Attributes:
-        key: of the configuration.
-        compare: computes both paths for a configuration, on a device; raises where the fast one cannot run.
-        tolerance: largest ``|fast - plain| / |plain|`` (L2 norms) of any result.
-        remedy: what to set instead, as the end of a sentence.
-    """
-
-    key: str
-    compare: Callable[[Config, torch.device], Results]
-    tolerance: float
-    remedy: str
-
-    def setting(self, config: Config) -> Any:
-        """Value of the key."""
-        return attrgetter(self.key)(config)
+    key: str  # of the configuration
+    compare: Callable[[Config, torch.device], Results]  # computes both paths; raises where the fast one cannot run
+    tolerance: float  # largest |fast - plain| / |plain| (L2 norms) of any result
+    remedy: str  # what to set instead, as the end of a sentence
 
     def problem(self, config: Config, device: torch.device) -> str | None:
         """Why the fast path is not to be used, as the end of a sentence; None where it may be."""
         try:
-            with single_process(), _random_numbers_kept(device):
-                differences = [_difference(fast, plain) for fast, plain in self.compare(config, device)]
+            # The run's random numbers stay as they are.
+            gpus = [device] if torch.cuda.is_available() and device.type == "cuda" else []
+            with single_process(), torch.random.fork_rng(gpus):
+                torch.manual_seed(0)
+                results = [[t.detach().double() for t in pair] for pair in self.compare(config, device)]
         except Exception as error:  # a kernel fails with whatever its compiler, loader or launch raises
             return f"it fails ({' '.join(str(error).split())[:_SHOWN].rstrip('.') or type(error).__name__})"
-        beyond = [difference for difference in differences if not difference <= self.tolerance]
-        if beyond:
-            return f"it differs from the plain path by {beyond[0]:.2g} of the norm, more than {self.tolerance:g}"
+        for fast, plain in results:
+            difference = float((fast - plain).norm() / plain.norm().clamp_min(1e-30))
+            if not difference <= self.tolerance:  # also where it is no number
+                return f"it differs from the plain path by {difference:.2g} of the norm, more than {self.tolerance:g}"
         return None
 
 
@@ -156,17 +147,5 @@ CHECKS: Mapping[str, Check] = {
 attention, and in e4m3 (2^-4)."""
 
 
-def _difference(fast: Tensor, plain: Tensor) -> float:
-    fast, plain = fast.detach().double(), plain.detach().double()
-    return float((fast - plain).norm() / plain.norm().clamp_min(1e-30))
-
-
 def _dtype(config: Config) -> torch.dtype:
     return DTYPES[config.compute_precision.student.backbone.mixed_precision.param_dtype]
-
-
-@contextlib.contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if torch.cuda.is_available() and device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield

@@ -1,37 +1,74 @@
-"""A configuration on a number of GPUs: steps, learning rate, FLOPs, memory, time and cost."""
+"""A configuration on a number of GPUs: steps, learning rate, FLOPs, memory, time and cost.
+
+Peak rates of GPUs and links are those of their data sheets.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinov2.configs.schema import Config
-from dinov2.train.plan.hardware import ASSUMED_GPU, ASSUMED_PEAK_FRACTION, DOLLARS_PER_GPU_HOUR, Gpu, find_gpu
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of one GPU, without sparsity."""
+
+    name: str  # a word of the driver's name of the device
+    memory: int  # bytes that PyTorch can see
+    bf16: float  # floating-point operations per second of matmuls in 16 bit
+    fp32: float  # the same in float32, TF32 off
+    bandwidth: float  # of the memory, bytes per second
+    link: float  # to the other GPUs of its node, bytes per second and direction
+
+
+GPUS = (
+    Gpu("B200", 178 * _GIB, 2250e12, 75e12, 7.7e12, 900e9),
+    Gpu("H200", 139 * _GIB, 989.4e12, 67e12, 4.8e12, 450e9),
+    Gpu("H100", 79 * _GIB, 989.4e12, 67e12, 3.35e12, 450e9),
+    Gpu("A100-SXM4-80GB", 79 * _GIB, 312e12, 19.5e12, 2.04e12, 300e9),
+    Gpu("A100-SXM4-40GB", 39 * _GIB, 312e12, 19.5e12, 1.56e12, 300e9),
+    Gpu("L40S", 44 * _GIB, 362e12, 91.6e12, 0.86e12, 32e9),
+)
+"""SXM modules where there are several kinds; the PCIe and NVL kinds of the same name are slower and not listed."""
+
+ASSUMED_GPU = "H200"
+"""What a plan is made for where there is no GPU, or one that is not in the table."""
+
+ASSUMED_PEAK_FRACTION = 0.5
+"""Fraction of the peak that the step's model FLOPs are assumed to reach; the published code reached 0.24."""
+
+NETWORK_LINK = 50e9
+"""Bytes per second, direction and GPU between nodes: one 400 Gb/s InfiniBand port per GPU."""
+
+DOLLARS_PER_GPU_HOUR = 2.5
+"""Rent of one H100 as the published run counted it in November 2025 (667 GPU-hours for 1,667 dollars)."""
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The table's entry for a driver's device name such as "NVIDIA H100 80GB HBM3"; None where there is none."""
+    words = device_name.split()
+    if {"PCIe", "NVL", "MIG"} & set(words):
+        return None
+    return next((gpu for gpu in GPUS if gpu.name in words), None)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Derived figures of a run.
+    """Derived figures of a run."""
 
-    Attributes:
-        world_size: training processes.
-        global_batch: images per step over all processes, fixed at the first launch.
-        epoch_steps: steps per epoch.
-        total_steps: steps after which training ends.
-        schedule_steps: span of the cosine schedules.
-        peak_lr: learning rate after the scaling rule.
-    """
-
-    world_size: int
-    global_batch: int
+    world_size: int  # training processes
+    global_batch: int  # images per step over all processes, fixed at the first launch
     epoch_steps: int
-    total_steps: int
-    schedule_steps: int
-    peak_lr: float
+    total_steps: int  # after which training ends
+    schedule_steps: int  # span of the cosine schedules
+    peak_lr: float  # after the scaling rule
 
     @property
     def local_batch(self) -> int:
@@ -45,14 +82,12 @@ class RunPlan:
 
 
 def make_plan(config: Config, world_size: int, global_batch: int | None = None) -> RunPlan:
-    """Derive the plan.
-
-    The sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``).
+    """Derive the plan; the sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``).
 
     Args:
         config: validated configuration.
         world_size: processes of this launch.
-        global_batch: of the run being resumed, or of the batch that ``auto`` found; None takes the configured one.
+        global_batch: of the run being resumed, or that ``auto`` found; None takes the configured one.
 
     Raises:
         ValueError: if the batch does not divide into whole pairs of images per process.
@@ -85,9 +120,7 @@ def describe_plan(
     Memory, time and cost are predictions for one kind of GPU, which the text names.
 
     Args:
-        config: validated configuration.
-        plan: of the run.
-        costs: of the configuration's step.
+        config, plan, costs: of the run and its step.
         device_name: the driver's name of the GPU; one that is unknown here gives way to `ASSUMED_GPU`, and None,
             for a run on a CPU, leaves the predictions out.
         gpus_per_node: of the launch.
@@ -104,14 +137,23 @@ def describe_plan(
         f"({flops.hardware / 1e12:.3g} executed, {flops.dense / 1e12:.3g} without stochastic depth)",
     ]
     if device_name is not None:
-        known, gpu = find_gpu(device_name), find_gpu(device_name) or find_gpu(ASSUMED_GPU)
+        known = find_gpu(device_name)
+        gpu = known or find_gpu(ASSUMED_GPU)
         memory = MemoryModel(costs, plan.world_size, gpus_per_node).exactly(plan.local_batch)
+        in_fp32 = config.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32"
+        peak, kind = (gpu.fp32, "fp32") if in_fp32 else (gpu.bf16, "16-bit")
+        seconds = max(flops.model, flops.hardware) / (ASSUMED_PEAK_FRACTION * peak)  # recomputing takes time
+        hours = seconds * plan.total_steps / 3600
+        gpu_hours = hours * plan.world_size
         lines += [
             f"Predicted, not measured, for {gpu.name if known else f'an assumed {gpu.name}'}:",
             f"  memory    {memory.total / 2**30:.1f} of {gpu.memory / 2**30:.0f} GiB per GPU, "
             f"{'compiled' if costs.compiled else 'eager'}",
             f"            {memory.describe()}",
-            *_cost_lines(config, plan, max(flops.model, flops.hardware), gpu),  # recomputing takes time
+            f"  time      {1e3 * seconds:.3g} ms per step, {plan.global_batch / seconds:.3g} images per second, if "
+            f"{ASSUMED_PEAK_FRACTION:.0%} of the {kind} peak is reached and data and links keep up",
+            f"  cost      {hours:,.1f} h, {gpu_hours:,.1f} GPU-hours, {DOLLARS_PER_GPU_HOUR * gpu_hours:,.0f} dollars "
+            f"at {DOLLARS_PER_GPU_HOUR:.2f} per GPU-hour",
         ]
     return "\n".join(lines)
 
@@ -122,19 +164,3 @@ def parameter_table(costs: StepCosts) -> str:
         warnings.simplefilter("ignore", FutureWarning)  # of what fvcore uses of torch.jit
         from fvcore.nn import parameter_count_table
     return parameter_count_table(costs.student, max_depth=2)
-
-
-def _cost_lines(config: Config, plan: RunPlan, flops: int, gpu: Gpu) -> Iterator[str]:
-    in_fp32 = config.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32"
-    peak, name = (gpu.fp32, "fp32") if in_fp32 else (gpu.bf16, "16-bit")
-    seconds = flops / (ASSUMED_PEAK_FRACTION * peak)
-    hours = seconds * plan.total_steps / 3600
-    gpu_hours = hours * plan.world_size
-    yield (
-        f"  time      {1e3 * seconds:.3g} ms per step, {plan.global_batch / seconds:.3g} images per second, if "
-        f"{ASSUMED_PEAK_FRACTION:.0%} of the {name} peak is reached and data and links keep up"
-    )
-    yield (
-        f"  cost      {hours:,.1f} h, {gpu_hours:,.1f} GPU-hours, {DOLLARS_PER_GPU_HOUR * gpu_hours:,.0f} dollars at "
-        f"{DOLLARS_PER_GPU_HOUR:.2f} per GPU-hour"
-    )

@@ -11,8 +11,7 @@ from torch import Tensor
 from dinov2.distributed import get_global_rank
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.guard import FiniteGuard
-from dinov2.train.update.optim import apply_schedule
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, apply_schedule
 from dinov2.train.update.weight_update import WeightUpdate
 from dinov2.utils.seeding import step_seed
 
@@ -20,11 +19,8 @@ from dinov2.utils.seeding import step_seed
 class TrainingStep:
     """Calling it makes one step; its parts may be called one by one, in the order below, to look between them.
 
-    Args:
-        arch: student, teacher and losses, on their device.
-        update: of the student by AdamW, of the teacher by EMA.
-        global_batch: images per step over all ranks.
-        seed: of the device's random numbers.
+    The networks are on their device; ``global_batch`` counts the images of all ranks, ``seed`` is that of the device's
+    random numbers.
     """
 
     def __init__(self, arch: SSLMetaArch, update: WeightUpdate, global_batch: int, seed: int):

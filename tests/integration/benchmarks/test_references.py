@@ -19,8 +19,7 @@ from benchmarks.reference_parts import EagerStep, StepSpec
 from dinov2.configs import Config
 from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.update.optim import apply_schedule, build_optimizer
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, apply_schedule, build_optimizer
 from dinov2.train.update.weight_update import WeightUpdate
 from tests.helpers.batches import random_batch
 from tests.helpers.training import CPU, tiny_config

@@ -10,7 +10,7 @@ import pytest
 import dinov2
 from dinov2.configs import load_config
 from dinov2.train.plan.measure import Cost, StepFlops
-from dinov2.train.plan.plan import describe_plan, make_plan
+from dinov2.train.plan.plan import ASSUMED_GPU, describe_plan, find_gpu, make_plan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 RECIPE = Path(dinov2.__file__).parent / "configs" / "train" / "vitg14_reg4.yaml"
@@ -57,3 +57,25 @@ def test_described_plan_names_its_assumptions():
     assert "for H100:" in hopper and "of 79 GiB" in hopper
     assert "an assumed H200" in describe_plan(config, plan, costs, "NVIDIA GeForce GTX 1080")
     assert "Predicted" not in describe_plan(config, plan, costs, None)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "model"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
+        ("NVIDIA L40S", "L40S"),
+        (ASSUMED_GPU, ASSUMED_GPU),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA L40", None),
+        ("", None),
+    ],
+)
+def test_gpus_are_known_by_their_exact_model(device_name, model):
+    found = find_gpu(device_name)
+    assert (found and found.name) == model

@@ -8,8 +8,7 @@ from torch import nn
 
 from dinov2.layers import DINOHead
 from dinov2.models.vision_transformer import vit_demo
-from dinov2.train.update.optim import adam_state, apply_schedule, build_optimizer, parameter_groups
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, adam_state, apply_schedule, build_optimizer, parameter_groups
 
 DEPTH = 4
 

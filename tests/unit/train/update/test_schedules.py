@@ -10,7 +10,7 @@ import pytest
 import dinov2
 from dinov2.configs import load_config
 from dinov2.train.plan.plan import make_plan
-from dinov2.train.update.schedules import Schedules
+from dinov2.train.update.optim import Schedules
 from dinov2.utils.utils import CosineScheduler
 
 TRAIN_CONFIGS = Path(dinov2.__file__).parent / "configs" / "train"

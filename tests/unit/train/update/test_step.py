@@ -12,8 +12,7 @@ from dinov2.train.performance.apply import accelerate, build_training_step
 from dinov2.train.performance.capabilities import ResolvedPerformance
 from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.update.optim import build_optimizer
-from dinov2.train.update.schedules import ScheduleValues
+from dinov2.train.update.optim import ScheduleValues, build_optimizer
 from dinov2.train.update.step import TrainingStep
 from tests.helpers.batches import random_batch
 from tests.helpers.training import CPU, in_precision, tiny_config
