@@ -26,12 +26,8 @@ def fresh_rng() -> np.random.Generator:
 class DataAugmentationDINO:
     """Multi-crop augmentation with fresh randomness on every call and normalised views.
 
-    Args:
-        global_crops_scale: range of a global crop's fraction of the image area.
-        local_crops_scale: the same for local crops.
-        local_crops_number: local views per image.
-        global_crops_size, local_crops_size: side S of a view in pixels.
-        options: section ``augmentation`` of a configuration; the defaults if None.
+    Scales are ranges of a view's fraction of the image area, sizes the side S of a view in px; ``options`` is section
+    ``augmentation`` of a configuration, its defaults if None.
     """
 
     def __init__(
@@ -52,13 +48,8 @@ class DataAugmentationDINO:
         """Views of one image (PIL or uint8 (H, W, 3)): lists of float32 (3, S, S), and empty "offsets"."""
         pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
         crops = self._augment(pixels, index=int(fresh_rng().integers(2**63)))
-        global_crops = list(normalize(crops.global_crops))
-        return {
-            "global_crops": global_crops,
-            "global_crops_teacher": global_crops,
-            "local_crops": list(normalize(crops.local_crops)),
-            "offsets": (),
-        }
+        of_global, of_local = list(normalize(crops.global_crops)), list(normalize(crops.local_crops))
+        return {"global_crops": of_global, "global_crops_teacher": of_global, "local_crops": of_local, "offsets": ()}
 
 
 class MaskingGenerator:
@@ -66,9 +57,8 @@ class MaskingGenerator:
 
     Args:
         input_size: grid as (rows, columns), or one number for a square.
-        num_masking_patches: most patches that one block may add where ``max_num_patches`` is None.
-        min_num_patches: least area drawn for a block, in patches.
-        max_num_patches: most patches that one block may add; half the grid if neither is given.
+        num_masking_patches: stands in for ``max_num_patches`` where that is None.
+        min_num_patches, max_num_patches: least area drawn for a block, and most that it may add (None: half the grid).
         min_aspect, max_aspect: range of a block's height / width; the largest is ``1 / min_aspect`` if None.
     """
 
@@ -114,12 +104,8 @@ def collate_data_and_cast(
         mask_generator: maps a patch count to a bool mask of ``n_tokens`` patches, e.g. a ``MaskingGenerator``.
 
     Returns:
-        ``collated_global_crops``, ``collated_local_crops``, ``collated_masks`` bool (2B, N),
-        ``mask_indices_list`` int64 (M,), ``masks_weight`` float32 (M,), ``upperbound`` int >= M,
-        ``n_masked_patches`` int64 (1,).
-
-    Raises:
-        ValueError: if ``n_tokens`` or ``mask_generator`` is missing.
+        ``collated_global_crops``, ``collated_local_crops``, ``collated_masks`` bool (2B, N), ``mask_indices_list``
+        int64 (M,), ``masks_weight`` float32 (M,), ``upperbound`` int >= M, ``n_masked_patches`` int64 (1,).
     """
     if n_tokens is None or mask_generator is None:
         raise ValueError(f"n_tokens is {n_tokens} and mask_generator {mask_generator}; both are needed.")
@@ -135,11 +121,9 @@ def collate_data_and_cast(
     n_masked = int(masks.sum())
     index = padded_mask_index(masks, n_masked)
     return {
-        "collated_global_crops": global_crops.to(dtype),
-        "collated_local_crops": local_crops.to(dtype),
+        "collated_global_crops": global_crops.to(dtype), "collated_local_crops": local_crops.to(dtype),
         "collated_masks": masks,
-        "mask_indices_list": index["mask_indices"],
-        "masks_weight": index["mask_weight"],
+        "mask_indices_list": index["mask_indices"], "masks_weight": index["mask_weight"],
         "upperbound": sum(int(n_tokens * edge) for edge in edges[1:]),
         "n_masked_patches": torch.tensor([n_masked]),
-    }
+    }  # fmt: skip

@@ -73,7 +73,8 @@ class iBOTPatchLoss(_TeacherCentering):
 
         All ranks must call.
         """
-        row_weight = _first_rows(len(teacher_output), n_masked_patches_tensor, teacher_output.device)
+        rows = torch.arange(len(teacher_output), device=teacher_output.device)
+        row_weight = rows < n_masked_patches_tensor
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, row_weight)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
@@ -93,8 +94,7 @@ class iBOTPatchLoss(_TeacherCentering):
         """`ibot_loss` from the outputs for masked patches, in the order of ``student_masks_flat``, bool (C, N).
 
         Args:
-            student_patch_tokens_masked: (M, K) logits.
-            teacher_patch_tokens_masked: (M, K) probabilities.
+            student_patch_tokens_masked, teacher_patch_tokens_masked: (M, K) logits, and probabilities.
             n_masked_patches: rows from this number on are padding; None when ``masks_weight`` says so.
             masks_weight: 1/|M_c| of the row's crop, for all M rows (padding 0) or those before the padding;
                 None derives it from the masks.
@@ -107,7 +107,7 @@ class iBOTPatchLoss(_TeacherCentering):
             masks_weight = (rows < ends[-1]) / counts[crop].clamp_min(1)  # 0 after the last masked patch
         num_rows = len(masks_weight)
         if n_masked_patches is not None:
-            masks_weight = masks_weight * _first_rows(num_rows, n_masked_patches, masks_weight.device)
+            masks_weight = masks_weight * (torch.arange(num_rows, device=masks_weight.device) < n_masked_patches)
         student, teacher = student_patch_tokens_masked[:num_rows], teacher_patch_tokens_masked[:num_rows]
         return ibot_loss(student, teacher, masks_weight, len(student_masks_flat), self.student_temp)
 
@@ -142,7 +142,3 @@ def forward_backward(arch: SSLMetaArch, images: Mapping[str, Any], teacher_temp:
     losses = arch.compute_losses(batch, teacher_temp)
     losses["total_loss"].backward()
     return losses
-
-
-def _first_rows(num_rows: int, n: Tensor | int, device: torch.device) -> Tensor:
-    return torch.arange(num_rows, device=device) < n

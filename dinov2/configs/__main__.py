@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body() -> None:
-        if not args.write:
+        if args.write:
+            write_text(DEFAULTS, default_yaml())
+            write_text(PAGE, page())
+        else:
             sys.stdout.write(default_yaml())
-            return
-        write_text(DEFAULTS, default_yaml())
-        write_text(PAGE, page())
 
     return run_command(body, logging.getLogger("dinov2"))
 

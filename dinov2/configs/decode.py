@@ -17,20 +17,12 @@ _NoOptions = dataclasses.make_dataclass("_NoOptions", [], frozen=True)  # of a p
 
 
 class Decoder:
-    """Decodes sections; a value that cannot be used is named, and its default stands in.
-
-    Args:
-        spelled: spelling by the user of keys that are named otherwise today.
-
-    Attributes:
-        faults: one sentence per fault.
-        faulty: paths of the keys whose value is not the user's.
-    """
+    """Decodes sections; a value that cannot be used is named, and its default stands in."""
 
     def __init__(self, spelled: Mapping[str, str]) -> None:
         self.faults: list[str] = []
-        self.faulty: set[str] = set()
-        self._spelled = spelled
+        self.faulty: set[str] = set()  # paths of the keys whose value is not the user's
+        self._spelled = spelled  # by the user: of keys that are named otherwise today
 
     def section(self, section: type, user: Any, path: str = "") -> Any:
         """Build a dataclass of keys from user values over its defaults."""

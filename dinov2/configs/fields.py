@@ -16,26 +16,18 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a configuration key beside its type and default; bounds of a list hold for each item.
+    """What is known of a configuration key beside its type and default; bounds of a list hold for each item."""
 
-    Attributes:
-        doc: one line for the default YAML and the key table of the documentation.
-        least, most: inclusive bounds.
-        above, below: exclusive bounds.
-        registry: table in `dinov2.extensions` of which the value is a name. Of a mapping the names are the keys,
-            and the values are decoded by each part's ``Options`` dataclass.
-        also: names accepted beside those of the registry.
-        built_in: names of the registry that a mapping does not take, since sections of their own set them.
-    """
-
-    doc: str
-    least: float | None = None
+    doc: str  # one line for the default YAML and the key table of the documentation
+    least: float | None = None  # bounds, inclusive
     most: float | None = None
-    above: float | None = None
+    above: float | None = None  # and exclusive
     below: float | None = None
+    # Table in `dinov2.extensions` of which the value is a name. Of a mapping the names are the keys, and the values
+    # are decoded by each part's ``Options`` dataclass.
     registry: str = ""
-    also: tuple[str, ...] = ()
-    built_in: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # names accepted beside those of the registry
+    built_in: tuple[str, ...] = ()  # names that a mapping does not take, since sections of their own set them
 
     def accepts(self, value: Any) -> bool:
         """Whether a value of the right type is within the bounds, or a registered name."""
@@ -81,9 +73,8 @@ def key_of(field: dataclasses.Field[Any]) -> Key:
 
 
 def accepted(hint: Any, key: Key, listed: bool = True) -> str:
-    """What a key of some type accepts, in words: ``a whole number in [1, 64] or auto``.
-
-    With ``listed`` the names that are registered now are listed; otherwise it is said where they are.
+    """What a key of some type accepts, in words: ``a whole number in [1, 64] or auto``; registered names ``listed``
+    as they are now, or where they are said.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:

@@ -39,11 +39,7 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
 
 
 def config_from_mapping(user: Mapping[str, Any] | DictConfig) -> Config:
-    """Decode a nested mapping of user values over the defaults.
-
-    Raises:
-        ConfigError: if keys or values do not fit the schema (all listed).
-    """
+    """Decode a nested mapping of user values over the defaults; raises ConfigError as `load_config` does."""
     return _decode([OmegaConf.to_container(user) if isinstance(user, DictConfig) else user], [])
 
 

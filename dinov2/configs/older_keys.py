@@ -18,6 +18,9 @@ class OlderKey(NamedTuple):
     only: tuple[str, ...] = ()  # of a key without effect the values that are still accepted; empty accepts any
 
 
+_NOW_DEBUG = (
+    "packed_crops", "inverse_gather", "factored_targets", "prune_last_block", "weight_copies", "compile_backend",
+)  # fmt: skip
 OLDER_KEYS = {
     # Of these five, the two switches choose which path is the data; see `OlderKeys._choose_data`.
     "train.streaming_from_hf": OlderKey("data.kind"),
@@ -39,12 +42,7 @@ OLDER_KEYS = {
     "train.stream_attempts": OlderKey("data.retries"),
     "train.max_damaged_share": OlderKey("data.max_corrupt_fraction"),
     "online.slide_share": OlderKey("online.slide_fraction"),
-    "performance.packed_crops": OlderKey("debug.packed_crops"),
-    "performance.inverse_gather": OlderKey("debug.inverse_gather"),
-    "performance.factored_targets": OlderKey("debug.factored_targets"),
-    "performance.prune_last_block": OlderKey("debug.prune_last_block"),
-    "performance.weight_copies": OlderKey("debug.weight_copies"),
-    "performance.compile_backend": OlderKey("debug.compile_backend"),
+    **{f"performance.{name}": OlderKey(f"debug.{name}") for name in _NOW_DEBUG},
     "dino.do_kde": OlderKey(ignored="dino.kde_loss_weight > 0 decides"),
     "dino.do_koleo": OlderKey(ignored="dino.koleo_loss_weight > 0 decides"),
     "train.saveckp_freq": OlderKey(ignored="train.checkpoint_period_iterations decides"),
@@ -65,18 +63,12 @@ _SWITCHES = ("train.streaming_from_hf", "train.online_patching")
 
 
 class OlderKeys:
-    """Translates the layers of a configuration, in the order in which they are merged.
-
-    Attributes:
-        faults: one sentence per key that cannot be translated.
-        notices: one sentence per key that was given and has no effect.
-        spelled: the spelling of each key that was given by an older one.
-    """
+    """Translates the layers of a configuration, in the order in which they are merged."""
 
     def __init__(self) -> None:
-        self.faults: list[str] = []
-        self.notices: list[str] = []
-        self.spelled: dict[str, str] = {}
+        self.faults: list[str] = []  # a sentence per key that cannot be translated
+        self.notices: list[str] = []  # a sentence per key that was given and has no effect
+        self.spelled: dict[str, str] = {}  # the spelling of each key that was given by an older one
         self._data: dict[str, Any] = {}  # switches and paths of all layers so far
         self._chosen = False  # whether data.path and data.kind come from them
 

@@ -27,8 +27,7 @@ class ConfigError(ValueError):
 def validate(config: Config, world_size: int) -> None:
     """Refuse values out of range and combinations that cannot work with a number of training processes.
 
-    Raises:
-        ConfigError: listing every fault with the key, its value and what would be accepted.
+    Raises ConfigError, which lists every fault with the key, its value and what would be accepted.
     """
     out_of_range = {
         path: f"{path} = {shortened(value)} is out of range; expected {accepted(hint, key)}."

@@ -68,9 +68,6 @@ def init_process_group(device: torch.device) -> None:
 
     CUDA tensors travel by NCCL and CPU tensors (objects, checkpoint metadata) by gloo. A CUDA device becomes the
     current one; without an index it is the one numbered by ``LOCAL_RANK``.
-
-    Raises:
-        ValueError: if torchrun's variables are incomplete (``RANK`` without ``MASTER_ADDR``, say).
     """
     if "RANK" not in os.environ or is_enabled():
         return
@@ -172,8 +169,7 @@ def gather_objects(obj: Any) -> list[Any]:
 def on_main_process(action: Callable[[], _T]) -> _T:
     """Return on every rank what ``action`` (picklable result) returns on rank 0.
 
-    Raises:
-        MainProcessError: on the other ranks where it raises on rank 0, which raises the error itself.
+    Where it raises there, rank 0 raises the error itself and the others MainProcessError.
     """
     if get_global_size() == 1:
         return action()

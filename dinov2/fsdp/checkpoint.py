@@ -46,11 +46,7 @@ class Checkpointer:
         return self.folder / f"step_{step:07d}"
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The small JSON beside the tensors.
-
-        Raises:
-            ValueError: if the file is not a JSON object or says another step.
-        """
+        """The small JSON beside the tensors; raises ValueError where it is none, or of another step."""
         path = self.path(step) / _STATE_FILE
         try:
             state = json.loads(path.read_bytes())
@@ -61,15 +57,10 @@ class Checkpointer:
         return state
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write one checkpoint and drop those beyond ``keep``; all ranks must call.
+        """Write a checkpoint after ``step`` steps and drop those beyond ``keep``; all ranks must call.
 
-        Args:
-            step: completed optimiser steps.
-            tensors: nested dicts of tensors, sharded or not.
-            state: JSON-serialisable rest; its ``step`` is ``step``.
-
-        Raises:
-            OSError: if the checkpoint cannot be written; earlier ones are as they were.
+        ``tensors`` are nested dicts of tensors, sharded or not; ``state`` is the JSON-serialisable rest, with the same
+        ``step``. Raises OSError where it cannot be written; earlier ones are then as they were.
         """
         final, beside = self.path(step), self.folder / f"step_{step:07d}.incomplete"
 
@@ -106,8 +97,7 @@ class Checkpointer:
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Fill ``tensors`` in place from the checkpoint of ``step``; all ranks must call.
 
-        Raises:
-            ValueError: if a file is missing or corrupt, or names or shapes differ from those saved.
+        Raises ValueError where a file is missing or corrupt, or names or shapes differ from those saved.
         """
         reader = _RestrictedReader(self.path(step))
         try:

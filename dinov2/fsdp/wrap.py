@@ -34,21 +34,16 @@ def shard(
     gathered anew each step anyway.
 
     Args:
-        module: root to shard.
         units: submodules gathered one at a time (the transformer blocks), in the order in which they run.
-        device: where the shards live.
         strategy: ``SHARD_GRAD_OP`` keeps gathered parameters until the backward, ``FULL_SHARD`` gathers those of
             the units again, ``NO_SHARD`` replicates. ``HYBRID_SHARD`` shards among the ranks of a node as
             ``SHARD_GRAD_OP`` and replicates over nodes: only gradients travel between nodes.
         param_dtype: dtype in which parameters are gathered and multiplied. The module's inputs keep theirs: the
             residual stream stays fp32 and autocast rounds at each product.
         reduce_dtype: dtype of the gradient average over ranks.
-        ranks_per_node: for ``HYBRID_SHARD``; by default torchrun's.
+        ranks_per_node: for ``HYBRID_SHARD``, a divisor of the number of ranks; by default torchrun's.
         prefetch: units gathered ahead of the one that runs, in forward and backward, each holding its gathered
             parameters meanwhile; 0 leaves the order to FSDP, whose host thread gathers one ahead.
-
-    Raises:
-        ValueError: the number of ranks is no multiple of ``ranks_per_node``.
     """
     # It warns that views of a module's output must not be changed in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")

@@ -12,23 +12,16 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.layouts import meta
-from dinov2.hub.layouts.timm import from_timm, is_timm_layout
-from dinov2.hub.layouts.transformers import from_transformers
+from dinov2.hub import layouts
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
-_WRAPPERS = ("model", "state_dict", "teacher")
 # In the order in which they nest; the last two are those of transformers' models with heads.
 _PREFIXES = ("module.", "teacher.", "backbone.", "dinov2.", "dinov2_with_registers.")
 _SHOWN = 6  # keys named in an error
 
 
 def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
-    """Address of Meta's weights of an architecture; without a feed-forward layer that is left unchecked.
-
-    Raises:
-        ValueError: if none are published for it, or the published ones have another feed-forward layer.
-    """
+    """Address of Meta's weights of an architecture; without a feed-forward layer that is left unchecked."""
     if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
         raise ValueError(
             f"There are no published DINOv2 weights for {arch} with patch size {patch_size} and {num_register_tokens} "
@@ -44,11 +37,7 @@ def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_laye
 
 
 def local_weights(path_or_url: str) -> Path:
-    """Return the path of a weights file; what a URL names is downloaded to torch.hub's folder once for all processes.
-
-    Raises:
-        OSError: if the URL cannot be read.
-    """
+    """Path of a weights file; what a URL names is downloaded to torch.hub's folder once for all processes."""
     url = urlsplit(path_or_url)
     if url.scheme not in ("http", "https"):
         return Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
@@ -67,8 +56,7 @@ def read_checkpoint(path_or_url: str) -> Any:
     """Read a weights file on the CPU, see `local_weights`. Only tensors and plain data load.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a folder.
+        FileNotFoundError, IsADirectoryError: if there is no such file, or it is a folder.
         ValueError: if the file holds something else, or is corrupt; or the address cannot be read.
     """
     if not re.match(r"(https?|file)://", path_or_url):
@@ -98,7 +86,7 @@ def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
     Where nothing of the kind is found the result is empty, or all there is.
     """
     state = checkpoint
-    for wrapper in _WRAPPERS:
+    for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
@@ -113,7 +101,10 @@ def layout(state: Mapping[str, Tensor]) -> str:
     """Whose names an `unwrapped` state dict has: "transformers", "timm" or, all others, "meta"."""
     if "embeddings.cls_token" in state:
         return "transformers"
-    return "timm" if is_timm_layout(state) else "meta"
+    # timm's names are Meta's but for registers and SwiGLU, and no mask token.
+    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+        return "meta" if {"mask_token", "register_tokens"} & state.keys() else "timm"
+    return "meta"
 
 
 def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
@@ -124,8 +115,8 @@ def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     empty or fits no model.
     """
     state = unwrapped(checkpoint)
-    rename = {"transformers": from_transformers, "timm": from_timm, "meta": meta.from_chunks}
-    return rename[layout(state)](state)
+    by_layout = {"transformers": layouts.from_transformers, "timm": layouts.from_timm, "meta": layouts.from_chunks}
+    return by_layout[layout(state)](state)
 
 
 def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
@@ -137,29 +128,21 @@ def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
 def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) -> None:
     """Fill a backbone from a file, its position grid resampled (bicubic, antialiased, exact sides) to the model's.
 
-    Args:
-        path_or_url: see `read_checkpoint`.
-        positions: whether to take the position grid; otherwise the model keeps its own.
-
-    Raises:
-        FileNotFoundError, ValueError: if the file cannot be read, or its keys or shapes do not fit.
+    Without ``positions`` the model keeps its own grid. Raises as `read_checkpoint` and `check_fit` do.
     """
-    state = meta.with_grid_of(model, weights_for(model, read_checkpoint(path_or_url)), own=not positions)
+    state = layouts.with_grid_of(model, weights_for(model, read_checkpoint(path_or_url)), own=not positions)
     check_fit(model, state, path_or_url)
     model.load_state_dict(state)
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Make sure that a state dict has exactly the keys and shapes of a model.
+    """Make sure that a state dict has exactly the keys and shapes of a model; raises ValueError, which names misfits.
 
     Weights with another number of registers are refused too: registers take part in every attention, so neither
     fresh ones nor their absence would leave the features as they were trained.
-
-    Raises:
-        ValueError: if it has not; says which are missing, unknown or of another shape.
     """
     own = model.state_dict()
-    registers = [meta.num_registers(state), meta.num_registers(own)]
+    registers = [layouts.num_registers(state), layouts.num_registers(own)]
     misfits = {
         "missing": own.keys() - state.keys(),
         "unknown": state.keys() - own.keys(),

@@ -45,11 +45,8 @@ def normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and deviation of a teacher's images, per channel: those asked for, or of training, or ImageNet's.
 
-    Returns:
-        Both, of values in [0, 1], and where they are from in words.
-
-    Raises:
-        ValueError: if they do not normalise three channels of such values.
+    Both are of values in [0, 1]; the third is where they are from, in words. Raises ValueError where they do not
+    normalise such values.
     """
     trained, chosen, words = trained_with(checkpoint), [], []
     for key, asked, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):

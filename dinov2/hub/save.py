@@ -20,11 +20,7 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
     Args:
         path: target ``.pth``; the JSON has the same name with ``.json``.
         modules: whole state dict of each module by name.
-        metadata: JSON-serialisable: ``architecture`` (the backbone's constructor arguments), ``step``,
-            ``samples``, ``config``.
-
-    Raises:
-        OSError: if the files cannot be written.
+        metadata: ``architecture`` (the backbone's constructor arguments), ``step``, ``samples``, ``config``.
     """
     teacher = {
         f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
@@ -41,14 +37,8 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
 def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """Write all files of an export, or none; returns False where the very same ones are there already.
 
-    Args:
-        folder: made where it does not exist.
-        files: contents by name, in the order in which they appear: ``.json`` as JSON, ``.safetensors`` and ``.pth``
-            as tensors.
-
-    Raises:
-        FileExistsError: if one of them is there with other contents.
-        OSError: if they cannot be written.
+    ``files`` are contents by name, in the order in which they appear: ``.json`` as JSON, ``.safetensors`` and ``.pth``
+    as tensors. Raises FileExistsError where one of them is there with other contents.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Output {str(folder)!r} is a file; name a new or empty folder.")

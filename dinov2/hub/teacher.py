@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.extensions import BACKBONES
-from dinov2.hub import pretrained
-from dinov2.hub.layouts import meta
+from dinov2.hub import layouts, pretrained
 from dinov2.hub.record import read_record
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -69,8 +68,7 @@ def load_teacher(
         pooling: "cls" (the default), or "cls_mean" for a `ClassAndMean`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a folder.
+        FileNotFoundError, IsADirectoryError: if there is no such file, or it is a folder.
         ValueError: if it cannot be read, holds no backbone, or does not fit the architecture; or for wrong arguments.
     """
     if (path is None) == (checkpoint_path is None):
@@ -88,9 +86,9 @@ def load_teacher(
         model = inferred_backbone(path, state, pretrained.layout(pretrained.unwrapped(checkpoint)))
     else:
         state = pretrained.weights_for(model, checkpoint)
-        if meta.is_vit(model):
-            meta.require_vit(path, state)
-            meta.take_grid(model, state)
+        if layouts.is_vit(model):
+            layouts.require_vit(path, state)
+            layouts.take_grid(model, state)
     pretrained.check_fit(model, state, path)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, assign=True)
@@ -99,12 +97,9 @@ def load_teacher(
     return ClassAndMean(model).eval() if pooling == "cls_mean" else model.eval()
 
 
-# The backbone that a weights file is of: stated beside the file, or told by its tensors.
-
-
 def describe(model: nn.Module) -> dict[str, Any]:
     """Constructor keywords that make a backbone's like again; ``arch`` among them names it where it is no ViT."""
-    return meta.vit_arguments(model) if meta.is_vit(model) else model.describe()
+    return layouts.vit_arguments(model) if layouts.is_vit(model) else model.describe()
 
 
 def description(path: str) -> dict[str, Any]:
@@ -135,7 +130,7 @@ def stated_backbone(path: str) -> nn.Module | None:
         with torch.device("meta"):
             model = make(**arguments)
         # A ViT gets all its tensors from the file; others may have tables that no file holds.
-        return model if meta.is_vit(model) else make(**arguments)
+        return model if layouts.is_vit(model) else make(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The architecture in the JSON beside {path!r} does not describe a backbone ({error})."
@@ -143,12 +138,8 @@ def stated_backbone(path: str) -> nn.Module | None:
 
 
 def inferred_backbone(path: str, state: Mapping[str, Tensor], layout: str) -> nn.Module:
-    """Build, without weights, the ViT that tensors under Meta's names are of; a ``config.json`` beside tells its heads.
-
-    Raises:
-        ValueError: if the tensors are not a ViT's, or the architecture does not follow from them.
-    """
-    meta.require_vit(path, state)
+    """Build, without weights, the ViT that tensors under Meta's names are of; a ``config.json`` may tell its heads."""
+    layouts.require_vit(path, state)
     beside, heads = Path(path).with_name("config.json"), None
     if layout != "meta" and beside.is_file():
         try:
@@ -162,4 +153,4 @@ def inferred_backbone(path: str, state: Mapping[str, Tensor], layout: str) -> nn
         if heads is not None and not (isinstance(heads, int) and heads > 0):
             raise ValueError(f"{str(beside)!r} has {heads!r} attention heads; a positive number is expected.")
     with torch.device("meta"):
-        return meta.vit_from_shapes(path, state, layout, heads)
+        return layouts.vit_from_shapes(path, state, layout, heads)

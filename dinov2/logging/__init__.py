@@ -8,17 +8,10 @@ from pathlib import Path
 
 from dinov2.distributed import get_global_rank, is_main_process
 
-__all__ = ["setup_logging"]
-
 
 def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> logging.Logger:
-    """Configure the ``dinov2`` logger: stderr on rank 0 (warnings on all ranks), and a file per rank.
-
-    Calling again replaces the handlers.
-
-    Args:
-        output_dir: where ``logs/rank_R.log`` is appended to; None logs to the console alone.
-        level: lowest level that rank 0 shows.
+    """Configure the ``dinov2`` logger, anew at each call: stderr from ``level`` on (warnings, on other ranks than 0),
+    and ``logs/rank_R.log`` in the output folder, if one is given, to which is appended.
     """
     logger = logging.getLogger("dinov2")
     logger.setLevel(logging.DEBUG)

@@ -1,16 +1,24 @@
-"""What training, evaluation and export ask of a backbone."""
+"""What training, evaluation and export ask of a backbone, and backbones from a run's configuration."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dinov2.extensions import BACKBONES
+
 # Tensor dimensions below: B images, C channels, N patches, D width.
+
+_VIT_SETTINGS = (
+    "patch_size", "ffn_layer", "qkv_bias", "proj_bias", "ffn_bias", "num_register_tokens", "interpolate_antialias",
+    "interpolate_offset",
+)  # fmt: skip
 
 
 class Backbone(nn.Module):
@@ -20,22 +28,14 @@ class Backbone(nn.Module):
     (``train.unfreeze_last_n_blocks``), sharded, compiled and recomputed one by one, so each must be called once per
     pass and draw no random numbers. The parameters of the patch embedding have names that begin with ``patch_embed.``;
     of all others, those of blocks and of ``norm`` are told apart by `layer_of`. It must run on the meta device.
-
-    Attributes:
-        blocks: in the order in which they run; at least one.
-        embed_dim: D.
-        patch_size: side of a patch in pixels.
-        num_prefix_tokens: tokens that are no patches (class token, registers), for those who count tokens.
-        supports_patch_index: whether `forward_features` takes ``patch_index``; otherwise all tokens are computed.
-        compiled_methods: names of methods beside the blocks' that compile into one graph each.
     """
 
-    blocks: nn.ModuleList
-    embed_dim: int
-    patch_size: int
-    num_prefix_tokens: int = 1
-    supports_patch_index: ClassVar[bool] = False
-    compiled_methods: ClassVar[tuple[str, ...]] = ()
+    blocks: nn.ModuleList  # in the order in which they run; at least one
+    embed_dim: int  # D
+    patch_size: int  # side of a patch in pixels
+    num_prefix_tokens: int = 1  # that are no patches (class token, registers), for those who count tokens
+    supports_patch_index: ClassVar[bool] = False  # by `forward_features`; otherwise all tokens are computed
+    compiled_methods: ClassVar[tuple[str, ...]] = ()  # beside the blocks', that compile into one graph each
 
     @abstractmethod
     def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
@@ -83,8 +83,47 @@ class Backbone(nn.Module):
         return len(self.blocks) + 1 if parameter_name.startswith(("norm.", "head.")) else 0
 
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Make sure that the configured kernels run here; before the first step.
+        """Make sure that the configured kernels run here, before the first step; raises ValueError."""
 
-        Raises:
-            ValueError: if one does not.
-        """
+
+def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone, Backbone, int] | tuple[Backbone, int]:
+    """Build student and teacher backbones with fresh weights, on the default device.
+
+    A backbone is given ``student.options`` and those of the other settings that its signature names; one that takes
+    arbitrary keywords is given all. Sections ``student``, ``crops`` and, where there is one, ``debug`` are read.
+
+    Returns:
+        Student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.
+
+    Raises:
+        ValueError: if the architecture is unknown, or cannot be built with these settings.
+    """
+    student = cfg.student
+    if student.arch not in BACKBONES:
+        raise ValueError(f"student.arch = {student.arch!r}: {BACKBONES.problem(student.arch)}")
+    settings = {
+        **{name: getattr(student, name) for name in _VIT_SETTINGS},
+        "img_size": cfg.crops.global_crops_size,
+        "init_values": student.layerscale,
+        "attention_backend": getattr(student, "attention_backend", "sdpa"),
+        "inverse_gather": cfg.debug.inverse_gather if hasattr(cfg, "debug") else True,
+    }
+    drop_path = {"drop_path_rate": student.drop_path_rate, "drop_path_uniform": student.drop_path_uniform}
+    make, options = BACKBONES[student.arch], dict(getattr(student, "options", {}))
+    try:
+        teacher = make(**_accepted(make, settings) | options)
+        if only_teacher:
+            return teacher, teacher.embed_dim
+        return make(**_accepted(make, settings | drop_path) | options), teacher, teacher.embed_dim
+    except TypeError as error:
+        raise ValueError(
+            f"student.arch = {student.arch!r} cannot be built with student.options = {options} ({error})."
+        ) from error
+
+
+def _accepted(make: Callable[..., Backbone], settings: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(make).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return settings
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in settings.items() if name in names}

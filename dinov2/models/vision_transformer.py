@@ -18,6 +18,7 @@ from dinov2.models.backbone import Backbone
 
 # Tensor dimensions below: B images, C channels, N patches, R registers, T packed rows of all images, D width.
 
+_TOLD = ("patch_size", "num_register_tokens", "interpolate_antialias", "interpolate_offset")
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "swiglu": SwiGLUFFNFused,
@@ -41,9 +42,6 @@ class DinoVisionTransformer(Backbone):
         interpolate_antialias, interpolate_offset: see `resample_positions`.
         attention_backend: see `dinov2.layers.attention_backends`.
         inverse_gather: see `dinov2.layers.stochastic_depth.add_branch`.
-
-    Raises:
-        ValueError: if the feed-forward layer or attention backend is unknown, or an offset out of range.
     """
 
     supports_patch_index: ClassVar[bool] = True
@@ -51,30 +49,15 @@ class DinoVisionTransformer(Backbone):
 
     def __init__(
         self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        ffn_bias: bool = True,
-        proj_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        drop_path_uniform: bool = False,
-        init_values: float | None = None,
-        embed_layer: Callable[..., nn.Module] = PatchEmbed,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
-        block_fn: Callable[..., nn.Module] = Block,
-        ffn_layer: str = "mlp",
-        block_chunks: int = 0,
-        num_register_tokens: int = 0,
-        interpolate_antialias: bool = False,
-        interpolate_offset: float = 0.1,
-        attention_backend: str = "sdpa",
-        inverse_gather: bool = True,
-    ) -> None:
+        img_size: int = 224, patch_size: int = 16, in_chans: int = 3,
+        embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
+        qkv_bias: bool = True, ffn_bias: bool = True, proj_bias: bool = True,
+        drop_path_rate: float = 0.0, drop_path_uniform: bool = False, init_values: float | None = None,
+        embed_layer: Callable[..., nn.Module] = PatchEmbed, act_layer: Callable[..., nn.Module] = nn.GELU,
+        block_fn: Callable[..., nn.Module] = Block, ffn_layer: str = "mlp", block_chunks: int = 0,
+        num_register_tokens: int = 0, interpolate_antialias: bool = False, interpolate_offset: float = 0.1,
+        attention_backend: str = "sdpa", inverse_gather: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
             raise ValueError(f"ffn_layer is {ffn_layer!r}; one of {', '.join(FFN_LAYERS)} is expected.")
@@ -82,20 +65,14 @@ class DinoVisionTransformer(Backbone):
             raise ValueError(f"interpolate_offset is {interpolate_offset}; a number from 0 to below 1 is expected.")
         self.embed_dim = self.num_features = embed_dim
         self.num_prefix_tokens = 1 + num_register_tokens
-        self.attention_backend = attention_backend
-        self.n_blocks = depth
-        self.arch = ""
-        """Name in `dinov2.extensions.BACKBONES`, where the sizes are those of that name."""
+        self.attention_backend, self.n_blocks = attention_backend, depth
+        self.arch = ""  # name in `dinov2.extensions.BACKBONES`, where the sizes are those of that name
         biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias}
         self._sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
         self._sizes |= {"in_chans": in_chans, "depth": depth}
         self._options = {"ffn_layer": ffn_layer, "init_values": init_values, **biases}
-        self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.num_register_tokens = num_register_tokens
-        self.interpolate_antialias = interpolate_antialias
-        self.interpolate_offset = interpolate_offset
-
+        self.num_heads, self.patch_size, self.num_register_tokens = num_heads, patch_size, num_register_tokens
+        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim))
@@ -106,19 +83,12 @@ class DinoVisionTransformer(Backbone):
         rates = [drop_path_rate * (1 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
             block_fn(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                **biases,
-                drop_path=rate,
-                init_values=init_values or None,
-                act_layer=act_layer,
-                ffn_layer=FFN_LAYERS[ffn_layer],
-                attention_backend=attention_backend,
-                inverse_gather=inverse_gather,
+                dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, **biases, drop_path=rate,
+                init_values=init_values or None, act_layer=act_layer, ffn_layer=FFN_LAYERS[ffn_layer],
+                attention_backend=attention_backend, inverse_gather=inverse_gather,
             )
             for rate in rates
-        )
+        )  # fmt: skip
         self.norm = LayerNorm(embed_dim)
         self.head = nn.Identity()
         self.init_weights()
@@ -166,10 +136,7 @@ class DinoVisionTransformer(Backbone):
             **({} if self.arch else self._sizes),
             **self._options,
             "img_size": math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size,
-            "patch_size": self.patch_size,
-            "num_register_tokens": self.num_register_tokens,
-            "interpolate_antialias": self.interpolate_antialias,
-            "interpolate_offset": self.interpolate_offset,
+            **{name: getattr(self, name) for name in _TOLD},
         }
 
     def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -285,13 +252,10 @@ def resample_positions(pos_embed: Tensor, size: tuple[int, int], antialias: bool
 
     Args:
         pos_embed: (1, 1 + N, D), the class token's first; N is a square number.
-        size: rows and columns of patches.
+        size: rows and columns of patches: (1, 1 + rows * columns, D) is returned, in the dtype of ``pos_embed``.
         antialias: low-pass filter when shrinking.
         offset: in [0, 1). The grid is resampled by the factor (side + offset) / sqrt(N), which shifts the sampling
             positions a little, as Meta's models without registers do; 0 resamples to the exact sides.
-
-    Returns:
-        (1, 1 + rows * columns, D) in the dtype of ``pos_embed``.
     """
     side = math.isqrt(pos_embed.shape[1] - 1)
     if size == (side, side):

@@ -7,12 +7,17 @@ a PCA map of patch features, the embeddings of tiles, and ``report.html``, which
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
 from dinov2.build.augmentation import build_augmentation, build_collate
@@ -24,9 +29,9 @@ from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
+from dinov2.eval.probe.spread import mean_cosine, rankme
 from dinov2.hub import load_teacher
 from dinov2.report.figures import as_png, draw_crops, draw_curves, draw_pca
-from dinov2.report.page import as_text, embedding_table, loss_table, read_metrics, render_page, speed_table
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.files import replacing
@@ -37,6 +42,10 @@ MAX_TILES = 512  # embedded, spread evenly over the dataset
 PCA_TILES = 8
 CROP_TILES = 4  # two pairs, since masks are shared out over the four global crops of a pair
 PAGE = "report.html"
+Table = list[tuple[str, ...]]
+"""A row of headings, then rows of cells."""
+
+_SPEEDS = {"img_per_s": "images per second", "data_wait_pct": "waiting for data, %", "memory_gib": "peak memory, GiB"}
 
 
 def newest_teacher(output_dir: Path) -> Path:
@@ -63,17 +72,51 @@ def augmented_batch(config: Config, source: Source) -> tuple[list[np.ndarray], d
     return tiles, build_collate(config)(samples)
 
 
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Columns of ``metrics.jsonl`` by name, ordered by step; NaN where a record lacks a value.
+
+    A resumed run writes some steps again: the last record of a step counts. Lines cut short by a kill do not, nor
+    do records of probes, which are no training steps.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} does not exist; give the output folder of a training run.")
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if "/" not in "".join(record):
+                by_step[record["step"]] = record
+    if not by_step:
+        raise ValueError(f"{str(path)!r} holds no record yet; wait until the run has logged a step.")
+    records = [by_step[step] for step in sorted(by_step)]
+    return {name: np.array([record.get(name, np.nan) for record in records]) for name in records[-1]}
+
+
+def tables_of(metrics: Mapping[str, np.ndarray], embeddings: np.ndarray, of: str) -> dict[str, Table]:
+    """By heading: first and last value of every loss; throughput, data wait, memory; figures of (N, D) embeddings."""
+    names = [name for name in metrics if name.endswith("_loss")]
+    losses = [(name, f"{metrics[name][0]:.4f}", f"{metrics[name][-1]:.4f}") for name in names]
+    kinds = {"median": np.median, "least": np.min, "largest": np.max}
+    speeds = [(words, *(f"{kind(metrics[name]):.1f}" for kind in kinds.values())) for name, words in _SPEEDS.items()]
+    figures = (*map(str, embeddings.shape), f"{mean_cosine(embeddings):.4f}", f"{rankme(embeddings):.2f}")
+    return {
+        "Losses": [("", f"step {metrics['step'][0]:.0f}", f"step {metrics['step'][-1]:.0f}"), *losses],
+        "Throughput": [("", *kinds), *speeds],
+        f"Embeddings of {of}": [("tiles", "width", "mean off-diagonal cosine", "RankMe"), figures],
+    }
+
+
+def as_text(title: str, table: Table) -> str:
+    """A table as lines of a log."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n  ".join([title, *lines])
+
+
 def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
-    """Write the report of a run.
+    """Write the report of a run to a new or empty folder, or that of an earlier report, which is replaced.
 
-    Args:
-        output_dir: the run's folder.
-        tiles: Parquet dataset to embed; None takes the validation patients' tiles, or the training data.
-        report_dir: new or empty folder, or that of an earlier report, which is replaced.
-
-    Raises:
-        FileNotFoundError, ValueError: if something the report is made of is missing, or the folder is in use.
-        DeviceError: if the machine's GPU cannot be used.
+    ``tiles`` is a Parquet dataset to embed; None takes the validation patients' tiles, or the training data.
     """
     if report_dir.exists() and any(report_dir.iterdir()) and not (report_dir / PAGE).exists():
         raise ValueError(f"Folder {str(report_dir)!r} holds other files; give --output a new folder.")
@@ -96,11 +139,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
         shown = pixels[:: max(1, len(pixels) // PCA_TILES)][:PCA_TILES]
         size = max(patch, min(shown[0].shape[:2]) // patch * patch)  # about their own
         pca = draw_pca(shown, patch_feature_map(model, shown, size=size, **norm))
-    tables = {
-        "Losses": loss_table(metrics),
-        "Throughput": speed_table(metrics),
-        f"Embeddings of {embedded} by {teacher.parent.name}": embedding_table(embeddings),
-    }
+    tables = tables_of(metrics, embeddings, f"{embedded} by {teacher.parent.name}")
     crops = draw_crops(*augmented_batch(config, data.source), patch)
     images = {
         "loss_curves.png": ("Curves", as_png(draw_curves(metrics))),
@@ -109,7 +148,11 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
     }
     for title, table in tables.items():
         logger.info("%s", as_text(title, table))
-    page = render_page(output_dir.resolve().name, tables, images, (output_dir / "config.yaml").read_text())
+    environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    page = environment.get_template("page.html").render(
+        title=output_dir.resolve().name, tables=tables, images=images, config=(output_dir / "config.yaml").read_text()
+    )
     report_dir.mkdir(parents=True, exist_ok=True)
     with replacing(*(report_dir / name for name in (*images, "embeddings.npy", PAGE))) as partials:
         for partial, (_, png) in zip(partials, images.values(), strict=False):

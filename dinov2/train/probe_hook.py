@@ -17,7 +17,7 @@ from dinov2.eval.features import Embedding
 from dinov2.eval.probe.results import append_csv, as_metrics
 from dinov2.eval.probe.run import Probing, options_for, probe_names, run_probes
 from dinov2.extensions import PROBES
-from dinov2.logging.sinks import Sink
+from dinov2.logging.metrics import Sink
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
 from dinov2.train.update.guard import FiniteGuard

@@ -20,7 +20,7 @@ from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
-from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from dinov2.logging.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_rows
-from dinov2.logging.metrics import MetricAccumulator
-from dinov2.logging.sinks import Sink
+from dinov2.logging.metrics import MetricAccumulator, Sink
 from dinov2.train.hooks import Hook
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.state import TrainState

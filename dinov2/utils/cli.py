@@ -36,7 +36,7 @@ def run_command(
     """Run a command's body and turn what ends it into a sentence and an exit status of those above.
 
     Args:
-        body: the command; returns an exit status, or None for 0.
+        body: returns an exit status, or None for 0.
         logger: where the sentence goes; the traceback goes there at level DEBUG.
         errors: exceptions, beside ValueError, OSError and ImportError, whose text is a sentence for the user.
         resumable: the same command goes on where it was stopped, which the last sentence says.
@@ -102,11 +102,9 @@ def add_image_size(
 
 def add_colours(parser: argparse._ActionsContainer) -> None:
     """``--mean``, ``--std``: of the normalisation."""
+    about = "to normalise images with (default: as trained, else ImageNet's)"
     for name in ("--mean", "--std"):
-        parser.add_argument(
-            name, type=float, nargs=3, metavar=("R", "G", "B"),
-            help="to normalise images with (default: as trained, else ImageNet's)",
-        )  # fmt: skip
+        parser.add_argument(name, type=float, nargs=3, metavar=("R", "G", "B"), help=about)
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
@@ -122,6 +120,5 @@ def add_workers(parser: argparse._ActionsContainer, default: int | None = None, 
 
 def add_mpp_file(parser: argparse._ActionsContainer) -> None:
     """``--mpp-file``: table of resolutions."""
-    parser.add_argument(
-        "--mpp-file", type=Path, help="CSV 'slide,mpp': um per level-0 px of slides that do not say theirs"
-    )
+    about = "CSV 'slide,mpp': um per level-0 px of slides that do not say theirs"
+    parser.add_argument("--mpp-file", type=Path, help=about)

@@ -32,9 +32,8 @@ def select_device(name: str | None = None) -> torch.device:
         name: ``cpu``, ``cuda`` for the process's own GPU, or ``cuda:N``, where the choice is not left to the machine.
 
     Raises:
-        DeviceError: if the machine has a GPU that this process cannot use, or not the one that is named; the message
-            holds the remedy. ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
-        ValueError: if the name is none of a device.
+        DeviceError: if the machine has a GPU that this process cannot use, or not the one that is named.
+            ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
     """
     if name is not None:
         match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
@@ -68,9 +67,8 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def gpu_problem(index: int = 0) -> str | None:
-    """One sentence on why the GPU with this index cannot be used and what helps; None where nothing is wrong.
-
-    Nothing is wrong on a machine without a GPU, nor when ``CUDA_VISIBLE_DEVICES`` hides them all.
+    """One sentence on why the GPU with this index cannot be used and what helps; None where it can, or is absent or
+    hidden.
     """
     if _gpus_hidden():
         return None

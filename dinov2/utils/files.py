@@ -43,11 +43,8 @@ def commit(partial: Path, path: Path) -> None:
 def replacing(*paths: Path) -> Iterator[Any]:
     """Name a file to write in place of each path; they get their names when the block ends well, none otherwise.
 
-    A crash in between leaves an old file as it was, and at most `leftovers`. Several paths are committed in order:
-    give the one that vouches for the others last.
-
-    Yields:
-        The path to write, or a tuple where several were given.
+    A crash in between leaves an old file as it was, and at most `leftovers`. Several paths (a tuple of files is then
+    yielded) are committed in order: give the one that vouches for the others last.
     """
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
@@ -88,10 +85,8 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
 def adding(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Name a file to write for each new path; they get their names in order when the block ends well.
 
-    A kill in between leaves some of them in place; the same contents again add the rest.
-
-    Raises:
-        FileExistsError: if a file exists with other contents; none is then added.
+    A kill in between leaves some of them in place; the same contents again add the rest. Where a file exists with
+    other contents, FileExistsError is raised and none is added.
     """
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
@@ -128,11 +123,7 @@ def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 def check_description(path: Path, identity: dict[str, Any]) -> bool:
     """Compare a folder's description, if there is one, with what decides over the rows that are to be built in it.
 
-    Returns:
-        Whether there is one.
-
-    Raises:
-        FileExistsError: if it is of another build, or corrupt.
+    Returns whether there is one; raises FileExistsError where it is of another build, or corrupt.
     """
     try:
         found = json.loads(path.read_text())["build"]
@@ -162,10 +153,7 @@ def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Itera
     Args:
         path: a folder, or a file, made where it is missing, that this process must not open again before the end.
         first, length: the range; an empty one locks nothing.
-        busy: the error where another process holds it, if not the usual one.
-
-    Raises:
-        FileExistsError: if another process holds the lock.
+        busy: text of the FileExistsError where another process holds the lock, if not the usual one.
     """
     folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o644)

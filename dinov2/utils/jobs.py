@@ -26,8 +26,8 @@ def run_jobs(
     """Run a function over jobs in several processes, with a progress bar on a terminal.
 
     Args:
-        function: importable by name and not from a ``__main__`` module, since the processes are spawned.
-        jobs: picklable.
+        function: importable by name and not from a ``__main__`` module, since the processes are spawned. What it
+            raises is raised here, and jobs (picklable) that have not begun are dropped.
         workers: processes; 1 runs everything in this one.
         unit: what the progress bar counts.
 
@@ -36,7 +36,6 @@ def run_jobs(
 
     Raises:
         ChildProcessError: if a process was killed from outside (memory, signal).
-        Exception: what ``function`` raises; jobs that have not begun are then dropped.
     """
     workers = min(workers, len(jobs))
     bar = tqdm(total=len(jobs), unit=unit, disable=None)

@@ -13,11 +13,8 @@ class Registry(Mapping[str, Any]):
 
     A configuration can therefore be checked against the names without importing torch, and what a run does not
     use costs it nothing. A name of the form ``package.module:attribute`` needs no entry: code that lives outside
-    this package is used by naming it.
-
-    Args:
-        kind: what the parts are, in the singular, for messages.
-        targets: ``module:attribute`` by name.
+    this package is used by naming it. ``targets`` are ``module:attribute`` by name; ``kind``, in the singular, is what
+    messages call a part.
     """
 
     def __init__(self, kind: str, targets: Mapping[str, str]) -> None:
@@ -25,12 +22,7 @@ class Registry(Mapping[str, Any]):
         self._targets = dict(targets)
 
     def __getitem__(self, name: str) -> Any:
-        """Import and return a part.
-
-        Raises:
-            KeyError: if nothing is registered under the name; the message lists what is.
-            ImportError: if the part needs a package that is not installed.
-        """
+        """Import and return a part; raises KeyError, with `problem`, where there is none of the name."""
         if self.problem(name):
             raise KeyError(self.problem(name))
         module, _, attribute = self._targets.get(name, name).partition(":")

@@ -11,11 +11,8 @@ def sample_rng(seed: int, index: int, stream: int, part: int = 0) -> np.random.G
     """Return the generator of one stream of one sample, independent of rank, worker and order of calls.
 
     Philox is counter based: ``(seed, index)`` is its key; ``stream`` and ``part`` are the two highest words of its
-    counter, so that the streams of one key lie 2^128 blocks apart and never meet. All are in [0, 2^64).
-
-    Args:
-        index: global sample index, or any other number that names the owner.
-        part: of the stream, such as a view of the sample.
+    counter, so that the streams of one key lie 2^128 blocks apart and never meet. All are in [0, 2^64). ``index`` is
+    the global sample index, or another number that names the owner; ``part`` is such as a view of the sample.
     """
     # A plain list with a number above 2^63 would pass through float64 and lose its low bits.
     key = np.array([seed, index], np.uint64)

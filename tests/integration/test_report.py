@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.report.__main__ import main
-from dinov2.report.page import read_metrics
+from dinov2.report.__main__ import main, read_metrics
 from dinov2.train.train import main as train
 from tests.helpers.runs import TINY, write_tissue_shards
 

@@ -6,12 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dinov2.hub.export import verify
 from dinov2.hub.export.formats import files_for, resampled_by
-from dinov2.hub.layouts.meta import is_vit, resize_grid, vit_arguments
+from dinov2.hub.layouts import is_vit, resize_grid, vit_arguments
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import write_new
@@ -30,26 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
         epilog="Exit status: 0 written, 1 written but --verify found a difference, 2 not written, with the reason.",
     )
-    add = parser.add_argument
     cli.add_checkpoint(parser)
-    add("--format", required=True, choices=verify.LIBRARIES, help="whose names and files")
-    add("--output", required=True, type=Path, help="a new or empty folder")
+    parser.add_argument("--format", required=True, choices=verify.LIBRARIES, help="whose names and files")
+    parser.add_argument("--output", required=True, type=Path, help="a new or empty folder")
     cli.add_dtype(parser, "fp32", "of all weights (%(default)s)")
     cli.add_image_size(parser, "resample the position grid to square images of this side (default: as in the file)")
     cli.add_colours(parser)
-    add(
-        "--verify", nargs="?", const="", metavar="TILES",
-        help="open the export with its library and compare all tokens on images of this folder, or on scikit-image's "
-        "micrograph",
-    )  # fmt: skip
+    about = "open the export with its library and compare all tokens on images of this folder, or on scikit-image's"
+    parser.add_argument("--verify", nargs="?", const="", metavar="TILES", help=f"{about} micrograph")
     args = parser.parse_args(argv)
     setup_logging()
     return cli.run_command(lambda: _export(args), logger)
 
 
 def _export(args: argparse.Namespace) -> int:
+    library = verify.LIBRARIES[args.format]
     if args.verify is not None:
-        verify.require_library(args.format)
+        if find_spec(library) is None:
+            needs = f"--verify of --format {args.format} needs {library}"
+            raise ImportError(f"{needs}, which is not installed: pip install {library}.")
         tiles = verify.read_tiles(args.verify or None)
     described = description(args.checkpoint)
     model = load_teacher(args.checkpoint)
@@ -69,10 +69,10 @@ def _export(args: argparse.Namespace) -> int:
     sides = [side] if not alike or side == patch else [side, side - patch]
     expected = [verify.tokens(model, tiles, side, colours) for side in sides]
     del model  # one at a time: the largest takes 9 GB
-    theirs, library = verify.open_export(args.format, args.output, arguments), verify.LIBRARIES[args.format]
+    theirs = verify.open_export(args.format, args.output, arguments)
     holds = True
     for side, ours in zip(sides, expected, strict=True):
-        found = verify.agreement(ours, verify.tokens(theirs, tiles, side, colours))
+        found = verify.Agreement(ours, verify.tokens(theirs, tiles, side, colours))
         sys.stdout.write(f"{library}, {len(tiles)} tiles of {side} px: {found}\n")
         holds &= found.holds(args.dtype)
     if holds:

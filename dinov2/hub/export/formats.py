@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.layouts.meta import gated_width, vit_arguments, width_ratio
-from dinov2.hub.layouts.timm import to_timm
-from dinov2.hub.layouts.transformers import to_transformers
+from dinov2.hub.layouts import gated_width, to_timm, to_transformers, vit_arguments, width_ratio
 from dinov2.hub.pixels import Colours
 from dinov2.hub.teacher import describe
 
@@ -33,12 +31,8 @@ def files_for(
 ) -> dict[str, dict[str, Any]]:
     """The files of an export by name: state dicts (.pth, .safetensors) in ``dtype``, and what goes into JSON.
 
-    Args:
-        target: "meta", "timm" or "hf".
-        described: the JSON beside the teacher, or nothing.
-
-    Raises:
-        ValueError: if the format cannot express the architecture, or ``dtype`` the weights.
+    ``target`` is "meta", "timm" or "hf"; ``described`` the JSON beside the teacher, or nothing. Raises ValueError where
+    the format cannot express the architecture, or ``dtype`` the weights.
     """
     state = model.state_dict()
     if target == "meta":  # a backbone that is no ViT is written under its own names
@@ -81,18 +75,12 @@ def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any
         "num_features": arguments["embed_dim"],
         "model_args": told,
         "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [arguments["in_chans"], side, side],
-            "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(colours.mean),
-            "std": list(colours.std),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
+            "input_size": [arguments["in_chans"], side, side], "fixed_input_size": False,
+            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+            "mean": list(colours.mean), "std": list(colours.std),
         },
-    }
+    }  # fmt: skip
 
 
 def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -114,35 +102,22 @@ def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dic
         "mlp_ratio": _whole_ratio(arguments),
         "use_swiglu_ffn": arguments["ffn_layer"] == "swiglufused",
         "qkv_bias": arguments["qkv_bias"],
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "layerscale_value": 1.0,
-        "drop_path_rate": 0.0,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "apply_layernorm": True,
-        "reshape_hidden_states": True,
-    }
+        "hidden_act": "gelu", "layer_norm_eps": 1e-6, "layerscale_value": 1.0, "initializer_range": 0.02,
+        "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "apply_layernorm": True, "reshape_hidden_states": True,
+    }  # fmt: skip
     return config | ({"num_register_tokens": registers} if registers else {"use_mask_token": True})
 
 
 def _processor_config(side: int, colours: Colours) -> dict[str, Any]:
     """The shorter edge is resized to ``side`` px, and the centre cut out."""
     return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(colours.mean),
-        "image_std": list(colours.std),
-    }
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,  # bicubic
+        "do_center_crop": True, "crop_size": {"height": side, "width": side},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(colours.mean), "image_std": list(colours.std),
+    }  # fmt: skip
 
 
 def _require(arguments: Mapping[str, Any], library: str) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,13 @@ MAX_TILES = 8
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
-@dataclass(frozen=True)
 class Agreement:
     """How far an export's tokens are from the teacher's."""
 
-    difference: float  # largest absolute one over all values of all tokens
-    largest: float  # absolute value of the teacher's tokens
-    cosine: float  # least one between a token and the teacher's
+    def __init__(self, expected: Tensor, found: Tensor) -> None:
+        self.difference = float((found - expected).abs().max())  # largest one over all values of all tokens
+        self.largest = float(expected.abs().max())
+        self.cosine = float(torch.cosine_similarity(found, expected, dim=-1).min())  # of the worst token
 
     def __str__(self) -> str:
         return (
@@ -47,22 +45,12 @@ class Agreement:
         return self.difference <= relative * self.largest and self.cosine >= cosine
 
 
-def require_library(target: str) -> None:
-    """Make sure that a format can be verified; raises ImportError where its library is not installed."""
-    library = LIBRARIES[target]
-    if find_spec(library) is None:
-        raise ImportError(
-            f"--verify of --format {target} needs {library}, which is not installed: pip install {library}."
-        )
-
-
 @torch.inference_mode()
 def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Colours) -> Tensor:
     """All normalised tokens, float64 (len(tiles), 1 + R + N, D): class token, registers, patches; on the CPU.
 
-    Args:
-        model: a teacher, or what `open_export` returns; becomes float64.
-        tiles: uint8 (H, W, 3) RGB; the centred square of each is resized to ``side``.
+    The model, a teacher or what `open_export` returns, becomes float64. Of each tile, uint8 (H, W, 3) RGB, the centred
+    square is resized to ``side``.
     """
     model.double()
     found = []
@@ -77,23 +65,10 @@ def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Co
     return torch.cat(found)
 
 
-def agreement(expected: Tensor, found: Tensor) -> Agreement:
-    """Compare the tokens of an export with the teacher's."""
-    return Agreement(
-        float((found - expected).abs().max()),
-        float(expected.abs().max()),
-        float(torch.cosine_similarity(found, expected, dim=-1).min()),
-    )
-
-
 def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
     """Open the files in a folder with their library, as its users do.
 
-    Args:
-        arguments: see `dinov2.hub.layouts.meta.vit_arguments`; files in Meta's format do not hold them for timm.
-
-    Raises:
-        ValueError: if timm has no model for a "meta" export of this teacher.
+    ``arguments`` are those of `dinov2.hub.layouts.vit_arguments`, which files in Meta's format do not hold for timm.
     """
     config = timm_config(arguments, Colours()) if target == "meta" else json.loads((folder / "config.json").read_text())
     if target == "hf":
@@ -116,12 +91,7 @@ def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.M
 
 
 def read_tiles(folder: str | None) -> list[np.ndarray]:
-    """Up to `MAX_TILES` images of a folder, spread evenly over the sorted names; or scikit-image's micrograph in four.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or no image in it.
-        ValueError: if an image cannot be decoded.
-    """
+    """Up to `MAX_TILES` images, evenly spread over a folder's sorted names; else scikit-image's micrograph in four."""
     if folder is None:
         from skimage.data import immunohistochemistry
 

@@ -29,7 +29,7 @@ from dinov2.data.augment.masking import StratifiedMasks
 from dinov2.distributed import single_process
 from dinov2.layers.linear import keep_low_precision_weights
 from dinov2.layers.recompute import compiled_and_recomputed
-from dinov2.models.build import build_model_from_cfg
+from dinov2.models import build_model_from_cfg
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.dtypes import DTYPES
 

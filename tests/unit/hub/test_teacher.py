@@ -16,7 +16,7 @@ from dinov2.export import main as export_command
 from dinov2.export import save_teacher
 from dinov2.extensions import BACKBONES
 from dinov2.hub import load_teacher
-from dinov2.hub.layouts.meta import HEADS
+from dinov2.hub.layouts import HEADS
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import vit_demo, vit_small

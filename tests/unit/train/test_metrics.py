@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2.logging.metrics import MetricAccumulator
-from dinov2.logging.sinks import ConsoleSink, JsonlSink, WandbSink
+from dinov2.logging.metrics import ConsoleSink, JsonlSink, MetricAccumulator, WandbSink
 from tests.helpers.spawn import run_ranks
 
 RECORD = {

@@ -1,4 +1,7 @@
-"""Meta's names of a DINOv2 ViT's weights, which our backbone has too: what the tensors tell of the architecture."""
+"""Names under which DINOv2 weights are passed around: Meta's, which our backbone has too, timm's and transformers'.
+
+What Meta's names and the shapes tell of a ViT's architecture follows below them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,118 @@ HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Attention heads by width: the one figure that no tensor's shape tells."""
 
 _DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3}
+
+# Modules by Meta's name and by the one that transformers writes to files, in every version.
+_STEM = {
+    "cls_token": "embeddings.cls_token",
+    "register_tokens": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_BLOCK = {
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "mlp.w12": "mlp.weights_in",
+    "mlp.w3": "mlp.weights_out",
+}
+_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+# Modules of transformers 5 in memory.
+_IN_MEMORY = {"attention.o_proj": "attn.proj", "mlp.down_proj": "mlp.w3"}
+# Parts of a joint module, in its order.
+_JOINT = {
+    _QKV: "attn.qkv",
+    tuple(f"attention.{part}_proj" for part in "qkv"): "attn.qkv",
+    ("mlp.gate_proj", "mlp.up_proj"): "mlp.w12",
+}
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename timm's tensors; the mask token, which only training uses, is zero, and beside registers the class
+    token's position, which timm has not.
+    """
+    renamed = {}
+    for key, tensor in state.items():
+        mlp, _, layer = key.rpartition(".mlp.")
+        first, second = (state.get(f"{mlp}.mlp.{name}.weight") for name in ("fc1", "fc2"))
+        # SwiGLU with its halves in one: the first map is twice as wide as the second takes.
+        if layer and first is not None and second is not None and first.shape[0] == 2 * second.shape[-1]:
+            key = key.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+        renamed["register_tokens" if key == "reg_token" else key] = tensor
+    if "register_tokens" in renamed:
+        zero = torch.zeros_like(renamed["pos_embed"][:, :1])
+        renamed["pos_embed"] = torch.cat([zero, renamed["pos_embed"]], dim=1)
+    renamed["mask_token"] = torch.zeros_like(renamed["cls_token"][0])
+    return renamed
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Meta's tensors; beside registers the class token's position becomes part of the token, float64."""
+    renamed = {
+        key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): tensor for key, tensor in state.items()
+    }
+    del renamed["mask_token"]
+    if "register_tokens" in renamed:
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        positions = renamed["pos_embed"]
+        renamed["cls_token"] = renamed["cls_token"].double() + positions[:, :1].double()
+        renamed["pos_embed"] = positions[:, 1:]
+    return renamed
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename transformers' tensors, on disk or in memory, and join those that Meta holds in one.
+
+    Where the file has no mask token it is zero.
+    """
+    stem = {theirs: ours for ours, theirs in _STEM.items()}
+    block = {theirs: ours for ours, theirs in _BLOCK.items()} | _IN_MEMORY
+    part_of = {part: (joint, i) for parts, joint in _JOINT.items() for i, part in enumerate(parts)}
+    renamed: dict[str, Tensor] = {}
+    joints: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in state.items():
+        in_block = re.match(r"encoder\.layer\.(\d+)\.(.+)", key)
+        if not in_block:
+            renamed[_rename(key, stem)] = tensor
+            continue
+        number, name = in_block.groups()
+        module, _, kind = name.rpartition(".")
+        if module in part_of:
+            joint, i = part_of[module]
+            joints.setdefault(f"blocks.{number}.{joint}.{kind}", {})[i] = tensor
+        else:
+            renamed[f"blocks.{number}.{_rename(name, block)}"] = tensor
+    for key, parts in joints.items():
+        renamed[key] = torch.cat([parts[i] for i in sorted(parts)])
+    renamed.setdefault("mask_token", torch.zeros_like(renamed["cls_token"][0]))
+    return renamed
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Meta's tensors as transformers' files have them, which every version of it reads."""
+    renamed = {}
+    for key, tensor in state.items():
+        in_block = re.match(r"blocks\.(\d+)\.(.+)", key)
+        if not in_block:
+            renamed[_rename(key, _STEM)] = tensor
+            continue
+        layer, name = f"encoder.layer.{in_block[1]}.", in_block[2]
+        if name.startswith("attn.qkv."):
+            kind = name.removeprefix("attn.qkv")
+            parts = tensor.chunk(3)
+            renamed |= {layer + theirs + kind: part for theirs, part in zip(_QKV, parts, strict=True)}
+        else:
+            renamed[layer + _rename(name, _BLOCK)] = tensor
+    return renamed
+
+
+def _rename(key: str, modules: Mapping[str, str]) -> str:
+    for name, other in modules.items():
+        if key == name or key.startswith(f"{name}."):
+            return other + key.removeprefix(name)
+    return key
 
 
 def is_vit(model: nn.Module) -> bool:
@@ -52,11 +167,8 @@ def vit_from_shapes(path: str, state: Mapping[str, Tensor], layout: str, heads: 
     Positions are resampled as the models with the file's ``layout`` do it: timm's always, Meta's and transformers'
     with registers antialiased to exact sides.
 
-    Args:
-        heads: attention heads where something beside the file tells them.
-
-    Raises:
-        ValueError: if the number of heads or blocks does not follow.
+    ``heads`` is their number where something beside the file tells it. Raises ValueError where heads or blocks do not
+    follow.
     """
     arguments, width = _arguments(state), state["cls_token"].shape[-1]
     heads = heads or HEADS.get(width)
@@ -76,11 +188,7 @@ def vit_from_shapes(path: str, state: Mapping[str, Tensor], layout: str, heads: 
 
 
 def vit_arguments(model: nn.Module) -> dict[str, Any]:
-    """Constructor keywords of a ViT, all of those that its function and weights depend on.
-
-    Raises:
-        ValueError: if the backbone is another one.
-    """
+    """Constructor keywords that a ViT's function and weights depend on; raises ValueError for another backbone."""
     if not is_vit(model):
         raise ValueError(f"The backbone is a {type(model).__name__}; a DINOv2 ViT is expected.")
     return _arguments(model.state_dict()) | {
@@ -129,22 +237,15 @@ def width_ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
-# The position grid, the one tensor whose shape follows from the size of the images.
-
-
 def take_grid(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a ViT without weights the position grid, of another size, that its weights have."""
+    """Give a ViT without weights the position grid that its weights have: its size is that of the images."""
     tokens = 1 + _grid_side(state) ** 2
     if model.pos_embed.shape[1] != tokens:
         _set_grid(model, model.pos_embed.new_empty(1, tokens, model.embed_dim))
 
 
 def resize_grid(model: nn.Module, image_size: int) -> None:
-    """Give a ViT a position grid for square images of so many px, resampled as it resamples its own; in place.
-
-    Raises:
-        ValueError: if the backbone is another one, or the size is not a multiple of the patch.
-    """
+    """Give a ViT a position grid for square images of so many px, resampled as it resamples its own; in place."""
     patch = vit_arguments(model)["patch_size"]
     if image_size < patch or image_size % patch:
         raise ValueError(f"The image size is {image_size}; a positive multiple of the patch's {patch} px is expected.")
