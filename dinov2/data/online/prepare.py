@@ -185,7 +185,6 @@ def _stat(path: str) -> tuple[int, str]:
     if not is_remote(path):
         stat = os.stat(path)
         return stat.st_size, str(stat.st_mtime_ns)
-    retries = Retries()
-    fs, inside = filesystem(path, retries)
-    info = retries.call(public_name(path), lambda: fs.info(inside))
+    fs, inside = filesystem(path, Retries())
+    info = Retries().call(public_name(path), lambda: fs.info(inside))
     return int(info["size"]), version_of(info)

@@ -53,10 +53,7 @@ class Patch(NamedTuple):
 
 
 class OnlineOrder:
-    """Patches in the order of their numbers: sample g is row g % 64 of unit g // 64; stands in for a `SampleOrder`.
-
-    The order itself has nothing random; after `units` the first comes again.
-    """
+    """As `SampleOrder`, but patch by patch: sample g is row g % 64 of unit g // 64; after `units` the first is next."""
 
     lanes, block_rows = 1, UNIT_PATCHES  # patch follows patch; a process holds those that it has looked ahead to
 
@@ -85,15 +82,13 @@ class OnlinePatchSource:
     cannot give it, drawing again; and a place, uniform as `dinov2.data.online.positions` defines it. The square is
     read from the coarsest level that is fine enough and resized to `tile_size`.
 
-    The first M patches of an endless source are the patches of a source with `max_patches` M.
+    The first M patches of an endless source are the patches of a source with `max_patches` M. The order of the slides
+    does not matter. ValueError if too many slides cannot be read, or none gives patches.
 
     Args:
-        rows: the slides; their order does not matter.
         seed: of the draws, in [0, 2^64).
         slide_share: fraction of the slides to use, see `take_fraction`.
         max_patches: number of distinct patches; 0 draws without end (2^30).
-
-    ValueError if too many slides cannot be read, or none gives patches.
     """
 
     def __init__(

@@ -31,11 +31,8 @@ _FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, 
 class ParquetSource:
     """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema; see `Source`.
 
-    A unit is one row group; they are numbered shard by shard.
-
-    Args:
-        dataset: name of a dataset, with ``revision`` and ``attempts`` as for `open_storage`, or its storage.
-        sidecar: where to keep the index for the next start; None reads all footers every time, see `load_index`.
+    A unit is one row group; they are numbered shard by shard. ``dataset``, ``revision`` and ``attempts`` are as for
+    `open_storage`, or a storage; ``sidecar`` is where to keep the index for the next start, see `load_index`.
     """
 
     def __init__(

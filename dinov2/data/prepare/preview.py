@@ -75,7 +75,8 @@ def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figur
     for mpp in draw.skipped:
         axis.plot([], [], " ", label=f"{_kind(reader, mpp, None)}: none")
     axis.set(xlim=extent[:2], ylim=extent[2:])
-    _scale_bar(axis, reader.mpp, extent[1])
+    if reader.mpp is not None:
+        _scale_bar(axis, reader.mpp, extent[1])
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0), "ncols": 3}
     figure.legend(*axis.get_legend_handles_labels(), fontsize=9, frameon=False, **where)
     own = "mpp unknown" if reader.mpp is None else f"{reader.mpp:.4g} µm/px ({reader.mpp_source})"
@@ -128,10 +129,8 @@ def _squares(axis: Axes, corners: np.ndarray, side: float, colour: str, label: s
     axis.plot([], [], "s", color="none", markeredgecolor=colour, markeredgewidth=1.5, label=label)
 
 
-def _scale_bar(axis: Axes, mpp: float | None, width: float) -> None:
+def _scale_bar(axis: Axes, mpp: float, width: float) -> None:
     """A bar of 1, 2 or 5 times a power of ten, between a twelfth and a fifth of the width."""
-    if mpp is None:
-        return
     limit = width * mpp / 5
     length = max(step * 10.0**power for power in range(-3, 6) for step in (1, 2, 5) if step * 10.0**power <= limit)
     words = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"

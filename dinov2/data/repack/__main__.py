@@ -31,8 +31,7 @@ _FAILURES = "failures.jsonl"
 def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
     """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
-    FileExistsError if the destination holds something else than a part of this result, or is being written to,
-    ValueError if it overlaps with the source.
+    FileExistsError if the destination holds something else or is being written to, ValueError if it overlaps SRC.
     """
     start = time.monotonic()
     storage = open_storage(source)

@@ -91,8 +91,7 @@ def parse_slide(job: tuple[str, float | None]) -> TileIndex | str:
 def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: int) -> tuple[set[str], dict[str, str]]:
     """Write the index of a collection; what `<path>.part` or an earlier index knows of it is taken over.
 
-    `mpps` names the slides, with the mpp that the user gives for them. Returns the slides that were parsed now or
-    since the last stop, and why others could not be.
+    `mpps` names the slides, with the user's mpp. Returns those parsed now or since the last stop, and why not others.
     """
     partial = path.with_name(f"{path.name}.part")
     starts, end = {}, 0

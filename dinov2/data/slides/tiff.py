@@ -19,12 +19,9 @@ from dinov2.data.storage.retry import RemoteError, Retries, reason
 _APERIO, _TRESTLE = "Aperio Image", "MedScan"  # tiles of the latter overlap
 _REDUCED = 1  # bit of subfiletype
 _BLOCK_BYTES = 1 << 20  # a server's file is parsed through a cache of such blocks
-_KINDS = {  # compression and photometric of the tags: kind of the tiles and of their colours
-    (7, 2): ("jpeg", "rgb"),
-    (7, 6): ("jpeg", "ycbcr"),
-    (33003, None): ("j2k", "ycbcr"),
-    (33005, None): ("j2k", "rgb"),
-}
+# Compression and photometric of the tags: kind of the tiles and of their colours.
+_KINDS = {(7, 2): ("jpeg", "rgb"), (7, 6): ("jpeg", "ycbcr")}
+_KINDS |= {(33003, None): ("j2k", "ycbcr"), (33005, None): ("j2k", "rgb")}
 
 
 def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
