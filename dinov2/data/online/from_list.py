@@ -105,11 +105,13 @@ class SlideListSource:
             raise DecodeError(str(error)) from error
 
     def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its tiles, for a message to the user."""
         first = unit * UNIT_LINES + 1
         lines = f"patches {first} to {first + int(self.unit_rows[unit]) - 1}" if row is None else f"patch {first + row}"
         return f"{lines} of sample list '{self._list_path}'"
 
     def slides(self, unit: int) -> list[str]:
+        """Name the slide of every line of a unit."""
         numbers = self._samples.slide[unit * UNIT_LINES : (unit + 1) * UNIT_LINES]
         return [self._samples.slides[number] for number in numbers.tolist()]
 

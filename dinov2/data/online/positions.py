@@ -35,6 +35,7 @@ class Positions:
 
     @classmethod
     def count(cls, mask: TissueMask, geometry: Geometry, min_foreground: float) -> "Positions":
+        """Count, by row of mask cells, the places whose square holds at least ``min_foreground`` tissue."""
         n, least, columns, rows = _grid(mask, geometry, min_foreground)
         if columns is None or rows is None:
             return cls(geometry, np.zeros(1, np.int64), min_foreground)

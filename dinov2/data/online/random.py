@@ -125,6 +125,7 @@ class OnlinePatchSource:
         return SampleOrder(self.unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
 
     def draw(self, number: int) -> Patch:
+        """Draw slide, resolution and place of a patch from ``(seed, number)``."""
         rng = sample_rng(self._seed, number, _STREAM)
         by_slide, by_mpp = rng.random(2)
         slide = _pick(self._slide_ends, by_slide)
@@ -167,6 +168,7 @@ class OnlinePatchSource:
         return pixels if geometry.side == size else cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
 
     def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a unit, or one of its patches, for a message to the user."""
         first = unit * UNIT_PATCHES
         if row is None:
             return f"patches {first} to {first + UNIT_PATCHES - 1} drawn from {len(self.slide_list)} slides"
@@ -176,6 +178,7 @@ class OnlinePatchSource:
         return f"patch {first + row}, slide '{self._name(slide)}' at x {x}, y {y}, level {g.level}, {g.mpp:g} um/px"
 
     def slides(self, unit: int) -> list[str]:
+        """Name the slide of every patch of a unit."""
         first = unit * UNIT_PATCHES
         rngs = (sample_rng(self._seed, first + row, _STREAM) for row in range(int(self.unit_rows[unit])))
         return [self._name(_pick(self._slide_ends, rng.random(2)[0])) for rng in rngs]

@@ -63,22 +63,26 @@ class ParquetSource:
         return list(zip(_slide_names(names, image), images, strict=True))
 
     def slides(self, unit: int) -> list[str]:
+        """Name the slide of every row of a row group."""
         (slide, image), rows = self._slide_and_image(unit), range(int(self.unit_rows[unit]))
         if slide is not None:
             return [slide] * len(rows)
         return _slide_names(self._columns(unit, rows, [SLIDE_COLUMN[image]])[0], image)
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
+        """Turn stored bytes into uint8 (H, W, 3) RGB; see `decode_image`."""
         if not sample.data:
             raise DecodeError("nothing is stored there (a null, or a corrupt page of the shard)")
         return decode_image(sample.data, self._raw_sizes[self._find(sample.unit)[0]])
 
     def describe(self, unit: int, row: int | None = None) -> str:
+        """Name a row group, or one of its rows, for a message to the user."""
         shard, group = self._find(unit)
         named = f"row group {group} of shard '{self._storage.locate(self._names[shard])}'"
         return named if row is None else f"row {row} of {named}"
 
     def repack_advice(self) -> str:
+        """See `repack_advice`."""
         return repack_advice(self._storage, self.unit_rows, self.unit_bytes)
 
     def _find(self, unit: int) -> tuple[int, int]:

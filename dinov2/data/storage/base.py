@@ -49,6 +49,7 @@ class LocalStorage:
             raise FileNotFoundError(f"dataset '{pattern}' does not exist; {expected}")
 
     def list_files(self) -> list[StoredFile]:
+        """List files by name; see `Storage`."""
         found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
         names = sorted(name for name in found if os.path.isfile(self.locate(name)))
         if not names:
@@ -57,6 +58,7 @@ class LocalStorage:
         return [StoredFile(n, s.st_size, str(s.st_mtime_ns)) for n, s in zip(names, stats, strict=True)]
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Read from the disk; see `Storage`."""
         path = self.locate(name)
         # Long reads pass the buffer by; without any, a read would end after 2 GiB. The default is 4 MiB on Lustre.
         with open(path, "rb", buffering=1 << 13) as file:
@@ -67,6 +69,7 @@ class LocalStorage:
         return data
 
     def locate(self, name: str) -> str:
+        """Return the path of a file."""
         return os.path.join(self.location, name)
 
 
@@ -91,13 +94,16 @@ class RangedFile(io.RawIOBase):
         self._storage, self._name, self._size, self._position = storage, name, size, 0
 
     def readable(self) -> bool:
+        """Say that it can be read, as `io` asks."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position; returns it."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer from the position on; returns how many bytes."""
         length = max(0, min(len(buffer), self._size - self._position))
         if length:
             buffer[:length] = self._storage.read_range(self._name, self._position, length)

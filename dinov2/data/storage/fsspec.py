@@ -77,6 +77,7 @@ class ObjectStorage(RemoteStorage):
         self._filesystem()
 
     def list_files(self) -> list[StoredFile]:
+        """List files by name; see `Storage`."""
         fs, folder = self._filesystem()
         pattern = folder + self._url[len(self._folder) :]
         fs.invalidate_cache()
@@ -89,6 +90,7 @@ class ObjectStorage(RemoteStorage):
             return list(pool.map(self._describe, names, names.values()))
 
     def locate(self, name: str) -> str:
+        """Return the URL of a file."""
         return public_name(f"{self._folder}/{name}")
 
     def _filesystem(self) -> tuple[Any, str]:
@@ -154,6 +156,7 @@ class HubStorage(RemoteStorage):
         self.location = f"hf://datasets/{repo}@{self.commit}" + (f"/{self._path}" if self._path else "")
 
     def list_files(self) -> list[StoredFile]:
+        """List files of the commit by name; see `Storage`."""
         tree = {file.path: file for file in self._tree()}
         shards = _select(tree, self._path)
         if not self._path:
@@ -166,6 +169,7 @@ class HubStorage(RemoteStorage):
         return [StoredFile(f.path[inside:], f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files]
 
     def locate(self, name: str) -> str:
+        """Return the ``hf://`` URL of a file."""
         from huggingface_hub import hf_hub_url
 
         path = f"{self._folder}/{name}" if self._folder else name
