@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.train import run
 from dinov2.train.plan.measure import StepCosts, StepFlops
 from tests.helpers.hub_server import HubServer
 
@@ -14,18 +15,18 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def steps_measured_once() -> Iterator[None]:
+def runs_measure_once() -> Iterator[None]:
     """Hundreds of runs start with one of a few networks, and measuring a step takes seconds each time."""
     measured: dict[str, StepFlops] = {}
-    measure = StepCosts.flops
     sections = ("student", "crops", "dino", "ibot", "losses", "performance", "debug", "compute_precision", "train")
 
-    def flops(costs: StepCosts, images: int) -> StepFlops:
-        key = repr((images, costs.compiled, *(getattr(costs.config, section) for section in sections)))
-        return measured.get(key) or measured.setdefault(key, measure(costs, images))
+    class Remembered(StepCosts):
+        def flops(self, images: int) -> StepFlops:
+            key = repr((images, self.compiled, *(getattr(self.config, section) for section in sections)))
+            return measured.get(key) or measured.setdefault(key, super().flops(images))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepCosts, "flops", flops)
+        patch.setattr(run, "StepCosts", Remembered)
         yield
 
 

@@ -150,7 +150,7 @@ class StepCosts:
     def _measure(self, arch: SSLMetaArch, batch: dict[str, Any]) -> tuple[Cost, Cost]:
         backbones = arch.student.backbone, arch.teacher.backbone
         with Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
-            loss = arch.compute_losses(batch, teacher_temp=0.07)["total_loss"]  # no cost depends on it
+            loss = arch.compute_losses(batch, 0.07)["total_loss"]  # no cost depends on the temperature
             saved = meter.live
             loss.backward()
         arch.zero_grad(set_to_none=True)
