@@ -35,7 +35,7 @@ class Decoder:
         prefix = f"{path}." if path else ""
         for name in user:
             if name not in hints:
-                self._unknown(prefix, str(name), list(hints))
+                self._unknown(prefix, str(name), list(hints), user)
         values, missing = {}, False
         for field in dataclasses.fields(section):
             hint, child = hints[field.name], prefix + field.name
@@ -92,12 +92,13 @@ class Decoder:
                     decoded[name] = self.section(options, values, child)
         return decoded
 
-    def _unknown(self, prefix: str, name: str, known: list[str]) -> None:
+    def _unknown(self, prefix: str, name: str, known: list[str], given: Mapping[str, Any]) -> None:
         older = [key.removeprefix(prefix) for key in OLDER_KEYS if prefix and key.startswith(prefix)]
         hint = f"known keys: {', '.join(known)}." if known else "there are no keys here."
         for near in difflib.get_close_matches(name[:100], [*known, *older], n=1, cutoff=0.6):
             hint, meant = f"did you mean {prefix}{near}?", OLDER_KEYS.get(prefix + near)
-            self.faulty.add(meant.new if meant else prefix + near)
+            if near not in given:  # the value was meant for this key, whose default says nothing of the user's
+                self.faulty.add(meant.new if meant else prefix + near)
         name = name if len(name) <= 80 else f"{name[:80]}..."
         self._fault(prefix + name, f"Unknown config key {prefix}{name}; {hint}")
 

@@ -169,6 +169,9 @@ def test_faults_of_every_kind_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["data.pth=a", "crops.local_crops_size=97"])
     assert [fault.split(" ")[0] for fault in caught.value.faults] == ["Unknown", "crops.local_crops_size"]
+    with pytest.raises(ConfigError) as caught:  # the misspelt key stands beside the one that it looks like
+        load_config(None, [DATA, "crops.global_crop_size=98", "crops.global_crops_size=100"])
+    assert [fault.split(" ")[0] for fault in caught.value.faults] == ["Unknown", "crops.global_crops_size"]
 
 
 def test_interpolation(tmp_path: Path):
