@@ -11,6 +11,8 @@ from dinov2.train import run
 from dinov2.train.plan.measure import StepCosts, StepFlops
 from tests.helpers.hub_server import HubServer
 
+pytest_plugins = ["tests.helpers.slides"]
+
 torch.set_num_threads(1)
 
 

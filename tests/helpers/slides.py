@@ -38,10 +38,10 @@ def stored_levels(train_slide: Path) -> list[np.ndarray]:
 
 def real_slide(name: str) -> Path:
     """A slide from the folder in PATHFM_SLIDES_DIR; skips the test where there is none."""
-    folder = os.environ.get("PATHFM_SLIDES_DIR")
-    if not folder or not Path(folder, name).is_file():
-        pytest.skip(f"PATHFM_SLIDES_DIR is {folder!r} and holds no {name}")
-    return Path(folder, name)
+    slide = Path(os.environ.get("PATHFM_SLIDES_DIR", ""), name).resolve()
+    if not slide.is_file():
+        pytest.skip(f"there is no {slide}")
+    return slide
 
 
 @pytest.fixture

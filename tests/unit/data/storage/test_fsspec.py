@@ -13,7 +13,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 
 from dinov2.data.storage.base import LocalStorage, Storage
@@ -21,8 +20,7 @@ from dinov2.data.storage.fsspec import ObjectStorage
 from dinov2.data.storage.locate import open_storage
 from dinov2.data.storage.retry import RemoteError, Retries
 from tests.helpers.hub_server import HubServer, seeded_faults
-
-NAMES = ["c d.parquet", "data/a.parquet", "data/deep/b.parquet"]
+from tests.helpers.ranges import NAMES, read_ranges
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +62,6 @@ def web_server(folder: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-
-
-def read_ranges(storage: Storage, folder: Path, seed: int, count: int = 15) -> int:
-    """Read random ranges and count those that differ from the local file."""
-    generator, wrong = np.random.default_rng(seed), 0
-    for _ in range(count):
-        name = NAMES[generator.integers(3)]
-        content = (folder / name).read_bytes()
-        start = int(generator.integers(len(content)))
-        length = int(generator.integers(len(content) - start + 1))
-        wrong += storage.read_range(name, start, length) != content[start : start + length]
-    return wrong
 
 
 def test_s3_lists_and_reads_like_a_folder(bucket: str, shards: Path, quick: Retries) -> None:

@@ -6,30 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
+from dinov2.data.storage.base import LocalStorage, RangedFile
 from dinov2.data.storage.fsspec import HubStorage
 from dinov2.data.storage.retry import RemoteError, Retries
 from tests.helpers.hub_server import RATE_LIMITED, RETRY_AFTER, Fault, HubServer, seeded_faults
+from tests.helpers.ranges import NAMES, read_ranges
 
-NAMES = ["c d.parquet", "data/a.parquet", "data/deep/b.parquet"]
 FAULTS = {"503": 0.08, "500": 0.04, "429": 0.08, "drop": 0.06, "cut": 0.06}
-
-
-def read_ranges(storage: Storage, folder: Path, seed: int, count: int = 40) -> int:
-    """Read random ranges and count those that differ from the local file."""
-    generator, wrong = np.random.default_rng(seed), 0
-    for _ in range(count):
-        name = NAMES[generator.integers(3)]
-        content = (folder / name).read_bytes()
-        start = int(generator.integers(len(content)))
-        length = int(generator.integers(len(content) - start + 1))
-        wrong += storage.read_range(name, start, length) != content[start : start + length]
-    return wrong
 
 
 def test_files_are_listed_with_size_and_version(hub: HubServer, shards: Path, quick: Retries) -> None:

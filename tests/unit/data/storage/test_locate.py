@@ -11,8 +11,7 @@ from dinov2.data.storage.base import LocalStorage
 from dinov2.data.storage.fsspec import ObjectStorage
 from dinov2.data.storage.locate import open_storage
 from tests.helpers.hub_server import HubServer
-
-NAMES = ["c d.parquet", "data/a.parquet", "data/deep/b.parquet"]
+from tests.helpers.ranges import NAMES
 
 
 def names(dataset: str, revision: str = "") -> list[str]:

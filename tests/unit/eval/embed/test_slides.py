@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import cv2
 import h5py
@@ -15,6 +14,7 @@ import torch
 
 from prepatching_scripts.make_demo_slide import make_demo_slides
 from tests.helpers.embedding import MEAN, contents, embed, expected, make_teacher, refused, rows_of
+from tests.helpers.slides import real_slide
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +177,7 @@ def test_bad_input(teacher, slides, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("name", "given"), [("cmu-1-small-region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.25)])
 def test_real_slides(teacher, name, given, tmp_path):
     openslide = pytest.importorskip("openslide")
-    slide = Path(os.environ.get("PATHFM_SLIDES_DIR", ""), name)
-    if not slide.is_file():
-        pytest.skip(f"there is no {slide}")
+    slide = real_slide(name)
     options = ["--tile-size", 56, "--stride", 224]
     if given is not None:
         (tmp_path / "mpp.csv").write_text(f"slide,mpp\n{name},{given}\n")
