@@ -23,6 +23,7 @@ AUGMENTATIONS = Registry(
     "augmentation step",
     {
         "flips": "dinov2.data.augment.steps.flips:Flips",
+        "rotate90": "dinov2.data.augment.steps.rotate90:Rotate90",
         "hed": "dinov2.data.augment.steps.hed:Hed",
         "jitter": "dinov2.data.augment.steps.jitter:Jitter",
         "grayscale": "dinov2.data.augment.steps.grayscale:Grayscale",

@@ -162,6 +162,7 @@ class DinoConfig(HeadConfig):
     kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
     kde_kappa: float = key(5.0, "concentration of the KDE kernel", above=0, most=1e4)
     kde_gather: bool = key(False, "true: density over the rows of all processes")
+    kde_ramp_epochs: Range = key((0.0, 0.0), "its weight rises linearly from 0 between these", **_EPOCHS)
     kde_reference_sign: bool = key(False, "true: sign and self term of the published code, which reward collapse")
 
 
@@ -196,6 +197,7 @@ class AugmentationConfig:
     hed_shift: float = key(0.05, "each stain shifted by U(-x, x), in scikit-image's HED units", **_STRENGTH)
     hed_scale: float = key(0.0, "each stain first multiplied by U(1 - x, 1 + x)", **_STRENGTH)
     hed_clip: bool = key(True, "stain amounts clipped to [0, 1] after the shift, as published")
+    hed_per_tile: bool = key(False, "true: all views of a tile are perturbed alike; false: each by itself")
     jitter_prob: float = key(0.8, "the four colour adjustments below, in random order", **_PROBABILITY)
     brightness: float = key(0.2, "factor U(1 - x, 1 + x)", **_STRENGTH)
     contrast: float = key(0.2, "factor U(1 - x, 1 + x)", **_STRENGTH)
@@ -209,7 +211,7 @@ class AugmentationConfig:
     blur_kernel_size: int = key(9, "odd width of the blur's kernel in px", least=1, most=1023)
     normalize_mean: Colour = key((0.485, 0.456, 0.406), "per channel, of values in [0, 1]", least=-100, most=100)
     normalize_std: Colour = key((0.229, 0.224, 0.225), "per channel", above=0, most=100)
-    steps: Mapping[str, Any] = key({}, "further registered steps: {name: {...}}", **_ADDED_STEPS)
+    steps: Mapping[str, Any] = key({}, "further steps, such as {rotate90: {prob: 0.75}}", **_ADDED_STEPS)
 
 
 @dataclass(frozen=True)

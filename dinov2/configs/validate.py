@@ -54,7 +54,7 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
 
     found = chain(
         _crop_faults(config), _mask_faults(config), _data_faults(config), _online_faults(config),
-        _step_faults(config, world_size), _network_faults(config), _precision_faults(config),
+        _step_faults(config, world_size), _ramp_faults(config), _network_faults(config), _precision_faults(config),
     )  # fmt: skip
     return list(filter(is_judged, found))
 
@@ -156,6 +156,12 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
         )
     if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0 and not config.losses:
         yield "dino.loss_weight = 0 and ibot.loss_weight = 0 without losses leave nothing to learn; set one above 0."
+
+
+def _ramp_faults(config: Config) -> Iterator[str]:
+    for key, _, _, value in keys_of(config):
+        if key.endswith("ramp_epochs") and value[0] > value[1]:
+            yield f"{key} = {list(value)} is not a range; expected 0 <= start <= end."
 
 
 def _network_faults(config: Config) -> Iterator[str]:

@@ -18,6 +18,7 @@ from dinov2.distributed import all_reduce_sum, get_global_size
 
 logger = logging.getLogger("dinov2")
 
+CHANCE, OF_CHANCE = "_chance", "_of_chance"
 _PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
 
 
@@ -48,6 +49,25 @@ class MetricAccumulator:
         return dict(zip(self._names, means.tolist(), strict=True))
 
 
+def relative_to_chance(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Put ``<term>_of_chance``, a loss as a fraction of its level of chance, in place of the level, ``<loss>_chance``.
+
+    They are fractions of means over a period, so that steps without masks count for nothing, and are left out where
+    the level is 0.
+    """
+    found = dict(metrics)
+    for name in metrics:
+        loss = name.removesuffix(CHANCE)
+        if loss != name and loss in metrics and (level := found.pop(name)) > 0:
+            found[of_chance(loss)] = metrics[loss] / level
+    return found
+
+
+def of_chance(loss: str) -> str:
+    """Name of the metric of a loss as a fraction of chance."""
+    return loss.removesuffix("_loss") + OF_CHANCE
+
+
 class Sink:
     """Receives one record per logging period, on rank 0 only."""
 
@@ -60,7 +80,7 @@ class Sink:
 
 
 class ConsoleSink(Sink):
-    """One line per record: step, losses, lr, gradient norm, speed, data wait, slides per batch, memory, time left."""
+    """One line per record: step, losses, absolute and of chance, lr, gradient norm, speed, data, memory, time left."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record's headline values, of a training step or of probes."""
@@ -70,6 +90,7 @@ class ConsoleSink(Sink):
             return
         losses = "  ".join(
             f"{name.removesuffix('_loss').removesuffix('_crops')} {value:.4f}"
+            + (f" ({record[of_chance(name)]:.1%} of chance)" if of_chance(name) in record else "")
             for name, value in record.items()
             if name.endswith("_loss")
         )

@@ -1,5 +1,6 @@
 """DINO: the student's class tokens predict the teacher's, view against view."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -77,3 +78,14 @@ class DINO(LossTerm):
             losses["dino_local_crops_loss"] = dino_local_loss(others, targets, kernels=kernels)
         losses["dino_global_crops_loss"] = dino_global_loss(views, targets, len(others), kernels=kernels)
         return losses
+
+    def chance(self, outputs: StepOutputs) -> dict[str, float]:
+        """Return the two for uniform predictions, whose cross-entropy is ln K against any target."""
+        num_views, _, num_prototypes = outputs.class_targets.shape
+        num_local = len(outputs.class_logits) - num_views
+        pairs = {
+            "dino_local_crops_loss": num_views * num_local,
+            "dino_global_crops_loss": num_views * (num_views - 1),
+        }
+        of_a_pair = math.log(num_prototypes) / sum(pairs.values())
+        return {name: count * of_a_pair for name, count in pairs.items() if count}

@@ -1,5 +1,6 @@
 """iBOT: the student's masked patches predict what the teacher sees there."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -55,3 +56,8 @@ class IBOT(LossTerm):
         """Return the loss of the masked patches."""
         logits, targets, weight = outputs.patch_logits, outputs.patch_targets, outputs.mask_weight
         return ibot_loss(logits, targets, weight, len(outputs.masks), kernels=outputs.kernels)
+
+    def chance(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        """Return the loss for uniform predictions: ln K' times the fraction of crops that are masked."""
+        masked_crops = outputs.mask_weight.sum() / len(outputs.masks)
+        return {"ibot_loss": math.log(outputs.patch_logits.shape[-1]) * masked_crops}

@@ -123,7 +123,10 @@ class KDE(LossTerm):
     def options_of(cls, config: Any) -> LossTerm.Options:
         """Keys ``dino.kde_*``."""
         dino = config.dino
-        return cls.Options(dino.kde_loss_weight, dino.kde_kappa, dino.kde_reference_sign, dino.kde_gather)
+        return cls.Options(
+            dino.kde_loss_weight, dino.kde_kappa, dino.kde_reference_sign, dino.kde_gather,
+            ramp_epochs=dino.kde_ramp_epochs,
+        )  # fmt: skip
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the student's class tokens."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class LossTerm(nn.Module):
         """Keys of the term's section; those of a subclass extend these."""
 
         weight: float = key(1.0, "weight in the total loss; 0 leaves the term out", least=0)
+        _: KW_ONLY  # so that the keys of a subclass come second
+        ramp_epochs: tuple[float, float] = key((0.0, 0.0), "the weight rises linearly from 0 between these", least=0)
 
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__()
@@ -104,6 +106,20 @@ class LossTerm(nn.Module):
         Their mean over ranks is the loss of the joined batch.
         """
         raise NotImplementedError
+
+    def chance(self, outputs: StepOutputs) -> Mapping[str, Tensor | float]:
+        """Return what losses of `forward` would be if the student told nothing apart, by the names they are logged by.
+
+        Losses that are left out, by default all, are logged as they are; the others also as fractions of chance.
+        """
+        return {}
+
+    def weight_at(self, epoch: float) -> float:
+        """Return the factor of the losses in the total, ``options.weight`` after the ramp; epochs may be fractional."""
+        start, end = self.options.ramp_epochs
+        if epoch >= end:
+            return self.options.weight
+        return self.options.weight * (epoch - start) / (end - start) if epoch > start else 0.0
 
 
 def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dinov2.logging.metrics import OF_CHANCE
+
 MASK_GREY = 110
 MAX_LOCAL_CROPS = 6  # shown per tile
 PCA_PAIRS_PER_ROW = 4
@@ -23,8 +25,10 @@ def as_png(figure: Figure) -> bytes:
 
 
 def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
-    """Every loss term, the learning rate, the gradient norms and the throughput against the step."""
+    """Every loss, absolute and of chance, the learning rate, gradient norms and the throughput against the step."""
     panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss")}
+    if of_chance := [name for name in metrics if name.endswith(OF_CHANCE)]:
+        panels["losses, of chance"] = of_chance
     panels["learning rate"] = ["lr"]
     panels["gradient norm before clipping"] = [name for name in metrics if name.startswith("grad_norm")]
     panels["images per second"] = ["img_per_s"]
@@ -33,7 +37,8 @@ def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
         for name in names:
-            steps, values, label = metrics["step"], metrics[name], name.removeprefix("grad_norm_")
+            steps, values = metrics["step"], metrics[name]
+            label = name.removeprefix("grad_norm_").removesuffix(OF_CHANCE)
             window = len(values) // 50
             if window < 2:
                 axis.plot(steps, values, lw=1.6, label=label)
@@ -42,6 +47,8 @@ def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
             (line,) = axis.plot(steps, values, lw=0.8, alpha=0.3)
             smooth = np.convolve(values, np.ones(window) / window, "valid")
             axis.plot(steps[window - 1 :], smooth, lw=1.6, color=line.get_color(), label=label)
+        if names == of_chance:
+            axis.axhline(1, color="grey", lw=0.8, ls="--")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)

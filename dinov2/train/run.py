@@ -20,6 +20,7 @@ from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
+from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
@@ -98,15 +99,17 @@ class Run:
         if config.logging.samples:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step)
+        schedules = Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps)
         sinks: list[Sink] = []
         if is_main_process():
-            sinks += [ConsoleSink(), JsonlSink(self.output_dir / "metrics.jsonl")]
+            watch = chance_watch(schedules, self.state, plan.total_steps, config.logging.period_iterations)
+            sinks += [ConsoleSink(), JsonlSink(self.output_dir / "metrics.jsonl"), watch]
             if config.logging.wandb:
                 shown = dataclasses.asdict(config) | {"plan": dataclasses.asdict(plan)}
                 sinks.append(WandbSink(self.output_dir, config.logging.wandb_project, shown))
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
-            schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),
+            schedules=schedules,
             plan=plan,
             state=self.state,
             batches=device_batches(batches, config, self.device),
@@ -193,6 +196,12 @@ class Run:
         if not self.config.train.skip_checkpointer:
             hooks.append(PeriodicHook(self.config.train.checkpoint_period_iterations, self.save_checkpoint))
         return [*hooks, GarbageHook()]
+
+
+def chance_watch(schedules: Schedules, state: TrainState, total_steps: int, log_period: int) -> ChanceWatch:
+    """The watch of a run: from the end of all warm-up on, for a tenth of the run, but 5 records to 1000 steps."""
+    learning = max(schedules.warmup_steps, schedules.frozen_steps, state.step)
+    return ChanceWatch(learning, max(5 * log_period, min(1000, total_steps // 10)))
 
 
 def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: int) -> Iterator[dict[str, Any]]:

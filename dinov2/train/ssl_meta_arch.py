@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -44,6 +45,9 @@ class SSLMetaArch(nn.Module):
         cfg: a `Config`, or a mapping of Meta's keys, which is merged over the defaults.
         weights_device: where the networks are built; ``meta`` allocates nothing, for ranks that receive their
             weights from rank 0 in `prepare_for_distributed_training`.
+
+    Attributes:
+        chance: of the newest batch, what each loss that has such a level would be if the student told nothing apart.
     """
 
     def __init__(self, cfg: Config | Mapping[str, Any], weights_device: torch.device | str | None = None):
@@ -65,6 +69,7 @@ class SSLMetaArch(nn.Module):
         self.dino_loss = Centering((1, class_prototypes))
         self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
         self.kernels = EAGER
+        self.chance: dict[str, Tensor] = {}
 
     def _network(self, backbone: nn.Module) -> nn.ModuleDict:
         network = nn.ModuleDict({"backbone": backbone})
@@ -161,7 +166,9 @@ class SSLMetaArch(nn.Module):
         """Parameter groups of all that is `trained`; see `parameter_groups`."""
         return parameter_groups(self.trained, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
 
-    def compute_losses(self, batch: Mapping[str, Any], teacher_temp: float) -> dict[str, Tensor]:
+    def compute_losses(
+        self, batch: Mapping[str, Any], teacher_temp: float, epoch: float = math.inf
+    ) -> dict[str, Tensor]:
         """The losses of one batch; all ranks must call.
 
         Args:
@@ -169,6 +176,7 @@ class SSLMetaArch(nn.Module):
                 (L*B, 3, s, s), view-major; ``masks`` bool (2B, N); ``mask_indices`` (M,) and ``mask_weight``
                 (M,), 0 on padding; ``slides``, ``slide_ids`` and ``indices`` (B,) where a term asks for them.
             teacher_temp: temperature of the teacher's targets.
+            epoch: position in the ramps of the weights, by default after them.
 
         Returns:
             0-d float32 tensors: ``total_loss``, the sum of all terms times their weights, and the terms,
@@ -177,11 +185,18 @@ class SSLMetaArch(nn.Module):
         outputs = self._outputs(batch, teacher_temp)
         losses: dict[str, Tensor] = {}
         total: Tensor | int = 0
+        self.chance = {}
         for name, term in self.losses.items():
             values = term(outputs)
             values = values if isinstance(values, dict) else {f"{name}_loss": values}
-            total = total + sum(term.options.weight * value for value in values.values())
+            weight = term.weight_at(epoch)
+            total = total + sum(weight * value for value in values.values())
             losses |= values
+            self.chance |= {
+                # A number is filled in on the device; copied there, it would wait.
+                loss: level.detach() if isinstance(level, Tensor) else total.new_full((), level)
+                for loss, level in term.chance(outputs).items()
+            }
         return {"total_loss": total, **losses}
 
     def _outputs(self, batch: Mapping[str, Any], teacher_temp: float) -> StepOutputs:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_rows
-from dinov2.logging.metrics import MetricAccumulator, Sink
+from dinov2.logging.metrics import MetricAccumulator, Sink, relative_to_chance
 from dinov2.train.hooks import Hook
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.state import TrainState
@@ -91,7 +91,7 @@ class Trainer:
         step, total = self.state.step, self.plan.total_steps
         if step % self._log_period and step != total:
             return
-        averages, device = self._metrics.reduce(), self.training_step.arch.device
+        averages, device = relative_to_chance(self._metrics.reduce()), self.training_step.arch.device
         # After the means, for which the host waits for the device.
         elapsed, steps = time.perf_counter() - self._start, step - self._first_step
         if device.type == "cuda":

@@ -76,7 +76,7 @@ class MultiCropAugmentation:
             box = sample_box(streams.move(_CROP_STREAM, view.number), image_size, scale)
             params = {}
             for name, step in self.steps.items():
-                found = step.draw(streams.move(self._streams[name], view.number), view)
+                found = step.draw(streams.move(self._streams[name], 0 if step.per_tile else view.number), view)
                 if found is not None:
                     params[name] = found
             drawn.append(DrawnView(box, params))

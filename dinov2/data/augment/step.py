@@ -33,11 +33,13 @@ class AugmentationStep(ABC):
         before: the built-in step in front of which this one is applied; None for behind the last.
         takes_grey: whether `apply` accepts images without colours as (H, W); they are turned into (H, W, 3) for steps
             that do not.
+        per_tile: whether all views of a tile draw from the stream of its first view, and so draw the same.
     """
 
     Options: ClassVar[type]
     before: ClassVar[str | None] = None
     takes_grey: ClassVar[bool] = False
+    per_tile: bool = False
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class ScheduleValues:
     wd: float
     mom: float
     teacher_temp: float
+    epoch: float = math.inf  # of the ramps of the losses' weights
 
 
 class Schedules:
@@ -38,6 +40,7 @@ class Schedules:
         warmup = round(optim.warmup_epochs * epoch_steps)
         temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch_steps)
         self.frozen_steps = round(optim.freeze_last_layer_epochs * epoch_steps)
+        self.warmup_steps, self._epoch_steps = warmup, epoch_steps
         self.lr = CosineScheduler(peak_lr, optim.min_lr, total, warmup)
         self.wd = CosineScheduler(optim.weight_decay, optim.weight_decay_end, total)
         self.mom = CosineScheduler(teacher.momentum_teacher, teacher.final_momentum_teacher, total)
@@ -48,7 +51,8 @@ class Schedules:
     def __getitem__(self, step: int) -> ScheduleValues:
         lr = self.lr[step]
         last_layer_lr = 0.0 if step < self.frozen_steps else lr
-        return ScheduleValues(lr, last_layer_lr, self.wd[step], self.mom[step], self.teacher_temp[step])
+        epoch = step / self._epoch_steps
+        return ScheduleValues(lr, last_layer_lr, self.wd[step], self.mom[step], self.teacher_temp[step], epoch)
 
 
 def parameter_groups(

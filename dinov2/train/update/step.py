@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import get_global_rank
+from dinov2.logging.metrics import CHANCE
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.guard import FiniteGuard
 from dinov2.train.update.optim import ScheduleValues, apply_schedule
@@ -36,16 +37,18 @@ class TrainingStep:
             values: the step's schedule values.
 
         Returns:
-            The losses and, as ``grad_norm_<module>``, gradient norms before clipping: 0-d tensors on the device.
+            The losses, the levels of chance of those that have one, as ``<loss>_chance``, and gradient norms before
+            clipping, as ``grad_norm_<module>``: 0-d tensors on the device.
 
         Raises:
             NonFiniteError: if an earlier step was bad, see `FiniteGuard`.
         """
         self.begin(step, values)
-        losses = self.arch.compute_losses(batch, values.teacher_temp)
+        losses = self.arch.compute_losses(batch, values.teacher_temp, values.epoch)
         self.backward(losses)
         norms = self.update(step, losses, values)
-        return {**losses, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
+        levels = {name + CHANCE: level for name, level in self.arch.chance.items()}
+        return {**losses, **levels, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
 
     def begin(self, step: int, values: ScheduleValues) -> None:
         """Set learning rates and the device's random numbers; clear the gradients."""

@@ -30,6 +30,7 @@ DATA = "data.path=shards"
         (["dino.head_n_prototypes=4194304", "dino.head_bottleneck_dim=16384"], r"at most 2,147,483,648"),
         (["student.patch_size=1", "crops.global_crops_size=512"], r"262,144 patches per view"),
         (["train.OFFICIAL_EPOCH_LENGTH=1000000000"], r"1,000,000,000 at most"),
+        (["dino.kde_ramp_epochs=[3,2]"], r"dino.kde_ramp_epochs = \[3.0, 2.0\] is not a range"),
         (["optim.base_lr=-1"], r"optim.base_lr = -1 is out of range"),
         (["optim.early_stop=101"], r"optim.early_stop = 101.0 is not in"),
         (["optim.warmup_epochs=101"], r"optim.warmup_epochs = 101.0 exceeds"),

@@ -21,6 +21,17 @@ OWN = f"{__name__}:Looking"
 DISCRIMINATOR = f"{Discriminator.__module__}:{Discriminator.__name__}"
 
 
+class Guessing(LossTerm):
+    """Says a level of chance for one of its two losses."""
+
+    def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
+        loss = outputs.class_tokens.square().mean()
+        return {"guess_loss": loss, "other_loss": loss}
+
+    def chance(self, outputs: StepOutputs) -> dict[str, float]:
+        return {"guess_loss": 2.5}
+
+
 class Looking(LossTerm):
     """Keeps what it was told; several values, of which one has no gradient."""
 
@@ -84,6 +95,33 @@ def test_a_term_with_weights_is_trained_and_clipped_by_itself():
     losses_of(arch)["total_loss"].backward()
     assert all(parameter.grad.any() for parameter in arch.losses.Discriminator.parameters())
     assert not any(name.startswith("Discriminator") for name in arch.teacher.state_dict())
+
+
+def test_a_term_of_ones_own_may_say_its_level_of_chance():
+    arch = arch_of({f"{__name__}:Guessing": Guessing.Options(0.1), OWN: Looking.Options(1.0)})
+    losses_of(arch)
+    assert arch.chance.keys() == {"dino_local_crops_loss", "dino_global_crops_loss", "ibot_loss", "guess_loss"}
+    assert arch.chance["guess_loss"].item() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("ramp", "factors"),
+    [
+        ((0.0, 0.0), [1, 1, 1, 1, 1]),
+        ((1.0, 3.0), [0, 0, 0.25, 1, 1]),
+        ((0.0, 6.0), [0, 1 / 6, 0.25, 0.5, 1]),
+        ((1.5, 1.5), [0, 0, 1, 1, 1]),
+    ],
+)
+def test_a_weight_rises_between_two_epochs(ramp: tuple[float, float], factors: list[float]):
+    arch = arch_of({OWN: Looking.Options(0.5, ramp_epochs=ramp)})
+    batch = random_batch(arch.cfg, images=4)
+    for epoch, factor in zip((0, 1, 1.5, 3, 6), factors, strict=True):
+        losses, rest = arch.compute_losses(batch, 0.05, epoch), arch_of({}).compute_losses(batch, 0.05)
+        total = rest["total_loss"] + 0.5 * factor * (losses["first"] + losses["second"])
+        torch.testing.assert_close(losses["total_loss"], total)
+    after = arch.compute_losses(batch, 0.05)["total_loss"]
+    torch.testing.assert_close(after, rest["total_loss"] + 0.5 * (losses["first"] + losses["second"]))
 
 
 def test_weight_zero_leaves_a_term_out():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2.logging.metrics import ConsoleSink, JsonlSink, MetricAccumulator, WandbSink
+from dinov2.logging.metrics import ConsoleSink, JsonlSink, MetricAccumulator, WandbSink, relative_to_chance
 from tests.helpers.spawn import run_ranks
 
 RECORD = {
@@ -41,6 +41,15 @@ def test_mean_over_ranks():
     assert run_ranks(reduce_on) == [{"a": 2.5}, {"a": 2.5}]
 
 
+def test_losses_relative_to_chance_take_the_place_of_its_levels():
+    means = {"total_loss": 9.0, "ibot_loss": 3.0, "ibot_loss_chance": 4.0, "own": 1.0, "own_chance": 0.5,
+             "empty_loss": 0.0, "empty_loss_chance": 0.0, "last_chance": 7.0}  # fmt: skip
+    assert relative_to_chance(means) == {
+        "total_loss": 9.0, "ibot_loss": 3.0, "own": 1.0, "empty_loss": 0.0, "last_chance": 7.0,
+        "ibot_of_chance": 0.75, "own_of_chance": 2.0,
+    }  # fmt: skip
+
+
 def test_console_line(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="dinov2"):
         ConsoleSink().write(RECORD)
@@ -48,6 +57,12 @@ def test_console_line(caplog: pytest.LogCaptureFixture):
     for part in ("step 10/250000", "total 12.5000", "dino_local 9.2500", "lr 1.22e-04", "grad norm 3.50",
                  "320.0 img/s", "data wait 2%  373 slides", "71.2 GiB", "ETA 1 day, 0:01:01"):  # fmt: skip
         assert part in line
+
+
+def test_console_says_how_far_from_chance_a_loss_is(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="dinov2"):
+        ConsoleSink().write(RECORD | {"dino_local_crops_of_chance": 0.9921})
+    assert "99.2%" in caplog.messages[0] and "of_chance" not in caplog.messages[0]
 
 
 def test_jsonl_appends(tmp_path: Path):

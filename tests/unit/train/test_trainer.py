@@ -65,9 +65,9 @@ def test_schedule_values_reach_optimiser_teacher_and_losses_at_their_step():
     temperatures: list[float] = []
     compute = trainer.training_step.arch.compute_losses
 
-    def compute_losses(batch: dict, teacher_temp: float) -> dict:
+    def compute_losses(batch: dict, teacher_temp: float, epoch: float) -> dict:
         temperatures.append(teacher_temp)
-        return compute(batch, teacher_temp)
+        return compute(batch, teacher_temp, epoch)
 
     trainer.training_step.arch.compute_losses = compute_losses
     peak = optim.base_lr * math.sqrt(8 / 1024)
@@ -124,6 +124,33 @@ def test_metrics_are_means_of_their_period_and_the_last_one_may_be_short():
         assert record["total_steps"] == STEPS
 
 
+def test_losses_are_logged_relative_to_chance():
+    """Uniform predictions of the two heads' 64 and 48 prototypes, two local views, half of the crops masked."""
+    sink = Records()
+    make_trainer(CONFIG, sinks=[sink], log_period=4).fit()
+    pairs, fraction = 2 * 2 + 2, 0.5
+    levels = {
+        "dino_local_crops": 4 / pairs * math.log(64),
+        "dino_global_crops": 2 / pairs * math.log(64),
+        "ibot": fraction * math.log(48),
+    }
+    for record in sink.records:
+        for term, level in levels.items():
+            assert record[f"{term}_of_chance"] == pytest.approx(record[f"{term}_loss"] / level, rel=1e-5), term
+        assert {name for name in record if "chance" in name} == {f"{term}_of_chance" for term in levels}
+
+
+def test_the_weight_of_kde_is_ramped_in():
+    config = tiny_config("dino.kde_ramp_epochs=[0.5,1.5]", "dino.kde_loss_weight=0.4")
+    make_trainer(config, sinks=[sink := Records()]).fit()
+    for step, record in enumerate(sink.records):
+        terms = sum(record[f"{name}_loss"] for name in ("dino_local_crops", "dino_global_crops", "ibot"))
+        kde = 0.4 * min(max(step / EPOCH - 0.5, 0), 1) * record["kde_loss"]
+        total = terms + kde + config.dino.koleo_loss_weight * record["koleo_loss"]
+        assert record["total_loss"] == pytest.approx(total, rel=1e-5)
+        assert record["epoch"] == step / EPOCH
+
+
 def test_hooks_run_in_their_order_and_see_the_advanced_state():
     entries: list[tuple[str, str, int]] = []
     hooks = [Journal("a", entries), Journal("b", entries)]
@@ -160,8 +187,8 @@ def test_a_periodic_action_never_records_a_bad_step():
     trainer = make_trainer(LIGHT, hooks=[PeriodicHook(1, lambda state: steps.append(state.step))])
     compute = trainer.training_step.arch.compute_losses
 
-    def compute_losses(batch: dict, teacher_temp: float) -> dict:
-        losses = compute(batch, teacher_temp)
+    def compute_losses(*args: Any) -> dict:
+        losses = compute(*args)
         return losses | {"total_loss": losses["total_loss"] / (0.0 if trainer.state.step == 2 else 1.0)}
 
     trainer.training_step.arch.compute_losses = compute_losses

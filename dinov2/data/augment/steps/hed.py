@@ -11,6 +11,7 @@ One HED unit is therefore -ln(eps) = 13.8 nepers: tissue lies near 0.02-0.11, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,7 +29,11 @@ _DENSITY = (np.log(np.maximum(np.arange(256) / 255, 1e-6)) / _LOG_EPS).astype(np
 
 
 class Hed(AugmentationStep):
-    """Scale and shift the amount of each stain."""
+    """Scale and shift the amount of each stain, view by view or in all views of a tile alike."""
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.per_tile = options.hed_per_tile
 
     def draw(self, rng: np.random.Generator, view: View) -> tuple[list[float], list[float]] | None:
         """Draw scale and shift, each per stain; a scale is never below 0."""

@@ -1,5 +1,6 @@
 """Whole multi-crop augmentations: boxes, determinism, streams of the steps, and the slow reference."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -10,11 +11,13 @@ from torchvision.transforms import RandomResizedCrop
 
 from dinov2.data import AugmentationStep, MultiCropAugmentation, MultiCrops, View
 from dinov2.data.augment.multi_crop import sample_box
+from dinov2.data.augment.steps.rotate90 import Rotate90
 from dinov2.utils.seeding import hash_name, sample_rng
 from tests.helpers.augmentation import OFF, EarlyTint, Tint, make_augmentation, options
 from tests.helpers.reference_transforms import reference_crops
 
 DRAWS = 4000
+TURNS = {"rotate90": Rotate90.Options()}
 
 
 def equal(a: MultiCrops, b: MultiCrops) -> bool:
@@ -124,6 +127,39 @@ def test_a_step_that_is_added_or_set_otherwise_changes_no_other_draw():
             kept = [{k: v for k, v in drawn.params.items() if k not in ours} for drawn in (old, new)]
             assert kept[0] == kept[1]
             assert ("blur" in old.params) == ("blur" in new.params)
+
+
+def test_quarter_turns_leave_all_other_draws_as_they_were(tissue):
+    section = options(**OFF | {"horizontal_flip_prob": 0.5})
+    plain, turning = (make_augmentation(dataclasses.replace(section, steps=steps)) for steps in ({}, TURNS))
+    assert "rotate90" not in plain.steps and list(turning.steps)[:3] == ["flips", "rotate90", "hed"]
+    seen = set()
+    for index in range(8):
+        drawn = turning.sample(tissue.shape[:2], index)
+        before, after = ([*c.global_crops, *c.local_crops] for c in (plain(tissue, index), turning(tissue, index)))
+        for upright, turned, (_, params) in zip(before, after, drawn, strict=True):
+            turns = params.get("rotate90", 0)
+            assert np.array_equal(turned.numpy(), np.rot90(upright.numpy(), turns, (1, 2)))
+            seen.add(turns)
+        without = [(box, {k: v for k, v in params.items() if k != "rotate90"}) for box, params in drawn]
+        assert without == plain.sample(tissue.shape[:2], index)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_stains_may_be_perturbed_in_all_views_of_a_tile_alike():
+    each, alike = make_augmentation(), make_augmentation(options(hed_per_tile=True))
+    applied = []
+    for index in range(40):
+        first, *others = zip(each.sample((224, 224), index), alike.sample((224, 224), index), strict=True)
+        shared = first[0].params.get("hed")  # what the first view would have drawn by itself
+        applied.append(shared is not None)
+        for by_itself, together in (first, *others):
+            assert together.params.get("hed") == shared
+            assert by_itself.box == together.box
+            rest = [{k: v for k, v in view.params.items() if k != "hed"} for view in (by_itself, together)]
+            assert rest[0] == rest[1]
+        assert len({repr(view.params.get("hed")) for view, _ in (first, *others)}) > 1
+    assert 8 < sum(applied) < 32
 
 
 def test_crops_agree_with_the_published_libraries_on_equal_parameters(tissue):

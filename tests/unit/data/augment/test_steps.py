@@ -17,6 +17,7 @@ from dinov2.data.augment.steps.flips import Flips
 from dinov2.data.augment.steps.grayscale import Grayscale
 from dinov2.data.augment.steps.hed import Hed
 from dinov2.data.augment.steps.jitter import ADJUSTMENTS, Jitter
+from dinov2.data.augment.steps.rotate90 import Rotate90
 from dinov2.extensions import AUGMENTATIONS, BUILT_IN_STEPS
 from tests.helpers.augmentation import OFF, options
 from tests.helpers.closeness import assert_close
@@ -64,6 +65,23 @@ def test_both_axes_are_mirrored_as_often_as_they_say():
 def test_flips_mirror_the_right_axis(tissue, flips):
     expected = tissue[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
     assert np.array_equal(Flips(options()).apply(tissue, flips), expected)
+
+
+def test_turns_are_as_often_as_they_say_and_each_alike():
+    drawn = draws(Rotate90(Rotate90.Options()))
+    assert_rate(drawn, 0.75)
+    assert stats.chisquare([drawn.count(turns) for turns in (None, 1, 2, 3)]).pvalue > 1e-3
+    certain = draws(Rotate90(Rotate90.Options(prob=1.0)))
+    assert stats.chisquare([certain.count(turns) for turns in (1, 2, 3)]).pvalue > 1e-3
+    assert None not in certain and set(draws(Rotate90(Rotate90.Options(prob=0.0)), 300)) == {None}
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_turns_are_numpys(tissue, turns):
+    before = tissue.copy()
+    turned = Rotate90(Rotate90.Options()).apply(tissue, turns)
+    assert np.array_equal(turned, np.rot90(tissue, turns)) and turned.flags.c_contiguous
+    assert np.array_equal(tissue, before)
 
 
 def test_blur_odds_belong_to_the_right_view():
