@@ -162,7 +162,7 @@ class DinoConfig(HeadConfig):
     kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
     kde_kappa: float = key(5.0, "concentration of the KDE kernel", above=0, most=1e4)
     kde_gather: bool = key(False, "true: density over the rows of all processes")
-    kde_ramp_epochs: Range = key((0.0, 0.0), "its weight rises linearly from 0 between these", **_EPOCHS)
+    kde_ramp_epochs: Range = key((0.0, 0.0), "its weight rises linearly from 0 between these epochs", **_EPOCHS)
     kde_reference_sign: bool = key(False, "true: sign and self term of the published code, which reward collapse")
 
 
