@@ -89,7 +89,7 @@ class LossTerm(nn.Module):
 
         weight: float = key(1.0, "weight in the total loss; 0 leaves the term out", least=0)
         _: KW_ONLY  # so that the keys of a subclass come second
-        ramp_epochs: tuple[float, float] = key((0.0, 0.0), "the weight rises linearly from 0 between these epochs", least=0)
+        ramp_epochs: tuple[float, float] = key((0.0, 0.0), "the weight rises from 0 between these epochs", least=0)
 
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__()
