@@ -39,13 +39,13 @@ def group_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int = 
         possible = f"2 to {most} are possible" if most >= 2 else "a class needs at least 2 rows to be divided"
         raise ValueError(f"{number} groups cannot be divided into {folds} folds; {possible}.")
     # With a group per row both spread classes alike, but the former takes 10 s for 50,000 rows, the latter 10 ms.
-    splitter = StratifiedKFold if number == len(groups) else StratifiedGroupKFold
+    single = number == len(groups)
+    splitter = (StratifiedKFold if single else StratifiedGroupKFold)(folds, shuffle=True, random_state=seed % 2**32)
     fold_of = np.empty(len(labels), np.int64)
     with warnings.catch_warnings():
         # That a class is rarer than folds are many: `divide` refuses what comes of it where it matters.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        parts = splitter(folds, shuffle=True, random_state=seed % 2**32).split(labels, labels, groups)
-        for fold, (_, rows) in enumerate(parts):
+        for fold, (_, rows) in enumerate(splitter.split(labels, labels, None if single else groups)):
             fold_of[rows] = fold
     return fold_of
 
