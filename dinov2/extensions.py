@@ -61,6 +61,7 @@ PROBES = Registry(
         "knn": "dinov2.eval.probe.nearest:Knn",
         "linear_eva": "dinov2.eval.probe.linear:LinearEva",
         "linear_kaiko": "dinov2.eval.probe.linear:LinearKaiko",
+        "logistic": "dinov2.eval.probe.logistic:Logistic",
         "few_shot": "dinov2.eval.probe.nearest:FewShot",
         "rankme": "dinov2.eval.probe.spread:RankMe",
         "odcorr": "dinov2.eval.probe.spread:ODCorr",

@@ -314,7 +314,7 @@ class EvaluationConfig:
     pcam_root: str = key("", "the same for PatchCamelyon")
     labelled: tuple[LabelledConfig, ...] = key((), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]")
     probes: tuple[str, ...] = key(
-        _PROBES, "of knn, linear, linear_eva, linear_kaiko, few_shot, rankme, odcorr", **_PROBE
+        _PROBES, "of knn, linear, linear_eva, linear_kaiko, logistic, few_shot, rankme, odcorr", **_PROBE
     )
     probe_options: Mapping[str, Any] = key({}, "options of probes: {name: {...}}", registry="PROBES")
     probe_tiles: int = key(2000, "tiles of each split that are used, at most", least=1, most=1e9)

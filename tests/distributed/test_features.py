@@ -11,19 +11,20 @@ from torch.distributed.fsdp import fully_shard
 
 from dinov2.eval.datasets.labels import open_labelled_tiles
 from dinov2.eval.features import Embedding, extract_features
-from dinov2.eval.probe.run import Probing, evaluate, options_for
+from dinov2.eval.probe.results import as_metrics
+from dinov2.eval.probe.run import Probing, evaluate, options_for, run_probes
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise
 from tests.helpers.spawn import run_ranks
 
-EMBEDDING = Embedding(size=56, batch_size=4)
+EMBEDDING, LARGER = (Embedding(size=size, batch_size=4) for size in (56, 84))
 OPTIONS = options_for(neighbours=(3,), shots=(2,), draws=3, runs=2, steps=20)
 PROBING = Probing(options=OPTIONS, folds=2, resamples=20)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """29 noise tiles of two classes: eight batches of four, the last one short."""
+    """29 noise tiles of two classes, 15 and 14: eight batches of four, the last one short."""
     root = tmp_path_factory.mktemp("tiles")
     rng = np.random.default_rng(0)
     for number in range(29):
@@ -45,7 +46,7 @@ def features_and_results(rank, root, shard):
             fully_shard(block)
         fully_shard(model)
     features, kept = extract_features(model, tiles.images, EMBEDDING)
-    return features, kept, evaluate(model, {"task": tiles}, EMBEDDING, PROBING)
+    return features, kept, as_metrics(run_probes(model, {"task": tiles}, EMBEDDING, PROBING, (model, LARGER)))
 
 
 def error_of(action, *args):
@@ -81,4 +82,4 @@ def test_ranks_equal_one_process_and_hear_of_errors(folder, tmp_path):
         assert_same(plain, expected)
         assert_same(sharded, expected)
         assert "07.png' cannot be read" in unreadable
-        assert too_small == "29 groups cannot be divided into 40 folds; 2 to 29 are possible."
+        assert too_small == "29 groups cannot be divided into 40 folds; 2 to 15 are possible."

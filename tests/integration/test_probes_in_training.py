@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from skimage.data import immunohistochemistry
 
+from dinov2.eval.probe.__main__ import main as probe
 from dinov2.train.train import main
 from tests.helpers.runs import TINY
 
@@ -60,6 +61,18 @@ def test_probes_leave_the_training_as_it_is(shards: Path, labelled: Path, tmp_pa
     assert sorted({int(row["step"]) for row in rows}) == [0, 3, 4, 6, 8]
     found = {(row["step"], row["task"], row["probe"], row["metric"]): float(row["value"]) for row in rows}
     assert found["8", "held_out", "rankme", "value"] == probes_after[-1]["held_out/rankme/value"]
+    # The command, given the configuration or an export of the run, probes the weights of step 0.
+    options = ["--data", f"tiles={labelled}", "--probes", "knn", "--neighbours", "3,20", "--device", "cpu"]
+    for source in ("config.yaml", "eval/training_8/teacher_checkpoint.pth"):
+        table = tmp_path / f"{Path(source).name}.csv"
+        start = f"random:{tmp_path / 'probed' / source}"
+        assert probe(["--checkpoint", start, "--output", str(table), *options]) == 0
+        with table.open() as file:
+            of_start = list(csv.DictReader(file))
+        assert len(of_start) == 6 * 4
+        for row in of_start:
+            assert row["step"] == "0"
+            assert float(row["value"]) == found["0", "tiles", row["probe"], row["metric"]]
 
 
 @pytest.mark.parametrize(

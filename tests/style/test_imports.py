@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"datasets", "huggingface_hub", "matplotlib", "openslide", "skimage", "tifffile", "timm"}
+HEAVY = {"datasets", "huggingface_hub", "matplotlib", "openslide", "skimage", "sklearn", "tifffile", "timm"}
 HEAVY |= {"transformers", "wandb", "xformers"}
 NOT_FOR_THE_STEP = HEAVY | {"cv2", "imagecodecs", "pandas", "PIL", "pyarrow", "torchvision"}
 CONFIGURATION = ROOT / "pyproject.toml"

@@ -52,11 +52,18 @@ class LabelledTiles:
 
     def groups(self, by: str | None = None) -> np.ndarray:
         """Number of the patient, slide or tile that each tile belongs to, int64 (N,); None takes the widest known."""
-        known = {"patient": self.patients, "slide": self.slides, "tile": range(len(self.labels))}
-        by = by or next(name for name in GROUPINGS if known[name] is not None)
-        if known[by] is None:
+        members = self._members[by := self.grouping(by)]
+        if members is None:
             raise ValueError(f"Nothing tells the {by} of a tile: labels need a column {by!r}.")
-        return np.unique(np.asarray(known[by]), return_inverse=True)[1]
+        return np.unique(np.asarray(members), return_inverse=True)[1]
+
+    def grouping(self, by: str | None = None) -> str:
+        """What `groups` numbers: patient, slide or tile."""
+        return by or next(name for name in GROUPINGS if self._members[name] is not None)
+
+    @property
+    def _members(self) -> dict[str, Sequence[str] | range | None]:
+        return {"patient": self.patients, "slide": self.slides, "tile": range(len(self.labels))}
 
     def thinned(self, limit: int, seed: int = 0) -> LabelledTiles:
         """At most `limit` tiles of each split, drawn so that classes keep their fractions; order stays."""
@@ -251,6 +258,9 @@ def _build(
         known["patient"] = _patients(known["slide"])
     if known["split"] is not None:
         known["split"] = tuple(_SPLIT_NAMES.get(name.lower(), name) for name in known["split"])
+        if set(known["split"]) == {"train"}:
+            logger.info("All tiles are of the split train, so folds are made of them.")
+            known["split"] = None
     return LabelledTiles(images, numbers, tuple(classes), known["slide"], known["patient"], known["split"], per_slide)
 
 

@@ -1,7 +1,8 @@
 """What a teacher's features are worth: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
 
-Embeds labelled tiles and probes the features: k-NN, linear heads, few-shot, RankMe, ODCorr, and what else is
-registered. Under ``torchrun`` all processes share the work.
+Embeds labelled tiles and probes the features: k-NN, linear heads, logistic regression, few-shot, RankMe, ODCorr, and
+what else is registered. ``--compare`` adds another teacher and the differences; ``random:FILE`` is the start of a run.
+Under ``torchrun`` all processes share the work.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dinov2.distributed import is_main_process, on_main_process, process_group
 from dinov2.eval.datasets.benchmarks import BENCHMARKS
@@ -21,6 +23,7 @@ from dinov2.eval.datasets.labels import GROUPINGS, LabelledTiles, open_labelled_
 from dinov2.eval.features import Embedding
 from dinov2.eval.probe.results import append_csv, as_table, write_json
 from dinov2.eval.probe.run import AGGREGATIONS, Probing, option_flags, options_for, run_probes
+from dinov2.eval.probe.start import RANDOM, random_start
 from dinov2.extensions import PROBES
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.record import normalisation
@@ -38,6 +41,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dinov2.eval.probe", description=description)
     default, add = Probing(), parser.add_argument
     cli.add_checkpoint(parser)
+    add(
+        "--compare", metavar="TEACHER",
+        help="another teacher, on the same tiles and folds: adds its figures and the difference, --checkpoint less it",
+    )  # fmt: skip
     add(
         "--data", required=True, nargs="+", metavar="[NAME=]ROOT",
         help=f"folder of class folders or of Parquet shards; {', '.join(BENCHMARKS)} as NAME take their own layout "
@@ -97,24 +104,36 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
     )  # fmt: skip
     if args.output is not None:
         on_main_process(lambda: _check_output(args.output))
-    trained = trained_with(args.checkpoint)
-    mean, std, _ = normalisation(args.checkpoint, args.mean, args.std)
-    embedding = Embedding(
-        args.pooling, args.image_size or trained.get("size", 224), args.batch_size, mean, std,
-        autocast=None if args.dtype == "fp32" else DTYPES[args.dtype], show_progress=True,
-    )  # fmt: skip
     tasks = open_tasks(args.data, args.labels, args.slide_regex)
-    backbone = load_teacher(args.checkpoint).to(device)
-    results = run_probes(backbone, tasks, embedding, probing)
+    backbone, embedding, step = _open_teacher(args.checkpoint, args, device)
+    compared = None if args.compare is None else _open_teacher(args.compare, args, device)
+    results = run_probes(backbone, tasks, embedding, probing, compared and compared[:2])
     if args.output is not None:
-        command, step = vars(args) | {"output": None}, trained.get("step")
-        about = {"checkpoint": args.checkpoint, "step": step, "command": command}
+        about = {"checkpoint": args.checkpoint, "step": step, "command": vars(args) | {"output": None}}
+        if compared:
+            about |= {"compare": args.compare, "compare_step": compared[2]}
         if args.output.suffix == ".csv":
             on_main_process(lambda: append_csv(args.output, results, step))
         else:
             on_main_process(lambda: write_json(args.output, results, about))
     if is_main_process():
         sys.stdout.write(as_table(results) + "\n")
+
+
+def _open_teacher(
+    checkpoint: str, args: argparse.Namespace, device: torch.device
+) -> tuple[nn.Module, Embedding, int | None]:
+    """The backbone, how tiles become its features, and the step that it is of, where that is known."""
+    if checkpoint.startswith(RANDOM):
+        backbone, trained = random_start(checkpoint.removeprefix(RANDOM))
+    else:
+        backbone, trained = load_teacher(checkpoint), trained_with(checkpoint)
+    mean, std, _ = normalisation(checkpoint, args.mean or trained.get("mean"), args.std or trained.get("std"))
+    embedding = Embedding(
+        args.pooling, args.image_size or trained.get("size", 224), args.batch_size, mean, std,
+        autocast=None if args.dtype == "fp32" else DTYPES[args.dtype], show_progress=True,
+    )  # fmt: skip
+    return backbone.to(device), embedding, trained.get("step")
 
 
 def open_tasks(

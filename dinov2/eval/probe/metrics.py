@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Formulas instead of scikit-learn's functions, which give the same numbers but take one weighting of rows at a time.
+# In a bootstrap of 2,000 tiles of 5 classes `balanced_accuracy_score` takes 76 times as long and `roc_auc_score` 33
+# times, and the latter refuses a test part, or a resample, that lacks a class.
+
 LEVEL = 0.95
 _ELEMENTS = 1 << 22  # of an array held at a time
 
@@ -50,18 +54,10 @@ def estimate(
     drawn: dict[str, list[np.ndarray]] = defaultdict(list)  # (resamples,) for each part
     for part in parts:
         classes, predicted = part.scores.shape[-1], part.scores.argmax(-1)
-        _, members = np.unique(part.clusters, return_inverse=True)
-        number = int(members.max()) + 1
-        times = [np.bincount(rng.integers(0, number, number), minlength=number) for _ in range(resamples)]
-        times = np.array(times, np.float32).reshape(resamples, number)
-        for name, metric in from_counts(confusion(part.target, predicted, classes)).items():
+        members, times = draw_clusters(part.clusters, resamples, rng)
+        counts, resampled = tally(part.target, predicted, classes, members, times)
+        for name, metric in from_counts(counts).items():
             values[name].append(metric)
-        # Confusions of every resample are sums over clusters, weighted by the draws: (resamples, R, C, C).
-        resampled = np.empty((resamples, len(predicted), classes, classes), np.float32)
-        for run, classified in enumerate(predicted):
-            cells = (members * classes + part.target) * classes + classified
-            per_cluster = np.bincount(cells, minlength=number * classes**2).reshape(number, -1)
-            resampled[:, run] = (times @ per_cluster.astype(np.float32)).reshape(resamples, classes, classes)
         for name, metric in from_counts(resampled).items():
             drawn[name].append(metric.mean(-1))
         if with_auroc:
@@ -74,18 +70,49 @@ def estimate(
 
 def _estimate(values: np.ndarray, drawn: np.ndarray) -> Estimate:
     """From the values (runs of all parts,) and the resamples' (parts, resamples)."""
-    known, means = values[~np.isnan(values)], drawn.mean(0)
-    means, tail = means[~np.isnan(means)], (1 - LEVEL) / 2
-    low, high = map(float, np.quantile(means, [tail, 1 - tail])) if len(means) else (math.nan, math.nan)
+    known = values[~np.isnan(values)]
     sd = float(known.std(ddof=1)) if len(known) > 1 else math.nan
-    return Estimate(float(known.mean()) if len(known) else math.nan, low, high, sd)
+    return Estimate(float(known.mean()) if len(known) else math.nan, *interval(drawn.mean(0)), sd)
 
 
-def confusion(target: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Counts [.., target, predicted] of int64 (.., N) predictions; int64 (.., C, C)."""
-    cells = target * classes + predicted
-    counts = np.stack([np.bincount(row, minlength=classes**2) for row in cells.reshape(-1, cells.shape[-1])])
-    return counts.reshape(*cells.shape[:-1], classes, classes)
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """Ends of the percentile interval of a bootstrap's values, (resamples,); NaN if there is none that is known."""
+    known, tail = drawn[~np.isnan(drawn)], (1 - LEVEL) / 2
+    return tuple(map(float, np.quantile(known, [tail, 1 - tail]))) if len(known) else (math.nan, math.nan)
+
+
+def draw_clusters(clusters: np.ndarray, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw as many clusters as there are, K, with replacement, for each resample.
+
+    Returns:
+        Number in 0 .. K - 1 of each row's cluster, int64 (N,); how often each is drawn, float32 (resamples, K).
+    """
+    _, members = np.unique(clusters, return_inverse=True)
+    number = int(members.max()) + 1
+    times = np.empty((resamples, number), np.float32)
+    for row in times:
+        row[:] = np.bincount(rng.integers(0, number, number), minlength=number)
+    return members, times
+
+
+def tally(
+    target: np.ndarray, predicted: np.ndarray, classes: int, members: np.ndarray, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts [.., target, predicted] of R runs' predictions, int64 (R, N), of all rows and of every resample.
+
+    Those of a resample are sums over clusters, weighted by the draws of `draw_clusters`.
+
+    Returns:
+        int64 (R, C, C) and float32 (resamples, R, C, C).
+    """
+    number, shape = times.shape[1], (len(predicted), classes, classes)
+    counts, resampled = np.empty(shape, np.int64), np.empty((len(times), *shape), np.float32)
+    for run, classified in enumerate(predicted):
+        cells = (members * classes + target) * classes + classified
+        per_cluster = np.bincount(cells, minlength=number * classes**2).reshape(number, -1)
+        counts[run] = per_cluster.sum(0).reshape(classes, classes)
+        resampled[:, run] = (times @ per_cluster.astype(np.float32)).reshape(-1, classes, classes)
+    return counts, resampled
 
 
 def from_counts(counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,11 @@ _QUERIES = 512
 
 
 class Knn(Probe):
-    """k-NN with DINO's weighted vote, ``knn<k>``, and with one vote each, ``knn<k>_majority``."""
+    """k-NN with DINO's weighted vote, ``knn<k>``, and with one vote each, ``knn<k>_majority``.
+
+    ``knn<k>_standardized`` is the weighted vote on features of mean 0 and deviation 1: a few directions of large
+    variance rule the cosine, and where the plain one is lower, they hide what the others know.
+    """
 
     @dataclass(frozen=True)
     class Options:
@@ -32,16 +36,34 @@ class Knn(Probe):
 
     def measure(self, task: TaskFeatures) -> list[Result]:
         """Classify by each vote and number of neighbours."""
+        variants = {
+            "": knn_scores,
+            "_majority": partial(knn_scores, temperature=None),
+            "_standardized": lambda fold, k: knn_scores(standardized(fold), k),
+        }
         results = []
-        for vote, temperature in (("", TEMPERATURE), ("_majority", None)):
+        for variant, scores in variants.items():
             for k in self.options.neighbours:
-                results += task.classify(f"knn{k}{vote}", partial(knn_scores, k=k, temperature=temperature))
+                results += task.classify(f"knn{k}{variant}", partial(scores, k=k))
         return results
+
+
+def standardized(fold: Fold) -> Fold:
+    """The features that are fitted on and those of the test rows, less the mean and over the deviation of the former.
+
+    Directions without deviation are not divided.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    (rows, labels), device = fold.fit, fold.test.device
+    scaler = StandardScaler().fit(rows.cpu().numpy())
+    rows, test = (torch.from_numpy(scaler.transform(part.cpu().numpy())).to(device) for part in (rows, fold.test))
+    return replace(fold, fit=(rows, labels), test=test)
 
 
 @torch.no_grad()
 def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE) -> Tensor:
-    """Fractions of the vote of the k nearest (or all N) training rows for each class, float32 (1, M, C).
+    """Fractions of the vote of the k nearest (or all N) rows to fit on for each class, float32 (1, M, C).
 
     ::
 
@@ -49,7 +71,7 @@ def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE)
 
     as in DINO (Caron et al. 2021, arXiv:2104.14294), or where the temperature T is None one vote each.
     """
-    train, votes = normalize(fold.train[0].float()), one_hot(fold.train[1], fold.classes).float()
+    train, votes = normalize(fold.fit[0].float()), one_hot(fold.fit[1], fold.classes).float()
     scores = []
     for queries in normalize(fold.test.float()).split(_QUERIES):
         nearness, nearest = (queries @ train.T).topk(min(k, len(train)))

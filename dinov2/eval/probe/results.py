@@ -26,19 +26,23 @@ class Result:
     sd: float = math.nan  # over folds and runs; NaN where there is one
     runs: int = 1  # folds times runs
     count: int = 0  # tiles (or slides) tested
+    division: str = ""  # split, where tiles have one; else what folds keep whole: patient, slide or tile
 
 
 COLUMNS = ("step", *(field.name for field in fields(Result)))
+_OLDER = COLUMNS[:-1]  # of tables begun before there was `division`
 HEADLINE = "balanced_accuracy"
+COMPARED = "compared_"  # before the metrics of the teacher that another one is compared with
+DIFFERENCE = f"{HEADLINE}_difference"
 
 
 def as_metrics(results: Sequence[Result]) -> dict[str, float]:
-    """``task/probe/metric`` to value; for balanced accuracy the interval, too, as ``..._low`` and ``..._high``."""
+    """``task/probe/metric`` to value; of balanced accuracies and their differences also ``..._low``, ``..._high``."""
     metrics = {}
     for result in results:
         name = f"{result.task}/{result.probe}/{result.metric}"
         metrics[name] = result.value
-        if result.metric == HEADLINE and not math.isnan(result.low):
+        if result.metric in (HEADLINE, DIFFERENCE) and not math.isnan(result.low):
             metrics |= {f"{name}_low": result.low, f"{name}_high": result.high}
     return metrics
 
@@ -50,13 +54,14 @@ def append_csv(path: Path, results: Sequence[Result], step: int | None) -> None:
         ValueError: if the file is another table.
     """
     before = path.read_text() if path.exists() else ""
-    if before and tuple(next(csv.reader([before.partition("\n")[0]]))) != COLUMNS:
+    columns = tuple(next(csv.reader([before.partition("\n")[0]]))) if before else COLUMNS
+    if columns not in (COLUMNS, _OLDER):
         raise ValueError(f"'{path}' is another table; name a new file or one with columns {','.join(COLUMNS)}.")
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     if not before:
         writer.writerow(COLUMNS)
-    writer.writerows([step, *_without_nan(result).values()] for result in results)
+    writer.writerows([step, *_without_nan(result).values()][: len(columns)] for result in results)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, [before, lines.getvalue()])
 
@@ -74,23 +79,45 @@ def _without_nan(result: Result) -> dict[str, Any]:
 
 
 def as_table(results: Sequence[Result]) -> str:
-    """One line per probe, for people."""
-    lines = [("task", "probe", "balanced accuracy", "95 % interval", "sd", "accuracy", "F1", "AUROC", "runs", "n")]
+    """One line per probe, for people; where two teachers are compared, the other's value and the difference, too."""
+    heads = ["task", "probe", "balanced accuracy", "95 % interval", "sd", "accuracy", "F1", "AUROC", "runs", "n"]
     by_probe: dict[tuple[str, str], dict[str, Result]] = {}
     for result in results:
         by_probe.setdefault((result.task, result.probe), {})[result.metric] = result
+    compared = any(result.metric.startswith(COMPARED) for result in results)
+    lines = [heads + ["compared", "difference", "95 % interval"] * compared]
     for names, metrics in by_probe.items():
         first = metrics.get(HEADLINE) or next(iter(metrics.values()))
-        low, high, sd = map(_figure, (first.low, first.high, first.sd))
-        others = [_figure(metrics[name].value) if name in metrics else "" for name in ("accuracy", "f1", "auroc")]
-        interval = f"{low} - {high}" if low else ""
-        lines.append((*names, _figure(first.value), interval, sd, *others, str(first.runs), str(first.count)))
+        others = [_value(metrics.get(name)) for name in ("accuracy", "f1", "auroc")]
+        line = [*names, _value(first), _interval(first), _figure(first.sd), *others, str(first.runs), str(first.count)]
+        if compared:
+            other, difference = metrics.get(COMPARED + first.metric), metrics.get(DIFFERENCE)
+            line += [_value(other), _value(difference, "+.4f"), _interval(difference, "+.4f")]
+        lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justified = ([str.ljust] * 2 + [str.rjust] * 8, widths)
+    justified = ([str.ljust] * 2 + [str.rjust] * (len(widths) - 2), widths)
+    by_tile = dict.fromkeys(result.task for result in results if result.division == "tile")
     return "\n".join(
-        "  ".join(justify(cell, width) for cell, justify, width in zip(line, *justified, strict=True)) for line in lines
+        [
+            "  ".join(justify(cell, width) for cell, justify, width in zip(line, *justified, strict=True))
+            for line in lines
+        ]
+        + [
+            f"{task}: folds are by tile; copies or neighbours of one tile in two folds raise the figures."
+            for task in by_tile
+        ]
     )
 
 
-def _figure(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4f}"
+def _value(result: Result | None, form: str = ".4f") -> str:
+    return "" if result is None else _figure(result.value, form)
+
+
+def _interval(result: Result | None, form: str = ".4f") -> str:
+    if result is None or math.isnan(result.low):
+        return ""
+    return f"{_figure(result.low, form)} - {_figure(result.high, form)}"
+
+
+def _figure(value: float, form: str = ".4f") -> str:
+    return "" if math.isnan(value) else format(value, form)

@@ -13,6 +13,7 @@ from dinov2.distributed import broadcast_object, get_global_rank, get_global_siz
 from dinov2.eval.datasets.images import TileImages
 from dinov2.eval.datasets.labels import GROUPINGS, LabelledTiles
 from dinov2.eval.features import Embedding, device_of, extract_features
+from dinov2.eval.probe.compare import compare
 from dinov2.eval.probe.results import Result, as_metrics
 from dinov2.eval.probe.task import Probe, TaskFeatures
 from dinov2.extensions import PROBES
@@ -100,6 +101,7 @@ def run_probes(
     tasks: Mapping[str, LabelledTiles | TileImages],
     embedding: Embedding | None = None,
     probing: Probing | None = None,
+    compared: tuple[nn.Module, Embedding] | None = None,
 ) -> list[Result]:
     """Embed the tiles of every task and probe the features. All ranks must call, and all return the same.
 
@@ -110,30 +112,34 @@ def run_probes(
         backbone: see `extract_features`.
         tasks: tiles by name; those without labels go through the probes that need none.
         embedding, probing: from tiles to features, and to results; None takes the defaults.
+        compared: another backbone, probed on the same divisions of the same tiles; its metrics are added under
+            names that begin with ``compared_``, and ``balanced_accuracy_difference`` of each probe.
 
     Raises:
         ValueError: on all ranks, if tiles cannot be read, features are not finite, or a task is too small.
     """
-    embedding, probing = embedding or Embedding(), probing or Probing()
-    probes, results = probing.build(), []
+    probing, results = probing or Probing(), []
+    probes, teachers = probing.build(), [(backbone, embedding or Embedding()), *([compared] if compared else [])]
     for name, tiles in tasks.items():
         labelled = isinstance(tiles, LabelledTiles)
         if labelled and probing.limit:
             tiles = tiles.thinned(probing.limit, probing.seed)
-        images = tiles.images if labelled else tiles
-        features, _ = extract_features(backbone, images, embedding, skip_corrupt=not labelled)
-        task = TaskFeatures(name, features, tiles if labelled else None, probing, device_of(backbone))
-        results += _share_out([probe for probe in probes if labelled or not probe.needs_labels], task)
+        images, labels = (tiles.images, tiles) if labelled else (tiles, None)
+        embedded = []
+        for model, how in teachers:
+            features, _ = extract_features(model, images, how, skip_corrupt=not labelled)
+            embedded.append(TaskFeatures(name, features, labels, probing, device_of(model)))
+        results += _share_out([probe for probe in probes if labelled or not probe.needs_labels], embedded)
     return results
 
 
-def _share_out(probes: list[Probe], task: TaskFeatures) -> list[Result]:
+def _share_out(probes: list[Probe], tasks: list[TaskFeatures]) -> list[Result]:
     """Run each probe on one rank; every rank gets all results in order, or the first error."""
     rank, world = get_global_rank(), get_global_size()
     own: dict[int, list[Result] | Exception] = {}
     for number in range(rank, len(probes), world):
         try:
-            own[number] = probes[number].measure(task)
+            own[number] = compare(probes[number], *tasks) if len(tasks) > 1 else probes[number].measure(tasks[0])
         except Exception as error:  # raised on all ranks below, lest they wait for this one
             own[number] = error
     done = {number: found for src in range(world) for number, found in broadcast_object(own, src).items()}

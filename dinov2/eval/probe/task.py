@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -65,6 +65,7 @@ class Fold:
     val: tuple[Tensor, Tensor]  # the same of the rows to choose on
     test: Tensor  # features (M, D) to tell the classes of
     classes: int  # C
+    fit: tuple[Tensor, Tensor]  # to fit on where nothing is chosen: `train`, and `val` where it was taken from it
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class TaskFeatures:
     tiles: LabelledTiles | None  # None without labels
     probing: Probing  # folds, seed and other numbers that all probes share
     device: torch.device  # for probes that compute on one
+    predictions: dict[str, list[Predictions]] = field(default_factory=dict)  # what `classify` found, by probe
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -117,20 +119,22 @@ class TaskFeatures:
         """
         rows, probing, parts = self.rows, self.probing, []
         for number, division in enumerate(self.divisions):
-            train, val, test = (
+            train, val, test, fit = (
                 tuple(torch.from_numpy(column[part]).to(self.device) for column in (rows.features, rows.labels))
                 for part in division
             )
-            found = scores(Fold(number, train, val, test[0], rows.classes)).cpu().numpy()
+            found = scores(Fold(number, train, val, test[0], rows.classes, fit)).cpu().numpy()
             target, groups = rows.labels[division.test], rows.groups[division.test]
             if rows.slides is not None:  # the mean scores of each slide's tiles
                 _, first, members = np.unique(rows.slides[division.test], return_index=True, return_inverse=True)
                 found = np.stack([_means(run, members) for run in found])
                 target, groups = target[first], groups[first]
             parts.append(Predictions(target, found, groups))
+        self.predictions[probe] = parts
         count, runs = sum(len(part.target) for part in parts), sum(len(part.scores) for part in parts)
         metrics = estimate(parts, probing.resamples, probing.seed, with_auroc)
-        return [Result(self.name, probe, metric, *figures, runs, count) for metric, figures in metrics.items()]
+        origin = self.tiles.grouping(probing.group) if rows.splits is None else "split"
+        return [Result(self.name, probe, metric, *figures, runs, count, origin) for metric, figures in metrics.items()]
 
 
 def _means(values: np.ndarray, members: np.ndarray) -> np.ndarray:

@@ -187,6 +187,13 @@ def test_labels_that_do_not_match(classes, tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_split_that_is_all_training_divides_nothing(classes, tmp_path):
+    text = "slide_id,label,split\ntumour,x,{0}\ndeep,y,{0}\nnormal,x,{0}\n"
+    assert open_labelled_tiles(classes, csv_file(tmp_path, text.format("train"))).splits is None
+    with pytest.raises(ValueError):
+        open_labelled_tiles(classes, csv_file(tmp_path, text.format("test")))
+
+
 def test_empty_class_folder(classes):
     (classes / "stroma").mkdir()
     with pytest.raises(ValueError, match=r"Class folder '.*stroma' holds no image"):

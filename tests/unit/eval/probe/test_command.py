@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,7 +85,8 @@ def test_from_teacher_to_table(checkpoint, crops, tmp_path, capsys):
     assert 1 <= float(rows["rankme", "value"]["value"]) <= 128
     for (probe, _), row in rows.items():
         assert probe in table and row["value"]
-    assert len(table.splitlines()) == 1 + len({probe for probe, _ in rows})
+    assert {row["division"] for row in rows.values()} == {"tile", ""}  # of a measure without folds, nothing
+    assert len(table.splitlines()) == 1 + len({probe for probe, _ in rows}) + 1  # and the note on these folds
 
     before = output.read_text()
     assert main(arguments) == 0
@@ -122,7 +125,38 @@ def test_json_and_labels_by_slide(checkpoint, crops, tmp_path, capsys):
     found = {(row["task"], row["probe"], row["metric"]): row for row in content["results"]}
     assert content["step"] == 7 and content["command"]["pooling"] == "cls_mean"
     assert found[crops.name, "knn3", "accuracy"]["count"] == len(slides)
-    assert {probe for _, probe, _ in found} == {"knn3", "knn3_majority", "odcorr"}
+    assert {probe for _, probe, _ in found} == {"knn3", "knn3_majority", "knn3_standardized", "odcorr"}
+    assert found[crops.name, "knn3", "accuracy"]["division"] == "patient"  # what paths tell
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4  # no note
+
+
+def test_comparison_with_another_teacher(checkpoint, crops, tmp_path, capsys):
+    """Against itself nothing differs; at another normalisation its own record counts."""
+    other = tmp_path / "other.pth"
+    shutil.copy(checkpoint, other)
+    record = json.loads(Path(checkpoint).with_suffix(".json").read_text()) | {"step": 9}
+    record["config"]["augmentation"]["normalize_mean"] = [0.1, 0.9, 0.1]
+    other.with_suffix(".json").write_text(json.dumps(record))
+    options = ["--data", str(crops), "--probes", "knn,rankme", "--neighbours", "3", *QUICK]
+    found = []
+    for number, teacher in enumerate((checkpoint, other)):
+        output = tmp_path / f"{number}.json"
+        assert main(["--checkpoint", checkpoint, "--compare", str(teacher), "--output", str(output), *options]) == 0
+        content = json.loads(output.read_text())
+        assert (content["step"], content["compare_step"], content["compare"]) == (7, 7 + 2 * number, str(teacher))
+        found.append({(row["probe"], row["metric"]): row for row in content["results"]})
+    capsys.readouterr()
+    assert main(["--checkpoint", str(other), *options, "--output", str(tmp_path / "alone.csv")]) == 0
+    alone, (same, differs) = rows_of(tmp_path / "alone.csv"), found
+    for (probe, metric), row in alone.items():
+        assert same[probe, f"compared_{metric}"]["value"] == same[probe, metric]["value"]
+        assert differs[probe, f"compared_{metric}"]["value"] == float(row["value"])
+    for probe in ("knn3", "knn3_majority", "knn3_standardized"):
+        difference = same[probe, "balanced_accuracy_difference"]
+        assert [difference[name] for name in ("value", "low", "high")] == [0, 0, 0]
+        figures = [differs[probe, name]["value"] for name in ("balanced_accuracy", "compared_balanced_accuracy")]
+        assert differs[probe, "balanced_accuracy_difference"]["value"] == pytest.approx(figures[0] - figures[1])
+    assert ("rankme", "balanced_accuracy_difference") not in same
 
 
 def test_normalisation_and_size_are_those_of_training(checkpoint):
@@ -145,6 +179,9 @@ def test_normalisation_and_size_are_those_of_training(checkpoint):
         (["--data", "{crops}", "--device", "tpu9"], "Device 'tpu9' is unknown; cpu, cuda or cuda:N is expected"),
         (["--data", "{crops}", "--device", "cuda:64"], "Device 'cuda:64' is unavailable: PyTorch sees"),
         (["--data", "{crops}", "--size", "50"], "50"),
+        (["--data", "{crops}", "--compare", "random:{checkpoint}.json"], "is neither a .yaml nor a teacher"),
+        (["--data", "{crops}", "--compare", "random:absent.yaml"], "absent.yaml"),
+        (["--data", "{crops}", "--C", "0"], "C is 0.0; values in (0, inf) are accepted"),
     ],
 )  # fmt: skip
 def test_bad_input(checkpoint, crops, tmp_path, arguments, message, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from dinov2.eval.probe.metrics import Predictions, auroc, confusion, estimate, from_counts
+from dinov2.eval.probe.metrics import Predictions, auroc, estimate, from_counts
 
 REFERENCES = {
     "balanced_accuracy": sklearn_metrics.balanced_accuracy_score,
@@ -24,8 +24,7 @@ def predictions(classes, count=200, seed=0):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_metrics_of_counts(name, classes):
     target, scores = predictions(classes)
-    counts = confusion(target, scores.argmax(1), classes)
-    np.testing.assert_array_equal(counts, sklearn_metrics.confusion_matrix(target, scores.argmax(1)))
+    counts = sklearn_metrics.confusion_matrix(target, scores.argmax(1))
     assert from_counts(counts)[name] == pytest.approx(REFERENCES[name](target, scores.argmax(1)))
 
 
@@ -48,7 +47,7 @@ def test_auroc_with_ties_and_weights(classes):
 
 def test_class_that_is_never_tested_does_not_count():
     target, predicted = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
-    counts = confusion(target, predicted, 3)
+    counts = sklearn_metrics.confusion_matrix(target, predicted)
     assert from_counts(counts)["balanced_accuracy"] == pytest.approx(0.75)
     assert from_counts(counts)["f1"] == pytest.approx(sklearn_metrics.f1_score(target, predicted, average="macro"))
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from dinov2.eval.probe.nearest import few_shot_scores, knn_scores
+from dinov2.eval.probe.nearest import few_shot_scores, knn_scores, standardized
 from dinov2.eval.probe.task import Fold
 
 
@@ -13,6 +15,11 @@ def clouds(rng, count, classes=3, width=16, spread=1.5):
     labels = rng.integers(0, classes, count)
     centres = np.random.default_rng(9).normal(size=(classes, width))
     return (centres[labels] + spread * rng.normal(size=(count, width))).astype(np.float32), labels
+
+
+def fold_of(train, labels, test, classes):
+    rows = train, labels
+    return Fold(0, rows, rows, test, classes, fit=rows)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -23,18 +30,36 @@ def test_shares_of_the_vote(k, temperature):
     weights = "uniform" if temperature is None else lambda d: np.exp((d[:, :1] - d) / temperature)
     reference = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute").fit(train, labels)
     train, labels, test = map(torch.from_numpy, (train, labels, test))
-    (scores,) = knn_scores(Fold(0, (train, labels), (train, labels), test, 3), k, temperature)
+    (scores,) = knn_scores(fold_of(train, labels, test, 3), k, temperature)
     np.testing.assert_allclose(scores, reference.predict_proba(test), atol=2e-3 if temperature == 1e-3 else 1e-5)
+
+
+def test_neighbours_of_standardised_features():
+    """Three directions of large variance, which know nothing, hide the others from the cosine."""
+    rng = np.random.default_rng(0)
+    (train, labels), (test, target) = clouds(rng, 300), clouds(rng, 700)
+    for rows in (train, test):
+        rows[:, :3] = 1000 * rng.normal(size=(len(rows), 3))
+        rows[:, 3] = 7
+    classifier = KNeighborsClassifier(20, metric="cosine", algorithm="brute")
+    reference = make_pipeline(StandardScaler(), classifier).fit(train, labels)
+    fold = fold_of(*map(torch.from_numpy, (train, labels, test)), 3)
+    scaled = standardized(fold)
+    (plain,), (scores,) = knn_scores(fold, 20, None), knn_scores(scaled, 20, None)
+    np.testing.assert_allclose(scores, reference.predict_proba(test), atol=1e-5)
+    accuracy, plain_accuracy = (np.mean(found.argmax(1).numpy() == target) for found in (scores, plain))
+    assert plain_accuracy < 0.5 < 0.8 < accuracy
+    assert torch.equal(fold.test, torch.from_numpy(test)) and torch.equal(scaled.fit[1], fold.fit[1])
 
 
 def test_more_neighbours_than_tiles():
     train, labels = torch.eye(3), torch.tensor([0, 1, 1])
-    (scores,) = knn_scores(Fold(0, (train, labels), (train, labels), torch.ones(1, 3), 2), 20, None)
+    (scores,) = knn_scores(fold_of(train, labels, torch.ones(1, 3), 2), 20, None)
     torch.testing.assert_close(scores, torch.tensor([[1 / 3, 2 / 3]]))
 
 
 def scores_of(train, labels, test, classes, *numbers, **others):
-    return few_shot_scores(Fold(0, (train, labels), (train, labels), test, classes), *numbers, **others)
+    return few_shot_scores(fold_of(train, labels, test, classes), *numbers, **others)
 
 
 def test_all_tiles_as_shots_is_the_nearest_centroid():

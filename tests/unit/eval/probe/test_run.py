@@ -69,16 +69,18 @@ SPLITS = {"splits": ("train",) * 200 + ("val",) * 50 + ("test",) * 150}
 def test_separable_labels(columns):
     results = run_probes(Flatten(), {"task": made_up(**columns)}, EMBEDDING, QUICK)
     found = {(r.probe, r.metric): r for r in results}
-    probes = ["knn5", "knn20", "knn5_majority", "knn20_majority", "linear_eva", "linear_kaiko"]
-    probes += ["few_shot1", "few_shot4", "few_shot16"]
+    probes = [f"knn{k}{variant}" for k in (5, 20) for variant in ("", "_majority", "_standardized")]
+    probes += ["linear_eva", "linear_kaiko", "logistic", "few_shot1", "few_shot4", "few_shot16"]
     assert {probe for probe, _ in found} == {*probes, "rankme", "odcorr"}
     for probe in probes:
         result = found[probe, "balanced_accuracy"]
         # Heads are kept at the first of their best validations, some of them before they are sure of every tile.
         assert result.value > (0.95 if "linear" in probe else 0.99) and result.low <= result.value <= result.high
         assert result.count == (150 if columns else 400)
+        assert result.division == ("split" if columns else "tile")
     assert found["linear_eva", "auroc"].value > 0.99
     assert found["linear_eva", "f1"].runs == (2 if columns else 6)
+    assert found["logistic", "f1"].runs == (1 if columns else 3)
 
 
 def test_random_labels():
@@ -120,18 +122,15 @@ def test_labels_per_slide(aggregation):
     settings = Probing(("knn",), options_for(neighbours=(5,)), aggregation=aggregation, resamples=50)
     results = {r.metric: r for r in run_probes(Flatten(), {"task": tiles}, EMBEDDING, settings) if r.probe == "knn5"}
     features = levels.astype(np.uint8).astype(np.float32) - 128
-    # The same by hand, less the validation slides, which only heads use but k-NN leaves out, too.
-    from dinov2.eval.probe.folds import divide
-
     if aggregation == "features":
         rows = np.stack([features[slides == s].mean(0) for s in range(60)])
         row_slides = np.arange(60)
     else:
         rows, row_slides = features, slides
-    (division,) = divide(row_slides % 2, row_slides, np.where(row_slides >= 40, "test", "train"), 5)
-    tensors = torch.from_numpy(rows[division.train]), torch.from_numpy(row_slides[division.train] % 2)
-    (scores,) = knn_scores(Fold(0, tensors, tensors, torch.from_numpy(rows[division.test]), 2), 5).numpy()
-    tested = row_slides[division.test]
+    fit, test = row_slides < 40, row_slides >= 40
+    tensors = torch.from_numpy(rows[fit]), torch.from_numpy(row_slides[fit] % 2)
+    (scores,) = knn_scores(Fold(0, tensors, tensors, torch.from_numpy(rows[test]), 2, tensors), 5).numpy()
+    tested = row_slides[test]
     by_slide = np.stack([scores[tested == s].mean(0) for s in range(40, 60)])
     target = np.arange(40, 60) % 2
     assert results["balanced_accuracy"].value == pytest.approx(balanced_accuracy_score(target, by_slide.argmax(1)))
@@ -184,7 +183,7 @@ def test_shots_that_a_class_cannot_give_are_left_out(caplog):
     [
         (
             {"probes": ("svm",)},
-            "no probe 'svm'; known are knn, linear_eva, linear_kaiko, few_shot, rankme, odcorr",
+            "no probe 'svm'; known are knn, linear_eva, linear_kaiko, logistic, few_shot, rankme, odcorr",
         ),
         ({"aggregation": "max"}, "Aggregation 'max' is none of features, probabilities"),
         ({"group": "hospital"}, "Group 'hospital' is none of patient, slide, tile"),
@@ -223,6 +222,10 @@ def test_metrics_csv_and_json(tmp_path):
         ("0", "knn5", "0.25"), ("0", "rankme", ""), ("100", "knn5", "0.25"),
     ]  # fmt: skip
     assert tuple(rows[0]) == COLUMNS
+    older = tmp_path / "older.csv"  # begun before there was the last column
+    older.write_text(",".join(COLUMNS[:-1]) + "\n")
+    append_csv(older, results, 5)
+    assert {len(row) for row in csv.reader(older.open())} == {len(COLUMNS) - 1}
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"other.csv' is another table"):
