@@ -64,15 +64,15 @@ def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
     return kept
 
 
-def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
-    """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, units.
+def fingerprint(index: pa.Table, group_rows: np.ndarray) -> str:
+    """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, row groups.
 
     Locations, modification times and versions are not part of it, so a dataset that was moved or copied still
     resumes; one of which a shard was rewritten, added, removed or corrupted does not.
     """
     shards = index.select(["name", "size", "footer"]).to_pydict()  # a left out shard has no footer digest
     digest = hashlib.blake2b(json.dumps(shards).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(unit_rows, "<i8"))
+    digest.update(np.ascontiguousarray(group_rows, "<i8"))
     return digest.hexdigest()
 
 

@@ -31,14 +31,14 @@ _FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, 
 class ParquetSource:
     """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema; see `Source`.
 
-    A unit is one row group; they are numbered shard by shard. ``dataset``, ``revision`` and ``attempts`` are as for
+    Row groups are numbered shard by shard. ``dataset``, ``revision`` and ``retries`` are as for
     `open_storage`, or a storage; ``sidecar`` is where to keep the index for the next start, see `load_index`.
     """
 
     def __init__(
-        self, dataset: str | Storage, sidecar: Path | None = None, revision: str = "", attempts: int = 8
+        self, dataset: str | Storage, sidecar: Path | None = None, revision: str = "", retries: int = 8
     ) -> None:
-        storage = open_storage(dataset, revision, attempts) if isinstance(dataset, str) else dataset
+        storage = open_storage(dataset, revision, retries) if isinstance(dataset, str) else dataset
         index = load_index(storage, sidecar)
         self.location, self.is_remote = storage.location, not isinstance(storage, LocalStorage)  # with a hub's commit
         self._storage = storage
@@ -50,64 +50,64 @@ class ParquetSource:
         self._first_group, self._first_slide = first
         self._slides = in_one(index["slides"]).flatten()
         self._group_slide = flatten(index["group_slide"])
-        self.unit_rows, self.unit_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
-        self.num_rows = int(self.unit_rows.sum())
-        self.fingerprint = fingerprint(index, self.unit_rows)
+        self.group_rows, self.group_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
+        self.num_rows = int(self.group_rows.sum())
+        self.fingerprint = fingerprint(index, self.group_rows)
 
-    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+    def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """As in `Source`; nulls, and rows that corruption hides, come as empty bytes."""
-        slide, image = self._slide_and_image(unit)
+        slide, image = self._slide_and_image(group)
         if slide is not None:
-            return [(slide, data) for data in self._columns(unit, rows, [image])[0]]
-        names, images = self._columns(unit, rows, [SLIDE_COLUMN[image], image])
+            return [(slide, data) for data in self._columns(group, rows, [image])[0]]
+        names, images = self._columns(group, rows, [SLIDE_COLUMN[image], image])
         return list(zip(_slide_names(names, image), images, strict=True))
 
-    def slides(self, unit: int) -> list[str]:
+    def slides(self, group: int) -> list[str]:
         """Name the slide of every row of a row group."""
-        (slide, image), rows = self._slide_and_image(unit), range(int(self.unit_rows[unit]))
+        (slide, image), rows = self._slide_and_image(group), range(int(self.group_rows[group]))
         if slide is not None:
             return [slide] * len(rows)
-        return _slide_names(self._columns(unit, rows, [SLIDE_COLUMN[image]])[0], image)
+        return _slide_names(self._columns(group, rows, [SLIDE_COLUMN[image]])[0], image)
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn stored bytes into uint8 (H, W, 3) RGB; see `decode_image`."""
         if not sample.data:
             raise DecodeError("nothing is stored there (a null, or a corrupt page of the shard)")
-        return decode_image(sample.data, self._raw_sizes[self._find(sample.unit)[0]])
+        return decode_image(sample.data, self._raw_sizes[self._find(sample.group)[0]])
 
-    def describe(self, unit: int, row: int | None = None) -> str:
+    def describe(self, group: int, row: int | None = None) -> str:
         """Name a row group, or one of its rows, for a message to the user."""
-        shard, group = self._find(unit)
-        named = f"row group {group} of shard '{self._storage.locate(self._names[shard])}'"
+        shard, number = self._find(group)
+        named = f"row group {number} of shard '{self._storage.locate(self._names[shard])}'"
         return named if row is None else f"row {row} of {named}"
 
     def repack_advice(self) -> str:
         """See `repack_advice`."""
-        return repack_advice(self._storage, self.unit_rows, self.unit_bytes)
+        return repack_advice(self._storage, self.group_rows, self.group_bytes)
 
-    def _find(self, unit: int) -> tuple[int, int]:
-        """The shard of a unit, and which of its row groups it is."""
-        shard = int(np.searchsorted(self._first_group, unit, side="right")) - 1
-        return shard, int(unit - self._first_group[shard])
+    def _find(self, group: int) -> tuple[int, int]:
+        """The shard of a row group, and its number there."""
+        shard = int(np.searchsorted(self._first_group, group, side="right")) - 1
+        return shard, int(group - self._first_group[shard])
 
-    def _slide_and_image(self, unit: int) -> tuple[str | None, str]:
-        """The only slide of a unit, or None where its column must be read, and the column of images."""
-        shard, number = self._find(unit)[0], int(self._group_slide[unit])
+    def _slide_and_image(self, group: int) -> tuple[str | None, str]:
+        """The only slide of a row group, or None where its column must be read, and the column of images."""
+        shard, number = self._find(group)[0], int(self._group_slide[group])
         slide = self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
         return slide, self._images[shard]
 
-    def _columns(self, unit: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
+    def _columns(self, group: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
         """Read some rows of one or two columns, with one request where the columns lie close together."""
-        shard, number = self._find(unit)
+        shard, number = self._find(group)
         try:
             metadata = _read_metadata(self, shard)
-            group = metadata.row_group(number)
-            changed = group.num_rows != self.unit_rows[unit]
+            stored = metadata.row_group(number)
+            changed = stored.num_rows != self.group_rows[group]
         except (CorruptShard, IndexError):
             changed = True
         if changed:
-            raise OSError(f"{self.describe(unit)} is not what it was when the dataset was opened")
-        chunks = (group.column(leaf) for leaf in range(group.num_columns))
+            raise OSError(f"{self.describe(group)} is not what it was when the dataset was opened")
+        chunks = (stored.column(leaf) for leaf in range(stored.num_columns))
         extents = [extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
         file = _ShardFile(self._storage, self._names[shard], self._sizes[shard], extents)
         with pq.ParquetFile(file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False) as opened:

@@ -17,8 +17,8 @@ from dinov2.utils.seeding import hash_name
 
 logger = logging.getLogger(__name__)
 
-_THREADS = 16  # units whose slides are looked up at a time, since a source may have to fetch them
-_CHUNK = 128  # units per task at most; a task costs far more than to look up a unit that the index knows
+_THREADS = 16  # row groups whose slides are looked up at a time, since a source may have to fetch them
+_CHUNK = 128  # row groups per task at most; a task costs far more than to look up a row group that the index knows
 _NAMED = 5
 _MIXED = 255
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -112,18 +112,18 @@ def split_by_patient(
     Raises:
         ValueError: if nothing is left to train on, or the fraction is not in [0, 1).
     """
-    logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.unit_rows), dataset)
+    logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.group_rows), dataset)
     fates = Fates(excluded, validation_fraction)
-    unit_fate, mixed = _look_up(source, fates)
+    group_fate, mixed = _look_up(source, fates)
     counts, subsets = {}, {}
     for fate in Fate:
         slides = [slide for slide, of_slide in fates.items() if of_slide == fate]
-        rows = {unit: np.flatnonzero(of_rows == fate) for unit, of_rows in mixed.items()}
-        total = int(source.unit_rows[unit_fate == fate].sum()) + sum(map(len, rows.values()))
+        rows = {group: np.flatnonzero(of_rows == fate) for group, of_rows in mixed.items()}
+        total = int(source.group_rows[group_fate == fate].sum()) + sum(map(len, rows.values()))
         counts[fate] = Count(len(slides), len(set(map(patient_of, slides))), total)
         if fate != Fate.EXCLUDED and total:
             is_all = total == source.num_rows
-            subsets[fate] = source if is_all else SubsetSource(source, unit_fate == fate, rows)
+            subsets[fate] = source if is_all else SubsetSource(source, group_fate == fate, rows)
     if Fate.TRAINING not in subsets:
         raise ValueError(
             f"of the {source.num_rows:,} rows of dataset '{dataset}' {counts[Fate.EXCLUDED].rows:,} are excluded "
@@ -173,22 +173,22 @@ class Fates(dict[str, int]):
 
 
 def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Find the fate of every unit, uint8 (U,), and of every row of those units that hold several fates."""
-    total = len(source.unit_rows)
+    """Find the fate of every row group, uint8 (G,), and of every row of those row groups that hold several fates."""
+    total = len(source.group_rows)
     step = max(1, min(_CHUNK, total // (4 * _THREADS)))
-    unit_fate, mixed = np.zeros(total, np.uint8), {}
+    group_fate, mixed = np.zeros(total, np.uint8), {}
 
     def look_up(start: int) -> None:
-        for unit in range(start, min(start + step, total)):
-            slides = source.slides(unit)
+        for group in range(start, min(start + step, total)):
+            slides = source.slides(group)
             found = {fates[slide] for slide in set(slides)}
             if len(found) == 1:
-                (unit_fate[unit],) = found
+                (group_fate[group],) = found
             elif found:
-                unit_fate[unit] = _MIXED
-                mixed[unit] = np.fromiter(map(fates.__getitem__, slides), np.uint8, len(slides))
+                group_fate[group] = _MIXED
+                mixed[group] = np.fromiter(map(fates.__getitem__, slides), np.uint8, len(slides))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(look_up, range(0, total, step)):  # which cancels the rest where one fails
             pass
-    return unit_fate, mixed
+    return group_fate, mixed

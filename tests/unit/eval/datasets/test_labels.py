@@ -154,7 +154,7 @@ def test_some_rows_of_shards(tmp_path):
     assert tiles.slides() == ["/x/s0.svs", "/x/s1.svs", "/x/s0.svs"]
 
 
-def test_thinning_keeps_shares_and_order(tmp_path):
+def test_thinning_keeps_fractions_and_order(tmp_path):
     for name, count in (("a", 30), ("b", 10)):
         for number in range(count):
             write(tmp_path / name / f"{number:02}.png", number + 100 * (name == "b"), (2, 2))

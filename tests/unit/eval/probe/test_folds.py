@@ -22,8 +22,8 @@ def test_groups_stay_whole(rows, seed):
 
 
 def spread(labels, folds):
-    shares = [[np.mean(folds[labels == c] == f) for f in range(5)] for c in np.unique(labels)]
-    return np.std(shares)
+    fractions = [[np.mean(folds[labels == c] == f) for f in range(5)] for c in np.unique(labels)]
+    return np.std(fractions)
 
 
 def test_classes_are_spread_as_well_as_by_scikit_learn():
