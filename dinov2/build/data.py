@@ -19,7 +19,7 @@ from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.source import Source, SourceRequest
+from dinov2.data.source import Origin, Source, SourceRequest
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
@@ -78,6 +78,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
     """
     data, datasets = config.data, _datasets(config)
     excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []
+    sites = data.excluded_sites
     fates = Fates(excluded, data.validation_fraction)  # of the slides that kinds leave out themselves
     names, weights = zip(*((dataset.path, dataset.weight) for dataset in datasets), strict=True)
     sources: list[Source] = []
@@ -100,19 +101,24 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
                 f"dataset '{name}': training on {counts[Fate.TRAINING]} of {counts.total()} slides; "
                 f"{counts[Fate.EXCLUDED]} excluded, {counts[Fate.VALIDATION]} kept for validation"
             )
-        elif not counts and (excluded or data.validation_fraction):
+        elif not counts and (excluded or data.validation_fraction or sites):
             if _is_endless(source):
                 raise ValueError(
-                    f"Dataset '{name}' is drawn without end, so that data.exclusion_file and "
-                    "data.validation_fraction cannot be applied to its rows."
+                    f"Dataset '{name}' is drawn without end, so that data.exclusion_file, "
+                    "data.excluded_sites and data.validation_fraction cannot be applied to its rows."
                 )
-            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction)
+            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction, sites)
             source, validation = split.training, split.validation
         sources.append(source)
         held_out.append(validation)
+    if sites and not any(any(split.sites) for split in splits.values()):
+        raise ValueError(
+            f"data.excluded_sites = {list(sites)} needs Parquet shards with a column 'site', but no dataset has one "
+            "that holds anything."
+        )
     if splits:
         unmatched = [replace(split, unmatched=split.unmatched - fates.matched) for split in splits.values()]
-        report += describe_splits(unmatched, list(splits), excluded)
+        report += describe_splits(unmatched, list(splits), excluded, sites)
     return OpenData(names, tuple(locations), weights, tuple(sources), tuple(held_out), tuple(report))
 
 
@@ -236,7 +242,7 @@ def _open(
 
 
 def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:
-    fate = fates[slide]
+    fate = fates[Origin(slide)]
     counts[fate] += 1
     return fate == Fate.TRAINING
 

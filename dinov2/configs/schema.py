@@ -98,6 +98,7 @@ class DataConfig:
     datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
+    excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site of Parquet shards")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
     mpp_file: str = key("", "CSV slide,mpp for slides that do not say theirs")

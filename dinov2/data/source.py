@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -35,6 +35,28 @@ class EncodedSample:
     data: bytes
 
 
+class Origin(NamedTuple):
+    """Where a tile is from; patient and site are empty where the dataset does not tell them by themselves."""
+
+    slide: str
+    patient: str = ""
+    site: str = ""
+
+
+def as_origins(slides: Sequence[str], *others: Sequence[str]) -> list[Origin]:
+    """Origins of rows from the columns slide, patient and site; rows of one origin share the object."""
+    if not others and slides.count(slides[0] if slides else "") == len(slides):
+        return [Origin(slides[0])] * len(slides) if slides else []
+    rows = list(zip(slides, *others, strict=True))
+    made = {row: Origin(*row) for row in set(rows)}
+    return [made[row] for row in rows]
+
+
+def origins_of(source: Source, group: int) -> list[Origin]:
+    """Origin of every row of a row group, whether or not the source knows more than the slide."""
+    return source.origins(group) if hasattr(source, "origins") else as_origins(source.slides(group))
+
+
 class Source(Protocol):
     """A dataset whose rows can be read in any order: the one interface between data and the sample order.
 
@@ -48,7 +70,8 @@ class Source(Protocol):
 
     A source may also have ``location``, the path or URL that it was found at, with the commit where there is one;
     ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
-    and therefore cannot be mixed with others; and ``order(seed, lanes, block_rows)``, an order of its own.
+    and therefore cannot be mixed with others; ``order(seed, lanes, block_rows)``, an order of its own; and
+    ``origins(group)``, an `Origin` of every row of a row group, where the dataset knows more than the slide.
     """
 
     group_rows: np.ndarray

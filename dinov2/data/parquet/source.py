@@ -13,9 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptShard, extent, parse_footer, slide_of
+from dinov2.data.parquet.footer import (
+    ORIGIN_COLUMNS,
+    SLIDE_COLUMN,
+    CorruptShard,
+    extent,
+    only_value,
+    parse_footer,
+    require_type,
+    slide_of,
+)
 from dinov2.data.parquet.index import fingerprint, flatten, in_one, load_index
-from dinov2.data.source import DecodeError, EncodedSample, decode_image
+from dinov2.data.source import DecodeError, EncodedSample, Origin, as_origins, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
 from dinov2.data.storage.locate import open_storage
 
@@ -45,6 +54,7 @@ class ParquetSource:
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
+        self._origin_columns = index["origin_columns"].to_pylist()
         # Where each shard's row groups and slides begin.
         first = (np.from_dlpack(in_one(index[name]).offsets)[:-1] for name in ("group_rows", "slides"))
         self._first_group, self._first_slide = first
@@ -68,6 +78,29 @@ class ParquetSource:
         if slide is not None:
             return [slide] * len(rows)
         return _slide_names(self._columns(group, rows, [SLIDE_COLUMN[image]])[0], image)
+
+    def origins(self, group: int) -> list[Origin]:
+        """Slide, and patient and site where the shard has such columns, of every row of a row group.
+
+        Statistics tell what fills a row group by itself; otherwise the column is read, images never. Nulls, and rows
+        that corruption hides, come as empty texts. ValueError if a column holds neither text nor whole numbers.
+        """
+        shard = self._find(group)[0]
+        if not self._origin_columns[shard]:
+            return as_origins(self.slides(group))
+        leaves, stored = _origin_leaves(self, shard), self._row_group(group)
+        slide, image = self._slide_and_image(group)
+        named = SLIDE_COLUMN[image]
+        only = {named: slide} | {
+            name: only_value(stored.column(leaves[name])) if name in leaves else "" for name in ORIGIN_COLUMNS
+        }
+        unknown, rows = [name for name, value in only.items() if value is None], range(stored.num_rows)
+        if not unknown:
+            return [Origin(*only.values())] * len(rows)
+        columns = {name: [value or ""] * len(rows) for name, value in only.items()}
+        for name, values in zip(unknown, self._columns(group, rows, unknown), strict=True):
+            columns[name] = _slide_names(values, image) if name == named else _texts(values)
+        return as_origins(*columns.values())
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn stored bytes into uint8 (H, W, 3) RGB; see `decode_image`."""
@@ -96,21 +129,25 @@ class ParquetSource:
         slide = self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
         return slide, self._images[shard]
 
-    def _columns(self, group: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
-        """Read some rows of one or two columns, with one request where the columns lie close together."""
+    def _row_group(self, group: int) -> pq.RowGroupMetaData:
         shard, number = self._find(group)
         try:
-            metadata = _read_metadata(self, shard)
-            stored = metadata.row_group(number)
+            stored = _read_metadata(self, shard).row_group(number)
             changed = stored.num_rows != self.group_rows[group]
         except (CorruptShard, IndexError):
             changed = True
         if changed:
             raise OSError(f"{self.describe(group)} is not what it was when the dataset was opened")
+        return stored
+
+    def _columns(self, group: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
+        """Read some rows of one column or a few, with one request where the columns lie close together."""
+        (shard, number), stored = self._find(group), self._row_group(group)
         chunks = (stored.column(leaf) for leaf in range(stored.num_columns))
         extents = [extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
         file = _ShardFile(self._storage, self._names[shard], self._sizes[shard], extents)
-        with pq.ParquetFile(file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False) as opened:
+        options = {"buffer_size": file.buffer_size, "pre_buffer": False}
+        with pq.ParquetFile(file, metadata=_read_metadata(self, shard), **options) as opened:
             return [_read_rows(file, opened, number, column, rows) for column in columns]
 
 
@@ -142,8 +179,24 @@ def _read_metadata(source: ParquetSource, shard: int) -> pq.FileMetaData:
     return parse_footer(source._storage.read_range(name, source._sizes[shard] - length, length))
 
 
+@lru_cache(_FOOTERS_KEPT)
+def _origin_leaves(source: ParquetSource, shard: int) -> dict[str, int]:
+    """Number of each of a shard's columns of patients and sites; ValueError where one is of another type."""
+    schema = _read_metadata(source, shard).schema
+    path, fields = source._storage.locate(source._names[shard]), schema.to_arrow_schema()
+    for name in source._origin_columns[shard]:
+        if not pa.types.is_integer(fields.field(name).type):
+            require_type(path, fields.field(name), "string")
+    paths = [schema.column(leaf).path for leaf in range(len(schema))]
+    return {name: paths.index(name) for name in source._origin_columns[shard]}
+
+
 def _slide_names(values: Iterable[bytes], image: str) -> list[str]:
-    return [slide_of(value.decode(errors="replace"), image) for value in values]
+    return [slide_of(text, image) for text in _texts(values)]
+
+
+def _texts(values: Iterable[bytes]) -> list[str]:
+    return [value.decode(errors="replace") for value in values]
 
 
 class _ShardFile(RangedFile):
@@ -187,6 +240,8 @@ def _read_rows(file: _ShardFile, opened: pq.ParquetFile, group: int, column: str
     try:
         for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
             values = batch[0].dictionary_decode() if pa.types.is_dictionary(batch[0].type) else batch[0]
+            if pa.types.is_integer(values.type):
+                values = values.cast(pa.string())
             if not pa.types.is_binary(values.type):
                 values = values.cast(pa.large_binary())  # text need not be UTF-8
             for row in found.keys() & range(first, first + len(batch)):

@@ -206,7 +206,7 @@ class TileReader:
             try:
                 tiles[block] = level.decode(tile)
             except ValueError as error:
-                raise ValueError(f"block row {block.row}, block column {block.column}: {error}") from error
+                raise ValueError(f"tile row {block.row}, tile column {block.column}: {error}") from error
             # Single operations on a dict are safe in threads; a lock would be lost in a fork.
             if self._capacity:
                 self._cache[region.level, block] = tiles[block]

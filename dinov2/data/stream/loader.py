@@ -121,7 +121,7 @@ def validate_stream_state(saved: dict[str, Any], current: dict[str, Any], datase
     if "fingerprint" in differing:
         raise ValueError(
             f"dataset '{dataset}' changed since the checkpoint (fingerprint {saved.get('fingerprint')} then, "
-            f"{current['fingerprint']} now); resume with the same shards, exclusion file and validation "
+            f"{current['fingerprint']} now); resume with the same shards, exclusions and validation "
             "fraction, or start a new run"
         )
     if differing:

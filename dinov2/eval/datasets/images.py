@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image, image_format
+from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, image_format, origins_of
 
 logger = logging.getLogger("dinov2")
 
@@ -86,10 +86,10 @@ class ParquetTiles:
         source, group, row = self.find(index)
         return decode_row(source, EncodedSample(index, group, row, *source.read(group, [row])[0]))
 
-    def slides(self) -> list[str]:
-        """Slide name of every tile."""
-        names = [slide for source, group in self._groups for slide in source.slides(group)]
-        return [names[row] for row in self._rows]
+    def origins(self) -> list[Origin]:
+        """Slide of every tile, and its patient and site where the dataset tells them."""
+        origins = [origin for source, group in self._groups for origin in origins_of(source, group)]
+        return [origins[row] for row in self._rows]
 
     def find(self, index: int) -> tuple[Source, int, int]:
         """Dataset, row group and row within the row group of a tile."""

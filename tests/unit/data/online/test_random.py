@@ -233,7 +233,7 @@ def test_slides_for_openslide_are_cut_by_the_worker(
 
     monkeypatch.setattr(online_slides, "index_slide", unsupported)
     source = OnlineTileSource([SlideRow(str(train_slide))], tmp_path, options=SMALL, seed=11)
-    assert source.slide_list[0].tiles is None and all(len(data) < 64 for _, data in source.read(0, range(3)))
+    assert source.slide_list[0].blocks is None and all(len(data) < 64 for _, data in source.read(0, range(3)))
     for image, same in zip(pixels(source, 0, [0, 1, 2]), expected, strict=True):
         np.testing.assert_array_equal(image, same)
 
@@ -302,7 +302,7 @@ def test_corrupt_tile_is_replaced_and_named(make: MakeSource, train_slide: Path,
     batches = iter(loader)
     damages = [text for batch in islice(batches, 3) for text in batch["damage"] if text]
     batches.close()
-    assert damages and all("garbage.svs" in text and "level 0, block row 3, block column 4" in text for text in damages)
+    assert damages and all("garbage.svs" in text and "level 0, tile row 3, tile column 4" in text for text in damages)
     assert all(f"tile {int(text.split()[1].rstrip(','))}, slide" in text and "0.25 um/px" in text for text in damages)
 
 

@@ -151,7 +151,7 @@ def test_some_rows_of_shards(tmp_path):
     shard(tmp_path / "a.parquet", 10)
     tiles = ParquetTiles([ParquetSource(str(tmp_path))], limit=3)
     assert [int(tiles.read(i)[0, 0, 0]) for i in range(len(tiles))] == [0, 30, 60]
-    assert tiles.slides() == ["/x/s0.svs", "/x/s1.svs", "/x/s0.svs"]
+    assert [origin.slide for origin in tiles.origins()] == ["/x/s0.svs", "/x/s1.svs", "/x/s0.svs"]
 
 
 def test_thinning_keeps_fractions_and_order(tmp_path):
