@@ -1,7 +1,8 @@
 """Patients of slides: the one rule by which training splits, exclusion lists and folds of probes keep them whole.
 
-A slide is named by its path. Where shards have a column `patient`, that is its patient; else it is the TCGA barcode (TCGA-XX-XXXX, upper case) that its file name or else
-the nearest of its folders begins with; without a barcode it is the file name without its extensions.
+A slide is named by its path. Its patient is the one that the dataset tells, as by a column `patient` of shards; else
+the TCGA barcode (TCGA-XX-XXXX, upper case) that its file name or else the nearest of its folders begins with; without
+a barcode it is the file name without its extensions.
 """
 
 from __future__ import annotations

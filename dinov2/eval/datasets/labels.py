@@ -205,6 +205,9 @@ def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
             columns[name] += map(str, values)
     tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
     origins = tiles.origins()
+    if len(set(columns["split"])) == 1:  # a part of a larger dataset
+        logger.info("All tiles in '%s' are of split %r, so that folds are made.", shards[0].parent, columns["split"][0])
+        columns["split"] = []
     return _build(
         tiles, columns["label"], [origin.slide for origin in origins], _told_patients(origins), columns["split"]
     )

@@ -1,6 +1,7 @@
 """Kinds of data, what a run says about its stream, and how it keeps a commit."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dinov2.build import data as stream
@@ -221,3 +224,40 @@ def test_what_has_no_end_stands_alone(locations: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"drawn without end, so that data.exclusion_file"):
         open_data(load_config(None, [*alone, "data.validation_fraction=0.5"]))
     assert stream.order_parameters(config, None, open_data(load_config(None, alone)))["lanes"] == 1
+
+
+def with_columns(shards: Path, folder: Path, **columns: list) -> Path:
+    """A copy of shards with further columns, whose values are dealt out in turn."""
+    folder.mkdir()
+    for shard in sorted(shards.glob("*.parquet")):
+        table = pq.read_table(shard)
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array([values[row % len(values)] for row in range(len(table))]))
+        pq.write_table(table.replace_schema_metadata(pq.read_schema(shard).metadata), folder / shard.name)
+    return folder
+
+
+def test_sites_are_left_out_of_what_is_trained_on(shards: Path, tmp_path: Path) -> None:
+    folder = with_columns(shards, tmp_path / "sites", site=["rome", "oslo", None])
+    expected = sum(
+        site != "oslo" for shard in folder.glob("*.parquet") for site in pq.read_table(shard)["site"].to_pylist()
+    )
+    data = open_data(load_config(None, [f"data.path={folder}", "data.excluded_sites=[oslo,bonn]"]))
+    assert data.source.num_rows == expected
+    assert any("bonn" in line and "oslo" not in line for line in data.report)
+    mixture = json.dumps([{"path": str(folder)}, {"path": str(shards)}])
+    data = open_data(load_config(None, [f"data.datasets={mixture}", "data.excluded_sites=[oslo]"]))
+    assert [source.num_rows for source in data.sources] == [expected, 90]
+    with pytest.raises(ValueError, match=r"oslo.*site"):
+        open_data(load_config(None, [f"data.path={shards}", "data.excluded_sites=[oslo]"]))
+
+
+def test_patients_of_a_column_are_kept_for_validation_whole(shards: Path, tmp_path: Path) -> None:
+    folder = with_columns(shards, tmp_path / "patients", patient=[f"p{number}" for number in range(7)])
+    data = open_data(load_config(None, [f"data.path={folder}", "data.validation_fraction=0.5"]))
+    names = [f"p{number}" for number in range(7)]
+    held = {name for name in names if int(hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), 16) < 2**63}
+    rows = [name for shard in folder.glob("*.parquet") for name in pq.read_table(shard)["patient"].to_pylist()]
+    assert 0 < len(held) < 7
+    assert data.held_out[0].num_rows == sum(name in held for name in rows)
+    assert data.source.num_rows == sum(name not in held for name in rows)

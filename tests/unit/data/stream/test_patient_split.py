@@ -1,5 +1,6 @@
 """Exclusion and validation fraction, row by row: what is left, what is told, and that nothing else comes through."""
 
+import hashlib
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from dinov2.data.augment.collate import Sample
 from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.source import EncodedSample, Source
+from dinov2.data.source import EncodedSample, Origin, Source
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.loader import DecodedRows, TrainLoader
 from dinov2.data.stream.mixture import make_order
@@ -324,3 +325,101 @@ def test_parquet_of_both_schemas_mixed_through_worker_processes(
     for numbers, mine in zip(kept, ([n for n in whole if n < 100], [n for n in whole if n >= 100]), strict=True):
         assert len(mine) == len(whole) / 2 >= 2 * len(numbers)
         assert sorted(mine[: len(numbers)]) == sorted(mine[len(numbers) : 2 * len(numbers)]) == numbers
+
+
+class ToldSource(MemorySource):
+    """A source that tells patients and sites: rows given as slide, patient and site."""
+
+    def __init__(self, groups: Sequence[Sequence[tuple[str, str, str]]]) -> None:
+        super().__init__([[slide for slide, _, _ in group] for group in groups])
+        self._origins = groups
+
+    def origins(self, group: int) -> list[Origin]:
+        return [Origin(*row) for row in self._origins[group]]
+
+
+TOLD = [
+    [(A1, "P", "rome"), (A1, "Q", "rome"), (B, "P", "oslo")],  # one slide holds two patients, one patient two slides
+    [(C, "R", "oslo"), (C, "", "oslo"), (B, "", "")],
+    [("case_18.svs", "Q", "")] * 4,
+]
+
+
+def left_of(told: list, *kept: int) -> list[bytes]:
+    numbered = [(group, row) for group, rows in enumerate(told) for row in range(len(rows))]
+    return [b"tiles:%d:%d" % numbered[number] for number in kept]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "sites", "left"),
+    [
+        (["P"], [], (1, 3, 4, 5, 6, 7, 8, 9)),
+        (["case_17"], [], (0, 1, 2, 5, 6, 7, 8, 9)),  # a slide, with whoever is on it
+        (["TCGA-AA-0001"], [], tuple(range(10))),  # of the path, of which the patients are told otherwise
+        (["TCGA-BB-0002"], [], (0, 1, 2, 3, 4, 6, 7, 8, 9)),  # of the path of a row that tells none
+        ([], ["oslo"], (0, 1, 5, 6, 7, 8, 9)),
+        (["oslo"], ["P"], tuple(range(10))),
+        (["Q"], ["rome", "bonn"], (2, 3, 4, 5)),
+        ([], [""], tuple(range(10))),
+    ],
+)
+def test_patients_and_sites_that_are_told_are_excluded(
+    excluded: list[str], sites: list[str], left: tuple[int, ...]
+) -> None:
+    source = ToldSource(TOLD)
+    result = split_by_patient(source, "tiles", excluded, 0.0, sites)
+    rows = [
+        data for g, count in enumerate(result.training.group_rows) for _, data in result.training.read(g, range(count))
+    ]
+    assert rows == left_of(TOLD, *left)
+    assert (result.training is source) == (len(left) == 10)
+    assert result.sites == {"rome", "oslo", ""}
+
+
+def test_patients_that_are_told_decide_the_validation() -> None:
+    patients = ["P", "Q", "P", "R", "case_17", "TCGA-BB-0002", *"QQQQ"]  # row by row; two of them by the path
+    score = {name: int(hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), 16) / 2**64 for name in patients}
+    least = min(score[name] for name in "PQR") + 1e-9
+    held = {number for number, name in enumerate(patients) if score[name] < least}
+    result = split_by_patient(ToldSource(TOLD), "tiles", (), least)
+    sides = (result.training, set(range(10)) - held), (result.validation, held)
+    for source, numbers in sides:
+        rows = [data for g, count in enumerate(source.group_rows) for _, data in source.read(g, range(count))]
+        assert rows == left_of(TOLD, *sorted(numbers))
+    assert sum(count.rows for count in result.counts.values()) == 10
+    assert result.counts[Fate.VALIDATION].rows == len(held)
+
+
+def test_a_barcode_is_one_patient_however_it_is_spelt_and_told() -> None:
+    groups = [[("x.svs", "tcga-aa-0001", ""), ("y.svs", "TCGA-AA-0001", ""), (A1, "", "")], [("z.svs", "case_17", "")]]
+    result = split_by_patient(ToldSource(groups), "tiles", ["Tcga-AA-0001"])
+    assert result.counts[Fate.EXCLUDED] == Count(slides=3, patients=1, rows=3)
+    assert split_by_patient(ToldSource(groups), "tiles", (), FRACTION).counts[Fate.VALIDATION].rows == 3
+
+
+def test_sites_that_match_nothing_are_told() -> None:
+    results = [
+        split_by_patient(source, "x", (), 0.0, ["oslo", "bonn"]) for source in (ToldSource(TOLD), MemorySource(GROUPS))
+    ]
+    first, second, nowhere = describe_splits(results, ["one", "two"], (), ["oslo", "bonn"])
+    assert all("no site" in line for line in (first, second)) and "oslo" not in nowhere and "bonn" in nowhere
+
+
+def test_splits_without_such_columns_are_those_of_earlier_runs() -> None:
+    """Fingerprints that runs have kept in their checkpoints; what they were computed from is of no release."""
+    result = split(["case_17"], FRACTION)
+    assert result.training.fingerprint == "50d139f7a9d8886e3c66205bca8f81e8"
+    assert result.validation.fingerprint == "4a7da0f3d66bfbf64c3276f86d5918a7"
+
+
+def test_columns_of_shards_split_as_memory_does(tmp_path: Path) -> None:
+    rows = [row for group in TOLD for row in group]
+    slides, patients, sites = (list(column) for column in zip(*rows, strict=True))
+    told = {"patient": [name or None for name in patients], "site": [name or None for name in sites]}
+    table = pa.table({"slide_path": slides, "image_bytes": pa.array(tiles(range(10)), pa.binary()), **told})
+    write_groups(tmp_path / "a.parquet", table, [len(group) for group in TOLD])
+    for how in (("P",), 0.0, ()), ((), 0.5, ("oslo",)), (("case_17", "Q"), 0.3, ("rome",)):
+        one = split_by_patient(ToldSource(TOLD), "x", *how)
+        two = split_by_patient(ParquetSource(str(tmp_path)), "x", *how)
+        assert one.counts == two.counts and one.sites == two.sites and one.unmatched == two.unmatched
+        assert one.training.group_rows.tolist() == two.training.group_rows.tolist()
