@@ -100,7 +100,7 @@ def measure_transforms(seconds: float) -> dict[str, float]:
 def measure_reader(folder: Path, seconds: float) -> dict[str, float]:
     """CPU of the reader's process, all its threads, per row; batches of 48 are taken and dropped."""
     source = ParquetSource(str(folder))
-    order = SampleOrder(source.unit_rows, seed=0, lanes=384, block_rows=64)
+    order = SampleOrder(source.group_rows, seed=0, lanes=384, block_rows=64)
     reader = RankReader(source, order, global_batch=48, rank=0, world_size=1, start_sample=0)
     steps = iter(reader)
     for _ in islice(steps, 20):
@@ -123,7 +123,7 @@ def slide_sizes(rows: int, slides: int = 12_000) -> np.ndarray:
     return np.maximum(1, np.round(sizes * rows / sizes.sum())).astype(np.int64)
 
 
-def unit_rows_of(slides: np.ndarray, group: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def group_rows_of(slides: np.ndarray, group: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Row groups of slides stored one per file: rows and slide of each, int64 (U,)."""
     groups = -(-slides // group)
     slide = np.repeat(np.arange(len(slides)), groups)
@@ -134,12 +134,12 @@ def unit_rows_of(slides: np.ndarray, group: int = 64) -> tuple[np.ndarray, np.nd
 
 def measure_mixing(rows: int) -> dict[str, Any]:
     """Distinct slides among consecutive samples of the shipped order (batch 384, V = 3072, R = 64)."""
-    unit_rows, slide = unit_rows_of(slide_sizes(rows))
-    order = SampleOrder(unit_rows, seed=0, lanes=3072, block_rows=64)
-    result: dict[str, Any] = {"rows": int(unit_rows.sum()), "row_groups": len(unit_rows)}
-    starts = (np.arange(4) * 2 + 1) * order.num_rows // 8  # four places of the epoch
+    group_rows, slide = group_rows_of(slide_sizes(rows))
+    order = SampleOrder(group_rows, seed=0, lanes=3072, block_rows=64)
+    result: dict[str, Any] = {"rows": int(group_rows.sum()), "row_groups": len(group_rows)}
+    starts = (np.arange(4) * 2 + 1) * order.num_rows // 8  # four positions of the epoch
     for steps in (1, 10, 100):
-        counts = [len(np.unique(slide[order.locate(np.arange(start, start + steps * 384)).unit])) for start in starts]
+        counts = [len(np.unique(slide[order.locate(np.arange(start, start + steps * 384)).group])) for start in starts]
         result[f"slides_in_{steps}_steps"] = statistics.mean(counts)
     return result
 
@@ -149,17 +149,17 @@ class SizedSource:
 
     is_remote = False
 
-    def __init__(self, unit_rows: np.ndarray, image_bytes: int) -> None:
-        self.unit_rows, self.unit_bytes = unit_rows, unit_rows * image_bytes
+    def __init__(self, group_rows: np.ndarray, image_bytes: int) -> None:
+        self.group_rows, self.group_bytes = group_rows, group_rows * image_bytes
 
 
 def compute_memory(rows: int) -> dict[str, float]:
     """GiB of stored tiles that the readers of 8 processes hold together at most, V = 3072."""
-    unit_rows, _ = unit_rows_of(slide_sizes(rows))
-    order = SampleOrder(unit_rows, seed=0, lanes=3072, block_rows=64)
+    group_rows, _ = group_rows_of(slide_sizes(rows))
+    order = SampleOrder(group_rows, seed=0, lanes=3072, block_rows=64)
     split = {"global_batch": 384, "world_size": 8, "prefetch": Prefetch()}
     return {
-        kind: 8 * memory_bound(SizedSource(unit_rows, size), order, **split) / GIB
+        kind: 8 * memory_bound(SizedSource(group_rows, size), order, **split) / GIB
         for kind, size in (("png_105kb", 105_000), ("jpeg_31kb", 31_000))
     }
 
@@ -186,7 +186,7 @@ class ListedStorage:
 
 
 def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[str, float]:
-    """CPU seconds from a cached index of shards like the first one of `folder` to the place of sample 10^8."""
+    """CPU seconds from a cached index of shards like the first one of `folder` to the position of sample 10^8."""
     sidecar, indexed = folder / "one", folder / "all"
     write_shards(folder / "shard", [b""], 1, rows)
     index = load_index(LocalStorage(str(folder / "shard")), sidecar)
@@ -199,10 +199,10 @@ def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[
     start = time.process_time()
     source = ParquetSource(ListedStorage(files), indexed)
     opened = time.process_time()
-    SampleOrder(source.unit_rows, seed=0, lanes=3072, block_rows=64).locate(np.arange(10**8, 10**8 + 48))
+    SampleOrder(source.group_rows, seed=0, lanes=3072, block_rows=64).locate(np.arange(10**8, 10**8 + 48))
     return {
         "rows": source.num_rows,
-        "row_groups": len(source.unit_rows),
+        "row_groups": len(source.group_rows),
         "open_s": opened - start,
         "seek_s": time.process_time() - opened,
     }

@@ -1,4 +1,4 @@
-"""Cost of slides: patches, sample lists and Parquet shards, against OpenSlide as the published scripts use it.
+"""Cost of slides: tiles, sample lists and Parquet shards, against OpenSlide as the published scripts use it.
 
     python benchmarks/bench_slides.py [--seconds 3] [--output results.json] [--tiny] [SLIDE ...]
 
@@ -41,10 +41,10 @@ from dinov2.data.slides.tissue import TissueRule
 from prepatching_scripts.build_parquet_sample_dataset import main as build
 from prepatching_scripts.make_demo_slide import render_haematoxylin_eosin
 
-PATCH, TILE = 224, 256
+TILE, BLOCK = 224, 256
 LARGE = (65536, 49152)
 RADIUS = 0.3  # of the tissue, in sides of the slide: 28 % of its area
-READS = 64  # random patches per measured call
+READS = 64  # random tiles per measured call
 
 
 def write_large_slide(path: Path, width: int, height: int) -> Path:
@@ -52,9 +52,9 @@ def write_large_slide(path: Path, width: int, height: int) -> Path:
     from skimage.data import immunohistochemistry
     from tifffile import TiffWriter
 
-    tissue = render_haematoxylin_eosin(immunohistochemistry())[: 2 * TILE, : 2 * TILE]
-    corners = itertools.product(range(0, 2 * TILE, TILE), repeat=2)
-    turned = [np.rot90(tissue[y : y + TILE, x : x + TILE], turn) for y, x in corners for turn in range(4)]
+    tissue = render_haematoxylin_eosin(immunohistochemistry())[: 2 * BLOCK, : 2 * BLOCK]
+    corners = itertools.product(range(0, 2 * BLOCK, BLOCK), repeat=2)
+    turned = [np.rot90(tissue[y : y + BLOCK, x : x + BLOCK], turn) for y, x in corners for turn in range(4)]
     tiles = []
     for tile in [*turned, np.full_like(turned[0], 245)]:
         buffer = io.BytesIO()
@@ -69,15 +69,15 @@ def write_large_slide(path: Path, width: int, height: int) -> Path:
 
     options = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "subfiletype": 0}
     options |= {"metadata": None, "software": None, "dtype": np.uint8}
-    source = f"Aperio Image Library v12.0.15 \r\n{width}x{height} [0,0 {width}x{height}] ({TILE}x{TILE})"
+    source = f"Aperio Image Library v12.0.15 \r\n{width}x{height} [0,0 {width}x{height}] ({BLOCK}x{BLOCK})"
     with TiffWriter(path, bigtiff=True) as tiff:
         for downsample in (1, 4, 16):
             w, h = width // downsample, height // downsample
             size = "" if downsample == 1 else f" -> {w}x{h}"
             tiff.write(
-                encoded(-(-w // TILE), -(-h // TILE)),
+                encoded(-(-w // BLOCK), -(-h // BLOCK)),
                 shape=(h, w, 3),
-                tile=(TILE, TILE),
+                tile=(BLOCK, BLOCK),
                 description=f"{source}{size} JPEG/RGB Q=70|AppMag = 40|MPP = 0.2525",
                 **options,
             )
@@ -95,13 +95,13 @@ def write_large_slide(path: Path, width: int, height: int) -> Path:
 
 
 def measure_reads(path: Path, seconds: float) -> dict[str, float]:
-    """Patches of 224 px per CPU second at random places of level 0."""
+    """Tiles of 224 px per CPU second at random positions of level 0."""
     import openslide
 
     reader, handle = SlideReader(path), openslide.OpenSlide(path)
     width, height = reader.level_dimensions[0]
     rng = np.random.default_rng(0)
-    size = (PATCH, PATCH)
+    size = (TILE, TILE)
 
     def open_per_read(x: int, y: int) -> object:
         with openslide.OpenSlide(path) as slide:
@@ -115,7 +115,7 @@ def measure_reads(path: Path, seconds: float) -> dict[str, float]:
 
     def rate(way: Callable[[int, int], object]) -> float:
         def reads() -> None:
-            xs, ys = rng.integers(0, width - PATCH, READS), rng.integers(0, height - PATCH, READS)
+            xs, ys = rng.integers(0, width - TILE, READS), rng.integers(0, height - TILE, READS)
             for x, y in zip(xs.tolist(), ys.tolist(), strict=True):
                 way(x, y)
 
@@ -127,7 +127,7 @@ def measure_reads(path: Path, seconds: float) -> dict[str, float]:
 def measure_list(path: Path, lines: int, seconds: float) -> dict[str, float]:
     """Verified lines of a sample list per CPU second, level by level, as many on each."""
     rule = TissueRule()
-    sampling = Sampling(rule, seed=0, levels=None, per_target=lines, per_slide=None, tile_size=PATCH)
+    sampling = Sampling(rule, seed=0, levels=None, per_target=lines, per_slide=None, tile_size=TILE)
     levels = len(SlideReader(path).level_dimensions)
 
     def ours() -> None:
@@ -152,8 +152,8 @@ def _published_pass(path: Path, level: int, lines: int, rule: TissueRule) -> Non
     with openslide.OpenSlide(path) as slide:
         width, height = slide.dimensions
         for _ in range(1000 * lines):
-            place = int(rng.integers(0, width - PATCH)), int(rng.integers(0, height - PATCH))
-            image = np.array(slide.read_region(place, level, (PATCH, PATCH)).convert("RGB"))
+            corner = int(rng.integers(0, width - TILE)), int(rng.integers(0, height - TILE))
+            image = np.array(slide.read_region(corner, level, (TILE, TILE)).convert("RGB"))
             found += rule.accepts(image)
             if found == lines:
                 return
@@ -161,10 +161,10 @@ def _published_pass(path: Path, level: int, lines: int, rule: TissueRule) -> Non
 
 def measure_pack(path: Path, folder: Path, rows: int, seconds: float) -> dict[str, float]:
     """Rows per CPU second from a sample list of level 0 to a Parquet shard of JPEG tiles."""
-    sampling = Sampling(TissueRule(), seed=0, levels=(0,), per_target=rows, per_slide=None, tile_size=PATCH)
-    places = draw_from_slide(SlideJob(str(path), path.name, sampling)).rows[:, :2].tolist()
+    sampling = Sampling(TissueRule(), seed=0, levels=(0,), per_target=rows, per_slide=None, tile_size=TILE)
+    corners = draw_from_slide(SlideJob(str(path), path.name, sampling)).rows[:, :2].tolist()
     listed, builds = folder / "list.txt", itertools.count()
-    listed.write_text("".join(f"{path} {x} {y} 0\n" for x, y in places))
+    listed.write_text("".join(f"{path} {x} {y} 0\n" for x, y in corners))
 
     def ours() -> None:
         arguments = ["--output", str(folder / f"ours{next(builds)}"), "--encoding", "jpeg", "--workers", "1"]
@@ -172,19 +172,19 @@ def measure_pack(path: Path, folder: Path, rows: int, seconds: float) -> dict[st
             raise RuntimeError("the builder failed")
 
     return {
-        "published": 1000 * len(places) / cpu_ms(lambda: _published_pack(path, folder, places), seconds),
-        "ours": 1000 * len(places) / cpu_ms(ours, seconds),
+        "published": 1000 * len(corners) / cpu_ms(lambda: _published_pack(path, folder, corners), seconds),
+        "ours": 1000 * len(corners) / cpu_ms(ours, seconds),
     }
 
 
-def _published_pack(path: Path, folder: Path, places: list[list[int]]) -> None:
-    """What the published script does: open the slide for every patch, encode with Pillow, write one row group."""
+def _published_pack(path: Path, folder: Path, corners: list[list[int]]) -> None:
+    """What the published script does: open the slide for every tile, encode with Pillow, write one row group."""
     import openslide
 
     images = []
-    for x, y in places:
+    for x, y in corners:
         with openslide.OpenSlide(path) as slide:
-            image = slide.read_region((x, y), 0, (PATCH, PATCH)).convert("RGB")
+            image = slide.read_region((x, y), 0, (TILE, TILE)).convert("RGB")
         buffer = io.BytesIO()
         image.save(buffer, "jpeg", quality=95, optimize=True)
         images.append(buffer.getvalue())
@@ -192,15 +192,15 @@ def _published_pack(path: Path, folder: Path, places: list[list[int]]) -> None:
 
 
 def measure_remote(path: Path, seconds: float) -> float:
-    """224 px patches per second of wall time, 32 at a time, from a server 20 ms away; the server shares the cores."""
+    """224 px tiles per second of wall time, 32 at a time, from a server 20 ms away; the server shares the cores."""
     index, rng = index_slide(str(path)), np.random.default_rng(0)
     level = index.levels[0]
     with _delaying_server(path) as url:
 
         def batch() -> None:
-            columns = rng.integers(0, level.width - PATCH, 32).tolist()
-            tops = rng.integers(0, level.height - PATCH, 32).tolist()
-            regions = [Region(0, x, y, PATCH, PATCH) for x, y in zip(columns, tops, strict=True)]
+            columns = rng.integers(0, level.width - TILE, 32).tolist()
+            tops = rng.integers(0, level.height - TILE, 32).tolist()
+            regions = [Region(0, x, y, TILE, TILE) for x, y in zip(columns, tops, strict=True)]
             wanted = [ranges(index, region) for region in regions]
             tiles = iter(SlideBytes(url).read([extent for extents in wanted for extent in extents]))
             for region, extents in zip(regions, wanted, strict=True):
@@ -254,9 +254,7 @@ def table(results: dict[str, Any]) -> str:
     for name, slide in results["slides"].items():
         reads, listed = slide["reads_per_s"], slide["list_lines_per_s"]
         first, cached, ours = reads["openslide_open_per_read"], reads["openslide_cached"], reads["ours"]
-        lines.append(
-            f"| {name} | 224 px patches | {first:.0f}/s | {cached:.0f}/s | {ours:.0f}/s | {ours / first:.1f} |"
-        )
+        lines.append(f"| {name} | 224 px tiles | {first:.0f}/s | {cached:.0f}/s | {ours:.0f}/s | {ours / first:.1f} |")
         ratio = listed["ours"] / listed["published"]
         lines.append(f"| {name} | list lines | {listed['published']:.0f}/s | | {listed['ours']:.0f}/s | {ratio:.1f} |")
         packed, ratio = (
@@ -264,7 +262,7 @@ def table(results: dict[str, Any]) -> str:
             slide["pack_rows_per_s"]["ours"] / slide["pack_rows_per_s"]["published"],
         )
         lines.append(f"| {name} | JPEG rows | {packed['published']:.0f}/s | | {packed['ours']:.0f}/s | {ratio:.1f} |")
-        lines.append(f"| {name} | patches, 20 ms away | | | {slide['remote_patches_per_s']:.0f}/s | |")
+        lines.append(f"| {name} | tiles, 20 ms away | | | {slide['remote_patches_per_s']:.0f}/s | |")
     return "\n".join(lines)
 
 

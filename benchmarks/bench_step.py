@@ -190,7 +190,7 @@ def child(args: argparse.Namespace) -> int:
 
 
 def comparisons(results: dict[str, Any]) -> dict[str, Any]:
-    """Ratios to the references, share of the floor, drift, and each switch's gain beside the predicted one."""
+    """Ratios to the references, fraction of the floor, drift, and each switch's gain beside the predicted one."""
     speeds = {
         label: outcome["timing"]["img_per_s"]
         for label, outcome in results["implementations"].items()

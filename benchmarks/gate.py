@@ -14,7 +14,7 @@ THRESHOLDS = {
     "fp32": {"max_loss_error": 1e-4, "min_cosine": 0.9999, "max_norm_error": 1e-3},
     "bf16": {"max_loss_error": 2e-2, "min_cosine": 0.99, "max_norm_error": 5e-2},
 }
-"""Arguments of `correctness` for a step with float32 or bf16 products, against a float32 reference."""
+"""Arguments of `correctness` for a step with float32 or bf16 matmuls, against a float32 reference."""
 
 
 @dataclass(frozen=True)

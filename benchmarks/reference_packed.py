@@ -4,7 +4,7 @@ The same behaviour: global and local crops of the student packed into one matrix
 subset of images, int(B (1 - p)) of each crop size, two ``randperm`` per branch, gather and scatter-add around it;
 attention within images; norm, LayerScale and residual sum as kernels of their own; masked patches through ``nonzero``
 into a zeroed buffer of the bound's length; Sinkhorn-Knopp that rewrites the K x B float32 matrix four times an
-iteration; the local cross-entropy as a loop over 8 x 2 products; 16-bit residual stream; ``foreach`` AdamW, one clip
+iteration; the local cross-entropy as a loop over 8 x 2 matmuls; 16-bit residual stream; ``foreach`` AdamW, one clip
 per module, EMA as a multiplication and an addition; host copies on the computing stream; ``.item()`` of every loss
 and ``torch.cuda.synchronize()`` in every step.
 
@@ -50,7 +50,7 @@ class ReferenceStep(EagerStep):
 
     Args:
         spec, student_state, teacher_state, device: see `EagerStep`; the drop rate is the same in all blocks.
-        half_stream: keep the residual stream in the products' dtype, as the original's FSDP does; False: float32.
+        half_stream: keep the residual stream in the matmuls' dtype, as the original's FSDP does; False: float32.
         host_isnan: look for NaN among half-precision crops in host memory, before each step.
     """
 

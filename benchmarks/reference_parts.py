@@ -40,7 +40,7 @@ class StepSpec:
         prototypes, ibot_prototypes: K of the heads; the latter for a separate iBOT head only.
         kde_weight: factor of the KDE term, 0 leaves it out.
         clip: largest gradient norm of a module, 0 for none.
-        dtype: of the products: "bf16", "fp16" or "fp32" (then everything is in the states' own dtype).
+        dtype: of the matmuls: "bf16", "fp16" or "fp32" (then everything is in the states' own dtype).
         patch_lr_factor: learning rate of the patch embedding relative to the rest.
     """
 
@@ -302,7 +302,7 @@ class EagerStep(ABC):
         return {name: p.grad for name, p in self.student.named_parameters() if p.grad is not None}
 
     def autocast(self) -> torch.autocast:
-        """16-bit products, unless the step is in float32."""
+        """16-bit matmuls, unless the step is in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _network(self, state: Mapping[str, Tensor]) -> nn.ModuleDict:

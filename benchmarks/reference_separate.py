@@ -142,13 +142,13 @@ def drop_path(update: Tensor, rate: float) -> Tensor:
 
 
 def masks_by_image(given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks (2B, N) written one image at a time, the masked patches' places, and 1 / (masked of the image) of each."""
+    """Masks (2B, N) written one image at a time, the masked patches' index, and 1 / (masked of the image) of each."""
     masks = torch.zeros_like(given)
     for image, mask in enumerate(given):
         masks[image] = mask
     index = masks.flatten().nonzero().flatten()
-    share = masks.sum(1, keepdim=True).clamp(min=1).reciprocal().expand_as(masks)
-    return masks, index, share[masks]
+    weight = masks.sum(1, keepdim=True).clamp(min=1).reciprocal().expand_as(masks)
+    return masks, index, weight[masks]
 
 
 def sinkhorn(logits: Tensor, temp: float) -> Tensor:

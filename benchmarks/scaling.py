@@ -34,7 +34,7 @@ HIDDEN = 0.8
 
 @dataclass(frozen=True)
 class Network:
-    """What travels: parameters (16 bit as weights, float32 as gradients), the pieces in which they are gathered and
+    """What travels: parameters (16 bit as weights, float32 as gradients), the chunks in which they are gathered and
     reduced (blocks, root, heads), and the prototypes of all heads."""
 
     parameters: int
@@ -93,7 +93,7 @@ def volume(net: Network, gpus: int, strategy: str) -> Volume:
     weights = 2 * net.parameters * (3 if strategy == "FULL_SHARD" else 2)
     gradients = 4 * net.parameters
     sums = 2 * 4 * SINKHORN_ITERATIONS * net.prototypes
-    abroad = _others(nodes) / local  # share of a whole that one port receives
+    abroad = _others(nodes) / local  # fraction of a whole that one port receives
     if strategy == "NO_SHARD":
         got = Volume(0, 2 * gradients * _others(gpus), sums * _others(gpus), (2 * gradients + sums) * abroad)
     elif strategy == "HYBRID_SHARD":
@@ -101,8 +101,8 @@ def volume(net: Network, gpus: int, strategy: str) -> Volume:
         inside = _others(local)
         got = Volume(weights * inside, gradients * inside + between, sums * _others(gpus), between + sums * abroad)
     else:
-        share = _others(gpus)
-        got = Volume(weights * share, gradients * share, sums * share, (weights + gradients + sums) * abroad)
+        part = _others(gpus)
+        got = Volume(weights * part, gradients * part, sums * part, (weights + gradients + sums) * abroad)
     return got
 
 
@@ -110,7 +110,7 @@ def times(net: Network, gpus: int, strategy: str, step: float, link: float) -> T
     """Time of the communication, and the part that no computation hides.
 
     The two kinds of link work side by side; the hops of a ring between nodes come on top. `HIDDEN` of the step hides
-    weights and gradients but for the first and the last piece. Nothing hides Sinkhorn's sums, whose all-reduces
+    weights and gradients but for the first and the last chunk. Nothing hides Sinkhorn's sums, whose all-reduces
     wait for each other.
 
     Args:
@@ -140,7 +140,7 @@ def tables(config: Config, measured_ms: float | None = None) -> Iterator[str]:
     flops = costs.flops(images).model
     step = flops / (ASSUMED_PEAK_FRACTION * gpu.bf16) if measured_ms is None else measured_ms / 1e3
     net = Network.of(costs.student)
-    yield f"{net.parameters / 1e6:,.1f} M parameters in {net.units} pieces, {net.prototypes:,} prototypes."
+    yield f"{net.parameters / 1e6:,.1f} M parameters in {net.units} chunks, {net.prototypes:,} prototypes."
     source = "measured" if measured_ms else f"predicted: {ASSUMED_PEAK_FRACTION:.0%} of the 16-bit peak"
     yield f"{images} images per GPU; a step of one {gpu.name} takes {1e3 * step:.0f} ms ({source})."
     yield from _table(
@@ -154,12 +154,12 @@ def tables(config: Config, measured_ms: float | None = None) -> Iterator[str]:
 
     def speed(n: int, strategy: str) -> str:
         taken = times(net, n, strategy, step, gpu.link)
-        shares = (step / (step + waited) for waited in (taken.exposed, taken.serial))
-        best, worst = (f"{n * images / step * share:,.0f} ({share:.0%})" for share in shares)
+        fractions = (step / (step + waited) for waited in (taken.exposed, taken.serial))
+        best, worst = (f"{n * images / step * part:,.0f} ({part:.0%})" for part in fractions)
         return best if n == 1 else f"{best}; {worst}"
 
     yield from _table("ms per step: inside the node / between nodes / not hidden", links)
-    yield from _table("Predicted images per second (share of N times one GPU); the same if nothing were hidden", speed)
+    yield from _table("Predicted images per second (part of N times one GPU); the same if nothing were hidden", speed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -112,7 +112,7 @@ def _linears(student: nn.ModuleDict) -> dict[str, nn.Linear]:
 
 
 def _measure_linears(config: Config, student: nn.ModuleDict, measure: Stopwatch) -> dict[str, dict[str, float]]:
-    """Milliseconds of the products of each linear map of a block, at the student's and the teacher's rows."""
+    """Milliseconds of the matmuls of each linear map of a block, at the student's and the teacher's rows."""
     rows = _rows(config)
     result = {}
     for name, linear in _linears(student).items():
@@ -173,7 +173,7 @@ def _attention_times(qkv: list[Tensor], trained: bool, measure: Stopwatch) -> di
 def _floor(config: Config, student: nn.ModuleDict, measured: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of a step that spends time on these alone, one after another.
 
-    The blocks' products and the fastest attention at their measured times, the other products (heads, patch
+    The blocks' matmuls and the fastest attention at their measured times, the other matmuls (heads, patch
     embedding) at the rate of the large one, and one pass over the weights and their state at the copy's bandwidth.
     Norms, gains and residual sums are left out, and no product is left out for being pruned.
     """

@@ -1,15 +1,15 @@
-"""Cut the patches of a sample list into Parquet shards of the published schema, one per slide or shuffled.
+"""Cut the tiles of a sample list into Parquet shards of the published schema, one per slide or shuffled.
 
 A shard gets its name only when it is whole, so a build that was stopped goes on where it was when the same
-command runs again. A patch that cannot be read leaves no row; it is listed in `failures.jsonl`, and so is every
-further patch of a slide that was given up. `_build.json` says what the folder holds.
+command runs again. A tile that cannot be read leaves no row; it is listed in `failures.jsonl`, and so is every
+further tile of a slide that was given up. `_build.json` says what the folder holds.
 
 `--shuffle` gives every shard rows of all slides, in an order that depends on the list, the seed and
-`--rows-per-shard` only. Patches are first cut slide by slide into a hidden folder beside the shards, which takes
+`--rows-per-shard` only. Tiles are first cut slide by slide into a hidden folder beside the shards, which takes
 as much disk as the dataset and goes when the shards are done.
 
 Several machines share the work by `--num-parts` and `--part`, each with a stretch of the shards of one folder on
-a shared file system; with `--shuffle`, each cuts the patches of its own shards from all slides and waits for no
+a shared file system; with `--shuffle`, each cuts the tiles of its own shards from all slides and waits for no
 other. What a part left undone is done by starting it again, or by the same command without the two options:
 
     #SBATCH --array=0-31
@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov2.data.prepare import shard as parquet
-from dinov2.data.prepare.cut import Cutting, Encoding, Patches
+from dinov2.data.prepare.cut import Cutting, Encoding, Tiles
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
@@ -84,7 +84,7 @@ class Build:
             ) from error
         paths = [locate_slide(name, args.slide_root, list_path) for name in samples.slides]
         encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
-        self.args, self.patches = args, Patches(samples, paths, mpps)
+        self.args, self.tiles = args, Tiles(samples, paths, mpps)
         self.cutting = Cutting(encoding, rule, tile_size, args.max_slide_failures)
         per_shard = args.rows_per_shard
         if args.shuffle:
@@ -129,10 +129,10 @@ class Build:
 
 
 def build_dataset(build: Build) -> tuple[int, int]:
-    """Write the shards of a part that are missing, and `failures.jsonl` if a patch cannot be read.
+    """Write the shards of a part that are missing, and `failures.jsonl` if a tile cannot be read.
 
     Returns:
-        Number of patches in the part, and of those that could not be read.
+        Number of tiles in the part, and of those that could not be read.
 
     Raises:
         FileExistsError: if the folder holds another build, or another process writes the same shards.
@@ -162,7 +162,7 @@ def build_dataset(build: Build) -> tuple[int, int]:
     else:  # no other file then lies among the shards, which some readers of folders would trip over
         build.report.unlink(missing_ok=True)
     total = sum(len(build.rows[number]) for number in mine)
-    logger.info("%d of %d patches are in %s", total - len(records), total, output)
+    logger.info("%d of %d tiles are in %s", total - len(records), total, output)
     return total, len(records)
 
 
@@ -179,11 +179,11 @@ def _missing_shards(build: Build, shards: dict[int, Path], work: Path) -> dict[i
     if args.shuffle:
         memory_rows = max(1, int(args.memory_gib * 2**30 / (3 * args.tile_size**2)))
         how = build.cutting, build.metadata, work, memory_rows, args.workers
-        return dict(parquet.shuffled_shards(shards, build.patches, build.rows, *how))
+        return dict(parquet.shuffled_shards(shards, build.tiles, build.rows, *how))
     numbers = list(shards)
-    jobs = [(shards[number], build.patches.take(build.rows[number])) for number in numbers]
+    jobs = [(shards[number], build.tiles.take(build.rows[number])) for number in numbers]
     function = partial(parquet.build_shard, build.metadata, build.cutting)
-    return {numbers[place]: failed for place, failed in run_jobs(function, jobs, args.workers, "shard")}
+    return {numbers[index]: failed for index, failed in run_jobs(function, jobs, args.workers, "shard")}
 
 
 def _finished_shards(build: Build, mine: range) -> dict[int, parquet.Failures]:
@@ -229,7 +229,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--encoding", choices=("png", "jpeg", "raw"), default="png")
     add("--jpeg-quality", type=int, default=95, metavar="1..100")
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
-    add("--tile-size", type=int, default=224, help="side of a patch in px (224)")
+    add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
     add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
     add_mpp_file(parser)
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
@@ -239,8 +239,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--num-parts", type=int, default=1, help="machines that share the work (1)")
     add("--part", type=int, default=0, help="which of them this is, from 0")
     add_workers(parser)
-    add("--max-slide-failures", type=int, default=100, help="undecodable patches that give a slide up (100)")
-    add("--max-failed-share", type=float, default=0.01, help="exit 1 if more patches fail (0.01)")
+    add("--max-slide-failures", type=int, default=100, help="undecodable tiles that give a slide up (100)")
+    add("--max-failed-share", type=float, default=0.01, help="exit 1 if more tiles fail (0.01)")
     args = parser.parse_args(argv)
     for name in ("tile_size", "rows_per_shard", "workers", "jpeg_quality", "num_parts", "max_slide_failures"):
         value = getattr(args, name)
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
             raise OSError(f"No room left in '{args.output}'; make some, then run the same command again.") from error
         if failed <= args.max_failed_share * total:
             return DONE
-        logger.error("%d of %d patches failed, see %s.", failed, total, build.report)
+        logger.error("%d of %d tiles failed, see %s.", failed, total, build.report)
         return FAILURES
 
     return run_command(body, logger, errors=(SlideError,), resumable=True)

@@ -1,7 +1,7 @@
-"""Draw tissue patches from slides and list them, one `path x y level` per line (x, y in level-0 pixels).
+"""Draw tissue tiles from slides and list them, one `path x y level` per line (x, y in level-0 pixels).
 
-With --mpp or --magnification a line is `path x y level mpp_x mpp_y` and the patch is cut at that mpp. Which
-patches a slide gives depends on the seed and on its path below the input folder, not on other slides or on the
+With --mpp or --magnification a line is `path x y level mpp_x mpp_y` and the tile is cut at that mpp. Which
+tiles a slide gives depends on the seed and on its path below the input folder, not on other slides or on the
 number of processes. A command that was stopped goes on where it was when it runs again.
 """
 
@@ -77,7 +77,7 @@ def create_sample_list(
     write_new({output: lines, meta: description, failures: json_lines(_failures(found, made))})
     shutil.rmtree(parts)
     total, failed = sum(len(draw.rows) for draw in made), sum(bool(draw.failure) for draw in made)
-    logger.info("%d patches of %d slides are in %s", total, len(made) - failed, output)
+    logger.info("%d tiles of %d slides are in %s", total, len(made) - failed, output)
     return len(made), failed
 
 
@@ -145,18 +145,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("slides", type=Path, help="folder (with subfolders), text or .csv file of paths, or one slide")
     add("--output", type=Path, required=True, help="list to write; must not exist")
     add("--levels", type=int, nargs="+", help="pyramid levels; default: all of each slide")
-    add("--mpp", type=float, nargs="+", default=[], help="um per px of the patches, instead of levels")
+    add("--mpp", type=float, nargs="+", default=[], help="um per px of the tiles, instead of levels")
     add("--magnification", type=float, nargs="+", default=[], help="the same as --mpp 10/magnification")
-    add("--per-level", type=int, help="patches per slide and level (500)")
-    add("--per-mpp", type=int, help="patches per slide and mpp (500)")
-    add("--per-slide", type=int, help="at most so many patches per slide, shared over its levels or mpp")
-    add("--tile-size", type=int, default=224, help="side of a patch in px of its level or mpp (224)")
+    add("--per-level", type=int, help="tiles per slide and level (500)")
+    add("--per-mpp", type=int, help="tiles per slide and mpp (500)")
+    add("--per-slide", type=int, help="at most so many tiles per slide, shared over its levels or mpp")
+    add("--tile-size", type=int, default=224, help="side of a tile in px of its level or mpp (224)")
     add_mpp_file(parser)
     add("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
     add("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
-    add("--min-tissue", type=float, default=rule.min_fraction, help="share to exceed (0.6)")
+    add("--min-tissue", type=float, default=rule.min_fraction, help="fraction to exceed (0.6)")
     add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
-    add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and patches")
+    add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and tiles")
     add("--seed", type=int, default=0)
     add_workers(parser)
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")

@@ -19,11 +19,11 @@ from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.source import Source, SourceRequest
+from dinov2.data.source import Origin, Source, SourceRequest
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
-from dinov2.data.stream.mixture import describe_shares, make_order
+from dinov2.data.stream.mixture import describe_fractions, make_order
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.patient_split import Fate, Fates, describe_splits, read_exclusions, split_by_patient
 from dinov2.distributed import get_global_rank, get_global_size
@@ -46,7 +46,7 @@ class OpenData:
     """The datasets of a run, in the order in which they are configured."""
 
     names: tuple[str, ...]
-    places: tuple[str, ...]  # where their files are, with the commit where there is one
+    locations: tuple[str, ...]  # where their files are, with the commit where there is one
     weights: tuple[float, ...]  # fraction of the samples of each, up to a common factor
     sources: tuple[Source, ...]  # their rows to train on
     held_out: tuple[Source | None, ...]  # of each, the rows of validation patients; None where there are none
@@ -78,20 +78,21 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
     """
     data, datasets = config.data, _datasets(config)
     excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []
+    sites = data.excluded_sites
     fates = Fates(excluded, data.validation_fraction)  # of the slides that kinds leave out themselves
     names, weights = zip(*((dataset.path, dataset.weight) for dataset in datasets), strict=True)
     sources: list[Source] = []
-    places, held_out, report, splits = [], [], [], {}
+    locations, held_out, report, splits = [], [], [], {}
     for number, (dataset, commit) in enumerate(zip(datasets, _commits(config, saved), strict=True)):
         cache = index_cache and index_cache.with_name(f"{index_cache.name}{f'.{number}' if number else ''}")
         name, counts = dataset.path, Counter[int]()
         source = _open(config, dataset, commit, cache, functools.partial(_keep, fates, counts))
         if _is_endless(source) and len(datasets) > 1:
             raise ValueError(
-                f"data.datasets mixes '{name}', which is drawn without end, with others; give its patches a number by "
+                f"data.datasets mixes '{name}', which is drawn without end, with others; give its tiles a number by "
                 "online.max_patches, or train on it alone."
             )
-        places.append(getattr(source, "location", name))
+        locations.append(getattr(source, "location", name))
         if advice := getattr(source, "repack_advice", str)():
             report.append(f"dataset '{name}': {advice}")
         validation = None
@@ -100,20 +101,25 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
                 f"dataset '{name}': training on {counts[Fate.TRAINING]} of {counts.total()} slides; "
                 f"{counts[Fate.EXCLUDED]} excluded, {counts[Fate.VALIDATION]} kept for validation"
             )
-        elif not counts and (excluded or data.validation_fraction):
+        elif not counts and (excluded or data.validation_fraction or sites):
             if _is_endless(source):
                 raise ValueError(
-                    f"Dataset '{name}' is drawn without end, so that data.exclusion_file and "
-                    "data.validation_fraction cannot be applied to its rows."
+                    f"Dataset '{name}' is drawn without end, so that data.exclusion_file, "
+                    "data.excluded_sites and data.validation_fraction cannot be applied to its rows."
                 )
-            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction)
+            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction, sites)
             source, validation = split.training, split.validation
         sources.append(source)
         held_out.append(validation)
+    if sites and not any(any(split.sites) for split in splits.values()):
+        raise ValueError(
+            f"data.excluded_sites = {list(sites)} needs Parquet shards with a column 'site', but no dataset has one "
+            "that holds anything."
+        )
     if splits:
         unmatched = [replace(split, unmatched=split.unmatched - fates.matched) for split in splits.values()]
-        report += describe_splits(unmatched, list(splits), excluded)
-    return OpenData(names, tuple(places), weights, tuple(sources), tuple(held_out), tuple(report))
+        report += describe_splits(unmatched, list(splits), excluded, sites)
+    return OpenData(names, tuple(locations), weights, tuple(sources), tuple(held_out), tuple(report))
 
 
 def recognise(path: str) -> str:
@@ -126,13 +132,13 @@ def recognise(path: str) -> str:
     for name, kind in SOURCES.items():
         if kind().recognises(path):
             return name
-    place = Path(path.removeprefix("file://")).expanduser()
+    there = Path(path.removeprefix("file://")).expanduser()
     known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
-    if place.is_dir():
-        files = sorted(file.name for file in islice(place.iterdir(), 1000))
+    if there.is_dir():
+        files = sorted(file.name for file in islice(there.iterdir(), 1000))
         seen = f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else "empty"
-    elif place.is_file():
-        with place.open("rb") as file:
+    elif there.is_file():
+        with there.open("rb") as file:
             seen = f"a file that begins with {file.read(20)!r}"
     else:
         raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
@@ -155,7 +161,7 @@ def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int 
         global_batch=plan.global_batch,
         world_size=plan.world_size,
         limit_gib=config.data.memory_gib,
-        most=4 if _is_anonymous(data.places) else 8,
+        most=4 if _is_anonymous(data.locations) else 8,
     )
     return {**fixed, "lanes": lanes}
 
@@ -175,9 +181,9 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
     else:
         lines = [
             f"Data: {source.num_rows:,} tiles, {plan.total_images / source.num_rows:.3g} passes, "
-            f"{sample_order.lanes} lanes over {len(source.unit_rows):,} row groups of up to "
-            f"{source.unit_rows.max()} rows",
-            *(f"  {line}" for line in describe_shares(sample_order, data.names)),
+            f"{sample_order.lanes} lanes over {len(source.group_rows):,} row groups of up to "
+            f"{source.group_rows.max()} rows",
+            *(f"  {line}" for line in describe_fractions(sample_order, data.names)),
         ]
     lines += [f"  {line}" for line in data.report]
     held = f"{stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches"
@@ -236,7 +242,7 @@ def _open(
 
 
 def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:
-    fate = fates[slide]
+    fate = fates[Origin(slide)]
     counts[fate] += 1
     return fate == Fate.TRAINING
 
@@ -245,9 +251,9 @@ def _is_endless(source: Source) -> bool:
     return getattr(source, "is_endless", False)
 
 
-def _is_anonymous(places: tuple[str, ...]) -> bool:
+def _is_anonymous(locations: tuple[str, ...]) -> bool:
     """Whether requests go to the hub without a token: it admits 3,000 in 5 minutes, and each lane begins with one."""
-    if not any(place.startswith("hf://") for place in places):
+    if not any(location.startswith("hf://") for location in locations):
         return False
     from huggingface_hub import get_token
 
@@ -258,9 +264,9 @@ def _commits(config: Config, saved: dict[str, Any] | None) -> list[str]:
     """The commit at which each dataset was first opened, where that was on the hub and the entries are unchanged."""
     now = [(dataset.path, dataset.revision) for dataset in _datasets(config)]
     if saved is not None:
-        before, places = saved_config(saved["config"])["data"], saved.get("places", [])
+        before, locations = saved_config(saved["config"])["data"], saved.get("places", [])
         then = [(entry["path"], entry.get("revision", "")) for entry in before["datasets"] or [before]]
-        if then == now and len(places) == len(now):
-            found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", place) for place in places]
+        if then == now and len(locations) == len(now):
+            found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", location) for location in locations]
             return [match[1] if match else "" for match in found]
     return [""] * len(now)

@@ -48,7 +48,7 @@ class ModelConfig:
 class MixedPrecisionConfig:
     """Dtypes of one module."""
 
-    param_dtype: Precision = key("bf16", "of the matrix products; weights and optimiser state stay fp32")
+    param_dtype: Precision = key("bf16", "of the matmuls; weights and optimiser state stay fp32")
     reduce_dtype: Precision = key("fp32", "of the gradient sum over processes; no effect in the teacher")
 
 
@@ -98,6 +98,7 @@ class DataConfig:
     datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
+    excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site of Parquet shards")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
     mpp_file: str = key("", "CSV slide,mpp for slides that do not say theirs")
@@ -112,15 +113,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """Patches cut from slides at random positions while training (``data.kind: slides``)."""
+    """Tiles cut from slides at random positions while training (``data.kind: slides``)."""
 
     weight_column: str = key("", "column of a CSV of slides by which they are drawn; empty: all alike")
-    mpp: tuple[float, ...] = key((0.25, 0.5, 1.0, 2.0), "um per px of the patches", above=0, most=1e4)
+    mpp: tuple[float, ...] = key((0.25, 0.5, 1.0, 2.0), "um per px of the tiles", above=0, most=1e4)
     mpp_weights: tuple[float, ...] = key((), "how often each is drawn; empty: all alike", above=0, most=1e9)
     magnifications: tuple[float, ...] = key((), "in place of mpp: 10 / magnification", above=0, most=1e4)
-    min_foreground: float = key(0.4, "least fraction of tissue in a patch", **_PROBABILITY)
+    min_foreground: float = key(0.4, "least fraction of tissue in a tile", **_PROBABILITY)
     slide_fraction: float = key(1.0, "of the slides, chosen by hash of the seed", above=0, most=1)
-    max_patches: int = key(0, "distinct patches; 0: without end", least=0, most=2**30)
+    max_patches: int = key(0, "distinct tiles; 0: without end", least=0, most=2**30)
     cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder")
 
 
@@ -275,9 +276,9 @@ class PerformanceConfig:
 
     compile: Switch = key("auto", "blocks and losses by torch.compile; auto: on a GPU with Triton")
     fused_update: Switch = key("auto", "clip, AdamW, EMA, copies in one Triton pass; auto: on a GPU")
-    fp8: Literal["none", "teacher", "all"] = key("none", "matrix products of the blocks in 8 bit")
+    fp8: Literal["none", "teacher", "all"] = key("none", "matmuls of the blocks in 8 bit")
     fp8_scaling: Literal["tensor", "row"] = key("tensor", "what shares one scale; tensor is fastest")
-    recompute: Literal["none", "selective", "full"] = key("none", "selective: all but products and attention")
+    recompute: Literal["none", "selective", "full"] = key("none", "selective: all but matmuls and attention")
     prefetch_blocks: int = key(1, "blocks gathered ahead by several processes; 0: FSDP's choice", **_TO_1000)
 
 
@@ -336,7 +337,7 @@ class Config:
 
     MODEL: ModelConfig = ModelConfig()
     precision: Literal["bf16", "fp16", "fp32", "mixed"] = key(
-        "bf16", "of all matrix products; mixed: as compute_precision says"
+        "bf16", "of all matmuls; mixed: as compute_precision says"
     )
     compute_precision: ComputePrecisionConfig = ComputePrecisionConfig()
     data: DataConfig = DataConfig()

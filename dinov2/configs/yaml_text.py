@@ -33,8 +33,8 @@ def parse_yaml(text: str) -> Any:
         value = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise YamlError(f"{error.problem or error.context}{place}") from error
+        position = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise YamlError(f"{error.problem or error.context}{position}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as an integer of 5,000 digits
         raise YamlError(" ".join(str(error).split())) from error
     if loader.duplicates:

@@ -1,7 +1,8 @@
 """Patients of slides: the one rule by which training splits, exclusion lists and folds of probes keep them whole.
 
-A slide is named by its path. Its patient is the TCGA barcode (TCGA-XX-XXXX, upper case) that its file name or else
-the nearest of its folders begins with; without a barcode it is the file name without its extensions.
+A slide is named by its path. Its patient is the one that the dataset tells, as by a column `patient` of shards; else
+the TCGA barcode (TCGA-XX-XXXX, upper case) that its file name or else the nearest of its folders begins with; without
+a barcode it is the file name without its extensions.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ _EXTENSIONS = re.compile(
 )
 
 
-def patient_of(slide: str) -> str:
-    """Name the patient of a slide: its TCGA barcode, else its file name without extensions such as .ome.tiff."""
-    return _barcode(slide) or _stem(_components(slide)[-1])
+def patient_of(slide: str, told: str = "") -> str:
+    """Name the patient of a slide: the one told, else its TCGA barcode, else its file name without .ome.tiff etc."""
+    return comparable(told) or _barcode(slide) or _stem(_components(slide)[-1])
 
 
 def patients_of(slides: Iterable[str]) -> tuple[str, ...] | None:
@@ -27,15 +28,15 @@ def patients_of(slides: Iterable[str]) -> tuple[str, ...] | None:
     return tuple(map(patient_of, slides)) if any(map(_barcode, slides)) else None
 
 
-def names_of(slide: str) -> set[str]:
+def names_of(slide: str, told: str = "") -> set[str]:
     """List what an exclusion list may call a slide, in the spelling of `comparable`.
 
-    These are its patient, its whole path, its file name with and without extensions, and the file name up to
-    the first dot, which is the slide's barcode where names are barcode.uuid.svs.
+    These are its patient (see `patient_of`), its whole path, its file name with and without extensions, and the file
+    name up to the first dot, which is the slide's barcode where names are barcode.uuid.svs.
     """
     file_name = _components(slide)[-1]
     stem = _stem(file_name)
-    names = {patient_of(slide), slide, file_name, stem, stem.partition(".")[0]}
+    names = {patient_of(slide, told), slide, file_name, stem, stem.partition(".")[0]}
     return {comparable(name) for name in names} - {""}
 
 

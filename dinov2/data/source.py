@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -29,18 +29,40 @@ class EncodedSample:
     """One row as stored, on its way from the rank's reader to a decode worker."""
 
     index: int  # global sample index g; it alone fixes the row and the augmentation
-    unit: int  # number of the unit in the source
-    row: int  # within the unit
+    group: int  # number of the row group in the source
+    row: int  # within the row group
     slide: str  # that the tile was cut from
     data: bytes
+
+
+class Origin(NamedTuple):
+    """Where a tile is from; patient and site are empty where the dataset does not tell them by themselves."""
+
+    slide: str
+    patient: str = ""
+    site: str = ""
+
+
+def as_origins(slides: Sequence[str], *others: Sequence[str]) -> list[Origin]:
+    """Origins of rows from the columns slide, patient and site; rows of one origin share the object."""
+    if not others and slides.count(slides[0] if slides else "") == len(slides):
+        return [Origin(slides[0])] * len(slides) if slides else []
+    rows = list(zip(slides, *others, strict=True))
+    made = {row: Origin(*row) for row in set(rows)}
+    return [made[row] for row in rows]
+
+
+def origins_of(source: Source, group: int) -> list[Origin]:
+    """Origin of every row of a row group, whether or not the source knows more than the slide."""
+    return source.origins(group) if hasattr(source, "origins") else as_origins(source.slides(group))
 
 
 class Source(Protocol):
     """A dataset whose rows can be read in any order: the one interface between data and the sample order.
 
-    The rows lie in numbered units, each of which is fetched in one go: the row groups of Parquet shards, some tiles
-    of a slide, a shard of a tar file. The order is computed from `unit_rows` alone, so it is the same for everything
-    that has equal ones; a unit of some 64 rows mixes well and costs few requests.
+    The rows lie in numbered row groups, each of which is fetched in one go: those of Parquet shards, some tiles of a
+    slide, a shard of a tar file. The order is computed from `group_rows` alone, so it is the same for everything
+    that has equal ones; a row group of some 64 rows mixes well and costs few requests.
 
     The reader's threads call `read`, decode workers call `decode`, and both may live in other processes than the one
     that made the source. It must therefore be fit for pickling and forking, so hold no open file, connection or
@@ -48,22 +70,23 @@ class Source(Protocol):
 
     A source may also have ``location``, the path or URL that it was found at, with the commit where there is one;
     ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
-    and therefore cannot be mixed with others; and ``order(seed, lanes, block_rows)``, an order of its own.
+    and therefore cannot be mixed with others; ``order(seed, lanes, block_rows)``, an order of its own; and
+    ``origins(group)``, an `Origin` of every row of a row group, where the dataset knows more than the slide.
     """
 
-    unit_rows: np.ndarray
-    """Rows of each unit, int64 (U,); zeros are allowed, but not only zeros."""
-    unit_bytes: np.ndarray
-    """Bytes that the samples of each unit take in memory, int64 (U,); an upper estimate."""
+    group_rows: np.ndarray
+    """Rows of each row group, int64 (G,); zeros are allowed, but not only zeros."""
+    group_bytes: np.ndarray
+    """Bytes that the samples of each row group take in memory, int64 (G,); an upper estimate."""
     fingerprint: str
     """Digest of names, sizes and layout, not of the location: equal ones mean equal samples in equal order."""
     num_rows: int
-    """Sum of `unit_rows`."""
+    """Sum of `group_rows`."""
     is_remote: bool
     """Whether a read waits for a network, so that many reads at a time pay."""
 
-    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Fetch the slide name and stored bytes of some rows of a unit, in the order asked for.
+    def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Fetch the slide name and stored bytes of some rows of a row group, in the order asked for.
 
         What is corrupt comes as bytes that `decode` refuses; another row then stands in. An OSError ends the run.
         """
@@ -71,11 +94,11 @@ class Source(Protocol):
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn a sample's bytes into uint8 (H, W, 3) RGB; raises DecodeError where they are no image."""
 
-    def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its rows as it is stored, for a message to the user."""
+    def describe(self, group: int, row: int | None = None) -> str:
+        """Name a row group, or one of its rows as it is stored, for a message to the user."""
 
-    def slides(self, unit: int) -> list[str]:
-        """Name the slide of every row of a unit, without reading images where that can be."""
+    def slides(self, group: int) -> list[str]:
+        """Name the slide of every row of a row group, without reading images where that can be."""
 
 
 def image_format(data: bytes) -> str:

@@ -71,7 +71,7 @@ class Checkpointer:
         def finish() -> None:
             files.write_text(beside / _STATE_FILE, json.dumps(state, indent=1))
             if final.exists():  # without its state, or it would have been resumed from
-                final.rename(final.with_name(f"{final.name}.damaged.{time.time_ns()}"))
+                final.rename(final.with_name(f"{final.name}.corrupt.{time.time_ns()}"))
             files.commit(beside, final)
             files.write_text(self.output_dir / "last_checkpoint", final.name)
             for old in self.steps()[: -self.keep]:

@@ -62,12 +62,12 @@ def newest_teacher(output_dir: Path) -> Path:
 def augmented_batch(config: Config, source: Source) -> tuple[list[np.ndarray], dict[str, Tensor]]:
     """A few tiles of the training data, uint8 (H, W, 3), and the batch that training would make of them."""
     augment = build_augmentation(config)
-    order = SampleOrder(source.unit_rows, seed=config.train.seed, lanes=CROP_TILES, block_rows=1)
-    places = order.locate(np.arange(CROP_TILES))
+    order = SampleOrder(source.group_rows, seed=config.train.seed, lanes=CROP_TILES, block_rows=1)
+    locations = order.locate(np.arange(CROP_TILES))
     tiles, samples = [], []
-    for index, (unit, row) in enumerate(zip(places.unit.tolist(), places.row.tolist(), strict=True)):
-        ((slide, data),) = source.read(unit, [row])
-        tiles.append(source.decode(EncodedSample(index, unit, row, slide, data)))
+    for index, (group, row) in enumerate(zip(locations.group.tolist(), locations.row.tolist(), strict=True)):
+        ((slide, data),) = source.read(group, [row])
+        tiles.append(source.decode(EncodedSample(index, group, row, slide, data)))
         samples.append(Sample(index, augment(tiles[-1], index), slide, replaced=False))
     return tiles, build_collate(config)(samples)
 

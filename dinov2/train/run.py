@@ -123,7 +123,7 @@ class Run:
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
-        described |= {"scaler": self.scaler.state_dict(), "places": self._places}
+        described |= {"scaler": self.scaler.state_dict(), "places": self._locations}
         described["loss_modules"] = list(self._loss_modules())
         self.checkpointer.save(state.step, self._tensors(), described)
 
@@ -161,7 +161,7 @@ class Run:
     def _open_stream(self, saved: dict[str, Any] | None) -> TrainLoader:
         # Rank 0 lists files and reads footers, once for all.
         data = on_main_process(partial(open_data, self.config, self.output_dir / "stream_index", saved))
-        self._places = data.places
+        self._locations = data.locations
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         lanes = saved["stream"]["lanes"] if saved else 0
         order = on_main_process(partial(order_parameters, self.config, self.plan, data, lanes))
@@ -208,7 +208,7 @@ def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: in
     """Pass batches on and append a JSON line to ``path`` for each, for audits: what a step consumes on this rank.
 
     A line holds ``step`` (the first one is 1), ``ranks`` (their number), ``indices`` (global sample indices) and
-    ``rows`` (unit and row of each, as the stream numbers them; of the row that stands in, where one was corrupt).
+    ``rows`` (row group and row of each, as the stream numbers them; of the row that stands in, where one was corrupt).
     After a resume the last line of a step is the valid one, on as many ranks as rank 0's says.
 
     Args:

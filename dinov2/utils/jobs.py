@@ -32,7 +32,7 @@ def run_jobs(
         unit: what the progress bar counts.
 
     Yields:
-        A job's place in ``jobs`` and its result, as they finish.
+        A job's index in ``jobs`` and its result, as they finish.
 
     Raises:
         ChildProcessError: if a process was killed from outside (memory, signal).

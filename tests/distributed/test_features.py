@@ -56,9 +56,9 @@ def error_of(action, *args):
         return str(error)
 
 
-def results_and_errors(rank, root, damaged):
-    """The results of a whole and a sharded backbone; what a damaged tile and a task that is too small lead to."""
-    images, tiles = open_labelled_tiles(damaged).images, open_labelled_tiles(root)
+def results_and_errors(rank, root, corrupt):
+    """The results of a whole and a sharded backbone; what a corrupt tile and a task that is too small lead to."""
+    images, tiles = open_labelled_tiles(corrupt).images, open_labelled_tiles(root)
     return [
         features_and_results(rank, root, False),
         features_and_results(rank, root, True),
@@ -74,11 +74,11 @@ def assert_same(result, expected):
 
 
 def test_ranks_equal_one_process_and_hear_of_errors(folder, tmp_path):
-    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
-    (damaged / "b" / "07.png").write_bytes(b"no image")
+    corrupt = Path(shutil.copytree(folder, tmp_path / "corrupt"))
+    (corrupt / "b" / "07.png").write_bytes(b"no image")
     expected = features_and_results(0, folder, False)
     assert len(expected[0]) == len(np.unique(expected[0], axis=0)) == 29
-    for plain, sharded, unreadable, too_small in run_ranks(results_and_errors, folder, damaged, world_size=3):
+    for plain, sharded, unreadable, too_small in run_ranks(results_and_errors, folder, corrupt, world_size=3):
         assert_same(plain, expected)
         assert_same(sharded, expected)
         assert "07.png' cannot be read" in unreadable

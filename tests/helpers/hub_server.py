@@ -34,12 +34,12 @@ RATE_LIMITED = Fault("429", (("RateLimit", '"resolvers";r=0;t=1'),))
 RETRY_AFTER = Fault("429", (("Retry-After", "1"),))
 
 
-def seeded_faults(seed: int, shares: dict[str | Fault, float]) -> Iterator[Fault | None]:
-    """An endless schedule in which each fault has its share of the requests."""
+def seeded_faults(seed: int, fractions: dict[str | Fault, float]) -> Iterator[Fault | None]:
+    """An endless schedule in which each fault has its fraction of the requests."""
     generator = random.Random(seed)
-    kinds = [fault if isinstance(fault, Fault) else Fault(fault) for fault in shares]
+    kinds = [fault if isinstance(fault, Fault) else Fault(fault) for fault in fractions]
     while True:
-        yield generator.choices([*kinds, None], [*shares.values(), 1 - sum(shares.values())])[0]
+        yield generator.choices([*kinds, None], [*fractions.values(), 1 - sum(fractions.values())])[0]
 
 
 class HubServer:

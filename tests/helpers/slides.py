@@ -1,4 +1,4 @@
-"""Slides for the tests: the demo's, small ones made here, damaged ones, and real ones where there are any."""
+"""Slides for the tests: the demo's, small ones made here, corrupt ones, and real ones where there are any."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -118,7 +118,7 @@ def overwrite(slide: Path, copy: Path, start: int, data: bytes) -> Path:
 
 @pytest.fixture(scope="session")
 def sample_list(demo_slides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """75 patches on each of two levels of each demo slide."""
+    """75 tiles on each of two levels of each demo slide."""
     path = tmp_path_factory.mktemp("list") / "list.txt"
     options = ["--levels", "0", "1", "--per-level", "75", "--seed", "3", "--workers", "1"]
     assert create_list([str(demo_slides[0].parent), "--output", str(path), *options]) == 0
@@ -127,7 +127,7 @@ def sample_list(demo_slides: tuple[Path, Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def short_list(sample_list: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 128 of these patches."""
+    """The first 128 of these tiles."""
     path = tmp_path_factory.mktemp("short") / "list.txt"
     path.write_text("".join(sample_list.read_text().splitlines(keepends=True)[:128]))
     return path

@@ -26,14 +26,14 @@ def key(*words: int) -> int:
     return state
 
 
-def epoch_order(unit_rows: Sequence[int], seed: int, lanes: int, block_rows: int, epoch: int) -> list[tuple[int, int]]:
-    """List (unit, row) of every sample of an epoch, by building the permutation and dealing out its read streams."""
+def epoch_order(group_rows: Sequence[int], seed: int, lanes: int, block_rows: int, epoch: int) -> list[tuple[int, int]]:
+    """List (group, row) of every sample of an epoch, by building the permutation and dealing out its read streams."""
     permuted = []
-    for unit in sorted(range(len(unit_rows)), key=lambda unit: key(seed, epoch, unit)):
-        rows = range(unit_rows[unit])
+    for group in sorted(range(len(group_rows)), key=lambda group: key(seed, epoch, group)):
+        rows = range(group_rows[group])
         for start in range(0, len(rows), block_rows):
-            block = sorted(rows[start : start + block_rows], key=lambda row: key(seed, epoch, unit, row))
-            permuted += [(unit, row) for row in block]
+            block = sorted(rows[start : start + block_rows], key=lambda row: key(seed, epoch, group, row))
+            permuted += [(group, row) for row in block]
     length, longer = divmod(len(permuted), lanes)
     streams, start = [], 0
     for number in range(lanes):

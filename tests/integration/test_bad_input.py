@@ -172,14 +172,14 @@ def test_odd_images_train(tmp_path: Path):
 
 
 @pytest.mark.parametrize("bad", [b"<html>404</html>", b"", None, image(40, 40)[:300]])
-def test_one_damaged_row_is_replaced_and_named(tmp_path: Path, capsys, bad: bytes | None):
+def test_one_corrupt_row_is_replaced_and_named(tmp_path: Path, capsys, bad: bytes | None):
     data = write_shard(tmp_path / "data", [image(40, 40)] * 7 + [bad])
     assert train(data, tmp_path / "out", "optim.early_stop=0.25", "train.skip_checkpointer=true") == 0
     assert "row 7 of row group 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_damaged_rows(tmp_path: Path, capsys: pytest.CaptureFixture, workers: int):
+def test_nothing_but_corrupt_rows(tmp_path: Path, capsys: pytest.CaptureFixture, workers: int):
     data = write_shard(tmp_path / "data", [b"<html>404</html>"] * 8)
     assert train(data, tmp_path / "out", f"train.num_workers={workers}") == 2
     (error,) = errors(capsys)
@@ -232,7 +232,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(shards: Path, stopped: Path, 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty"])
-def test_a_damaged_checkpoint_is_named_with_a_way_out(
+def test_a_corrupt_checkpoint_is_named_with_a_way_out(
     shards: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
 ):
     output_dir = shutil.copytree(stopped, tmp_path / "out")
@@ -249,7 +249,7 @@ def test_a_checkpoint_without_its_state_is_passed_over_and_kept(shards: Path, st
     output_dir = shutil.copytree(stopped, tmp_path / "out")
     (output_dir / "checkpoints/step_0000004/state.json").unlink()
     assert train(shards, output_dir, "optim.early_stop=1") == 0
-    kept = {path.name.split(".")[0] for path in (output_dir / "checkpoints").glob("*.damaged.*")}
+    kept = {path.name.split(".")[0] for path in (output_dir / "checkpoints").glob("*.corrupt.*")}
     assert kept == {"step_0000004"}
     assert [record["step"] for record in read_metrics(output_dir)] == [1, 2, 3, 4, 4]
 

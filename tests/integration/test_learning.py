@@ -46,5 +46,5 @@ def test_losses_fall_below_those_of_a_student_that_tells_nothing_apart():
     uniform = math.log(config.dino.head_n_prototypes) / (pairs_local + pairs_global)
     assert losses["dino_local_crops_loss"] < 0.8 * uniform * pairs_local
     assert losses["dino_global_crops_loss"] < 0.8 * uniform * pairs_global
-    masked_share = 0.5
-    assert losses["ibot_loss"] < 0.8 * masked_share * math.log(config.ibot.head_n_prototypes)
+    masked_fraction = 0.5
+    assert losses["ibot_loss"] < 0.8 * masked_fraction * math.log(config.ibot.head_n_prototypes)

@@ -27,12 +27,12 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(output_dir: Path) -> list[tuple[int, int]]:
-    """Unit and row of every consumed sample."""
+    """Row group and row of every consumed sample."""
     lines = (output_dir / "logs/samples.rank0.jsonl").read_text().splitlines()
     return [tuple(row) for line in lines for row in json.loads(line)["rows"]]
 
 
-def test_a_mixture_takes_its_shares_and_leaves_out_what_is_excluded(
+def test_a_mixture_takes_its_fractions_and_leaves_out_what_is_excluded(
     shards: Path, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "excluded.txt").write_text("slide_1\nno such patient\n")
@@ -41,10 +41,10 @@ def test_a_mixture_takes_its_shares_and_leaves_out_what_is_excluded(
     assert main(["--output-dir", str(tmp_path / "out"), *TINY, *options]) == 0
     logged = capsys.readouterr().err
     first = 12  # row groups of the first dataset, four per slide
-    units = np.array(samples(tmp_path / "out"))[:, 0]
-    assert len(units) == 64
-    assert np.count_nonzero(units < first) == 48
-    assert not {4, 5, 6, 7, first + 2, first + 3} & set(units.tolist())
+    groups = np.array(samples(tmp_path / "out"))[:, 0]
+    assert len(groups) == 64
+    assert np.count_nonzero(groups < first) == 48
+    assert not {4, 5, 6, 7, first + 2, first + 3} & set(groups.tolist())
     for line in (
         f"dataset '{shards}': 60 rows, 75.00% of the samples",
         f"dataset '{frozen}': training on 16 rows of 1 slides and 1 patients; excluded 16 rows of 1 slides",
@@ -96,7 +96,7 @@ def test_what_is_wrong_with_a_hub_dataset(
         assert not (tmp_path / f"out{number}/metrics.jsonl").exists()
 
 
-def test_patches_cut_while_training_go_on_where_a_run_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_tiles_cut_while_training_go_on_where_a_run_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_demo_slides(tmp_path / "slides")
     (tmp_path / "excluded.txt").write_text("demo_holdout\n")
     options = ("train.online_patching=true", f"online.slides={tmp_path / 'slides'}", "train.tile_size=64",
@@ -104,7 +104,7 @@ def test_patches_cut_while_training_go_on_where_a_run_stopped(tmp_path: Path, ca
                f"train.exclusion_file={tmp_path / 'excluded.txt'}")  # fmt: skip
     assert main(["--output-dir", str(tmp_path / "whole"), *TINY, *options]) == 0
     logged = capsys.readouterr().err
-    assert "Data: patches without end from 1 slides" in logged
+    assert "Data: tiles without end from 1 slides" in logged
     assert "training on 1 of 2 slides; 1 excluded, 0 kept for validation" in logged
     for stop in ("optim.early_stop=1", "optim.early_stop=2"):
         assert main(["--output-dir", str(tmp_path / "parts"), *TINY, *options, stop]) == 0

@@ -1,4 +1,4 @@
-"""Tiles of slides by a list of their places."""
+"""Tiles of slides by a list of their positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patches cut from slides at random positions while training, as section ``online`` says."""
+"""Tiles cut from slides at random positions while training, as section ``online`` says."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Slides:
 
     def open(self, request: SourceRequest) -> Source:
         """Make the slides ready, which takes a while at the first start and nothing later."""
-        from dinov2.data.online.prepare import PatchOptions, mpps_of
-        from dinov2.data.online.random import OnlinePatchSource
+        from dinov2.data.online.prepare import TileOptions, mpps_of
+        from dinov2.data.online.random import OnlineTileSource
         from dinov2.data.slides.find import find_slides
         from dinov2.data.slides.resolution import read_mpp_table
 
@@ -59,12 +59,12 @@ class Slides:
                 f"Of the {len(rows)} slides of '{request.path}' all are excluded or kept for validation; at least 1 "
                 "must be left to train on."
             )
-        return OnlinePatchSource(
+        return OnlineTileSource(
             kept,
             cache,
-            options=PatchOptions(mpps, weights, data.tile_size, online.min_foreground),
+            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground),
             seed=request.config.train.seed,
-            slide_share=online.slide_fraction,
-            max_patches=online.max_patches,
+            slide_fraction=online.slide_fraction,
+            max_tiles=online.max_patches,
             workers=os.cpu_count() or 1,
         )

@@ -23,8 +23,8 @@ class Sample:
     slide: str  # that the tile was cut from
     replaced: bool  # whether the row at g was corrupt and another one stands in for it
     fault: str = ""  # if replaced, where the corrupt row is and what is wrong with it
-    unit: int = 0  # that the row was taken from
-    row: int = 0  # within that unit
+    group: int = 0  # that the row was taken from
+    row: int = 0  # within that row group
 
 
 class MultiCropCollate:
@@ -63,7 +63,7 @@ class MultiCropCollate:
             (L*B, 3, s, s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N
             patches, ascending, then 0 as padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that
             crop), 0 on padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str;
-            ``slide_ids`` int64 (B,), 63 bits that all ranks agree on; ``rows``, the unit and row of each;
+            ``slide_ids`` int64 (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each;
             ``replaced`` int.
 
         Raises:
@@ -85,7 +85,7 @@ class MultiCropCollate:
             "indices": torch.tensor(indices, dtype=torch.int64),
             "slides": [sample.slide for sample in samples],
             "slide_ids": torch.tensor([hash_name(sample.slide) >> 1 for sample in samples]),
-            "rows": [(sample.unit, sample.row) for sample in samples],
+            "rows": [(sample.group, sample.row) for sample in samples],
             "replaced": sum(sample.replaced for sample in samples),
         }
 

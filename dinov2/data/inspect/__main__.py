@@ -90,8 +90,8 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
         }
         report["images"] = _sample_images(storage, shards)
         slides, report["slides"] = _find_slides(storage, shards)
-        units = SimpleNamespace(unit_rows=rows, unit_bytes=sizes, is_remote=not isinstance(storage, LocalStorage))
-        report["stream"] = _judge_stream(units, slides, training)
+        groups = SimpleNamespace(group_rows=rows, group_bytes=sizes, is_remote=not isinstance(storage, LocalStorage))
+        report["stream"] = _judge_stream(groups, slides, training)
     findings = _reasons(report), _advice(report, training.batch) if report["rows"] else ()
     reasons, advice = ([{"code": code, "text": text} for code, text in some] for some in findings)
     return report | {"verdict": {"usable": not reasons, "reasons": reasons, "advice": advice}}
@@ -183,32 +183,32 @@ def _read_slides(storage: Storage, shard: Shard, group: int) -> list[str]:
     return [footer.slide_of(name or "", shard.image) for name in names]
 
 
-def _judge_stream(units: SimpleNamespace, slides: np.ndarray, training: Training) -> dict[str, Any]:
+def _judge_stream(groups: SimpleNamespace, slides: np.ndarray, training: Training) -> dict[str, Any]:
     """Lanes, memory and mixing of the order that training would use."""
     sharing = {"global_batch": training.batch, "world_size": training.ranks}
 
     def make_order(lanes: int) -> SampleOrder:
-        return SampleOrder(units.unit_rows, seed=0, lanes=lanes, block_rows=training.block_rows)
+        return SampleOrder(groups.group_rows, seed=0, lanes=lanes, block_rows=training.block_rows)
 
     limit, refused = training.memory_gib, ""
     lanes = training.lanes or 8 * training.batch
     try:
-        lanes = fit_lanes(make_order, units, lanes=training.lanes, limit_gib=limit, **sharing)
+        lanes = fit_lanes(make_order, groups, lanes=training.lanes, limit_gib=limit, **sharing)
     except ValueError as error:
         refused = str(error)
     order = make_order(lanes)
-    prefetch = Prefetch.suited_to(units, limit * GIB)
-    first_rows = np.cumsum(units.unit_rows) - units.unit_rows
+    prefetch = Prefetch.suited_to(groups, limit * GIB)
+    first_rows = np.cumsum(groups.group_rows) - groups.group_rows
     seen = []  # slides of each step of the first epoch
     for step in range(WINDOWS[-1]):
         samples = order.locate(np.arange(step * training.batch, (step + 1) * training.batch))
-        seen.append(slides[first_rows[samples.unit] + samples.row])
+        seen.append(slides[first_rows[samples.group] + samples.row])
     distinct, slide_rows = [], np.bincount(slides)
     for steps in WINDOWS:
         counts = [len(np.unique(window)) for window in np.reshape(seen, (WINDOWS[-1] // steps, -1))]
         uniform = distinct_if_uniform(slide_rows, steps * training.batch)
         distinct.append({"steps": steps, "stream": float(np.mean(counts)), "uniform": uniform})
-    held = memory_bound(units, order, prefetch=prefetch, **sharing)
+    held = memory_bound(groups, order, prefetch=prefetch, **sharing)
     settings = {"batch": training.batch, "ranks": training.ranks, "lanes": lanes, "block_rows": training.block_rows}
     return settings | {"refused": refused, "memory_bytes_per_rank": held, "distinct": distinct}
 

@@ -1,1 +1,1 @@
-"""Patches cut from slides while training."""
+"""Tiles cut from slides while training."""

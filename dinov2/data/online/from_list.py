@@ -16,22 +16,22 @@ from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
 from dinov2.data.source import DecodeError, EncodedSample
 
-UNIT_LINES = 64
+GROUP_LINES = 64
 _OPEN_SLIDES, _OPENING_THREADS = 64, 16  # per process; each slide keeps a handle and a small tile cache
 _SAMPLE_BYTES = 80  # a reference, as it waits in the reader's queue
 
 
 class SlideListSource:
-    """Patches cut from slides while training, in the order contract of any other source.
+    """Tiles cut from slides while training, in the order contract of any other source.
 
-    A unit is 64 consecutive lines. Reading a unit gives references; a worker cuts the patch when it decodes
+    A row group is 64 consecutive lines. Reading a row group gives references; a worker cuts the tile when it decodes
     one. Holds no lock, so it may be forked, pickled and used from several threads.
 
     Args:
         list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
-            a list of six columns the patch is cut at its mpp from the level that serves it best.
+            a list of six columns the tile is cut at its mpp from the level that serves it best.
         slide_root: see `locate_slide`.
-        tile_size: side of a patch in px of its level, or of its mpp.
+        tile_size: side of a tile in px of its level, or of its mpp.
         mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
 
     FileNotFoundError if the list or a slide of it does not exist, SlideError if a slide cannot be opened for its mpp,
@@ -52,9 +52,9 @@ class SlideListSource:
             lost = f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist"
             raise FileNotFoundError(f"{lost}, the first is '{missing[0]}'; mount them or set data.slide_root.")
         self.num_rows = len(self._samples)
-        starts = np.arange(0, self.num_rows, UNIT_LINES)
-        self.unit_rows = np.minimum(UNIT_LINES, self.num_rows - starts).astype(np.int64)
-        self.unit_bytes = self.unit_rows * _SAMPLE_BYTES
+        starts = np.arange(0, self.num_rows, GROUP_LINES)
+        self.group_rows = np.minimum(GROUP_LINES, self.num_rows - starts).astype(np.int64)
+        self.group_bytes = self.group_rows * _SAMPLE_BYTES
         self.fingerprint = f"{self._samples.digest()}-{tile_size}"
         self._mpp: dict[str, float] = {}  # of slides that do not say theirs
         if self._samples.mpp is not None:
@@ -82,10 +82,10 @@ class SlideListSource:
                 raise ValueError(f"{found}, the first is '{silent[0]}'; {advice}.")
         return given
 
-    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Give the slide and the reference `x y level [mpp]` of lines of a unit, in the order asked for."""
+    def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Give the slide and the reference `x y level [mpp]` of lines of a row group, in the order asked for."""
         samples, read = self._samples, []
-        for i in (unit * UNIT_LINES + int(row) for row in rows):
+        for i in (group * GROUP_LINES + int(row) for row in rows):
             reference = b"%d %d %d" % (samples.x[i], samples.y[i], samples.level[i])
             if samples.mpp is not None:
                 reference += b" %r" % float(samples.mpp[i])
@@ -93,26 +93,26 @@ class SlideListSource:
         return read
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
-        """Cut the patch that a reference names: uint8 (tile_size, tile_size, 3) RGB; DecodeError says why it cannot."""
+        """Cut the tile that a reference names: uint8 (tile_size, tile_size, 3) RGB; DecodeError says why it cannot."""
         reference, size = sample.data.split(), self._tile_size
         x, y, level = map(int, reference[:3])
         try:
             reader = self._open(self._paths[sample.slide], self._mpp.get(sample.slide))
             if len(reference) == 4:
-                return reader.read_patch(x, y, size, float(reference[3]))
+                return reader.read_tile(x, y, size, float(reference[3]))
             return reader.read_region(level, *reader.snap(level, x, y), size, size)
         except SlideError as error:
             raise DecodeError(str(error)) from error
 
-    def describe(self, unit: int, row: int | None = None) -> str:
-        """Name a unit, or one of its tiles, for a message to the user."""
-        first = unit * UNIT_LINES + 1
-        lines = f"patches {first} to {first + int(self.unit_rows[unit]) - 1}" if row is None else f"patch {first + row}"
+    def describe(self, group: int, row: int | None = None) -> str:
+        """Name a row group, or one of its tiles, for a message to the user."""
+        first = group * GROUP_LINES + 1
+        lines = f"tiles {first} to {first + int(self.group_rows[group]) - 1}" if row is None else f"tile {first + row}"
         return f"{lines} of sample list '{self._list_path}'"
 
-    def slides(self, unit: int) -> list[str]:
-        """Name the slide of every line of a unit."""
-        numbers = self._samples.slide[unit * UNIT_LINES : (unit + 1) * UNIT_LINES]
+    def slides(self, group: int) -> list[str]:
+        """Name the slide of every line of a row group."""
+        numbers = self._samples.slide[group * GROUP_LINES : (group + 1) * GROUP_LINES]
         return [self._samples.slides[number] for number in numbers.tolist()]
 
     def __getstate__(self) -> dict[str, Any]:

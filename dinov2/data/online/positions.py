@@ -1,4 +1,4 @@
-"""Positions of patches of one size on a slide, counted beforehand, so that one is drawn evenly and in one go.
+"""Positions of tiles of one size on a slide, counted beforehand, so that one is drawn evenly and in one go.
 
 A position is a whole pixel (column, row) of the level that is read. Its foreground is the fraction of foreground
 cells among the n x n cells nearest to its square, n being the square's side in cells, rounded. *Uniform* means: every
@@ -17,25 +17,25 @@ from dinov2.data.slides.tissue import TissueMask
 
 @dataclass(frozen=True)
 class Geometry:
-    """How patches of one output resolution are read from a slide."""
+    """How tiles of one output resolution are read from a slide."""
 
     level: int  # pyramid level that is read
     width: int  # of that level in px
     height: int
     downsample: float  # level-0 px per px of that level
-    side: int  # px of that level that a patch spans
-    mpp: float  # micrometres per px that the patch has in the end
+    side: int  # px of that level that a tile spans
+    mpp: float  # micrometres per px that the tile has in the end
 
 
 class Positions:
-    """Positions of patches of one geometry; `ends`, int64 (cell rows,), counts those in each row of cells and above."""
+    """Positions of tiles of one geometry; `ends`, int64 (cell rows,), counts those in each row of cells and above."""
 
     def __init__(self, geometry: Geometry, ends: np.ndarray, min_foreground: float) -> None:
         self.geometry, self.ends, self._min_foreground = geometry, ends, min_foreground
 
     @classmethod
     def count(cls, mask: TissueMask, geometry: Geometry, min_foreground: float) -> "Positions":
-        """Count, by row of mask cells, the places whose square holds at least ``min_foreground`` tissue."""
+        """Count, by row of mask cells, the positions whose square holds at least ``min_foreground`` tissue."""
         n, least, columns, rows = _grid(mask, geometry, min_foreground)
         if columns is None or rows is None:
             return cls(geometry, np.zeros(1, np.int64), min_foreground)

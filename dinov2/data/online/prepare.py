@@ -1,4 +1,4 @@
-"""Slides made ready for drawing patches: opened, their tissue found, the positions counted; kept in a cache."""
+"""Slides made ready for drawing tiles: opened, their tissue found, the positions counted; kept in a cache."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ from dinov2.utils.files import read_arrays, write_arrays
 
 
 @dataclass(frozen=True)
-class PatchOptions:
+class TileOptions:
     """What is cut from every slide; the configuration has checked it."""
 
     mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # output resolutions in micrometres per px
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
-    tile_size: int = 224  # side of a patch in px
-    min_foreground: float = 0.4  # least fraction of foreground in a patch
+    tile_size: int = 224  # side of a tile in px
+    min_foreground: float = 0.4  # least fraction of foreground in a tile
 
 
 def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:
@@ -54,14 +54,14 @@ class OnlineSlide:
     geometries: tuple[Geometry, ...]  # one for each resolution that the slide can give
     weights: tuple[float, ...]  # how often each of them is drawn, up to a common factor
     counts: tuple[int, ...]  # number of positions of each
-    tiles: TileIndex | None  # outline of the index of its tiles; None where only OpenSlide can read them
+    blocks: TileIndex | None  # outline of the index of its blocks; None where only OpenSlide can read them
     tile_index: str  # file with the whole index if it is one of many slides; empty if it lies in the cache
-    patch_bytes: float  # of tiles that a patch takes at most, on average over the geometries
+    tile_bytes: float  # of blocks that a tile takes at most, on average over the geometries
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A slide that gives no patches, why, and whether that is because it cannot be read."""
+    """A slide that gives no tiles, why, and whether that is because it cannot be read."""
 
     path: str
     reason: str
@@ -76,17 +76,17 @@ class DrawingPlan(NamedTuple):
     index: TileIndex | None
 
 
-# What the cache knows of a slide: its tissue, its levels and own resolution as JSON, and its tiles in outline.
+# What the cache knows of a slide: its tissue, its levels and own resolution as JSON, and its blocks in outline.
 _Known = tuple[TissueMask, dict[str, Any], TileIndex | None]
 
 
-def prepare_slide(cache: TissueCache, options: PatchOptions, row: SlideRow) -> OnlineSlide | Dropped:
+def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> OnlineSlide | Dropped:
     """Make one slide ready, from the cache where that was done before; says why where it cannot be."""
     name = public_name(row.path)
     try:
         size, version = _stat(row.path)
         stem = cache.stem(row.path, size, version)
-        mask, facts, tiles = _recall(stem, row, cache) or _examine(stem, row, cache)
+        mask, facts, blocks = _recall(stem, row, cache) or _examine(stem, row, cache)
     except RemoteError:
         raise  # the server's fault; a slide left out because of it would change the dataset
     except (SlideError, OSError) as error:
@@ -112,13 +112,13 @@ def prepare_slide(cache: TissueCache, options: PatchOptions, row: SlideRow) -> O
         positions = [Positions.count(mask, geometry, options.min_foreground) for geometry in geometries]
         write_arrays(counted, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
-        scarce = f"no patch of it is {options.min_foreground:.0%} tissue"
+        scarce = f"no tile of it is {options.min_foreground:.0%} tissue"
         return Dropped(name, scarce if mask.packed.any() else "it shows no tissue")
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
-    longest = [_longest_patch(tiles, geometry) for geometry in geometries]
+    longest = [_most_bytes(blocks, geometry) for geometry in geometries]
     return OnlineSlide(
         row.path, row.weight, size, source, stem, key, tuple(geometries), tuple(weights), tuple(map(len, positions)),
-        tiles, row.tile_index, patch_bytes=float(np.average(longest, weights=weights)),
+        blocks, row.tile_index, tile_bytes=float(np.average(longest, weights=weights)),
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:
     positions = _load_positions(Path(f"{slide.stem}-{slide.key}.npz"), slide.geometries, min_foreground)
     if known is None or positions is None:
         raise FileNotFoundError(f"What is known of slide '{slide.path}' has gone from '{slide.stem.parent}'.")
-    index = None if slide.tiles is None else _tile_indexes(slide.stem, slide.tile_index)[slide.path]
+    index = None if slide.blocks is None else _tile_indexes(slide.stem, slide.tile_index)[slide.path]
     return DrawingPlan(known[0], tuple(positions), index)
 
 
@@ -166,11 +166,11 @@ def _tile_indexes(stem: Path, tile_index: str) -> TileIndexes:
     return opened_index(tile_index) if tile_index else TileIndexes(f"{stem}.tiles")
 
 
-def _longest_patch(tiles: TileIndex | None, geometry: Geometry) -> int:
-    """Bytes of as many of the longest tile as a patch can touch."""
-    if tiles is None:
+def _most_bytes(blocks: TileIndex | None, geometry: Geometry) -> int:
+    """Bytes of as many of the longest block as a tile can touch."""
+    if blocks is None:
         return 0
-    level = tiles.levels[geometry.level]
+    level = blocks.levels[geometry.level]
     across, down = ((geometry.side - 2) // side + 2 for side in (level.tile_width, level.tile_height))
     return across * down * int(level.lengths.max())
 

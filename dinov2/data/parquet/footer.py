@@ -15,6 +15,7 @@ from dinov2.data.storage.base import LocalStorage, RangedFile, Storage, StoredFi
 from dinov2.data.storage.retry import RemoteError
 
 SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
+ORIGIN_COLUMNS = ("patient", "site")  # that tell it apart from the slide's name, where a shard has them
 PAGE_BUFFER = 1 << 20  # pyarrow then reads page by page, not whole column chunks ...
 _REMOTE_PAGE_BUFFER = 1 << 24  # ... and so over a network, in fewer requests
 THREADS = 32  # that read footers
@@ -117,7 +118,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
     if slide not in schema.names or pa.types.is_null(schema.field(slide).type):
         slide = None
     else:
-        _require_type(path, schema.field(slide), "string")
+        require_type(path, schema.field(slide), "string")
     raw_size = _raw_size(path, metadata.metadata or {})
     with as_corruption():
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
@@ -155,7 +156,7 @@ def image_column(path: str, schema: pa.Schema) -> str:
     """Name the column that holds the images; ValueError where there is none or it is not binary."""
     for image in SLIDE_COLUMN:
         if image in schema.names:
-            _require_type(path, schema.field(image), "binary", ", an image file in each row")
+            require_type(path, schema.field(image), "binary", ", an image file in each row")
             return image
     columns = ", ".join(schema.names) or "none"
     raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
@@ -203,10 +204,27 @@ def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
     return int(size)
 
 
-def _require_type(path: str, field: pa.Field, kind: str, meaning: str = "") -> None:
+def require_type(path: str, field: pa.Field, kind: str, meaning: str = "") -> None:
+    """Raise ValueError where a column, dictionary-encoded or not, is not of a kind: string or binary."""
     inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if str(inner) not in (kind, f"large_{kind}", f"{kind}_view"):
         raise ValueError(f"column '{field.name}' of shard '{path}' has type {field.type}; {kind} is expected{meaning}")
+
+
+def only_value(column: pq.ColumnChunkMetaData) -> str | None:
+    """The value of all rows of a column chunk as text, empty for nulls, if its statistics prove that there is one."""
+    known = column.statistics
+    if not known or not known.has_null_count:
+        return None
+    if known.null_count == column.num_values:
+        return ""
+    if known.null_count or not known.has_min_max:
+        return None
+    try:
+        first, last = known.min, known.max
+    except UnicodeDecodeError:
+        return None
+    return str(first) if first == last else None
 
 
 def _single_slide(column: pq.ColumnChunkMetaData, image: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dinov2.data.parquet.footer import THREADS, CorruptShard, describe_shard, read_footer
+from dinov2.data.parquet.footer import ORIGIN_COLUMNS, THREADS, CorruptShard, describe_shard, read_footer
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.utils.files import replacing
 
@@ -31,12 +31,13 @@ _SCHEMA = pa.schema([
     ("packed_footer", pa.binary()),  # the bytes, by zlib; null for local files, where they are at hand
     ("raw_size", pa.int32()),  # tile side in pixels where images are raw, else 0
     ("image_column", pa.string()),
+    ("origin_columns", pa.list_(pa.string())),  # those of `ORIGIN_COLUMNS` that hold anything
     ("slides", pa.list_(pa.string())),  # that fill row groups by themselves
     ("group_rows", _PER_GROUP), ("group_bytes", _PER_GROUP),  # of the image column, uncompressed
     ("group_slide", _PER_GROUP),  # number in `slides`; -1 where the column must be read
 ])  # fmt: skip
 _NO_GROUPS = {field.name: [] for field in _SCHEMA if pa.types.is_list(field.type)}
-_FORMAT = {b"format": b"dinov2 shard index 3"}
+_FORMAT = {b"format": b"dinov2 shard index 4"}
 _PINNED = re.compile("@[0-9a-f]{40}(/|$)")  # in a location: a commit, whose files never change
 _REPORT_EVERY = 10.0  # seconds
 
@@ -64,15 +65,15 @@ def load_index(storage: Storage, sidecar: Path | None = None) -> pa.Table:
     return kept
 
 
-def fingerprint(index: pa.Table, unit_rows: np.ndarray) -> str:
-    """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, units.
+def fingerprint(index: pa.Table, group_rows: np.ndarray) -> str:
+    """Digest of all that the sample order depends on: shard names, sizes, footers, which are left out, row groups.
 
     Locations, modification times and versions are not part of it, so a dataset that was moved or copied still
     resumes; one of which a shard was rewritten, added, removed or corrupted does not.
     """
     shards = index.select(["name", "size", "footer"]).to_pydict()  # a left out shard has no footer digest
     digest = hashlib.blake2b(json.dumps(shards).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(unit_rows, "<i8"))
+    digest.update(np.ascontiguousarray(group_rows, "<i8"))
     return digest.hexdigest()
 
 
@@ -98,6 +99,7 @@ def _build(storage: Storage, files: list[StoredFile]) -> pa.Table:
         packed = None if isinstance(storage, LocalStorage) else zlib.compress(footer.data)
         record = {"footer": footer.digest, "footer_size": len(footer.data), "packed_footer": packed, "slides": slides}
         record |= {"raw_size": shard.raw_size, "image_column": shard.image, "group_rows": shard.rows}
+        record["origin_columns"] = [name for name in ORIGIN_COLUMNS if shard.columns.get(name, "null") != "null"]
         record |= {"group_bytes": shard.plain_sizes, "group_slide": [numbers[name] for name in shard.slides]}
         return file._asdict() | record
 

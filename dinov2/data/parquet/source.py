@@ -13,9 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import SLIDE_COLUMN, CorruptShard, extent, parse_footer, slide_of
+from dinov2.data.parquet.footer import (
+    ORIGIN_COLUMNS,
+    SLIDE_COLUMN,
+    CorruptShard,
+    extent,
+    only_value,
+    parse_footer,
+    require_type,
+    slide_of,
+)
 from dinov2.data.parquet.index import fingerprint, flatten, in_one, load_index
-from dinov2.data.source import DecodeError, EncodedSample, decode_image
+from dinov2.data.source import DecodeError, EncodedSample, Origin, as_origins, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
 from dinov2.data.storage.locate import open_storage
 
@@ -31,86 +40,114 @@ _FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, 
 class ParquetSource:
     """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema; see `Source`.
 
-    A unit is one row group; they are numbered shard by shard. ``dataset``, ``revision`` and ``attempts`` are as for
+    Row groups are numbered shard by shard. ``dataset``, ``revision`` and ``retries`` are as for
     `open_storage`, or a storage; ``sidecar`` is where to keep the index for the next start, see `load_index`.
     """
 
     def __init__(
-        self, dataset: str | Storage, sidecar: Path | None = None, revision: str = "", attempts: int = 8
+        self, dataset: str | Storage, sidecar: Path | None = None, revision: str = "", retries: int = 8
     ) -> None:
-        storage = open_storage(dataset, revision, attempts) if isinstance(dataset, str) else dataset
+        storage = open_storage(dataset, revision, retries) if isinstance(dataset, str) else dataset
         index = load_index(storage, sidecar)
         self.location, self.is_remote = storage.location, not isinstance(storage, LocalStorage)  # with a hub's commit
         self._storage = storage
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
+        self._origin_columns = index["origin_columns"].to_pylist()
         # Where each shard's row groups and slides begin.
         first = (np.from_dlpack(in_one(index[name]).offsets)[:-1] for name in ("group_rows", "slides"))
         self._first_group, self._first_slide = first
         self._slides = in_one(index["slides"]).flatten()
         self._group_slide = flatten(index["group_slide"])
-        self.unit_rows, self.unit_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
-        self.num_rows = int(self.unit_rows.sum())
-        self.fingerprint = fingerprint(index, self.unit_rows)
+        self.group_rows, self.group_bytes = flatten(index["group_rows"]), flatten(index["group_bytes"])
+        self.num_rows = int(self.group_rows.sum())
+        self.fingerprint = fingerprint(index, self.group_rows)
 
-    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+    def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """As in `Source`; nulls, and rows that corruption hides, come as empty bytes."""
-        slide, image = self._slide_and_image(unit)
+        slide, image = self._slide_and_image(group)
         if slide is not None:
-            return [(slide, data) for data in self._columns(unit, rows, [image])[0]]
-        names, images = self._columns(unit, rows, [SLIDE_COLUMN[image], image])
+            return [(slide, data) for data in self._columns(group, rows, [image])[0]]
+        names, images = self._columns(group, rows, [SLIDE_COLUMN[image], image])
         return list(zip(_slide_names(names, image), images, strict=True))
 
-    def slides(self, unit: int) -> list[str]:
+    def slides(self, group: int) -> list[str]:
         """Name the slide of every row of a row group."""
-        (slide, image), rows = self._slide_and_image(unit), range(int(self.unit_rows[unit]))
+        (slide, image), rows = self._slide_and_image(group), range(int(self.group_rows[group]))
         if slide is not None:
             return [slide] * len(rows)
-        return _slide_names(self._columns(unit, rows, [SLIDE_COLUMN[image]])[0], image)
+        return _slide_names(self._columns(group, rows, [SLIDE_COLUMN[image]])[0], image)
+
+    def origins(self, group: int) -> list[Origin]:
+        """Slide, and patient and site where the shard has such columns, of every row of a row group.
+
+        Statistics tell what fills a row group by itself; otherwise the column is read, images never. Nulls, and rows
+        that corruption hides, come as empty texts. ValueError if a column holds neither text nor whole numbers.
+        """
+        shard = self._find(group)[0]
+        if not self._origin_columns[shard]:
+            return as_origins(self.slides(group))
+        leaves, stored = _origin_leaves(self, shard), self._row_group(group)
+        slide, image = self._slide_and_image(group)
+        named = SLIDE_COLUMN[image]
+        only = {named: slide} | {
+            name: only_value(stored.column(leaves[name])) if name in leaves else "" for name in ORIGIN_COLUMNS
+        }
+        unknown, rows = [name for name, value in only.items() if value is None], range(stored.num_rows)
+        if not unknown:
+            return [Origin(*only.values())] * len(rows)
+        columns = {name: [value or ""] * len(rows) for name, value in only.items()}
+        for name, values in zip(unknown, self._columns(group, rows, unknown), strict=True):
+            columns[name] = _slide_names(values, image) if name == named else _texts(values)
+        return as_origins(*columns.values())
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Turn stored bytes into uint8 (H, W, 3) RGB; see `decode_image`."""
         if not sample.data:
             raise DecodeError("nothing is stored there (a null, or a corrupt page of the shard)")
-        return decode_image(sample.data, self._raw_sizes[self._find(sample.unit)[0]])
+        return decode_image(sample.data, self._raw_sizes[self._find(sample.group)[0]])
 
-    def describe(self, unit: int, row: int | None = None) -> str:
+    def describe(self, group: int, row: int | None = None) -> str:
         """Name a row group, or one of its rows, for a message to the user."""
-        shard, group = self._find(unit)
-        named = f"row group {group} of shard '{self._storage.locate(self._names[shard])}'"
+        shard, number = self._find(group)
+        named = f"row group {number} of shard '{self._storage.locate(self._names[shard])}'"
         return named if row is None else f"row {row} of {named}"
 
     def repack_advice(self) -> str:
         """See `repack_advice`."""
-        return repack_advice(self._storage, self.unit_rows, self.unit_bytes)
+        return repack_advice(self._storage, self.group_rows, self.group_bytes)
 
-    def _find(self, unit: int) -> tuple[int, int]:
-        """The shard of a unit, and which of its row groups it is."""
-        shard = int(np.searchsorted(self._first_group, unit, side="right")) - 1
-        return shard, int(unit - self._first_group[shard])
+    def _find(self, group: int) -> tuple[int, int]:
+        """The shard of a row group, and its number there."""
+        shard = int(np.searchsorted(self._first_group, group, side="right")) - 1
+        return shard, int(group - self._first_group[shard])
 
-    def _slide_and_image(self, unit: int) -> tuple[str | None, str]:
-        """The only slide of a unit, or None where its column must be read, and the column of images."""
-        shard, number = self._find(unit)[0], int(self._group_slide[unit])
+    def _slide_and_image(self, group: int) -> tuple[str | None, str]:
+        """The only slide of a row group, or None where its column must be read, and the column of images."""
+        shard, number = self._find(group)[0], int(self._group_slide[group])
         slide = self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
         return slide, self._images[shard]
 
-    def _columns(self, unit: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
-        """Read some rows of one or two columns, with one request where the columns lie close together."""
-        shard, number = self._find(unit)
+    def _row_group(self, group: int) -> pq.RowGroupMetaData:
+        shard, number = self._find(group)
         try:
-            metadata = _read_metadata(self, shard)
-            group = metadata.row_group(number)
-            changed = group.num_rows != self.unit_rows[unit]
+            stored = _read_metadata(self, shard).row_group(number)
+            changed = stored.num_rows != self.group_rows[group]
         except (CorruptShard, IndexError):
             changed = True
         if changed:
-            raise OSError(f"{self.describe(unit)} is not what it was when the dataset was opened")
-        chunks = (group.column(leaf) for leaf in range(group.num_columns))
+            raise OSError(f"{self.describe(group)} is not what it was when the dataset was opened")
+        return stored
+
+    def _columns(self, group: int, rows: Sequence[int], columns: Sequence[str]) -> list[list[bytes]]:
+        """Read some rows of one column or a few, with one request where the columns lie close together."""
+        (shard, number), stored = self._find(group), self._row_group(group)
+        chunks = (stored.column(leaf) for leaf in range(stored.num_columns))
         extents = [extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
         file = _ShardFile(self._storage, self._names[shard], self._sizes[shard], extents)
-        with pq.ParquetFile(file, metadata=metadata, buffer_size=file.buffer_size, pre_buffer=False) as opened:
+        options = {"buffer_size": file.buffer_size, "pre_buffer": False}
+        with pq.ParquetFile(file, metadata=_read_metadata(self, shard), **options) as opened:
             return [_read_rows(file, opened, number, column, rows) for column in columns]
 
 
@@ -142,8 +179,24 @@ def _read_metadata(source: ParquetSource, shard: int) -> pq.FileMetaData:
     return parse_footer(source._storage.read_range(name, source._sizes[shard] - length, length))
 
 
+@lru_cache(_FOOTERS_KEPT)
+def _origin_leaves(source: ParquetSource, shard: int) -> dict[str, int]:
+    """Number of each of a shard's columns of patients and sites; ValueError where one is of another type."""
+    schema = _read_metadata(source, shard).schema
+    path, fields = source._storage.locate(source._names[shard]), schema.to_arrow_schema()
+    for name in source._origin_columns[shard]:
+        if not pa.types.is_integer(fields.field(name).type):
+            require_type(path, fields.field(name), "string")
+    paths = [schema.column(leaf).path for leaf in range(len(schema))]
+    return {name: paths.index(name) for name in source._origin_columns[shard]}
+
+
 def _slide_names(values: Iterable[bytes], image: str) -> list[str]:
-    return [slide_of(value.decode(errors="replace"), image) for value in values]
+    return [slide_of(text, image) for text in _texts(values)]
+
+
+def _texts(values: Iterable[bytes]) -> list[str]:
+    return [value.decode(errors="replace") for value in values]
 
 
 class _ShardFile(RangedFile):
@@ -187,6 +240,8 @@ def _read_rows(file: _ShardFile, opened: pq.ParquetFile, group: int, column: str
     try:
         for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
             values = batch[0].dictionary_decode() if pa.types.is_dictionary(batch[0].type) else batch[0]
+            if pa.types.is_integer(values.type):
+                values = values.cast(pa.string())
             if not pa.types.is_binary(values.type):
                 values = values.cast(pa.large_binary())  # text need not be UTF-8
             for row in found.keys() & range(first, first + len(batch)):

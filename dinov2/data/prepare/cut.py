@@ -10,19 +10,19 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinov2.data.prepare.draw import TILE_PX
+from dinov2.data.prepare.draw import BLOCK_PX
 from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideReadError
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import SampleList
 from dinov2.data.slides.tissue import TissueRule
 
-ROWS_AT_ONCE = 1024  # encoded patches held in memory, read in the order of their tiles
+ROWS_AT_ONCE = 1024  # encoded tiles held in memory, read in the order of the blocks below them
 IMAGE_COLUMN, REASON = "image_bytes", "reason"
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a patch becomes bytes: "png", "jpeg" with its quality and chroma subsampling, or "raw".
+    """How a tile becomes bytes: "png", "jpeg" with its quality and chroma subsampling, or "raw".
 
     PNG uses zlib's run-length strategy: on tissue within 1 % of the smallest file at 4 to 20 times the speed.
     """
@@ -51,17 +51,17 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How all patches are cut."""
+    """How all tiles are cut."""
 
     encoding: Encoding
     rule: TissueRule  # for `tissue_frac`
-    tile_size: int  # side of a patch in px
-    max_slide_failures: int  # undecodable patches of a slide at which the job that meets them gives the slide up
+    tile_size: int  # side of a tile in px
+    max_slide_failures: int  # undecodable tiles of a slide at which the job that meets them gives the slide up
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Patches of a list, with the path and the user's mpp (None: unknown) of each of its slides."""
+class Tiles:
+    """Tiles of a list, with the path and the user's mpp (None: unknown) of each of its slides."""
 
     samples: SampleList
     paths: list[Path]
@@ -70,28 +70,28 @@ class Patches:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def take(self, rows: np.ndarray) -> "Patches":
-        """Some patches, in the order of `rows`, with the slides that they need."""
+    def take(self, rows: np.ndarray) -> "Tiles":
+        """Some tiles, in the order of `rows`, with the slides that they need."""
         samples = self.samples
         used, slide = np.unique(samples.slide[rows], return_inverse=True)
         mpp = None if samples.mpp is None else samples.mpp[rows]
         names, columns = [samples.slides[i] for i in used], (samples.x[rows], samples.y[rows], samples.level[rows])
         part = SampleList(names, slide.astype(np.int32), *columns, mpp)
-        return Patches(part, [self.paths[i] for i in used], [self.mpps[i] for i in used])
+        return Tiles(part, [self.paths[i] for i in used], [self.mpps[i] for i in used])
 
 
-def cut_patches(patches: Patches, cutting: Cutting, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
-    """Cut patches, slide by slide and tile row by tile row within `rows_at_once` of them.
+def cut_tiles(tiles: Tiles, cutting: Cutting, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
+    """Cut tiles, within `rows_at_once` of them slide by slide and by rows of blocks.
 
-    Yields, for each so many patches, in their order, the rows of the dataset without `task_id`; the row of a patch
-    that cannot be read has a `reason` in place of everything but slide_path, x, y and level.
+    Yields, for each so many tiles, in their order, the rows of the dataset without `task_id`; the row of a tile
+    that cannot be read has a `reason` instead of everything but slide_path, x, y and level.
     """
-    slides = _Slides(patches, cutting)
-    for start in range(0, len(patches), rows_at_once):
-        chunk = np.arange(start, min(start + rows_at_once, len(patches)))
+    slides = _Slides(tiles, cutting)
+    for start in range(0, len(tiles), rows_at_once):
+        chunk = np.arange(start, min(start + rows_at_once, len(tiles)))
         rows: list[dict[str, Any]] = [{}] * len(chunk)
-        for slide in np.unique(patches.samples.slide[chunk]).tolist():
-            for i in slides.in_tile_order(chunk[patches.samples.slide[chunk] == slide]):
+        for slide in np.unique(tiles.samples.slide[chunk]).tolist():
+            for i in slides.in_block_order(chunk[tiles.samples.slide[chunk] == slide]):
                 rows[i - start] = slides.cut(i)
         yield rows
 
@@ -99,14 +99,14 @@ def cut_patches(patches: Patches, cutting: Cutting, rows_at_once: int) -> Iterat
 class _Slides:
     """Keeps the slide being read, and counts what failed."""
 
-    def __init__(self, patches: Patches, cutting: Cutting) -> None:
-        self._patches, self._samples, self._cutting = patches, patches.samples, cutting
+    def __init__(self, tiles: Tiles, cutting: Cutting) -> None:
+        self._tiles, self._samples, self._cutting = tiles, tiles.samples, cutting
         self._reader, self._slide = None, -1
         self._bad: dict[int, str] = {}  # slides given up, and why
-        self._failures = [0] * len(patches.paths)
+        self._failures = [0] * len(tiles.paths)
 
-    def in_tile_order(self, rows: np.ndarray) -> Sequence[int]:
-        """Sort patches of one slide so that neighbours share decoded tiles."""
+    def in_block_order(self, rows: np.ndarray) -> Sequence[int]:
+        """Sort tiles of one slide so that neighbours share decoded blocks."""
         samples = self._samples
         try:
             reader = self._open(int(samples.slide[rows[0]]))
@@ -116,7 +116,7 @@ class _Slides:
             scale = np.take(reader.level_downsamples, samples.level[rows], mode="clip")
         else:
             scale = samples.mpp[rows] / (reader.mpp or 1)
-        strip = samples.y[rows] // (TILE_PX * scale)
+        strip = samples.y[rows] // (BLOCK_PX * scale)
         return rows[np.lexsort((samples.x[rows], strip, scale))].tolist()
 
     def cut(self, i: int) -> dict[str, Any]:
@@ -131,11 +131,11 @@ class _Slides:
             if isinstance(error, SlideReadError):
                 self._failures[slide] += 1
                 if self._failures[slide] >= self._cutting.max_slide_failures:
-                    self._bad[slide] = f"given up after {self._failures[slide]} unreadable patches"
+                    self._bad[slide] = f"given up after {self._failures[slide]} unreadable tiles"
             return location | {REASON: error.detail}
 
     def _open(self, slide: int) -> SlideReader:
-        path = self._patches.paths[slide]
+        path = self._tiles.paths[slide]
         if slide in self._bad:
             raise SlideOpenError(path, self._bad[slide])
         if slide != self._slide:
@@ -143,7 +143,7 @@ class _Slides:
                 self._reader.close()
             self._reader, self._slide = None, slide
             try:
-                self._reader = SlideReader(path, self._patches.mpps[slide])
+                self._reader = SlideReader(path, self._tiles.mpps[slide])
             except SlideError as error:
                 self._bad[slide] = error.detail
                 raise
@@ -156,7 +156,7 @@ class _Slides:
             downsample = reader.level_downsamples[level]
             mpp = None if reader.mpp is None else reader.mpp * downsample
         else:
-            image, level = reader.read_patch(x, y, size, mpp), reader.level_for(mpp)
+            image, level = reader.read_tile(x, y, size, mpp), reader.level_for(mpp)
             downsample = reader.level_downsamples[level]
             read_size = round(size * mpp / (reader.mpp * downsample))
         row = {"level": level, "tile_size": size, "level_downsample": downsample, "image_dtype": "uint8"}

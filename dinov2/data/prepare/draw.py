@@ -1,6 +1,6 @@
-"""Random patches of tissue from one slide.
+"""Random tiles of tissue from one slide.
 
-A coarse tissue map proposes positions and the patch itself, as training will see it, decides. Which patches a
+A coarse tissue map proposes positions and the tile itself, as training will see it, decides. Which tiles a
 slide gives depends on the seed and its key, not on other slides or on the number of processes.
 """
 
@@ -17,14 +17,14 @@ from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 
 DRAWS_PER_ROUND, MAX_ROUNDS = 4096, 50
-MAX_CHECKS_PER_PATCH = 20  # a map that is wrong more often than that is not worth following
-MAX_UNREADABLE = 16  # patches per slide that may fail to decode before the slide is given up
-TILE_PX = 256  # of most slides; only the order of reading depends on it, in which neighbours share tiles
-NO_TISSUE = "no patch passed the tissue rule"
+MAX_CHECKS_PER_TILE = 20  # a map that is wrong more often than that is not worth following
+MAX_UNREADABLE = 16  # tiles per slide that may fail to decode before the slide is given up
+BLOCK_PX = 256  # of most slides; only the order of reading depends on it, in which neighbours share blocks
+NO_TISSUE = "no tile passed the tissue rule"
 
 
 class Target(NamedTuple):
-    """What one kind of patch is cut from: a level, the side in px of it, and the mpp made of it (0 keeps its own)."""
+    """What one kind of tile is cut from: a level, the side in px of it, and the mpp made of it (0 keeps its own)."""
 
     level: int
     side: int
@@ -35,13 +35,13 @@ class Target(NamedTuple):
 class Sampling:
     """What is drawn from every slide."""
 
-    rule: TissueRule  # what a patch must show
+    rule: TissueRule  # what a tile must show
     seed: int  # of all draws
     levels: tuple[int, ...] | None  # pyramid levels to draw from; None takes all that a slide has
-    per_target: int  # patches per slide and level, or per slide and mpp
-    per_slide: int | None  # patches per slide over all targets, divided evenly; None sets no limit
-    tile_size: int  # side of a finished patch in px
-    mpps: tuple[float, ...] = ()  # um per px of the patches, each read from the level that serves it; () draws by level
+    per_target: int  # tiles per slide and level, or per slide and mpp
+    per_slide: int | None  # tiles per slide over all targets, divided evenly; None sets no limit
+    tile_size: int  # side of a finished tile in px
+    mpps: tuple[float, ...] = ()  # um per px of the tiles, each read from the level that serves it; () draws by level
 
     def targets(self, reader: SlideReader) -> tuple[list[Target], dict[float, str]]:
         """What a slide can give, and why it cannot give the other mpp."""
@@ -56,16 +56,16 @@ class Sampling:
             except SlideRangeError as error:
                 skipped[mpp] = error.detail
                 continue
-            side = round(reader.patch_side(self.tile_size, mpp) / reader.level_downsamples[level])
+            side = round(reader.tile_side(self.tile_size, mpp) / reader.level_downsamples[level])
             targets.append(Target(level, side, float(np.float32(mpp))))  # as readers of the list hold it
         return targets, skipped
 
     def quotas(self, num_targets: int) -> list[int]:
-        """Patches wanted from each of a slide's targets."""
+        """Tiles wanted from each of a slide's targets."""
         if self.per_slide is None:
             return [self.per_target] * num_targets
-        share, rest = divmod(self.per_slide, max(1, num_targets))
-        return [min(self.per_target, share + (i < rest)) for i in range(num_targets)]
+        each, rest = divmod(self.per_slide, max(1, num_targets))
+        return [min(self.per_target, each + (i < rest)) for i in range(num_targets)]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SlideDraw:
 
 
 def draw_from_slide(job: SlideJob) -> SlideDraw:
-    """Draw the patches of one slide; a slide that cannot give any says why instead of raising."""
+    """Draw the tiles of one slide; a slide that cannot give any says why instead of raising."""
     if "\n" in job.path or "\r" in job.path:
         return SlideDraw(failure="its path holds a line break, which a sample list cannot express")
     try:
@@ -103,7 +103,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
             return SlideDraw(failure="; ".join(reasons) or none)
         tissue, unreadable, corners = TissueMap(reader, job.sampling.rule), [], {}
         for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
-            proposals = islice(_proposals(reader, tissue, target, job), quota * MAX_CHECKS_PER_PATCH)
+            proposals = islice(_proposals(reader, tissue, target, job), quota * MAX_CHECKS_PER_TILE)
             accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
             corners[target] = [reader.origin(target.level, *pixel) for pixel in accepted]  # level-0 x, y
     except (SlideError, OSError) as error:
@@ -118,7 +118,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
 
 
 def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: SlideJob) -> Iterator[tuple[int, int]]:
-    """Distinct (column, row) corners of patches that lie on the level and show tissue on the map."""
+    """Distinct (column, row) corners of tiles that lie on the level and show tissue on the map."""
     name = f"{target.mpp:g} um" if target.mpp else str(target.level)
     words = f"{job.sampling.seed} {name} {job.key}".encode(errors="surrogateescape")
     digest = hashlib.blake2b(words, digest_size=16).digest()
@@ -149,14 +149,14 @@ def _accepted(
         if not batch:
             break
         passed = set()
-        for pixel in sorted(batch, key=lambda pixel: (pixel[1] // TILE_PX, pixel[0])):
+        for pixel in sorted(batch, key=lambda pixel: (pixel[1] // BLOCK_PX, pixel[0])):
             try:
                 if target.mpp:
                     corner = reader.origin(target.level, *pixel)
-                    patch = reader.read_patch(*corner, sampling.tile_size, target.mpp)
+                    tile = reader.read_tile(*corner, sampling.tile_size, target.mpp)
                 else:
-                    patch = reader.read_region(target.level, *pixel, sampling.tile_size, sampling.tile_size)
-                if sampling.rule.accepts(patch):
+                    tile = reader.read_region(target.level, *pixel, sampling.tile_size, sampling.tile_size)
+                if sampling.rule.accepts(tile):
                     passed.add(pixel)
             except SlideReadError as error:
                 unreadable.append(error)

@@ -1,4 +1,4 @@
-"""Previews of what was drawn from slides: thumbnail, outline of the tissue, squares of the patches."""
+"""Previews of what was drawn from slides: thumbnail, outline of the tissue, squares of the tiles."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
 
 
 def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figure:
-    """Thumbnail with the outline of the tissue map and one square per patch, coloured by level or mpp."""
+    """Thumbnail with the outline of the tissue map and one square per tile, coloured by level or mpp."""
     from matplotlib.figure import Figure
 
     image, scale = thumbnail(reader)
@@ -70,7 +70,7 @@ def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figur
     for (mpp, level), colour in zip(kinds, COLOURS * len(kinds), strict=False):
         rows = draw.rows[(draw.mpp == np.float32(mpp)) & (draw.rows[:, 2] == level)]
         size = job.sampling.tile_size
-        side = reader.patch_side(size, mpp) if mpp else size * reader.level_downsamples[level]
+        side = reader.tile_side(size, mpp) if mpp else size * reader.level_downsamples[level]
         _squares(axis, rows[:, :2], side, colour, f"{_kind(reader, mpp, level)}: {len(rows)}")
     for mpp in draw.skipped:
         axis.plot([], [], " ", label=f"{_kind(reader, mpp, None)}: none")
@@ -80,7 +80,7 @@ def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figur
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0), "ncols": 3}
     figure.legend(*axis.get_legend_handles_labels(), fontsize=9, frameon=False, **where)
     own = "mpp unknown" if reader.mpp is None else f"{reader.mpp:.4g} µm/px ({reader.mpp_source})"
-    found = f"{len(draw.rows):,} patches" if len(draw.rows) else draw.failure
+    found = f"{len(draw.rows):,} tiles" if len(draw.rows) else draw.failure
     title = "{}\n{:,} x {:,} px, {}; {}".format(Path(reader.path).name, *reader.level_dimensions[0], own, found)
     figure.text(0.5, 1 - 0.12 / page_height, title, ha="center", va="top", fontsize=10)
     return figure

@@ -1,7 +1,7 @@
 """Parquet shards of the published schema: row groups of 64, a name only when whole; plain or shuffled.
 
 Shuffled shards, whose rows come from all slides, take bounded memory: an external sort by position in the order.
-First the patches are cut slide by slide in runs that fit in memory. A run's rows are sorted by their position and
+First the tiles are cut slide by slide in runs that fit in memory. A run's rows are sorted by their position and
 spilled in sections, one per bucket: a stretch of one shard that fits in memory. Then each shard is written,
 bucket by bucket, from the same section of all runs. Both steps restart where they were stopped.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.prepare.cut import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Patches, cut_patches
+from dinov2.data.prepare.cut import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Tiles, cut_tiles
 from dinov2.utils.files import commit, leftovers, unfinished, write_json
 from dinov2.utils.jobs import run_jobs
 
@@ -28,7 +28,7 @@ _TEXT, _INTEGER, _FLOAT = pa.string(), pa.int32(), pa.float32()
 SCHEMA = pa.schema([
     ("task_id", _TEXT), ("slide_path", _TEXT), ("x", _INTEGER), ("y", _INTEGER), ("level", _INTEGER),
     ("tile_size", _INTEGER), ("level_downsample", _FLOAT), ("image_dtype", _TEXT), (IMAGE_COLUMN, pa.binary()),
-    ("slide_id", _TEXT), ("mpp", _FLOAT), ("mpp_source", _TEXT),  # mpp of the patch, null when unknown
+    ("slide_id", _TEXT), ("mpp", _FLOAT), ("mpp_source", _TEXT),  # mpp of the tile, null when unknown
     ("read_size", _INTEGER), ("tissue_frac", _FLOAT),  # px of the level that became tile_size px
 ])  # fmt: skip
 _POSITION = "position"
@@ -38,11 +38,11 @@ _PLAN = "plan.json"
 Failures = list[dict[str, Any]]  # slide_path, x, y, level and reason of the rows without an image
 
 
-def build_shard(metadata: dict[str, str], cutting: Cutting, job: tuple[Path, Patches]) -> Failures:
-    """Write one shard, unless no patch can be read, and return the failures, which the shard also keeps."""
-    shard, patches = job
+def build_shard(metadata: dict[str, str], cutting: Cutting, job: tuple[Path, Tiles]) -> Failures:
+    """Write one shard, unless no tile can be read, and return the failures, which the shard also keeps."""
+    shard, tiles = job
     with new_shard(shard, metadata) as writer:
-        for rows in cut_patches(patches, cutting, ROWS_AT_ONCE):
+        for rows in cut_tiles(tiles, cutting, ROWS_AT_ONCE):
             for row in rows:
                 writer.add(row)
     return writer.failures
@@ -96,14 +96,14 @@ def shuffled_rows(num_rows: int, per_shard: int, seed: int) -> list[np.ndarray]:
 
 
 def shuffled_shards(
-    shards: dict[int, Path], patches: Patches, rows: Sequence[np.ndarray], cutting: Cutting, metadata: dict[str, str],
+    shards: dict[int, Path], tiles: Tiles, rows: Sequence[np.ndarray], cutting: Cutting, metadata: dict[str, str],
     work: Path, memory_rows: int, workers: int,
 ) -> Iterator[tuple[int, Failures]]:  # fmt: skip
     """Write shards of the shuffled order, by `workers` processes that hold `memory_rows` rows each.
 
     Args:
         shards: number and path of those that are missing.
-        patches: the whole list.
+        tiles: the whole list.
         rows: of the list in each shard, in its order; a row's position counts through all shards.
         metadata: key-values of all shards, with their `build_id`.
         work: folder for the runs, on the same file system or any other; stays until `clear_work`.
@@ -120,26 +120,26 @@ def shuffled_shards(
     sections = dict(zip(served, pairwise(np.cumsum([0, *map(len, starts)]).tolist()), strict=True))
     positions = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in served])
     listed = np.concatenate([rows[number] for number in served])
-    by_slide = np.lexsort((listed, patches.samples.slide[listed]))
+    by_slide = np.lexsort((listed, tiles.samples.slide[listed]))
     parts = np.split(by_slide, range(run_rows, len(by_slide), run_rows))
     runs = [work / f"{i:06d}.run" for i in range(len(parts))]
     missing = [(run, part) for run, part in zip(runs, parts, strict=True) if not run.exists()]
-    jobs = [(run, patches.take(listed[part]), positions[part]) for run, part in missing]
+    jobs = [(run, tiles.take(listed[part]), positions[part]) for run, part in missing]
     for _ in run_jobs(partial(write_run, buckets, cutting), jobs, workers, "run"):
         pass
     mixes = [(shards[number], range(*sections[number]), size) for number, size in sizes.items()]
-    for place, failures in run_jobs(partial(mix_shard, metadata, runs), mixes, workers, "shard"):
-        yield list(sizes)[place], failures
+    for number, failures in run_jobs(partial(mix_shard, metadata, runs), mixes, workers, "shard"):
+        yield list(sizes)[number], failures
 
 
-def write_run(buckets: np.ndarray, cutting: Cutting, job: tuple[Path, Patches, np.ndarray]) -> None:
-    """Cut the patches of a run and spill them by their positions into buckets, which begin at the given ones.
+def write_run(buckets: np.ndarray, cutting: Cutting, job: tuple[Path, Tiles, np.ndarray]) -> None:
+    """Cut the tiles of a run and spill them by their positions into buckets, which begin at the given ones.
 
     A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
     Arrow record batches.
     """
-    run, patches, positions = job
-    [rows] = cut_patches(patches, cutting, len(patches))
+    run, tiles, positions = job
+    [rows] = cut_tiles(tiles, cutting, len(tiles))
     by_position = np.argsort(positions)
     cuts = np.append(np.searchsorted(positions[by_position], buckets), len(by_position))
     with unfinished(run) as temporary:

@@ -161,7 +161,7 @@ def _check_codestream(tile: bytes) -> None:
         length = int.from_bytes(tile[position + 6 : position + 10], "big")
         position = position + length if length else len(tile.rstrip(b"\x00")) - 2  # 0: up to the end marker
         if 0 < length < 14:
-            raise ValueError("the tile is a damaged JPEG 2000 codestream")
+            raise ValueError("the tile is a corrupt JPEG 2000 codestream")
     if tile[position : position + 2] != _J2K_END:
         raise ValueError("the tile is a JPEG 2000 codestream without its end")
     if _HOLE in tile:

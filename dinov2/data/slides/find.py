@@ -49,7 +49,7 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
         mpp_table: micrometres per level-0 px of slides that `source` has no number for.
 
     Raises:
-        OSError: if there is no such place (FileNotFoundError), or a folder cannot be listed.
+        OSError: if there is no such path (FileNotFoundError), or a folder cannot be listed.
         ValueError: if there is no slide, one has two weights, a column is missing, or a value is out of range.
     """
     path = Path(source)
@@ -80,9 +80,9 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
         endings = ", ".join(sorted(SLIDE_SUFFIXES))
         raise ValueError(f"'{source}' holds no slide; at least one {endings} is expected.")
     found = _each_once(rows, source)
-    for place, row in enumerate(found.slides):
+    for index, row in enumerate(found.slides):
         if mpp_table is not None and row.mpp is None:
-            found.slides[place] = replace(row, mpp=mpp_table.get(row.path))
+            found.slides[index] = replace(row, mpp=mpp_table.get(row.path))
     return found
 
 
@@ -104,9 +104,9 @@ def _search(folder: Path) -> list[SlideRow]:
         raise type(error)(f"{found}; it must be readable, since its slides would be missed.") from error
 
     rows = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for location, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = (name for name in folders if not name.startswith("."))
-        for file in (Path(place, name) for name in names if not name.startswith(".")):
+        for file in (Path(location, name) for name in names if not name.startswith(".")):
             if file.suffix.lower() in SLIDE_SUFFIXES:
                 rows.append(SlideRow(os.path.abspath(file), key=file.relative_to(folder).as_posix()))
     return sorted(rows, key=lambda row: row.key)

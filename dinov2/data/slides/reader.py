@@ -1,4 +1,4 @@
-"""Whole-slide images, of which regions are read exactly or not at all, from tiles' bytes or through OpenSlide."""
+"""Whole-slide images, of which regions are read exactly or not at all, from blocks' bytes or through OpenSlide."""
 
 import logging
 import os
@@ -19,19 +19,19 @@ from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.retry import RemoteError
 
 logger = logging.getLogger(__name__)
-_ROUNDING_PX = 2  # px by which rounding may push a patch at the slide's border over it
+_ROUNDING_PX = 2  # px by which rounding may push a tile at the slide's border over it
 
 
 class SlideReader:
     """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
 
-    Tiles are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
+    Blocks are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
     forked or spawned process it opens the file again.
 
     Args:
-        path: a slide, or an fsspec URL of one whose tiles can be read from their bytes.
+        path: a slide, or an fsspec URL of one whose blocks can be read from their bytes.
         mpp: micrometres per level-0 px, used only when the slide does not say.
-        cache_bytes: decoded tiles of this slide that may be kept.
+        cache_bytes: decoded blocks of this slide that may be kept.
         index: of this slide, wherever it lay when it was indexed; it is then not parsed.
 
     Attributes:
@@ -81,24 +81,24 @@ class SlideReader:
             raise SlideRangeError(self.path, reason)
         return level
 
-    def patch_side(self, size: int, target_mpp: float) -> float:
-        """Side in level-0 px of a patch that shows `size` px of `target_mpp` um; SlideRangeError without an mpp."""
+    def tile_side(self, size: int, target_mpp: float) -> float:
+        """Side in level-0 px of a tile that shows `size` px of `target_mpp` um; SlideRangeError without an mpp."""
         return size * target_mpp / self._known_mpp()
 
-    def read_patch(self, x: int, y: int, size: int, target_mpp: float) -> np.ndarray:
-        """Read a patch of `size` px at a resolution in um/px, resized from the coarsest level that is fine enough.
+    def read_tile(self, x: int, y: int, size: int, target_mpp: float) -> np.ndarray:
+        """Read a tile of `size` px at a resolution in um/px, resized from the coarsest level that is fine enough.
 
-        Its upper left corner in level-0 px is snapped to the level's grid; a patch that only rounding takes over the
+        Its upper left corner in level-0 px is snapped to the level's grid; a tile that only rounding takes over the
         slide's border is moved back on it. Gives uint8 (size, size, 3) RGB; raises as `level_for` and `read_region`.
         """
         level = self.level_for(target_mpp)
-        side = max(1, round(self.patch_side(size, target_mpp) / self.level_downsamples[level]))
+        side = max(1, round(self.tile_side(size, target_mpp) / self.level_downsamples[level]))
         corner = []
         for first, length in zip(self.snap(level, x, y), self.level_dimensions[level], strict=True):
             last = length - side
             corner.append(last if 0 <= last < first <= last + _ROUNDING_PX else first)
-        patch = self.read_region(level, *corner, side, side)
-        return patch if side == size else cv2.resize(patch, (size, size), interpolation=cv2.INTER_AREA)
+        tile = self.read_region(level, *corner, side, side)
+        return tile if side == size else cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA)
 
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
         """Read a region, in px of its level (0 is the finest): uint8 (height, width, 3) RGB, contiguous.
@@ -161,9 +161,9 @@ def _location(region: Region) -> str:
 
 
 class TileReader:
-    """One slide, read tile by tile at the whole pixels of each level's grid; the decoded tiles used last are kept.
+    """One slide, read block by block at the whole pixels of each level's grid; the decoded blocks used last are kept.
 
-    Holds no lock or file position: threads and forks may share it. A tile that two want at once is decoded twice.
+    Holds no lock or file position: threads and forks may share it. A block that two want at once is decoded twice.
     """
 
     def __init__(self, index: TileIndex, cache_bytes: int) -> None:
@@ -174,7 +174,7 @@ class TileReader:
         self.level_downsamples, self.mpp, self.mpp_source = index.downsamples, index.mpp, index.mpp_source
 
     def read(self, region: Region) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels of a region, uint8 (H, W, 3), 0 where the file has no tile, and which the file holds, bool (H, W)."""
+        """Pixels of a region, uint8 (H, W, 3), 0 where the file has no block, and which the file holds, bool (H, W)."""
         level = self._index.levels[region.level]
         out = np.empty((region.height, region.width, 3), np.uint8)
         known = np.ones(out.shape[:2], bool)
@@ -186,7 +186,7 @@ class TileReader:
         return out, known
 
     def close(self) -> None:
-        """Give the file handle and the decoded tiles back; the next read opens the file again."""
+        """Give the file handle and the decoded blocks back; the next read opens the file again."""
         self._bytes.close()
         self._cache.clear()
 
@@ -194,7 +194,7 @@ class TileReader:
         return {**self.__dict__, "_cache": {}}
 
     def _tiles(self, region: Region) -> dict[Block, np.ndarray | None]:
-        """Decoded tiles that cover a region, None where the file has none."""
+        """Decoded blocks that cover a region, None where the file has none."""
         level, tiles = self._index.levels[region.level], {}
         for block in covering(level, region):
             tiles[block] = tile = self._cache.pop((region.level, block), None)
@@ -263,7 +263,7 @@ class OpenSlideReader:
                 if is_last:
                     raise ValueError(str(error)) from error
                 logger.debug("reading again through a fresh handle after: %s", error)
-        # Alpha is 0 where the file has no tile; resampling leaves 253 or 254 on single sound pixels.
+        # Alpha is 0 where the file has no block; resampling leaves 253 or 254 on single sound pixels.
         return np.ascontiguousarray(rgba[..., :3]), rgba[..., 3] > 0
 
     def close(self) -> None:

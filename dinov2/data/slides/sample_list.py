@@ -1,4 +1,4 @@
-"""Sample lists: one `path x y level` per line, perhaps with the resolution of the patch."""
+"""Sample lists: one `path x y level` per line, perhaps with the resolution of the tile."""
 
 import hashlib
 import json
@@ -17,20 +17,20 @@ _LINES_AT_ONCE = 1 << 14  # keeps what is not yet packed within a few MB
 
 @dataclass(frozen=True)
 class SampleList:
-    """The patches of a sample list, in its order; int32 (N,) but for `mpp`."""
+    """The tiles of a sample list, in its order; int32 (N,) but for `mpp`."""
 
     slides: list[str]  # distinct slide paths as written, by first appearance
-    slide: np.ndarray  # each patch's number in `slides`
+    slide: np.ndarray  # each tile's number in `slides`
     x: np.ndarray  # left edge in level-0 px
     y: np.ndarray  # top edge
-    level: np.ndarray  # pyramid level that the patch is read from
-    mpp: np.ndarray | None = None  # float32 (N,), um per px of the finished patch; None (four columns): the level's
+    level: np.ndarray  # pyramid level that the tile is read from
+    mpp: np.ndarray | None = None  # float32 (N,), um per px of the finished tile; None (four columns): the level's
 
     def __len__(self) -> int:
         return len(self.slide)
 
     def digest(self) -> str:
-        """Identify the patches and their order; comments and blank lines do not matter."""
+        """Identify the tiles and their order; comments and blank lines do not matter."""
         state = hashlib.blake2b("\n".join(self.slides).encode(errors="surrogateescape"), digest_size=16)
         for column in (self.slide, self.x, self.y, self.level):
             state.update(np.ascontiguousarray(column, "<i4"))
@@ -75,7 +75,7 @@ def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList
             first += len(lines)
     slides = [name.decode("utf-8", "surrogateescape") for name in numbers]
     if not slides:
-        raise ValueError(f"The sample list '{path}' holds no patch; at least 1 'path x y level' line is expected.")
+        raise ValueError(f"The sample list '{path}' holds no tile; at least 1 'path x y level' line is expected.")
     return SampleList(slides, *(np.concatenate(parts) for parts in zip(*packed, strict=True)))
 
 

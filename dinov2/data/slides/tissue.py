@@ -22,10 +22,10 @@ _BLOCK_CELLS = 64  # the map is read in squares of so many cells, to bound memor
 
 @dataclass(frozen=True)
 class TissueRule:
-    """A pixel is tissue when its OpenCV HSV value lies within the bounds, a patch when enough pixels are.
+    """A pixel is tissue when its OpenCV HSV value lies within the bounds, a tile when enough pixels are.
 
     Defaults are the ones of Virchow and OpenMidnight: blue to pink hues (0-180), not white, not black.
-    `reject_pen` also refuses patches of which more than a tenth is blue ink. Red and purple ink have the hues of
+    `reject_pen` also refuses tiles of which more than a tenth is blue ink. Red and purple ink have the hues of
     the stain, so no rule of colour can tell them; green and black are no tissue in the first place.
     ValueError if a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
     """

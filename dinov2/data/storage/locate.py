@@ -11,11 +11,11 @@ from dinov2.data.storage.retry import Retries
 _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
-_ATTEMPTS_FOR_A_PATH = 3
+_RETRIES_FOR_A_PATH = 2
 NAMES = "folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ..."
 
 
-def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage:
+def open_storage(dataset: str, revision: str = "", retries: int = 8) -> Storage:
     """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `location`.
 
     Args:
@@ -23,14 +23,14 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
             hf://datasets/org/name[@revision][/folder, glob or file] on the Hugging Face hub; or an fsspec URL
             (s3://, gs://, https://, ...).
         revision: branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
-        attempts: how often each request is sent at most.
+        retries: how often each request is repeated at most.
 
     Raises:
         FileNotFoundError, PermissionError, RemoteError: if there is no such dataset, it may not be read, or no answer.
         ValueError: if the name or the revision makes no sense.
         ImportError: if the package for a scheme is not installed.
     """
-    retries = Retries(attempts)
+    policy = Retries(retries)
     scheme, separator, path = dataset.partition("://") if "://" in dataset else ("", "", dataset)
     named = None
     if scheme == "hf":
@@ -43,8 +43,8 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
     if not named:
         remote = separator and scheme != "file"
         if remote and not path.strip("/"):
-            raise ValueError(f"dataset '{dataset}' names no place; a folder, glob or file is expected after ://")
-        storage = ObjectStorage(dataset, retries) if remote else LocalStorage(path)
+            raise ValueError(f"dataset '{dataset}' names no location; a folder, glob or file is expected after ://")
+        storage = ObjectStorage(dataset, policy) if remote else LocalStorage(path)
         if revision:
             advice = "leave it empty or name a Hugging Face dataset"
             raise ValueError(f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; {advice}")
@@ -54,10 +54,10 @@ def open_storage(dataset: str, revision: str = "", attempts: int = 8) -> Storage
         raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
     revision = revision or own
     if separator:
-        return HubStorage(named["repo"], revision, named["path"] or "", retries)
+        return HubStorage(named["repo"], revision, named["path"] or "", policy)
     try:
         # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
-        found = HubStorage(named["repo"], revision, "", Retries(min(attempts, _ATTEMPTS_FOR_A_PATH)))
+        found = HubStorage(named["repo"], revision, "", Retries(min(retries, _RETRIES_FOR_A_PATH)))
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
-    return HubStorage(named["repo"], found.commit, "", retries)
+    return HubStorage(named["repo"], found.commit, "", policy)

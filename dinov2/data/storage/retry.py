@@ -96,7 +96,7 @@ class SharedPause:
 class Retries:
     """How a request is repeated. Waits double from retry to retry, with jitter, up to a bound."""
 
-    attempts: int = 8  # requests in all, the first one and its retries
+    retries: int = 8  # after the first request
     first_wait_s: float = 1.0  # longest wait before the first retry
     longest_wait_s: float = 300.0  # bound of the doubled waits
     longest_pause_s: float = 600.0  # bound of the time that a server may ask to be left alone
@@ -127,8 +127,8 @@ class Retries:
             seconds = asked + self._jittered(self.first_wait_s if asked else doubled)
             # While a pause is in force every thread runs into it; one line tells of it.
             news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
-            if tried < self.attempts:
-                values = url, reason(error), tried, self.attempts - 1, seconds
+            if tried <= self.retries:
+                values = url, reason(error), tried, self.retries, seconds
                 logger.log(logging.WARNING if news else logging.DEBUG, "%s: %s; retry %d of %d in %.1f s", *values)
             return seconds
 
@@ -136,10 +136,10 @@ class Retries:
             error = state.outcome.exception()
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
-            failure = f"'{url}' could not be read with {self.attempts - 1} retries ({reason(error)})"
+            failure = f"'{url}' could not be read with {self.retries} retries ({reason(error)})"
             raise RemoteError(f"{failure}; {advice}, raise data.retries or train from a local copy") from error
 
-        stop, retry = stop_after_attempt(self.attempts), retry_if_exception(is_transient)
+        stop, retry = stop_after_attempt(self.retries + 1), retry_if_exception(is_transient)
         hooks = {"before": hold_up, "retry_error_callback": give_up}
         return Retrying(sleep=self.sleep, stop=stop, wait=wait, retry=retry, **hooks)(request)
 

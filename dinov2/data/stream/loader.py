@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MIN_SEEN = 10_000  # the fraction of corrupt rows is of at least so many, lest one early row stop a run
 _EXAMPLES = 5
-_UNITS_TRIED = 8  # row groups after one without any image; more in a row are no accident
+_GROUPS_TRIED = 8  # row groups after one without any image; more in a row are no accident
 
 Batch = dict[str, Any]
 Loaded = tuple[Batch, int, list[str]]
@@ -121,7 +121,7 @@ def validate_stream_state(saved: dict[str, Any], current: dict[str, Any], datase
     if "fingerprint" in differing:
         raise ValueError(
             f"dataset '{dataset}' changed since the checkpoint (fingerprint {saved.get('fingerprint')} then, "
-            f"{current['fingerprint']} now); resume with the same shards, exclusion file and validation "
+            f"{current['fingerprint']} now); resume with the same shards, exclusions and validation "
             "fraction, or start a new run"
         )
     if differing:
@@ -171,29 +171,29 @@ class DecodedRows(Dataset):
             try:
                 image = self._source.decode(encoded)
             except DecodeError as error:
-                fault = f"{self._source.describe(encoded.unit, encoded.row)}: {error}"
+                fault = f"{self._source.describe(encoded.group, encoded.row)}: {error}"
                 encoded, image = self._next_good(encoded, fault)
             crops = self._transform(image, encoded.index)
         except (ValueError, OSError) as error:
             return error
-        return Sample(encoded.index, crops, encoded.slide, bool(fault), fault, unit=encoded.unit, row=encoded.row)
+        return Sample(encoded.index, crops, encoded.slide, bool(fault), fault, group=encoded.group, row=encoded.row)
 
     def _next_good(self, bad: EncodedSample, fault: str) -> tuple[EncodedSample, np.ndarray]:
         source = self._source
-        counts, units = source.unit_rows, len(source.unit_rows)  # of an endless source not to be listed
-        after = ((bad.unit + step) % units for step in range(1, units))
-        following = list(islice((unit for unit in after if counts[unit]), _UNITS_TRIED))
-        for unit in [bad.unit, *following]:
-            rows = list(range(counts[unit]))
-            if unit == bad.unit:
+        counts, groups = source.group_rows, len(source.group_rows)  # of an endless source not to be listed
+        after = ((bad.group + step) % groups for step in range(1, groups))
+        following = list(islice((group for group in after if counts[group]), _GROUPS_TRIED))
+        for group in [bad.group, *following]:
+            rows = list(range(counts[group]))
+            if group == bad.group:
                 rows = rows[bad.row + 1 :] + rows[: bad.row]
-            for row, (slide, data) in zip(rows, source.read(unit, rows), strict=True):
-                candidate = dataclasses.replace(bad, unit=unit, row=row, slide=slide, data=data)
+            for row, (slide, data) in zip(rows, source.read(group, rows), strict=True):
+                candidate = dataclasses.replace(bad, group=group, row=row, slide=slide, data=data)
                 try:
                     return candidate, source.decode(candidate)
                 except DecodeError:
                     continue
         raise ValueError(
-            f"none of the {counts[bad.unit]} rows of {source.describe(bad.unit)} is an image ({fault}), nor any of the "
-            f"{len(following)} row groups after it; restore them or train without them"
+            f"none of the {counts[bad.group]} rows of {source.describe(bad.group)} is an image ({fault}), nor any of "
+            f"the {len(following)} row groups after it; restore them or train without them"
         )

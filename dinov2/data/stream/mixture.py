@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.source import Source
-from dinov2.data.stream.derived import first_units, part_of
+from dinov2.data.stream.derived import first_groups, part_of
 from dinov2.data.stream.order import Locations, SampleOrder
 from dinov2.utils.seeding import hash_words
 
@@ -27,7 +27,7 @@ class MixedOrder(SampleOrder):
     """Order of a mixture.
 
     Args:
-        unit_rows: rows of each unit, for each dataset; units are numbered through, dataset by dataset.
+        group_rows: rows of each row group, for each dataset; row groups are numbered through, dataset by dataset.
         weights: fraction of the samples that each dataset gets, up to a common factor.
         seed: any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
         lanes: V, of all datasets together.
@@ -39,20 +39,20 @@ class MixedOrder(SampleOrder):
     """
 
     def __init__(
-        self, unit_rows: Sequence[np.ndarray], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
+        self, group_rows: Sequence[np.ndarray], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
     ) -> None:
-        if len(weights) != len(unit_rows):
-            raise ValueError(f"{len(weights)} weights are given for {len(unit_rows)} datasets; one each is expected")
-        empty = next((number for number, rows in enumerate(unit_rows) if not np.any(rows)), None)
+        if len(weights) != len(group_rows):
+            raise ValueError(f"{len(weights)} weights are given for {len(group_rows)} datasets; one each is expected")
+        empty = next((number for number, rows in enumerate(group_rows) if not np.any(rows)), None)
         if empty is not None:
-            raise ValueError(f"dataset {empty + 1} of {len(unit_rows)} in a mixture holds 0 rows; leave it out")
-        super().__init__(np.concatenate(unit_rows), seed=seed, lanes=lanes, block_rows=block_rows)
+            raise ValueError(f"dataset {empty + 1} of {len(group_rows)} in a mixture holds 0 rows; leave it out")
+        super().__init__(np.concatenate(group_rows), seed=seed, lanes=lanes, block_rows=block_rows)
         counts = divide_lanes(weights, lanes)
         orders = [
             SampleOrder(rows, seed=int(hash_words(seed, d)[0]), lanes=counts[d], block_rows=block_rows)
-            for d, rows in enumerate(unit_rows)
+            for d, rows in enumerate(group_rows)
         ]
-        self.parts = list(zip(first_units(unit_rows), orders, strict=True))
+        self.parts = list(zip(first_groups(group_rows), orders, strict=True))
         self._dataset = spread(counts)
         self._slots = [np.flatnonzero(self._dataset == d) for d in range(len(counts))]
         self._number = np.empty_like(self._dataset)  # k of each slot
@@ -73,15 +73,15 @@ class MixedOrder(SampleOrder):
             here = dataset == d
             first, order = self.parts[d]
             found = order.locate(turn[here] * order.lanes + self._number[slot[here]])
-            for column, values in zip(locations, found._replace(unit=found.unit + first), strict=True):
+            for column, values in zip(locations, found._replace(group=found.group + first), strict=True):
                 column[here] = values
         return locations
 
-    def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """List the samples of one chunk of a unit, as `SampleOrder.members` does."""
-        d = part_of(self.parts, unit)
+    def members(self, epoch: int, group: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """List the samples of one chunk of a row group, as `SampleOrder.members` does."""
+        d = part_of(self.parts, group)
         first, order = self.parts[d]
-        own, rows = order.members(epoch, unit - first, chunk)
+        own, rows = order.members(epoch, group - first, chunk)
         turn, k = np.divmod(own, order.lanes)
         return turn * self.lanes + self._slots[d][k], rows
 
@@ -94,14 +94,14 @@ def make_order(
     Raises:
         ValueError: if the order is impossible, see `MixedOrder`.
     """
-    unit_rows = [source.unit_rows for source in sources]
+    group_rows = [source.group_rows for source in sources]
     if len(sources) == 1:
         (lanes,) = divide_lanes(weights, lanes)
-        return SampleOrder(unit_rows[0], seed=seed, lanes=lanes, block_rows=block_rows)
-    return MixedOrder(unit_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
+        return SampleOrder(group_rows[0], seed=seed, lanes=lanes, block_rows=block_rows)
+    return MixedOrder(group_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
 
 
-def describe_shares(order: SampleOrder, datasets: Sequence[str]) -> list[str]:
+def describe_fractions(order: SampleOrder, datasets: Sequence[str]) -> list[str]:
     """Tell the user each dataset's rows and actual fraction of the samples, a line per dataset."""
     return [
         f"dataset '{name}': {part.num_rows:,} rows, {part.lanes / order.lanes:.2%} of the samples "

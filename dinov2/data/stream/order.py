@@ -1,14 +1,14 @@
 """The order of samples: a pure function from (seed, global sample index) to a row of the dataset.
 
-Each epoch permutes all row groups (units) by a keyed hash. The permuted rows are cut into V read streams of equal
+Each epoch permutes all row groups by a keyed hash. The permuted rows are cut into V read streams of equal
 length (`lanes`), which are read interleaved, one row of each in turn; rows are shuffled within blocks of R rows of
 their row group (`block_rows`). With N rows and global sample index g,
 
     e, i = divmod(g, N);  v, p = i % V, i // V;  q, r = divmod(N, V)
     t    = v*q + min(v, r) + p                              position in the permutation of epoch e
-    row  = shuffled(seed, e, unit)[t - start(unit)]         unit = the one that covers t
+    row  = shuffled(seed, e, group)[t - start(group)]       group = the one that covers t
 
-which is a bijection between [e*N, (e+1)*N) and the rows for any N and V, uneven and empty units included.
+which is a bijection between [e*N, (e+1)*N) and the rows for any N and V, uneven and empty row groups included.
 Ranks, workers and the point of resumption do not enter.
 """
 
@@ -26,36 +26,36 @@ class Locations(NamedTuple):
     """Where samples lie, int64 (n,) each; see `SampleOrder.members` for `chunk`."""
 
     epoch: np.ndarray
-    unit: np.ndarray
+    group: np.ndarray
     chunk: np.ndarray
     row: np.ndarray
 
 
 class _Permutation(NamedTuple):
-    units: np.ndarray  # unit numbers in the order of the epoch
-    ends: np.ndarray  # position after each unit, in the order of the epoch
-    starts: np.ndarray  # position of each unit's first row, by unit number
+    groups: np.ndarray  # row group numbers in the order of the epoch
+    ends: np.ndarray  # position after each row group, in the order of the epoch
+    starts: np.ndarray  # position of each row group's first row, by row group number
 
 
 class SampleOrder:
-    """Order of one dataset; it locates any global sample index in O(log units), after one sort per epoch.
+    """Order of one dataset; it locates any global sample index in O(log row groups), after one sort per epoch.
 
     Args:
-        unit_rows: rows of each unit, (U,).
+        group_rows: rows of each row group, (G,).
         seed: any integer in [0, 2**64).
-        lanes: V. A multiple of the global batch keeps each read stream on one rank, so that ranks share no unit.
+        lanes: V. A multiple of the global batch keeps each read stream on one rank, so that ranks share no row group.
         block_rows: R.
 
     Attributes:
-        num_rows: rows of all units together.
-        parts: first unit and order of each dataset: this one alone, from unit 0.
+        num_rows: rows of all row groups together.
+        parts: first row group and order of each dataset: this one alone, from row group 0.
 
     Raises:
         ValueError: if there is no row, or a parameter is out of range.
     """
 
-    def __init__(self, unit_rows: np.ndarray, *, seed: int, lanes: int, block_rows: int) -> None:
-        self._rows = np.asarray(unit_rows, np.int64)
+    def __init__(self, group_rows: np.ndarray, *, seed: int, lanes: int, block_rows: int) -> None:
+        self._rows = np.asarray(group_rows, np.int64)
         self.num_rows = int(self._rows.sum())
         if self.num_rows == 0:
             raise ValueError("the dataset holds 0 rows, but an order needs at least 1")
@@ -78,33 +78,33 @@ class SampleOrder:
         """Find global sample indices, int64 (n,), in any order and across epochs."""
         epoch, i = np.divmod(np.asarray(indices, np.int64), self.num_rows)
         t = self._stream_start(i % self.lanes) + i // self.lanes
-        unit, chunk, row = np.empty_like(t), np.empty_like(t), np.empty_like(t)
+        group, chunk, row = np.empty_like(t), np.empty_like(t), np.empty_like(t)
         for e in np.unique(epoch):
             here = epoch == e
             permutation = self._permutation(int(e))
-            u = unit[here] = permutation.units[np.searchsorted(permutation.ends, t[here], side="right")]
+            u = group[here] = permutation.groups[np.searchsorted(permutation.ends, t[here], side="right")]
             start = permutation.starts[u]
             chunk[here] = t[here] >= self._next_stream(start)
             row[here] = self._shuffled(e, u, t[here] - start)
-        return Locations(epoch, unit, chunk, row)
+        return Locations(epoch, group, chunk, row)
 
-    def members(self, epoch: int, unit: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """List the samples of one chunk of a unit: the rows of it that are in use at the same time.
+    def members(self, epoch: int, group: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """List the samples of one chunk of a row group: the rows of it that are in use at the same time.
 
-        A read stream that has begun in an earlier unit runs into this one late in the epoch: its rows are chunk 0.
-        Streams that begin inside the unit do so with the epoch: theirs are chunk 1. Fetched as one, the rows of
+        A read stream that has begun in an earlier row group runs into this one late in the epoch: its rows are chunk 0.
+        Streams that begin inside the row group do so with the epoch: theirs are chunk 1. Fetched as one, the rows of
         chunk 0 would lie in memory for the length of a stream; fetched apart, each is read when its turn comes.
 
         Returns:
             Global sample indices and the rows they stand for, int64 (n,) each.
         """
-        start = self._permutation(epoch).starts[unit]
-        end = start + self._rows[unit]
+        start = self._permutation(epoch).starts[group]
+        end = start + self._rows[group]
         cut = np.minimum(self._next_stream(start), end)
         t = np.arange(cut, end) if chunk else np.arange(start, cut)
         stream = self._stream_of(t)
         indices = epoch * self.num_rows + (t - self._stream_start(stream)) * self.lanes + stream
-        return indices, self._shuffled(epoch, np.full_like(t, unit), t - start)
+        return indices, self._shuffled(epoch, np.full_like(t, group), t - start)
 
     def _stream_start(self, stream: np.ndarray) -> np.ndarray:
         return stream * self._short + np.minimum(stream, self._longer)
@@ -124,27 +124,27 @@ class SampleOrder:
             if len(self._permutations) == _PERMUTATIONS_KEPT:
                 del self._permutations[next(iter(self._permutations))]
             # Hashes of one epoch never collide (see hash_words), so the sort needs no tie-break.
-            units = np.argsort(hash_words(self.seed, epoch, np.arange(len(self._rows))))
-            ends = np.cumsum(self._rows[units])
+            groups = np.argsort(hash_words(self.seed, epoch, np.arange(len(self._rows))))
+            ends = np.cumsum(self._rows[groups])
             starts = np.empty_like(ends)
-            starts[units] = ends - self._rows[units]
-            self._permutations[epoch] = _Permutation(units, ends, starts)
+            starts[groups] = ends - self._rows[groups]
+            self._permutations[epoch] = _Permutation(groups, ends, starts)
         return self._permutations[epoch]
 
-    def _shuffled(self, epoch: int, unit: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Find the row at each offset of a unit; a block's rows are ordered by hash_words(seed, epoch, unit, row).
+    def _shuffled(self, epoch: int, group: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Find the row at each offset of its group; a block's rows are ordered by hash_words(seed, epoch, group, row).
 
         Only the blocks that are asked for are sorted, all in one go: row k of the arrays below is the k-th of them.
         """
-        if not len(unit):
+        if not len(group):
             return offset
-        rows, size = self._rows[unit], self.block_rows
-        blocks_per_unit = int(rows.max()) // size + 1
-        block, inverse = np.unique(unit * blocks_per_unit + offset // size, return_inverse=True)
-        unit_of_block, block = np.divmod(block[:, None], blocks_per_unit)
+        rows, size = self._rows[group], self.block_rows
+        blocks_per_group = int(rows.max()) // size + 1
+        block, inverse = np.unique(group * blocks_per_group + offset // size, return_inverse=True)
+        group_of_block, block = np.divmod(block[:, None], blocks_per_group)
         row = block * size + np.arange(min(size, int(rows.max())))
-        keys = hash_words(self.seed, epoch, unit_of_block, row)
-        # The last block of a unit may be short: what lies beyond its end is sorted to the end, and never asked for.
-        keys = np.where(row < self._rows[unit_of_block], keys, _LAST)
+        keys = hash_words(self.seed, epoch, group_of_block, row)
+        # The last block may be short: what lies beyond the row group's end is sorted to the end, and never asked for.
+        keys = np.where(row < self._rows[group_of_block], keys, _LAST)
         ranked = np.take_along_axis(row, np.argsort(keys, axis=1, kind="stable"), axis=1)
         return ranked[inverse, offset % size]

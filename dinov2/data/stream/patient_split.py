@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.patients import comparable, names_of, patient_of
-from dinov2.data.source import Source
+from dinov2.data.source import Origin, Source, origins_of
 from dinov2.data.stream.derived import SubsetSource
 from dinov2.utils.seeding import hash_name
 
 logger = logging.getLogger(__name__)
 
-_THREADS = 16  # units whose slides are looked up at a time, since a source may have to fetch them
-_CHUNK = 128  # units per task at most; a task costs far more than to look up a unit that the index knows
+_THREADS = 16  # row groups whose slides are looked up at a time, since a source may have to fetch them
+_CHUNK = 128  # row groups per task at most; a task costs far more than to look up a row group that the index knows
 _NAMED = 5
 _MIXED = 255
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -94,36 +94,44 @@ class PatientSplit:
     validation: Source | None  # the rows of validation patients; None if there are none
     counts: dict[Fate, Count]  # a patient counts in each fate that a slide of theirs has
     unmatched: frozenset[str]  # names of the exclusion list that no slide of this dataset has
-    unnamed: bool  # whether some rows name no slide, so that they cannot be excluded
+    unnamed: bool  # whether some rows name neither slide nor patient, so that they cannot be excluded
+    sites: frozenset[str]  # of all rows; empty for those that tell none
 
 
 def split_by_patient(
-    source: Source, dataset: str, excluded: Sequence[str] = (), validation_fraction: float = 0.0
+    source: Source,
+    dataset: str,
+    excluded: Sequence[str] = (),
+    validation_fraction: float = 0.0,
+    excluded_sites: Sequence[str] = (),
 ) -> PatientSplit:
-    """Split a dataset; a pure function of its slides, so that all ranks find the same.
+    """Split a dataset; a pure function of its slides, patients and sites, so that all ranks find the same.
 
-    Looks up the slide of every row, which costs reads where the source's index does not know it.
+    Looks up the origin of every row, which costs reads where the source's index does not know it. The patient is the
+    one that the source tells, else the slide's, see `dinov2.data.patients`.
 
     Args:
         source: the dataset, called ``dataset`` in messages.
         excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
         validation_fraction: of patients to keep for validation, see `in_validation`.
+        excluded_sites: sites to leave out, where the source tells them.
 
     Raises:
         ValueError: if nothing is left to train on, or the fraction is not in [0, 1).
     """
-    logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.unit_rows), dataset)
-    fates = Fates(excluded, validation_fraction)
-    unit_fate, mixed = _look_up(source, fates)
+    logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.group_rows), dataset)
+    fates = Fates(excluded, validation_fraction, excluded_sites)
+    group_fate, mixed = _look_up(source, fates)
     counts, subsets = {}, {}
     for fate in Fate:
-        slides = [slide for slide, of_slide in fates.items() if of_slide == fate]
-        rows = {unit: np.flatnonzero(of_rows == fate) for unit, of_rows in mixed.items()}
-        total = int(source.unit_rows[unit_fate == fate].sum()) + sum(map(len, rows.values()))
-        counts[fate] = Count(len(slides), len(set(map(patient_of, slides))), total)
+        origins = [origin for origin, of_origin in fates.items() if of_origin == fate]
+        slides, patients = {origin.slide for origin in origins}, {patient_of(*origin[:2]) for origin in origins}
+        rows = {group: np.flatnonzero(of_rows == fate) for group, of_rows in mixed.items()}
+        total = int(source.group_rows[group_fate == fate].sum()) + sum(map(len, rows.values()))
+        counts[fate] = Count(len(slides), len(patients), total)
         if fate != Fate.EXCLUDED and total:
             is_all = total == source.num_rows
-            subsets[fate] = source if is_all else SubsetSource(source, unit_fate == fate, rows)
+            subsets[fate] = source if is_all else SubsetSource(source, group_fate == fate, rows)
     if Fate.TRAINING not in subsets:
         raise ValueError(
             f"of the {source.num_rows:,} rows of dataset '{dataset}' {counts[Fate.EXCLUDED].rows:,} are excluded "
@@ -134,61 +142,76 @@ def split_by_patient(
         validation=subsets.get(Fate.VALIDATION),
         counts=counts,
         unmatched=frozenset(fates.lines.values()) - fates.matched,
-        unnamed="" in fates,
+        unnamed=any(not origin.slide and not origin.patient for origin in fates),
+        sites=frozenset(origin.site for origin in fates),
     )
 
 
-def describe_splits(splits: Sequence[PatientSplit], datasets: Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """Tell the user what was set aside, a line per dataset and one for names that matched nothing anywhere."""
+def describe_splits(
+    splits: Sequence[PatientSplit],
+    datasets: Sequence[str],
+    excluded: Sequence[str],
+    excluded_sites: Sequence[str] = (),
+) -> list[str]:
+    """Tell the user what was set aside, a line per dataset, and what to exclude matched nothing anywhere."""
     lines = [
         f"dataset '{name}': training on {split.counts[Fate.TRAINING]}; "
         f"excluded {split.counts[Fate.EXCLUDED]}; kept for validation {split.counts[Fate.VALIDATION]}"
         + ("; rows that name no slide cannot be excluded" if split.unnamed else "")
+        + ("; rows that tell no site are excluded by none" if excluded_sites and "" in split.sites else "")
         for split, name in zip(splits, datasets, strict=True)
     ]
-    nowhere = frozenset.intersection(*(split.unmatched for split in splits))
-    if nowhere:
-        named = ", ".join([name for name in excluded if name in nowhere][:_NAMED])
-        more = ", ..." if len(nowhere) > _NAMED else ""
-        lines.append(f"{len(nowhere)} of {len(excluded)} names to exclude match no slide: {named}{more}")
+    unmatched = frozenset.intersection(*(split.unmatched for split in splits))
+    sites = frozenset.union(*(split.sites for split in splits))
+    for names, nowhere, what in (
+        (excluded, [name for name in excluded if name in unmatched], "names to exclude match no slide"),
+        (excluded_sites, [name for name in excluded_sites if name not in sites], "sites to exclude match no row"),
+    ):
+        if nowhere:
+            more = ", ..." if len(nowhere) > _NAMED else ""
+            lines.append(f"{len(nowhere)} of {len(names)} {what}: {', '.join(nowhere[:_NAMED])}{more}")
     return lines
 
 
-class Fates(dict[str, int]):
-    """Fate of each slide, found when first asked for; threads that ask at once find the same."""
+class Fates(dict[Origin, int]):
+    """Fate of each origin, found when first asked for; threads that ask at once find the same."""
 
-    def __init__(self, excluded: Sequence[str], validation_fraction: float) -> None:
+    def __init__(self, excluded: Sequence[str], validation_fraction: float, excluded_sites: Sequence[str] = ()) -> None:
         in_validation("", validation_fraction)  # refuses a wrong one before any slide is read
         self.lines = {comparable(name): name for name in excluded}
         self.matched: set[str] = set()
-        self._fraction = validation_fraction
+        self._fraction, self._sites = (
+            validation_fraction,
+            frozenset(excluded_sites) - {""},
+        )  # which is of rows that tell none
 
-    def __missing__(self, slide: str) -> int:
-        hits = [self.lines[name] for name in names_of(slide) if name in self.lines]
+    def __missing__(self, origin: Origin) -> int:
+        hits = [self.lines[name] for name in names_of(origin.slide, origin.patient) if name in self.lines]
         self.matched.update(hits)
-        held_out = in_validation(patient_of(slide), self._fraction)
-        fate = Fate.EXCLUDED if hits else Fate.VALIDATION if held_out else Fate.TRAINING
-        self[slide] = int(fate)
-        return self[slide]
+        held_out = in_validation(patient_of(origin.slide, origin.patient), self._fraction)
+        excluded = hits or origin.site in self._sites
+        self[origin] = int(Fate.EXCLUDED if excluded else Fate.VALIDATION if held_out else Fate.TRAINING)
+        return self[origin]
 
 
 def _look_up(source: Source, fates: Fates) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Find the fate of every unit, uint8 (U,), and of every row of those units that hold several fates."""
-    total = len(source.unit_rows)
+    """Find the fate of every row group, uint8 (G,), and of every row of those row groups that hold several fates."""
+    total = len(source.group_rows)
     step = max(1, min(_CHUNK, total // (4 * _THREADS)))
-    unit_fate, mixed = np.zeros(total, np.uint8), {}
+    group_fate, mixed = np.zeros(total, np.uint8), {}
 
     def look_up(start: int) -> None:
-        for unit in range(start, min(start + step, total)):
-            slides = source.slides(unit)
-            found = {fates[slide] for slide in set(slides)}
+        for group in range(start, min(start + step, total)):
+            origins = origins_of(source, group)
+            is_one = origins.count(origins[0]) == len(origins) if origins else True  # spares the hashes of all
+            found = {fates[origin] for origin in (origins[:1] if is_one else set(origins))}
             if len(found) == 1:
-                (unit_fate[unit],) = found
+                (group_fate[group],) = found
             elif found:
-                unit_fate[unit] = _MIXED
-                mixed[unit] = np.fromiter(map(fates.__getitem__, slides), np.uint8, len(slides))
+                group_fate[group] = _MIXED
+                mixed[group] = np.fromiter(map(fates.__getitem__, origins), np.uint8, len(origins))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(look_up, range(0, total, step)):  # which cancels the rest where one fails
             pass
-    return unit_fate, mixed
+    return group_fate, mixed

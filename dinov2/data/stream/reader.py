@@ -13,7 +13,7 @@ from dinov2.data.storage.retry import give_up_when
 from dinov2.data.stream.memory import Prefetch
 from dinov2.data.stream.order import SampleOrder
 
-_Key = tuple[int, int, int]  # epoch, unit, chunk
+_Key = tuple[int, int, int]  # epoch, row group, chunk
 _DEFAULT_PREFETCH = Prefetch()
 _Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
 
@@ -25,7 +25,7 @@ class RankReader:
     the DataLoader's batch sampler and the rows are its "indices": workers keep no state, so their number affects
     neither order nor I/O.
 
-    Each chunk of a unit (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
+    Each chunk of a row group (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
     Threads start at the first `next()`, when the DataLoader has already forked its workers, and end with the
     iterator; what goes wrong in one is raised by `next()`.
 
@@ -72,8 +72,8 @@ class RankReader:
     def _plan(self, first: int, fetches: _Fetches, pool: ThreadPoolExecutor) -> list[tuple[int, _Key]]:
         """Locate one step's samples and start to fetch the chunks that are not yet on their way."""
         indices = np.arange(first, first + self._rank_batch)
-        epoch, unit, chunk, _ = (column.tolist() for column in self._order.locate(indices))
-        keys = list(zip(epoch, unit, chunk, strict=True))
+        epoch, group, chunk, _ = (column.tolist() for column in self._order.locate(indices))
+        keys = list(zip(epoch, group, chunk, strict=True))
         for key in keys:
             if key not in fetches:
                 # Of a chunk that is shared with other ranks, or that an earlier launch began, only what is left to us.
@@ -83,9 +83,9 @@ class RankReader:
                 fetches[key] = pool.submit(self._fetch, key[1], members[own].tolist(), rows[own].tolist())
         return list(zip(indices.tolist(), keys, strict=True))
 
-    def _fetch(self, unit: int, indices: list[int], rows: list[int]) -> dict[int, EncodedSample]:
-        stored = zip(indices, rows, self._source.read(unit, rows), strict=True)
-        return {g: EncodedSample(g, unit, row, slide, data) for g, row, (slide, data) in stored}
+    def _fetch(self, group: int, indices: list[int], rows: list[int]) -> dict[int, EncodedSample]:
+        stored = zip(indices, rows, self._source.read(group, rows), strict=True)
+        return {g: EncodedSample(g, group, row, slide, data) for g, row, (slide, data) in stored}
 
 
 def _take(fetches: _Fetches, index: int, key: _Key) -> EncodedSample:

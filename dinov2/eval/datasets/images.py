@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image, image_format
+from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, image_format, origins_of
 
 logger = logging.getLogger("dinov2")
 
@@ -67,8 +67,8 @@ class ParquetTiles:
     """Rows of open datasets, in stored order one after the other; at most ``limit``, spread evenly over all."""
 
     def __init__(self, sources: Sequence[Source], limit: int | None = None):
-        self._units = [(source, unit) for source in sources for unit in range(len(source.unit_rows))]
-        self._ends = np.cumsum(np.concatenate([np.asarray(source.unit_rows, np.int64) for source in sources]))
+        self._groups = [(source, group) for source in sources for group in range(len(source.group_rows))]
+        self._ends = np.cumsum(np.concatenate([np.asarray(source.group_rows, np.int64) for source in sources]))
         total = int(self._ends[-1])
         count = total if limit is None else min(limit, total)
         self._rows = np.arange(count) * total // max(count, 1)
@@ -78,24 +78,24 @@ class ParquetTiles:
 
     def name(self, index: int) -> str:
         """The row as it is stored."""
-        source, unit, row = self.find(index)
-        return source.describe(unit, row)
+        source, group, row = self.find(index)
+        return source.describe(group, row)
 
     def read(self, index: int) -> np.ndarray:
         """Fetch and decode one row."""
-        source, unit, row = self.find(index)
-        return decode_row(source, EncodedSample(index, unit, row, *source.read(unit, [row])[0]))
+        source, group, row = self.find(index)
+        return decode_row(source, EncodedSample(index, group, row, *source.read(group, [row])[0]))
 
-    def slides(self) -> list[str]:
-        """Slide name of every tile."""
-        names = [slide for source, unit in self._units for slide in source.slides(unit)]
-        return [names[row] for row in self._rows]
+    def origins(self) -> list[Origin]:
+        """Slide of every tile, and its patient and site where the dataset tells them."""
+        origins = [origin for source, group in self._groups for origin in origins_of(source, group)]
+        return [origins[row] for row in self._rows]
 
     def find(self, index: int) -> tuple[Source, int, int]:
-        """Dataset, unit and row within the unit of a tile."""
+        """Dataset, row group and row within the row group of a tile."""
         number = int(np.searchsorted(self._ends, self._rows[index], side="right"))
-        source, unit = self._units[number]
-        return source, unit, int(self._rows[index] - self._ends[number] + source.unit_rows[unit])
+        source, group = self._groups[number]
+        return source, group, int(self._rows[index] - self._ends[number] + source.group_rows[group])
 
 
 def decode_row(source: Source, sample: EncodedSample) -> np.ndarray:
@@ -103,7 +103,7 @@ def decode_row(source: Source, sample: EncodedSample) -> np.ndarray:
     try:
         return source.decode(sample)
     except DecodeError as error:
-        name = source.describe(sample.unit, sample.row)
+        name = source.describe(sample.group, sample.row)
         raise UnreadableImage(f"Image in {name} cannot be read: {error}.") from error
 
 
@@ -113,11 +113,11 @@ def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]
     Corrupt rows are left out with a warning. A limit takes so many rows, spread evenly over the dataset.
     """
     tiles = ParquetTiles([source], limit)
-    for unit, found in groupby(map(tiles.find, range(len(tiles))), key=lambda location: location[1]):
+    for group, found in groupby(map(tiles.find, range(len(tiles))), key=lambda location: location[1]):
         rows = [row for _, _, row in found]
-        for row, stored in zip(rows, source.read(unit, rows), strict=True):
+        for row, stored in zip(rows, source.read(group, rows), strict=True):
             try:
-                yield decode_row(source, EncodedSample(0, unit, row, *stored))
+                yield decode_row(source, EncodedSample(0, group, row, *stored))
             except UnreadableImage as error:
                 logger.warning("A tile is left out: %s", error)
 

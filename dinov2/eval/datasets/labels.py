@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.patients import patient_of, patients_of
+from dinov2.data.source import Origin
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages, visible_files
 
 logger = logging.getLogger("dinov2")
@@ -110,7 +111,7 @@ def open_labelled_tiles(
     """Find tiles and their labels; no image is read.
 
     Without `labels` the folder holds one subfolder per class, or ``train``, ``test`` and perhaps ``val`` with such
-    subfolders in each, or Parquet shards with a column ``label`` (and perhaps ``patient``, ``split``).
+    subfolders in each, or Parquet shards with a column ``label`` and perhaps ``patient``, ``split``.
 
     Args:
         root: folder of images, or of Parquet shards.
@@ -134,16 +135,18 @@ def open_labelled_tiles(
         return _of_files(root, rows, labels)
     if shards:
         images: TileImages = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
-        paths = images.slides()
-        slides = []
+        origins = images.origins()
+        paths, slides = [origin.slide for origin in origins], []
         for path in paths:  # the labels name a slide whole, or its file name with or without the suffix
             spellings = (path, Path(path).name, Path(path).stem)
             slides.append(next((name for name in spellings if name in rows), path))
+        told = _told_patients(origins)
     else:
+        told = []
         names = image_names(root)
         images, slides = ImageFiles(root, names), _slides_of(names, slide_regex)
         paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
-    return _of_slides(images, slides, paths, rows, labels)
+    return _of_slides(images, slides, paths, rows, labels, told)
 
 
 def image_names(root: Path) -> list[str]:
@@ -196,7 +199,7 @@ def _from_folder(root: Path) -> LabelledTiles:
 
 
 def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
-    columns: dict[str, list[str]] = {"label": [], "patient": [], "split": []}
+    columns: dict[str, list[str]] = {"label": [], "split": []}
     shared = set.intersection(*(set(pq.read_schema(shard).names) for shard in shards))
     if "label" not in shared:
         raise ValueError(f"Shards in '{shards[0].parent}' have no column 'label'; add it or give labels as a CSV.")
@@ -208,7 +211,13 @@ def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
                 raise ValueError(f"Shard '{shard}', row {values.index(None)}: column {name!r} is empty.")
             columns[name] += map(str, values)
     tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
-    return _build(tiles, columns["label"], tiles.slides(), columns["patient"], columns["split"])
+    origins = tiles.origins()
+    if len(set(columns["split"])) == 1:  # a part of a larger dataset
+        logger.info("All tiles in '%s' are of split %r, so that folds are made.", shards[0].parent, columns["split"][0])
+        columns["split"] = []
+    return _build(
+        tiles, columns["label"], [origin.slide for origin in origins], _told_patients(origins), columns["split"]
+    )
 
 
 def _of_files(root: Path, rows: Rows, source: str | Path) -> LabelledTiles:
@@ -222,16 +231,21 @@ def _of_files(root: Path, rows: Rows, source: str | Path) -> LabelledTiles:
 
 
 def _of_slides(
-    images: TileImages, slides: Sequence[str], paths: Sequence[str], rows: Rows, source: str | Path
+    images: TileImages,
+    slides: Sequence[str],
+    paths: Sequence[str],
+    rows: Rows,
+    source: str | Path,
+    told: Sequence[str],
 ) -> LabelledTiles:
-    """Labels by slide; the paths tell patients."""
+    """Labels by slide; patients are of the labels, else those that the tiles tell, else by the paths."""
     if unlabelled := sorted(set(slides) - set(rows)):
         raise ValueError(f"Slide {_first_of(unlabelled)}, which has tiles, is not in '{source}'.")
     if without := sorted(set(rows) - set(slides)):
         logger.warning("%d slides of '%s' have no tiles, %r for one.", len(without), source, without[0])
     patients, splits = ([rows[slide].get(name) or "" for slide in slides] for name in ("patient", "split"))
     if not any(patients):
-        patients = _patients(paths) or ()
+        patients = told or _patients(paths) or ()
     return _build(images, [rows[slide]["label"] for slide in slides], slides, patients, splits, per_slide=True)
 
 
@@ -262,6 +276,13 @@ def _build(
             logger.info("All tiles are of the split train, so folds are made of them.")
             known["split"] = None
     return LabelledTiles(images, numbers, tuple(classes), known["slide"], known["patient"], known["split"], per_slide)
+
+
+def _told_patients(origins: Sequence[Origin]) -> list[str]:
+    """Patient of each tile where shards have a column of them, which the slide's stands in for if it is null."""
+    if not any(origin.patient for origin in origins):
+        return []
+    return [patient_of(origin.slide, origin.patient) for origin in origins]
 
 
 def _patients(slides: Sequence[str]) -> tuple[str, ...] | None:

@@ -99,8 +99,8 @@ class Grid:
         coarsest level cannot be read.
         """
         level = reader.level_for(self.mpp)
-        downsample, step = reader.level_downsamples[level], reader.patch_side(self.stride, self.mpp)
-        side = max(1, round(reader.patch_side(self.tile_size, self.mpp) / downsample))
+        downsample, step = reader.level_downsamples[level], reader.tile_side(self.stride, self.mpp)
+        side = max(1, round(reader.tile_side(self.tile_size, self.mpp) / downsample))
         axes = []
         for length in reader.level_dimensions[level]:
             starts = np.rint(np.arange(int(length * downsample / step) + 1) * step / downsample)
@@ -203,20 +203,20 @@ class ParquetRows(TileInput):
         """Fetch the stored images of a part, each row group once, and the coordinates that are stored beside them."""
         first, stop = self._spans[number]
         columns: dict[str, list[Any]] = {}
-        for shard, begin, end in _pieces(self._shard_rows, first, stop):
+        for shard, begin, end in _chunks(self._shard_rows, first, stop):
             for name, values in self._stored(shard, begin, end).items():
                 columns.setdefault(name, []).extend(values)
         with ThreadPoolExecutor(_FETCHES) as pool:
-            fetched = pool.map(self._fetch, *zip(*_pieces(self._source.unit_rows, first, stop), strict=True))
-            samples = [sample for unit in fetched for sample in unit]
+            fetched = pool.map(self._fetch, *zip(*_chunks(self._source.group_rows, first, stop), strict=True))
+            samples = [sample for group in fetched for sample in group]
         columns["slide"] = [sample.slide for sample in samples]
         about = {"rows": f"{columns['name'][0]} to {columns['name'][-1]}"}
         return Part(_FetchedRows(self._source, samples), columns, about)
 
-    def _fetch(self, unit: int, begin: int, end: int) -> list[EncodedSample]:
+    def _fetch(self, group: int, begin: int, end: int) -> list[EncodedSample]:
         rows = range(begin, end)
-        stored = self._source.read(unit, rows)
-        return [EncodedSample(0, unit, row, *values) for row, values in zip(rows, stored, strict=True)]
+        stored = self._source.read(group, rows)
+        return [EncodedSample(0, group, row, *values) for row, values in zip(rows, stored, strict=True)]
 
     def _stored(self, shard: int, begin: int, end: int) -> dict[str, list[Any]]:
         """A name for some rows of a shard, and their values in columns of coordinates, null where there is none."""
@@ -228,7 +228,7 @@ class ParquetRows(TileInput):
             stored = set(file.schema_arrow.names)
             if wanted := stored & {*_COPIED, *(["path"] if "jpeg" in stored else [])}:
                 counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                groups, begins, _ = zip(*_pieces(counts, begin, end), strict=True)
+                groups, begins, _ = zip(*_chunks(counts, begin, end), strict=True)
                 found |= file.read_row_groups(groups, list(wanted)).slice(begins[0], len(rows)).to_pydict()
         except pa.ArrowException as error:
             raise UnreadableImage(f"Shard '{self._storage.locate(name)}' cannot be read: {error}.") from error
@@ -246,21 +246,21 @@ class _FetchedRows:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return self.source.describe(self.samples[index].unit, self.samples[index].row)
+        return self.source.describe(self.samples[index].group, self.samples[index].row)
 
     def read(self, index: int) -> np.ndarray:
         return images.decode_row(self.source, self.samples[index])
 
 
-def _pieces(counts: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Units, and the first and last + 1 of their rows, that rows first to stop - 1 of all units are."""
+def _chunks(counts: Sequence[int], first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Row groups, and the first and last + 1 of their rows, that rows first to stop - 1 of all row groups are."""
     ends = np.cumsum(counts)
-    for unit in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
-        start = int(ends[unit]) - int(counts[unit])
+    for group in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
+        start = int(ends[group]) - int(counts[group])
         if start >= stop:
             return
-        if counts[unit]:
-            yield unit, max(first - start, 0), min(stop, int(ends[unit])) - start
+        if counts[group]:
+            yield group, max(first - start, 0), min(stop, int(ends[group])) - start
 
 
 class SlideTiles(TileInput):
@@ -302,7 +302,7 @@ class SlideTiles(TileInput):
         columns |= {"mpp": [grid.mpp] * count, "tile_size": [grid.tile_size] * count}
         about = {
             "slide": slide, "path": public_name(reader.path), "slide_mpp": reader.mpp, "mpp_source": reader.mpp_source,
-            "level": level, "tile_size_level0": round(reader.patch_side(grid.tile_size, grid.mpp)), **asdict(grid),
+            "level": level, "tile_size_level0": round(reader.tile_side(grid.tile_size, grid.mpp)), **asdict(grid),
         }  # fmt: skip
         return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close)
 
@@ -325,7 +325,7 @@ class _TissueTiles:
 
     def read(self, index: int) -> np.ndarray:
         try:
-            return self.reader.read_patch(int(self.x[index]), int(self.y[index]), self.grid.tile_size, self.grid.mpp)
+            return self.reader.read_tile(int(self.x[index]), int(self.y[index]), self.grid.tile_size, self.grid.mpp)
         except SlideError as error:
             raise UnreadableImage(str(error)) from error
 

@@ -30,7 +30,7 @@ _TILES_AT_ONCE = 8  # that one thread reads, neighbours of one slide
 Tile = np.ndarray | UnreadableImage  # pixels, or why there are none
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Some neighbouring tiles of a part, and their numbers in it."""
 
     number: int  # of the part
@@ -146,9 +146,9 @@ def embed_parts(
     options = {"total": len(numbers), "bar_format": "{l_bar}{bar}| {n:.2f}/{total} slides [{elapsed}<{remaining}]"}
     if source.part_rows:
         options = {"total": sum(source.part_rows[number] for number in numbers), "unit": "tile"}
-    pieces = _read_ahead(source, numbers, fitting, workers, embedding.batch_size, unreadable if skip_corrupt else None)
-    with closing(pieces), tqdm(desc="embedding", disable=None if embedding.show_progress else True, **options) as bar:
-        for (number, part), of_part in groupby(pieces, key=lambda piece: piece[:2]):
+    chunks = _read_ahead(source, numbers, fitting, workers, embedding.batch_size, unreadable if skip_corrupt else None)
+    with closing(chunks), tqdm(desc="embedding", disable=None if embedding.show_progress else True, **options) as bar:
+        for (number, part), of_part in groupby(chunks, key=lambda chunk: chunk[:2]):
             corrupt: list[str] = []
             step = 1 if source.part_rows else 1 / max(1, len(part.tiles))
             with embedding_file(output.path(source.parts[number]), output.width, output.stored) as file:
@@ -180,8 +180,8 @@ def _read_ahead(
     workers: int,
     batch_size: int,
     unreadable: list[str] | None,
-) -> Generator[Piece, None, None]:
-    """Tiles of some parts in order, at least one piece of each; ``unreadable`` takes up why others cannot be opened."""
+) -> Generator[Chunk, None, None]:
+    """Tiles of some parts in order, at least one chunk of each; ``unreadable`` takes up why others cannot be opened."""
 
     def open_part(number: int) -> Part | UnreadableImage:
         try:
@@ -200,19 +200,19 @@ def _read_ahead(
             else:
                 unreadable.append(str(part))
 
-    def read(span: tuple[int, Part, range]) -> Piece:
+    def read(span: tuple[int, Part, range]) -> Chunk:
         number, part, indices = span
-        return Piece(number, part, [(index, fitting.read(part.tiles, index)) for index in indices])
+        return Chunk(number, part, [(index, fitting.read(part.tiles, index)) for index in indices])
 
     ahead = 2 * max(batch_size, _TILES_AT_ONCE * workers) // _TILES_AT_ONCE
     return map_ahead(read, spans(), workers, ahead)
 
 
-def _batches(pieces: Iterable[Piece], size: int, corrupt: list[str] | None) -> Iterator[list[tuple[int, np.ndarray]]]:
+def _batches(chunks: Iterable[Chunk], size: int, corrupt: list[str] | None) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Good tiles of a part and their numbers in it, at most ``size`` at a time."""
     batch = []
-    for piece in pieces:
-        for index, tile in piece.tiles:
+    for chunk in chunks:
+        for index, tile in chunk.tiles:
             if isinstance(tile, np.ndarray):
                 batch.append((index, tile))
             elif corrupt is None:

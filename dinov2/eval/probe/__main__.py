@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_image_size(parser)
     cli.add_colours(parser)
     add("--batch-size", type=int, default=64, help="tiles per forward pass (%(default)s)")
-    cli.add_dtype(parser, "fp32", "of the matrix products (%(default)s)")
+    cli.add_dtype(parser, "fp32", "of the matmuls (%(default)s)")
     cli.add_device(parser)
     return parser.parse_args(argv)
 

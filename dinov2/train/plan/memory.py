@@ -16,7 +16,7 @@ from dinov2.utils.dtypes import DTYPES
 
 USABLE = 0.92
 """Fraction of the free memory that ``auto`` plans for: the rest is for CUDA's and NCCL's own needs, for libraries'
-workspaces and for pieces that the allocator cannot reuse."""
+workspaces and for chunks that the allocator cannot reuse."""
 
 REFUSED = 1.15
 """A fixed batch is refused where its prediction exceeds the GPU's memory by this factor."""

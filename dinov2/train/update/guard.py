@@ -51,10 +51,10 @@ class FiniteGuard:
             NonFiniteError: if the step observed ``delay`` steps ago was bad.
         """
         bad = torch.zeros(get_global_size() + 1, device=self.all_finite.device)
-        for place, values in ((get_global_rank(), losses), (-1, norms)):
+        for rank, values in ((get_global_rank(), losses), (-1, norms)):
             if values:
                 stacked = torch.stack([value.detach().float() for value in values.values()])
-                bad[place] = 1 - torch.isfinite(stacked).all().float()
+                bad[rank] = 1 - torch.isfinite(stacked).all().float()
         all_reduce_sum(bad)
         self.all_finite = self.all_finite * (bad.sum() == 0)
         host = torch.empty(bad.shape, pin_memory=bad.is_cuda).copy_(bad, non_blocking=True)

@@ -16,7 +16,7 @@ TINT, EARLY = "tests.helpers.augmentation:Tint", "tests.helpers.augmentation:Ear
 
 
 def with_steps(**steps: Tint.Options) -> AugmentationConfig:
-    """The default section with further steps; those that are not registered are named by their place."""
+    """The default section with further steps; those that are not registered are named by their location."""
     return dataclasses.replace(DEFAULTS, steps=steps)
 
 

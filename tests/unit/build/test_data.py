@@ -1,6 +1,7 @@
 """Kinds of data, what a run says about its stream, and how it keeps a commit."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dinov2.build import data as stream
@@ -92,13 +95,13 @@ class ToySource:
 
     def __init__(self, slides: list[str], side: int) -> None:
         self.names = slides
-        self.unit_rows = np.full(len(slides), 10)
-        self.unit_bytes = self.unit_rows * 10_000
+        self.group_rows = np.full(len(slides), 10)
+        self.group_bytes = self.group_rows * 10_000
         self.num_rows, self.fingerprint = 10 * len(slides), f"toy-{len(slides)}-{side}"
         self._side = side
 
-    def read(self, unit: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        return [(self.names[unit], self._encoded(100 * unit + row)) for row in rows]
+    def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        return [(self.names[group], self._encoded(100 * group + row)) for row in rows]
 
     def _encoded(self, number: int) -> bytes:
         noise = np.random.default_rng(number).integers(0, 256, (self._side, self._side, 3), np.uint8)
@@ -107,11 +110,11 @@ class ToySource:
     def decode(self, sample: EncodedSample) -> np.ndarray:
         return decode_image(sample.data)
 
-    def describe(self, unit: int, row: int | None = None) -> str:
-        return f"tile {row} of slide '{self.names[unit]}'"
+    def describe(self, group: int, row: int | None = None) -> str:
+        return f"tile {row} of slide '{self.names[group]}'"
 
-    def slides(self, unit: int) -> list[str]:
-        return [self.names[unit]] * 10
+    def slides(self, group: int) -> list[str]:
+        return [self.names[group]] * 10
 
 
 class Toy:
@@ -142,7 +145,7 @@ class Asking(Toy):
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> dict[str, str]:
+def locations(tmp_path: Path) -> dict[str, str]:
     """A path of each sort, by name."""
     write_tissue_shards(tmp_path / "shards")
     (tmp_path / "slides/sub").mkdir(parents=True)
@@ -166,9 +169,9 @@ def places(tmp_path: Path) -> dict[str, str]:
      ("{list4.txt}", "sample_list"), ("{list6.txt}", "sample_list"), ("{slides.txt}", "slides"),
      ("{slides.csv}", "slides"), ("{slides}/sub/A.SVS", "slides"), ("https://host/a%20b.svs", "slides")],
 )  # fmt: skip
-def test_kinds_are_recognised(places: dict[str, str], path: str, kind: str) -> None:
-    for name, place in places.items():
-        path = path.replace(f"{{{name}}}", place)
+def test_kinds_are_recognised(locations: dict[str, str], path: str, kind: str) -> None:
+    for name, location in locations.items():
+        path = path.replace(f"{{{name}}}", location)
     assert recognise(path) == kind
 
 
@@ -177,16 +180,16 @@ def test_kinds_are_recognised(places: dict[str, str], path: str, kind: str) -> N
     [("other", "a folder that holds photo.bmp"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
      ("notes.txt", "a file that begins with b'nothing of the kind"), ("toy", "b'toy tiles'")],
 )  # fmt: skip
-def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(places: dict[str, str], name: str, words: str) -> None:
+def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(locations: dict[str, str], name: str, words: str) -> None:
     with pytest.raises(ValueError, match=r"parquet: .*; sample_list: .*; slides: ") as caught:
-        recognise(places[name])
-    assert words in str(caught.value) and places[name] in str(caught.value)
+        recognise(locations[name])
+    assert words in str(caught.value) and locations[name] in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"There is no data at '/nowhere/at/all'"):
         recognise("/nowhere/at/all")
 
 
-def test_a_new_kind_feeds_a_run_that_goes_on_where_it_stopped(places: dict[str, str], tmp_path: Path) -> None:
-    options = [*TINY, f"data.path={places['toy']}", f"data.kind={TOY}", f"data.options={{{TOY!r}: {{side: 70}}}}",
+def test_a_new_kind_feeds_a_run_that_goes_on_where_it_stopped(locations: dict[str, str], tmp_path: Path) -> None:
+    options = [*TINY, f"data.path={locations['toy']}", f"data.kind={TOY}", f"data.options={{{TOY!r}: {{side: 70}}}}",
                "data.validation_fraction=0.3"]  # fmt: skip
     for name, stops in {"whole": [2], "parts": [1, 2]}.items():
         for stop in stops:
@@ -195,29 +198,66 @@ def test_a_new_kind_feeds_a_run_that_goes_on_where_it_stopped(places: dict[str, 
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
-def test_kinds_mix_and_all_leave_out_what_is_excluded(places: dict[str, str], tmp_path: Path) -> None:
+def test_kinds_mix_and_all_leave_out_what_is_excluded(locations: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "excluded.txt").write_text("TCGA-AA-0003\nslide_1\nnobody\n")
-    mixture = [{"path": places["shards"], "weight": 3}, {"path": places["toy"], "kind": TOY},
-               {"path": places["toy"], "kind": f"{__name__}:Asking"}]  # fmt: skip
+    mixture = [{"path": locations["shards"], "weight": 3}, {"path": locations["toy"], "kind": TOY},
+               {"path": locations["toy"], "kind": f"{__name__}:Asking"}]  # fmt: skip
     data = open_data(load_config(None, [f"data.datasets={json.dumps(mixture)}",
                                         f"data.exclusion_file={tmp_path / 'excluded.txt'}"]))  # fmt: skip
     assert [source.num_rows for source in data.sources] == [60, 50, 50]
     assert data.source.num_rows == 160
-    slides = {name for unit in range(len(data.source.unit_rows)) for name in data.source.slides(unit)}
+    slides = {name for group in range(len(data.source.group_rows)) for name in data.source.slides(group)}
     assert not {"TCGA-AA-0003-01.svs", "slide_1"} & slides
     report = "\n".join(data.report)
     assert "training on 5 of 6 slides; 1 excluded, 0 kept for validation" in report
     assert "1 of 3 names to exclude match no slide: nobody" in report
-    units = data.order(seed=0, lanes=16, block_rows=4).locate(np.arange(1600)).unit
-    assert set(units) == set(np.flatnonzero(data.source.unit_rows))
+    groups = data.order(seed=0, lanes=16, block_rows=4).locate(np.arange(1600)).group
+    assert set(groups) == set(np.flatnonzero(data.source.group_rows))
 
 
-def test_what_has_no_end_stands_alone(places: dict[str, str]) -> None:
-    endless = {"path": places["toy"], "kind": f"{__name__}:Endless"}
-    config = load_config(None, [f"data.datasets={json.dumps([endless, {'path': places['shards']}])}"])
+def test_what_has_no_end_stands_alone(locations: dict[str, str]) -> None:
+    endless = {"path": locations["toy"], "kind": f"{__name__}:Endless"}
+    config = load_config(None, [f"data.datasets={json.dumps([endless, {'path': locations['shards']}])}"])
     with pytest.raises(ValueError, match=r"drawn without end, with others; .* online.max_patches"):
         open_data(config)
     alone = [f"data.path={endless['path']}", f"data.kind={endless['kind']}"]
     with pytest.raises(ValueError, match=r"drawn without end, so that data.exclusion_file"):
         open_data(load_config(None, [*alone, "data.validation_fraction=0.5"]))
     assert stream.order_parameters(config, None, open_data(load_config(None, alone)))["lanes"] == 1
+
+
+def with_columns(shards: Path, folder: Path, **columns: list) -> Path:
+    """A copy of shards with further columns, whose values are dealt out in turn."""
+    folder.mkdir()
+    for shard in sorted(shards.glob("*.parquet")):
+        table = pq.read_table(shard)
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array([values[row % len(values)] for row in range(len(table))]))
+        pq.write_table(table.replace_schema_metadata(pq.read_schema(shard).metadata), folder / shard.name)
+    return folder
+
+
+def test_sites_are_left_out_of_what_is_trained_on(shards: Path, tmp_path: Path) -> None:
+    folder = with_columns(shards, tmp_path / "sites", site=["rome", "oslo", None])
+    expected = sum(
+        site != "oslo" for shard in folder.glob("*.parquet") for site in pq.read_table(shard)["site"].to_pylist()
+    )
+    data = open_data(load_config(None, [f"data.path={folder}", "data.excluded_sites=[oslo,bonn]"]))
+    assert data.source.num_rows == expected
+    assert any("bonn" in line and "oslo" not in line for line in data.report)
+    mixture = json.dumps([{"path": str(folder)}, {"path": str(shards)}])
+    data = open_data(load_config(None, [f"data.datasets={mixture}", "data.excluded_sites=[oslo]"]))
+    assert [source.num_rows for source in data.sources] == [expected, 90]
+    with pytest.raises(ValueError, match=r"oslo.*site"):
+        open_data(load_config(None, [f"data.path={shards}", "data.excluded_sites=[oslo]"]))
+
+
+def test_patients_of_a_column_are_kept_for_validation_whole(shards: Path, tmp_path: Path) -> None:
+    folder = with_columns(shards, tmp_path / "patients", patient=[f"p{number}" for number in range(7)])
+    data = open_data(load_config(None, [f"data.path={folder}", "data.validation_fraction=0.5"]))
+    names = [f"p{number}" for number in range(7)]
+    held = {name for name in names if int(hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), 16) < 2**63}
+    rows = [name for shard in folder.glob("*.parquet") for name in pq.read_table(shard)["patient"].to_pylist()]
+    assert 0 < len(held) < 7
+    assert data.held_out[0].num_rows == sum(name in held for name in rows)
+    assert data.source.num_rows == sum(name not in held for name in rows)

@@ -88,10 +88,10 @@ def test_a_missing_end_mark_alone_is_an_error() -> None:
 
 
 def test_a_png_with_flipped_bits_is_an_error() -> None:
-    damaged = bytearray(PNG)
-    damaged[len(PNG) // 2] ^= 0xFF
+    corrupt = bytearray(PNG)
+    corrupt[len(PNG) // 2] ^= 0xFF
     with pytest.raises(DecodeError):
-        decode_image(bytes(damaged))
+        decode_image(bytes(corrupt))
 
 
 @pytest.mark.parametrize(

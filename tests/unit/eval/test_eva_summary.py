@@ -81,7 +81,7 @@ def test_average_only_of_all_twelve(tmp_path, capsys):
         ("[]", "not a results.json"),
     ],
 )
-def test_damaged_results(tmp_path, capsys, results, reason):
+def test_corrupt_results(tmp_path, capsys, results, reason):
     path = tmp_path / "bach/results/20260101_a/results.json"
     path.parent.mkdir(parents=True)
     path.write_text(results)

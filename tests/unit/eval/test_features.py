@@ -70,7 +70,7 @@ def test_nothing_to_embed_is_an_error():
 
 @pytest.fixture
 def shard(tmp_path):
-    """Ten grey tiles of levels 0, 10, ... 90, in row groups of four; the sixth row is damaged."""
+    """Ten grey tiles of levels 0, 10, ... 90, in row groups of four; the sixth row is corrupt."""
     tiles = [np.full((14, 14, 3), 10 * i, np.uint8) for i in range(10)]
     data = [cv2.imencode(".png", tile)[1].tobytes() for tile in tiles]
     data[5] = b"no image"
@@ -83,7 +83,7 @@ def levels(tiles):
     return [int(tile[0, 0, 0]) for tile in tiles]
 
 
-def test_all_tiles_in_stored_order_without_the_damaged_one(shard, caplog):
+def test_all_tiles_in_stored_order_without_the_corrupt_one(shard, caplog):
     assert levels(read_tiles(ParquetSource(str(shard)))) == [0, 10, 20, 30, 40, 60, 70, 80, 90]
     assert "row 1 of row group 1" in caplog.text
 
@@ -165,7 +165,7 @@ def test_modes_and_random_states_are_left(tiles):
     assert all(parameter.grad is None and not parameter.is_inference() for parameter in model.parameters())
 
 
-def test_damaged_tiles(tiles, caplog):
+def test_corrupt_tiles(tiles, caplog):
     (tiles.root / "03.png").write_bytes(b"no image")
     (tiles.root / "05.png").unlink()
     with pytest.raises(ValueError, match=r"Image '.*03.png' cannot be read"):

@@ -274,7 +274,7 @@ def test_files_of_something_else(kind, message, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "safetensors of text", "empty"])
-def test_damaged_files(kind, tmp_path):
+def test_corrupt_files(kind, tmp_path):
     path = tmp_path / ("teacher.safetensors" if kind == "safetensors of text" else "teacher.pth")
     torch.save(vit_demo(patch_size=14, img_size=28).state_dict(), path)
     path.write_bytes({"truncated": path.read_bytes()[:9000], "empty": b""}.get(kind, b"version https://git-lfs"))

@@ -132,7 +132,7 @@ def test_training_source_reads_the_shards(sample_list: Path, tmp_path: Path) -> 
         np.testing.assert_array_equal(source.decode(EncodedSample(0, 5, 35, slide, data)), cut(row))
 
 
-def test_unreadable_patches_are_listed_and_leave_no_row(
+def test_unreadable_tiles_are_listed_and_leave_no_row(
     train_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = damage_tile(train_slide, tmp_path / "broken.svs", 22, empty=False)
@@ -146,7 +146,7 @@ def test_unreadable_patches_are_listed_and_leave_no_row(
     ]
     listed.write_text("".join(good[:50] + bad + good[50:] + [f"{broken} 400 500 0\n"]))
     assert build(listed, tmp_path / "out") == 1
-    assert f"4 of 105 patches failed, see {tmp_path / 'out' / 'failures.jsonl'}." in caplog.text
+    assert f"4 of 105 tiles failed, see {tmp_path / 'out' / 'failures.jsonl'}." in caplog.text
     records = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert [(Path(r["slide_path"]).name, r["x"], r["level"]) for r in records] == [
         ("broken.svs", 1100, 0), ("broken.svs", 2200, 0), ("broken.svs", 0, 9), ("gone.svs", 0, 0)
@@ -183,15 +183,15 @@ def test_moved_slides_and_other_tile_sizes(train_slide: Path, tmp_path: Path) ->
 SMALL = ("--rows-per-shard", "16")
 
 
-def test_a_damaged_shard_is_named(short_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_shard_is_named(short_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
     assert build(short_list, out, *SMALL) == 0
     whole = contents(out)
-    damaged = out / "00000003.parquet"
-    damaged.write_bytes(whole[damaged.name][:-100])
+    corrupt = out / "00000003.parquet"
+    corrupt.write_bytes(whole[corrupt.name][:-100])
     assert build(short_list, out, *SMALL) == 2
-    assert f"'{damaged}' is corrupt" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
-    damaged.unlink()
+    assert f"'{corrupt}' is corrupt" in caplog.messages[-1] and "move it away" in caplog.messages[-1]
+    corrupt.unlink()
     assert build(short_list, out, *SMALL) == 0 and contents(out) == whole
     (out / "_build.json").write_text("{}")
     assert build(short_list, out, *SMALL) == 2 and "_build.json' does not describe a build" in caplog.messages[-1]
@@ -208,18 +208,18 @@ def test_a_slide_that_keeps_failing_is_given_up(train_slide: Path, tmp_path: Pat
     records = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     reasons = [record["reason"] for record in records]
     assert len(records) == 11 and [record["x"] for record in records[:-1]] == list(range(1100, 1110))
-    assert reasons[3:10] == ["given up after 3 unreadable patches"] * 7 and "leaves the level" in reasons[10]
+    assert reasons[3:10] == ["given up after 3 unreadable tiles"] * 7 and "leaves the level" in reasons[10]
     assert "given up" not in "".join(reasons[:3])
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
-def test_six_columns_give_patches_of_the_listed_resolution(train_slide: Path, tmp_path: Path) -> None:
+def test_six_columns_give_tiles_of_the_listed_resolution(train_slide: Path, tmp_path: Path) -> None:
     listed = tmp_path / "list 6.txt"
-    places = [(400, 600, 0, 0.25), (640, 640, 1, 0.5), (600, 500, 0, 0.4), (400, 400, 1, 0.75)]
-    listed.write_text("".join(f"{train_slide} {x} {y} {level} {mpp} {mpp}\n" for x, y, level, mpp in places))
+    positions = [(400, 600, 0, 0.25), (640, 640, 1, 0.5), (600, 500, 0, 0.4), (400, 400, 1, 0.75)]
+    listed.write_text("".join(f"{train_slide} {x} {y} {level} {mpp} {mpp}\n" for x, y, level, mpp in positions))
     assert build(listed, tmp_path / "out", "--columns", "6", "--encoding", "raw") == 0
     rows = rows_of(tmp_path / "out")
-    assert [(r["x"], r["y"], r["level"]) for r in rows] == [place[:3] for place in places]
+    assert [(r["x"], r["y"], r["level"]) for r in rows] == [place[:3] for place in positions]
     assert [r["mpp"] for r in rows] == pytest.approx([0.25, 0.5, 0.4, 0.75])
     assert [r["read_size"] for r in rows] == [224, 224, 358, 336]
     assert [r["level_downsample"] for r in rows] == [1, 2, 1, 2]

@@ -46,19 +46,19 @@ def failures_of(path: Path) -> dict[str, str]:
 
 
 def assert_tissue(lines: list[Line]) -> None:
-    """Every patch lies on its level and is more than 60 % tissue, by OpenSlide and scikit-image."""
+    """Every tile lies on its level and is more than 60 % tissue, by OpenSlide and scikit-image."""
     for name, x, y, level in lines:
         with openslide.OpenSlide(name) as slide:
             downsample = slide.level_downsamples[level]
             for corner, side in zip((x, y), slide.level_dimensions[level], strict=True):
                 assert 0 <= round(corner / downsample) <= side - 224
-            patch = np.asarray(slide.read_region((x, y), level, (224, 224)).convert("RGB"))
-        hsv = rgb2hsv(patch) * (180, 255, 255)
+            tile = np.asarray(slide.read_region((x, y), level, (224, 224)).convert("RGB"))
+        hsv = rgb2hsv(tile) * (180, 255, 255)
         tissue = (hsv >= (89.5, 7.5, 102.5)).all(-1) & (hsv[..., 0] < 179.5)  # bounds as they round to 8 bits
         assert tissue.mean() > 0.595
 
 
-def test_every_patch_is_tissue_on_its_own_level(demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_tile_is_tissue_on_its_own_level(demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "list.txt"
     assert create(demo_slides[0].parent, output, "--levels", "0", "1") == 0
     lines = lines_of(output)
@@ -95,7 +95,7 @@ def test_list_depends_on_seed_and_slide_only(demo_slides: tuple[Path, Path], tmp
     assert set(lines_of(alone)) == {line for line in lines_of(one) if line[0] == str(demo_slides[1])}
 
 
-def test_moved_slides_give_the_same_places(train_slide: Path, tmp_path: Path) -> None:
+def test_moved_slides_give_the_same_positions(train_slide: Path, tmp_path: Path) -> None:
     moved = tmp_path / "a folder" / train_slide.name
     moved.parent.mkdir()
     shutil.copy(train_slide, moved)
@@ -120,7 +120,7 @@ def test_bad_slides_are_listed_and_good_ones_complete(
     assert create(folder, output, "--levels", "0") == 1
     assert f"4 of 5 slides failed, see {output}.failures.jsonl." in caplog.text
     failures = failures_of(output)
-    assert failures[str(blank)] == failures[str(small)] == "no patch passed the tissue rule"
+    assert failures[str(blank)] == failures[str(small)] == "no tile passed the tissue rule"
     assert "not a whole slide" in failures[str(folder / "page.svs")]
     assert "not a whole slide" in failures[str(folder / "cut.svs")]
     assert {name for name, *_ in lines_of(output)} == {str(good)} and len(lines_of(output)) == 12
@@ -129,8 +129,8 @@ def test_bad_slides_are_listed_and_good_ones_complete(
     assert failures_of(tmp_path / "none.txt") == {str(good): "it has levels 0 to 2 only"}
 
 
-def test_unreadable_places_are_avoided(train_slide: Path, tmp_path: Path) -> None:
-    """Tile 22 (column 4, row 2 of 9 tiles a row) is tissue; no patch may touch it."""
+def test_unreadable_positions_are_avoided(train_slide: Path, tmp_path: Path) -> None:
+    """Tile 22 (column 4, row 2 of 9 tiles a row) is tissue; no tile may touch it."""
     broken = damage_tile(train_slide, tmp_path / "broken.svs", 22, empty=True)
     output = tmp_path / "list.txt"
     assert create(broken, output, "--levels", "0") == 0
@@ -173,7 +173,7 @@ def test_quotas(train_slide: Path) -> None:
 
 
 def test_six_columns_by_mpp(demo_slides: tuple[Path, Path], tmp_path: Path) -> None:
-    """Every patch is tissue as OpenSlide's level and Pillow's box filter make it, an independent path."""
+    """Every tile is tissue as OpenSlide's level and Pillow's box filter make it, an independent path."""
     output = tmp_path / "list.txt"
     options = ("--mpp", "0.5", "0.35", "0.2", "--magnification", "20", "--per-mpp", "7")
     assert main([str(demo_slides[0].parent), "--output", str(output), "--workers", "1", *options]) == 0
@@ -185,8 +185,8 @@ def test_six_columns_by_mpp(demo_slides: tuple[Path, Path], tmp_path: Path) -> N
         assert side == other
         size = round(224 * float(side) / (0.25 * 2 ** int(level)))
         with openslide.OpenSlide(name) as slide:
-            patch = slide.read_region((int(x), int(y)), int(level), (size, size)).convert("RGB")
-        hsv = rgb2hsv(np.asarray(patch.resize((224, 224), Image.Resampling.BOX))) * (180, 255, 255)
+            tile = slide.read_region((int(x), int(y)), int(level), (size, size)).convert("RGB")
+        hsv = rgb2hsv(np.asarray(tile.resize((224, 224), Image.Resampling.BOX))) * (180, 255, 255)
         assert ((hsv >= (89, 7, 102)).all(-1) & (hsv[..., 0] < 179.5)).mean() > 0.59
     meta = meta_of(output)
     assert meta["columns"] == ["path", "x", "y", "level", "mpp_x", "mpp_y"]
@@ -210,7 +210,7 @@ def test_slides_without_mpp_take_the_tables(make_slide: MakeSlide, tmp_path: Pat
     assert meta_of(output)["slide_mpp"] == {known: 0.5}
     samples = read_sample_list(output)
     assert samples.slides == [known] and samples.mpp.tolist() == [1.0] * 3
-    assert max(samples.x.max(), samples.y.max()) <= 512 - 448, "a patch takes 448 px of the level"
+    assert max(samples.x.max(), samples.y.max()) <= 512 - 448, "a tile takes 448 px of the level"
     assert "1 of 2 slides failed" in caplog.text
 
 

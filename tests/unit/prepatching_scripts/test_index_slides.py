@@ -104,15 +104,15 @@ def test_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("cut", "expected"), [(0.9, ["train.svs"]), (0.05, ["plain.svs", "train.svs"]), (0, None)])
-def test_damaged_part_of_a_stopped_run_is_made_again(
+def test_corrupt_part_of_a_stopped_run_is_made_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float, expected: list[str] | None
 ) -> None:
     (folder / "broken.svs").unlink()
     run(folder, tmp_path / "index")
     finished = tmp_path / "index/tiles.index"
     whole = finished.read_bytes()
-    damaged = whole[: int(len(whole) * cut)] if cut else whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]
-    finished.with_name("tiles.index.part").write_bytes(damaged)
+    corrupt = whole[: int(len(whole) * cut)] if cut else whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]
+    finished.with_name("tiles.index.part").write_bytes(corrupt)
     finished.unlink()
     parsed: list[str] = []
     parse = lambda path, mpp=None: parsed.append(Path(path).name) or index_slide(path, mpp)  # noqa: E731

@@ -116,6 +116,6 @@ def test_masks_depend_on_seed_and_pair_alone():
 
 
 @pytest.mark.parametrize(("probability", "ratios"), [(1.2, (0.1, 0.5)), (0.5, (0.1, 1.1)), (0.5, (0.6, 0.5))])
-def test_shares_outside_their_range_are_refused(probability, ratios):
+def test_fractions_outside_their_range_are_refused(probability, ratios):
     with pytest.raises(ValueError, match="mask_"):
         StratifiedMasks(0, GRID, probability, ratios)

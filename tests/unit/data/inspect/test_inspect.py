@@ -127,7 +127,7 @@ def test_mixing_is_that_of_the_stream(report: Callable[..., dict[str, Any]], tmp
     write_mixed(tmp_path)
     found = report(tmp_path, "--lanes", "16", "--block-rows", "4")["stream"]
     source = ParquetSource(str(tmp_path))
-    order = SampleOrder(source.unit_rows, seed=0, lanes=16, block_rows=4)
+    order = SampleOrder(source.group_rows, seed=0, lanes=16, block_rows=4)
     steps = iter(RankReader(source, order, global_batch=8, rank=0, world_size=1, start_sample=0))
     slides = [[sample.slide for sample in next(steps)] for _ in range(100)]
     steps.close()

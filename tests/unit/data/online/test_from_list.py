@@ -1,4 +1,4 @@
-"""Training straight from a sample list: its units, and the patches it yields."""
+"""Training straight from a sample list: its row groups, and the tiles it yields."""
 
 import json
 import pickle
@@ -23,23 +23,23 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def sample_at(source: SlideListSource, unit: int, row: int) -> EncodedSample:
-    [(slide, data)] = source.read(unit, [row])
-    return EncodedSample(0, unit, row, slide, data)
+def sample_at(source: SlideListSource, group: int, row: int) -> EncodedSample:
+    [(slide, data)] = source.read(group, [row])
+    return EncodedSample(0, group, row, slide, data)
 
 
-def test_units_are_64_consecutive_lines(train_slide: Path, tmp_path: Path) -> None:
+def test_groups_are_64_consecutive_lines(train_slide: Path, tmp_path: Path) -> None:
     source = SlideListSource(write(tmp_path / "list", *(f"{train_slide} {i} 0 0" for i in range(150))))
-    assert source.unit_rows.dtype == np.int64 and source.unit_rows.tolist() == [64, 64, 22]
-    assert source.num_rows == 150 and source.unit_bytes.shape == (3,)
+    assert source.group_rows.dtype == np.int64 and source.group_rows.tolist() == [64, 64, 22]
+    assert source.num_rows == 150 and source.group_bytes.shape == (3,)
     assert source.read(2, [21, 0]) == [(str(train_slide), b"149 0 0"), (str(train_slide), b"128 0 0")]
-    assert source.describe(2) == f"patches 129 to 150 of sample list '{tmp_path / 'list'}'"
+    assert source.describe(2) == f"tiles 129 to 150 of sample list '{tmp_path / 'list'}'"
 
 
-def test_patches_are_the_stored_pixels_at_the_snapped_place(
+def test_tiles_are_the_stored_pixels_at_the_snapped_position(
     train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
 ) -> None:
-    """Level-0 places between pixels of level 1 (601, 703) and 2 (602, 701) go to the nearest pixel."""
+    """Level-0 positions between pixels of level 1 (601, 703) and 2 (602, 701) go to the nearest pixel."""
     lines = (f"{train_slide} {x} {y} {level}" for x, y, level in [(601, 703, 0), (602, 703, 1), (603, 701, 2)])
     source = SlideListSource(write(tmp_path / "list", *lines), tile_size=96)
     for row, (column, top) in enumerate([(601, 703), (301, 352), (151, 175)]):
@@ -49,7 +49,7 @@ def test_patches_are_the_stored_pixels_at_the_snapped_place(
     np.testing.assert_array_equal(copy.decode(sample_at(copy, 0, 2)), expected)
 
 
-def test_six_column_patches_are_cut_at_their_mpp(
+def test_six_column_tiles_are_cut_at_their_mpp(
     train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
 ) -> None:
     """Levels 0, 1, 2 have 0.25, 0.5, 1 um: 2 um takes 192 px of level 2 and averages four into one."""
@@ -60,8 +60,8 @@ def test_six_column_patches_are_cut_at_their_mpp(
     same = stored_levels[1][350:446, 300:396]
     np.testing.assert_array_equal(source.decode(sample_at(source, 0, 0)), same)
     half = stored_levels[2][100:292, 100:292].reshape(96, 2, 96, 2, 3).mean((1, 3))
-    patch = pickle.loads(pickle.dumps(source)).decode(sample_at(source, 0, 1))
-    np.testing.assert_allclose(patch, half, atol=0.51)
+    tile = pickle.loads(pickle.dumps(source)).decode(sample_at(source, 0, 1))
+    np.testing.assert_allclose(tile, half, atol=0.51)
     prints = {source.fingerprint, SlideListSource(listed, tile_size=64, columns=6).fingerprint}
     assert len(prints | {SlideListSource(write(listed, *lines[:1]), columns=6, tile_size=96).fingerprint}) == 3
 
@@ -87,7 +87,7 @@ def test_six_columns_need_every_slides_mpp(train_slide: Path, make_slide: MakeSl
     assert SlideListSource(four).num_rows == 1, "lists of four columns need no mpp"
 
 
-def test_unreadable_patches_are_decode_errors_that_name_the_place(train_slide: Path, tmp_path: Path) -> None:
+def test_unreadable_tiles_are_decode_errors_that_name_the_position(train_slide: Path, tmp_path: Path) -> None:
     broken = damage_tile(train_slide, tmp_path / "broken.svs", 0, empty=True)
     source = SlideListSource(
         write(
@@ -139,13 +139,13 @@ def _as_list(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
-def test_loader_cuts_patches_in_the_order_of_any_other_source(
+def test_loader_cuts_tiles_in_the_order_of_any_other_source(
     train_slide: Path, stored_levels: list[np.ndarray], tmp_path: Path
 ) -> None:
     broken = damage_tile(train_slide, tmp_path / "broken.svs", 0, empty=True)
     lines = [f"{train_slide} {400 + 2 * i} {600 + 4 * i} {i % 2}" for i in range(95)] + [f"{broken} 0 0 0"]
     source = SlideListSource(write(tmp_path / "list", *lines), tile_size=64)
-    order = SampleOrder(source.unit_rows, seed=5, lanes=8, block_rows=16)
+    order = SampleOrder(source.group_rows, seed=5, lanes=8, block_rows=16)
     loader = TrainLoader(
         source, _identity, _as_list, global_batch=8, rank=0, world_size=1, start_sample=16, order=order,
         num_workers=2,
@@ -153,10 +153,10 @@ def test_loader_cuts_patches_in_the_order_of_any_other_source(
     batches = iter(loader)
     samples = [sample for _ in range(10) for sample in next(batches)]
     assert [sample.index for sample in samples] == list(range(16, 96))
-    places = order.locate(np.arange(16, 96))
-    for sample, line in zip(samples, 64 * places.unit + places.row, strict=True):
+    positions = order.locate(np.arange(16, 96))
+    for sample, line in zip(samples, 64 * positions.group + positions.row, strict=True):
         assert sample.replaced == (line == 95)
-        i = 64 if line == 95 else line  # the next row of the unit, which wraps to its first line
+        i = 64 if line == 95 else line  # the next row of the row group, which wraps to its first line
         x, y, level = 400 + 2 * i, 600 + 4 * i, i % 2
         y, x = y >> level, x >> level
         np.testing.assert_array_equal(sample.crops, stored_levels[level][y : y + 64, x : x + 64])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.online.prepare import Dropped, OnlineSlide, PatchOptions, load_plan, prepare_slide
+from dinov2.data.online.prepare import Dropped, OnlineSlide, TileOptions, load_plan, prepare_slide
 from dinov2.data.slides.find import SlideRow, find_slides
 from dinov2.data.slides.index import complete_tile_index
 from dinov2.data.slides.tissue import CELL_RULE, TissueCache, TissueMask, TissueRule
@@ -16,7 +16,7 @@ from tests.helpers.slides import MakeSlide
 
 
 def job(path: Path, folder: Path, mpp: float | None = None, rule: TissueRule = CELL_RULE) -> tuple:
-    return TissueCache(folder, rule), PatchOptions(), SlideRow(str(path), mpp=mpp)
+    return TissueCache(folder, rule), TileOptions(), SlideRow(str(path), mpp=mpp)
 
 
 def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
@@ -35,12 +35,12 @@ def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", b"no zip at all"])
-def test_damaged_cache_files_are_made_again(make_slide: MakeSlide, tmp_path: Path, content: bytes) -> None:
+def test_corrupt_cache_files_are_made_again(make_slide: MakeSlide, tmp_path: Path, content: bytes) -> None:
     slide, folder = make_slide("a.svs", "|MPP = 0.25"), tmp_path / "cache"
     first = prepare_slide(*job(slide, folder))
-    damaged = [path for path in folder.iterdir() if path.suffix in (".npz", ".tiles")]
-    assert len(damaged) == 3
-    for path in damaged:
+    corrupt = [path for path in folder.iterdir() if path.suffix in (".npz", ".tiles")]
+    assert len(corrupt) == 3
+    for path in corrupt:
         path.write_bytes(content)
     again = prepare_slide(*job(slide, folder))
     assert (again.stem, again.key, again.counts) == (first.stem, first.key, first.counts)
@@ -74,9 +74,9 @@ def test_a_tile_index_saves_the_parsing(make_slide: MakeSlide, tmp_path: Path, m
     monkeypatch.setattr("dinov2.data.slides.reader.index_slide", None)
     cache = TissueCache(tmp_path / "two")
     for _ in range(2):  # examined, then recalled
-        made = [prepare_slide(cache, PatchOptions(), row) for row in rows]
+        made = [prepare_slide(cache, TileOptions(), row) for row in rows]
         for slide, same in zip(made, expected, strict=True):
-            assert (slide.key, slide.counts, slide.patch_bytes) == (same.key, same.counts, same.patch_bytes)
+            assert (slide.key, slide.counts, slide.tile_bytes) == (same.key, same.counts, same.tile_bytes)
             index, other = load_plan(slide, 0.4).index, load_plan(same, 0.4).index
             np.testing.assert_array_equal(index.levels[0].offsets, other.levels[0].offsets)
     assert not list((tmp_path / "two").glob("*.tiles"))
@@ -90,7 +90,7 @@ def test_slides_that_give_nothing_say_why(make_slide: MakeSlide, tmp_path: Path)
         (make_slide("white.svs", "|MPP = 0.25", white), None, "shows no tissue", False),
         (make_slide("mute.svs"), None, "its resolution is unknown", False),
         (make_slide("coarse.svs", "|MPP = 3"), None, "coarser than every resolution", False),
-        (make_slide("small.svs", "|MPP = 0.25", pink), None, "no patch", False),
+        (make_slide("small.svs", "|MPP = 0.25", pink), None, "no tile", False),
         (tmp_path / "missing.svs", None, "No such file", True),
         (text, None, "not a", True),
     ):  # fmt: skip

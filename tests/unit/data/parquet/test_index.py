@@ -1,4 +1,4 @@
-"""Units, fingerprint, sidecar and refusals of the index of a Parquet dataset."""
+"""Row groups, fingerprint, sidecar and refusals of the index of a Parquet dataset."""
 
 import errno
 import logging
@@ -64,13 +64,13 @@ def test_names_that_look_like_globs(tmp_path: Path) -> None:
     assert names((folder / "0000.parquet").rename(folder / "a[1].parquet")) == ["a[1].parquet"]
 
 
-def test_units_are_row_groups(folder: Path) -> None:
+def test_groups_are_row_groups(folder: Path) -> None:
     source = ParquetSource(str(folder))
-    assert source.unit_rows.tolist() == [4, 4, 1, 4, 4, 2]
+    assert source.group_rows.tolist() == [4, 4, 1, 4, 4, 2]
     assert source.num_rows == 19
     footers = [pq.read_metadata(shard) for shard in sorted(folder.glob("*.parquet"))]
     groups = [footer.row_group(group) for footer in footers for group in range(footer.num_row_groups)]
-    assert source.unit_bytes.tolist() == [group.column(8).total_uncompressed_size for group in groups]
+    assert source.group_bytes.tolist() == [group.column(8).total_uncompressed_size for group in groups]
 
 
 def test_fingerprint_survives_a_move(folder: Path, tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_sidecar_replaces_the_footers(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(parquet_index, "write_sidecar", None)
     cached = ParquetSource(str(folder), sidecar)
     assert cached.fingerprint == fresh.fingerprint
-    np.testing.assert_array_equal(cached.unit_rows, fresh.unit_rows)
-    np.testing.assert_array_equal(cached.unit_bytes, fresh.unit_bytes)
+    np.testing.assert_array_equal(cached.group_rows, fresh.group_rows)
+    np.testing.assert_array_equal(cached.group_bytes, fresh.group_bytes)
     assert cached.read(2, [0]) == fresh.read(2, [0])
 
 
@@ -136,7 +136,7 @@ def test_sidecar_replaces_the_footers(folder: Path, tmp_path: Path, monkeypatch:
         lambda _, sidecar: os.truncate(sidecar, sidecar.stat().st_size - 100),
         lambda _, sidecar: pq.write_table(pa.table({"x": [1]}), sidecar),
     ],
-    ids=["time", "more shards", "damaged sidecar", "cut sidecar", "other file"],
+    ids=["time", "more shards", "corrupt sidecar", "cut sidecar", "other file"],
 )
 def test_outdated_sidecar_is_rebuilt(folder: Path, tmp_path: Path, change: Callable[[Path, Path], object]) -> None:
     sidecar = tmp_path / "index.parquet"
@@ -158,9 +158,9 @@ class PinnedStorage(LocalStorage):
 
     def list_files(self) -> list[StoredFile]:
         self.listings += 1
-        self.location, place = self.folder, self.location
+        self.location, location = self.folder, self.location
         files = super().list_files()
-        self.location = place
+        self.location = location
         return [file._replace(version="blob") for file in files]
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
@@ -218,7 +218,7 @@ def test_a_footer_that_points_out_of_its_file_is_damage(folder: Path, caplog: py
     content = (folder / "0000.parquet").read_bytes()
     footer = int.from_bytes(content[-8:-4], "little") + 8
     (folder / "0000.parquet").write_bytes(content[-footer:])  # as if the beginning were lost
-    assert ParquetSource(str(folder)).unit_rows.tolist() == [4, 4, 2]
+    assert ParquetSource(str(folder)).group_rows.tolist() == [4, 4, 2]
     assert "0000.parquet (it places" in caplog.text
 
 
@@ -246,15 +246,15 @@ def test_shards_without_a_readable_footer_are_left_out_and_named(
     os.truncate(folder / "0001.parquet", 300)
     (folder / "0003.parquet").write_bytes(b"")
     (folder / "0004.parquet").write_bytes(b"<html>not found</html>")
-    damaged = bytearray((folder / "0000.parquet").read_bytes())
-    footer = int.from_bytes(damaged[-8:-4], "little")
-    damaged[-8 - footer : -8] = b"\xff" * footer
-    (folder / "0005.parquet").write_bytes(damaged)
+    corrupt = bytearray((folder / "0000.parquet").read_bytes())
+    footer = int.from_bytes(corrupt[-8:-4], "little")
+    corrupt[-8 - footer : -8] = b"\xff" * footer
+    (folder / "0005.parquet").write_bytes(corrupt)
     for sidecar in (None, tmp_path / "index", tmp_path / "index"):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             source = ParquetSource(str(folder), sidecar)
-        assert source.unit_rows.tolist() == [4, 4, 1, 4, 2]
+        assert source.group_rows.tolist() == [4, 4, 1, 4, 2]
         assert "left out 4 of 6 shards" in caplog.text
         assert all(name in caplog.text for name in ("0001", "0003", "0004", "0005"))
 
@@ -268,7 +268,7 @@ def test_a_failing_file_system_is_no_damage(folder: Path, monkeypatch: pytest.Mo
         load(folder)
 
 
-def test_places_without_shards_are_refused(tmp_path: Path) -> None:
+def test_locations_without_shards_are_refused(tmp_path: Path) -> None:
     for pattern, message in (
         (tmp_path / "missing", "'.*missing' does not exist; give a folder"),
         (tmp_path, "holds no Parquet file"),

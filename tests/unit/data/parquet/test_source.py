@@ -21,9 +21,9 @@ from tests.helpers.remote import RemoteFolder
 from tests.helpers.shards import TILE, encode, tile, write_groups, write_nanopath, write_published
 
 
-def decode(source: ParquetSource, unit: int, row: int) -> np.ndarray:
-    [(slide, data)] = source.read(unit, [row])
-    return source.decode(EncodedSample(0, unit, row, slide, data))
+def decode(source: ParquetSource, group: int, row: int) -> np.ndarray:
+    [(slide, data)] = source.read(group, [row])
+    return source.decode(EncodedSample(0, group, row, slide, data))
 
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
@@ -71,8 +71,8 @@ def test_schemas_mix_in_one_dataset(tmp_path: Path) -> None:
     write_published(tmp_path / "b.parquet", [encode(tile(1), "png")])
     write_nanopath(tmp_path / "c.parquet", [encode(tile(2), "png")])
     source = pickle.loads(pickle.dumps(ParquetSource(str(tmp_path))))
-    for unit in range(3):
-        np.testing.assert_array_equal(decode(source, unit, 0), tile(unit))
+    for group in range(3):
+        np.testing.assert_array_equal(decode(source, group, 0), tile(group))
 
 
 def test_a_corrupt_page_gives_no_image_and_the_rest_still_comes(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_shard_that_is_gone_or_changed_is_named(tmp_path: Path) -> None:
             source.read(1, [0])
 
 
-def test_a_remote_unit_is_one_read(tmp_path: Path) -> None:
+def test_a_remote_group_is_one_read(tmp_path: Path) -> None:
     table = pa.table(
         {
             "slide_path": ["a", "a", "a", "b"] * 4,
@@ -135,7 +135,7 @@ def test_slides_are_read_only_where_the_index_does_not_know_them(tmp_path: Path)
     storage = RemoteFolder(tmp_path)
     source = ParquetSource(storage)
     storage.reads.clear()
-    assert [source.slides(unit) for unit in range(5)] == [["a"] * 2, ["b", "c"], [""], ["b"] * 2, ["b"]]
+    assert [source.slides(group) for group in range(5)] == [["a"] * 2, ["b", "c"], [""], ["b"] * 2, ["b"]]
     assert len(storage.reads) == 2
     assert all(length < 200 for _, length in storage.reads)
     storage.reads.clear()
@@ -175,7 +175,7 @@ def test_an_oversized_row_group_is_read_in_windows(
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=900, compression="none", **options)
     storage = RemoteFolder(tmp_path) if remote else LocalStorage(str(tmp_path))
     source = ParquetSource(storage)
-    assert source.unit_rows.tolist() == [900, 600]
+    assert source.group_rows.tolist() == [900, 600]
     rows = [899, 0, 3, 450]
     if remote:
         storage.reads.clear()
@@ -236,13 +236,13 @@ def test_rows_are_what_was_written_and_corruption_raises_nothing(table: tuple[pa
         pq.write_table(pa.table({"jpeg": values}), path, **options)
         source = ParquetSource(folder)
         expected = [value or b"" for value in values.to_pylist()]
-        for unit, count in enumerate(source.unit_rows.tolist()):
+        for group, count in enumerate(source.group_rows.tolist()):
             rows = rng.integers(0, count, 5).tolist()  # in any order, some twice
-            first = int(source.unit_rows[:unit].sum())
-            assert source.read(unit, range(count)) == [
+            first = int(source.group_rows[:group].sum())
+            assert source.read(group, range(count)) == [
                 ("a.parquet", value) for value in expected[first : first + count]
             ]
-            assert source.read(unit, rows) == [("a.parquet", expected[first + row]) for row in rows]
+            assert source.read(group, rows) == [("a.parquet", expected[first + row]) for row in rows]
         content = bytearray(path.read_bytes())
         end = len(content) - int.from_bytes(content[-8:-4], "little") - 8
         for _ in range(int(rng.integers(1, 4))):
@@ -252,8 +252,8 @@ def test_rows_are_what_was_written_and_corruption_raises_nothing(table: tuple[pa
         path.write_bytes(content)
         found = [
             data
-            for unit in range(len(source.unit_rows))
-            for _, data in source.read(unit, range(source.unit_rows[unit]))
+            for group in range(len(source.group_rows))
+            for _, data in source.read(group, range(source.group_rows[group]))
         ]
         assert len(found) == len(expected)
         assert all(isinstance(data, bytes) for data in found)

@@ -38,7 +38,7 @@ def test_thumbnail_of_a_large_level(make_slide: MakeSlide, tmp_path: Path) -> No
     assert np.abs(image[125:].astype(float) - expected).max() < 4
 
 
-def test_squares_lie_where_the_patches_are(train_slide: Path) -> None:
+def test_squares_lie_where_the_tiles_are(train_slide: Path) -> None:
     """Sides: 224 px of 0.5 um are 448 level-0 px of 0.25 um."""
     sampling = Sampling(TissueRule(), 0, None, 5, None, 224, (0.2, 0.5, 1.0))
     job = SlideJob(str(train_slide), "s", sampling)
@@ -59,7 +59,7 @@ def test_squares_lie_where_the_patches_are(train_slide: Path) -> None:
     assert words == ["tissue map", "0.5 µm/px (20x) from level 1: 5", "1 µm/px (10x) from level 2: 5",
                      "0.2 µm/px (50x): none"]  # fmt: skip
     title = figure.texts[0].get_text()
-    assert title == "demo_train.svs\n2,304 x 1,776 px, 0.25 µm/px (slide); 10 patches"
+    assert title == "demo_train.svs\n2,304 x 1,776 px, 0.25 µm/px (slide); 10 tiles"
     bounds = axis.get_xlim(), axis.get_ylim()
     assert bounds == ((0, 2304), (1776, 0))
 
@@ -67,9 +67,9 @@ def test_squares_lie_where_the_patches_are(train_slide: Path) -> None:
 def test_slide_without_tissue_or_mpp_is_shown_too(make_slide: MakeSlide) -> None:
     blank = make_slide("blank.svs", image=np.full((300, 300, 3), 255, np.uint8))
     job = SlideJob(str(blank), "blank", Sampling(TissueRule(), 0, None, 5, None, 224))
-    figure = preview_figure(SlideReader(blank), job, SlideDraw(failure="no patch passed the tissue rule"))
+    figure = preview_figure(SlideReader(blank), job, SlideDraw(failure="no tile passed the tissue rule"))
     figure.canvas.draw()
-    assert "mpp unknown; no patch passed" in figure.texts[0].get_text()
+    assert "mpp unknown; no tile passed" in figure.texts[0].get_text()
 
 
 def test_previews_of_a_run(train_slide: Path, make_slide: MakeSlide, tmp_path: Path, caplog) -> None:
@@ -106,8 +106,8 @@ def test_restarted_run_draws_the_missing_previews(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", full)
+    with monkeypatch.context() as tile:
+        tile.setattr("matplotlib.figure.Figure.savefig", full)
         assert create(source, tmp_path / "list", folder, *options) == 2
     assert [path for path in folder.iterdir()] == [] and not (tmp_path / "list").exists()
     [parts] = tmp_path.glob(".list.parts-*")

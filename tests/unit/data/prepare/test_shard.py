@@ -20,10 +20,10 @@ TINY = 20 * 64 * 64 * 3 / 2**30  # GiB of 20 rows: many runs, several buckets fo
 
 @pytest.fixture(scope="module")
 def sample_list(demo_slides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 places on level 0 and 1 of two slides, slide after slide."""
+    """200 positions on level 0 and 1 of two slides, slide after slide."""
     path = tmp_path_factory.mktemp("list") / "list.txt"
-    places = [(f"{slide} {400 + 3 * i} {450 + i % 7} {i % 2}\n") for slide in demo_slides for i in range(100)]
-    path.write_text("".join(places))
+    positions = [(f"{slide} {400 + 3 * i} {450 + i % 7} {i % 2}\n") for slide in demo_slides for i in range(100)]
+    path.write_text("".join(positions))
     return path
 
 
@@ -186,7 +186,7 @@ def test_runs_of_another_build_are_not_used(sample_list: Path, whole: Path, tmp_
     assert contents(out) == contents(whole)
 
 
-def test_a_damaged_run_is_named(sample_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_corrupt_run_is_named(sample_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
     arguments = in_tiny_runs(sample_list, out)
     with killer() as kill:

@@ -58,7 +58,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Retries:
-    return Retries(4, 0.01, 0.02, connect_s=5.0, read_s=5.0, pause_folder=str(tmp_path))
+    return Retries(3, 0.01, 0.02, connect_s=5.0, read_s=5.0, pause_folder=str(tmp_path))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Regions come out exactly as stored, or with an error that names slide, level and place."""
+"""Regions come out exactly as stored, or with an error that names slide, level and position."""
 
 import multiprocessing
 import pickle
@@ -128,7 +128,7 @@ def test_level_out_of_range_is_refused(train_slide: Path, level: int) -> None:
         SlideReader(train_slide).read_region(level, 0, 0, 10, 10)
 
 
-def test_missing_tile_is_no_black_patch(train_slide: Path, tmp_path: Path) -> None:
+def test_missing_tile_is_no_black_tile(train_slide: Path, tmp_path: Path) -> None:
     reader = SlideReader(damage_tile(train_slide, tmp_path / "hole.svs", 0, empty=True))
     with pytest.raises(SlideReadError, match="level 0, column 200, row 200, 224x224 px: 3136 of its pixels"):
         reader.read_region(0, 200, 200, 224, 224)  # 56 x 56 px of it lie on the missing tile
@@ -299,36 +299,36 @@ def test_level_for_takes_the_coarsest_that_is_fine_enough(train_slide: Path) -> 
     assert [reader.level_for(target) for target in targets] == [0, 0, 0, 1, 1, 1, 2, 2]
     with pytest.raises(SlideRangeError, match=r"level 0 has 0.25 um/px, which is coarser than the 0.247 um/px"):
         reader.level_for(0.247)
-    assert reader.patch_side(224, 0.5) == 448.0
+    assert reader.tile_side(224, 0.5) == 448.0
 
 
-def test_patch_needs_a_resolution(make_slide: MakeSlide) -> None:
+def test_tile_needs_a_resolution(make_slide: MakeSlide) -> None:
     path = make_slide("unknown.svs")
-    for ask in (SlideReader(path).level_for, lambda mpp: SlideReader(path).patch_side(64, mpp)):
+    for ask in (SlideReader(path).level_for, lambda mpp: SlideReader(path).tile_side(64, mpp)):
         with pytest.raises(SlideRangeError, match="its resolution is unknown; give an mpp for it"):
             ask(0.5)
-    assert SlideReader(path, mpp=0.5).read_patch(0, 0, 64, 0.5).shape == (64, 64, 3)
+    assert SlideReader(path, mpp=0.5).read_tile(0, 0, 64, 0.5).shape == (64, 64, 3)
 
 
-def test_patch_is_the_mean_of_the_pixels_it_covers(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
-    patch = SlideReader(train_slide).read_patch(402, 801, 100, 2.0)  # 200 px of 1 um/px, from column 100.5, row 200.25
+def test_tile_is_the_mean_of_the_pixels_it_covers(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
+    tile = SlideReader(train_slide).read_tile(402, 801, 100, 2.0)  # 200 px of 1 um/px, from column 100.5, row 200.25
     stored = stored_levels[2][200:400, 100:300].astype(float)
     expected = stored.reshape(100, 2, 100, 2, 3).mean((1, 3))
-    assert patch.dtype == np.uint8 and np.abs(patch - expected).max() <= 0.5
-    same = SlideReader(train_slide).read_patch(402, 801, 100, 0.25)
+    assert tile.dtype == np.uint8 and np.abs(tile - expected).max() <= 0.5
+    same = SlideReader(train_slide).read_tile(402, 801, 100, 0.25)
     np.testing.assert_array_equal(same, stored_levels[0][801:901, 402:502])
-    odd = SlideReader(train_slide).read_patch(0, 0, 96, 0.4)  # 154 px of 0.25 um/px
+    odd = SlideReader(train_slide).read_tile(0, 0, 96, 0.4)  # 154 px of 0.25 um/px
     assert odd.shape == (96, 96, 3)
 
 
-def test_patch_is_moved_back_by_rounding_only(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
+def test_tile_is_moved_back_by_rounding_only(train_slide: Path, stored_levels: list[np.ndarray]) -> None:
     reader = SlideReader(train_slide)
-    last = reader.read_patch(2304 - 223 * 4 - 2, 0, 223, 1.0)  # column 352.5 becomes 352; 353 is the last
+    last = reader.read_tile(2304 - 223 * 4 - 2, 0, 223, 1.0)  # column 352.5 becomes 352; 353 is the last
     assert last.shape == (223, 223, 3)
-    np.testing.assert_array_equal(reader.read_patch(2304 - 223 * 4 + 2, 0, 223, 1.0), stored_levels[2][:223, -223:])
+    np.testing.assert_array_equal(reader.read_tile(2304 - 223 * 4 + 2, 0, 223, 1.0), stored_levels[2][:223, -223:])
     for x in (2304 - 223 * 4 + 12, -4):
         with pytest.raises(SlideRangeError, match="the region leaves the level of 576x444 px"):
-            reader.read_patch(x, 0, 223, 1.0)
+            reader.read_tile(x, 0, 223, 1.0)
 
 
 def test_errors_survive_the_way_between_processes() -> None:

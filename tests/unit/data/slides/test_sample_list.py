@@ -99,11 +99,11 @@ def test_long_lists_are_read_across_chunks(tmp_path: Path) -> None:
 def test_missing_and_empty_lists(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no sample list"):
         read_sample_list(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no patch"):
+    with pytest.raises(ValueError, match="holds no tile"):
         read_sample_list(write(tmp_path / "list", "# nothing", ""))
 
 
-def test_digest_sees_patches_and_order_not_comments(tmp_path: Path) -> None:
+def test_digest_sees_tiles_and_order_not_comments(tmp_path: Path) -> None:
     def digest(*lines: str) -> str:
         return read_sample_list(write(tmp_path / "list", *lines)).digest()
 

@@ -119,7 +119,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("compression", [7, 33005])
-def test_damaged_tile_is_never_decoded(tmp_path: Path, compression: int, damage: str) -> None:
+def test_corrupt_tile_is_never_decoded(tmp_path: Path, compression: int, damage: str) -> None:
     encode = jpeg2000 if compression == 33005 else lambda pixels: imagecodecs.jpeg8_encode(pixels, 95)
     path = write_encoded(tmp_path / "slide.svs", [encode(noise(i)) for i in range(4)], compression)
     index, region = index_slide(path), Region(0, 0, 0, 500, 300)

@@ -13,7 +13,7 @@ def quick(tmp_path: Path) -> Retries:
     """Eight tries within a second, pauses of their own."""
     folder = tmp_path / "pauses"
     folder.mkdir()
-    return Retries(8, 0.01, 0.05, connect_s=5.0, read_s=5.0, pause_folder=str(folder))
+    return Retries(7, 0.01, 0.05, connect_s=5.0, read_s=5.0, pause_folder=str(folder))
 
 
 @pytest.fixture

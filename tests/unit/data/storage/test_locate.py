@@ -1,4 +1,4 @@
-"""Which of the places a name leads to, and what is said where it leads nowhere."""
+"""Which of the locations a name leads to, and what is said where it leads nowhere."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from tests.helpers.ranges import NAMES
 
 def names(dataset: str, revision: str = "") -> list[str]:
     """What a dataset lists."""
-    return [file.name for file in open_storage(dataset, revision, attempts=1).list_files()]
+    return [file.name for file in open_storage(dataset, revision, retries=0).list_files()]
 
 
 def test_a_local_path_wins_over_the_hub(
@@ -93,7 +93,7 @@ def test_what_can_only_be_local_is_not_sought_elsewhere(hub: HubServer, dataset:
         ("s3://tiles", "v9", ValueError, "'s3://tiles' has no revisions, so 'v9' cannot be taken"),
         ("{folder}", "v9", ValueError, "has no revisions, so 'v9' cannot be taken"),
         ("nowhere://tiles", "", ValueError, "'nowhere://tiles' cannot be opened .Protocol not known"),
-        ("s3://", "", ValueError, "'s3://' names no place"),
+        ("s3://", "", ValueError, "'s3://' names no location"),
         (
             "http://127.0.0.1:1/tiles",
             "",

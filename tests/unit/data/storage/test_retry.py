@@ -135,7 +135,7 @@ def test_errors_of_the_http_packages_are_known() -> None:
 
 def test_waits_double_up_to_the_bound_and_are_jittered(retries: Retries, waits: list[float]) -> None:
     with pytest.raises(RemoteError):
-        replace(retries, attempts=2000).call(URL, Failing(*[refusal(503, {})] * 2000))
+        replace(retries, retries=1999).call(URL, Failing(*[refusal(503, {})] * 2000))
     assert len(waits) == 1999
     for i, wait in enumerate(waits):
         longest = min(300, 2 ** min(i, 10))
@@ -189,20 +189,20 @@ def test_other_headers_do_not_hold_up(
 
 
 @pytest.mark.parametrize(
-    ("error", "attempts", "told"),
+    ("error", "retried", "told"),
     [
-        (refusal(503, {}), 3, ["2 retries", "HTTP 503 (Service Unavailable)", "check the network"]),
-        (refusal(429, {}), 1, ["0 retries", "HTTP 429 (Too Many Requests)", "set HF_TOKEN"]),
-        (ConnectionError("9 of 10\nbytes came"), 2, ["1 retries", "ConnectionError (9 of 10 bytes came)"]),
+        (refusal(503, {}), 2, ["2 retries", "HTTP 503 (Service Unavailable)", "check the network"]),
+        (refusal(429, {}), 0, ["0 retries", "HTTP 429 (Too Many Requests)", "set HF_TOKEN"]),
+        (ConnectionError("9 of 10\nbytes came"), 1, ["1 retries", "ConnectionError (9 of 10 bytes came)"]),
     ],
 )
 def test_giving_up_names_url_count_reason_and_what_to_do(
-    retries: Retries, error: Exception, attempts: int, told: list[str]
+    retries: Retries, error: Exception, retried: int, told: list[str]
 ) -> None:
     request = Failing(*[error] * 5)
     with pytest.raises(RemoteError) as caught:
-        replace(retries, attempts=attempts).call(URL, request)
-    assert request.calls == attempts
+        replace(retries, retries=retried).call(URL, request)
+    assert request.calls == retried + 1
     assert all(part in str(caught.value) for part in [URL, *told])
     assert caught.value.errno == errno.EIO  # a reader takes errors without one for corrupt files
     copy = pickle.loads(pickle.dumps(caught.value))
@@ -211,7 +211,7 @@ def test_giving_up_names_url_count_reason_and_what_to_do(
 
 def test_each_retry_is_one_warning(retries: Retries, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(RemoteError):
-        replace(retries, attempts=3).call(URL, Failing(*[refusal(503, {})] * 3))
+        replace(retries, retries=2).call(URL, Failing(*[refusal(503, {})] * 3))
     assert [record.name for record in caplog.records] == ["dinov2.data.storage.retry"] * 2
     assert "retry 1 of 2 in" in caplog.messages[0]
     assert "retry 2 of 2 in" in caplog.messages[1]
@@ -231,7 +231,7 @@ def test_seeded_generators_are_left_alone(retries: Retries) -> None:
 
 def test_a_limit_holds_up_other_processes_that_ask_the_same_server(retries: Retries, waits: list[float]) -> None:
     limited = Failing(refusal(429, {"Retry-After": "120"}))
-    other = multiprocessing.get_context("fork").Process(target=replace(retries, attempts=1).call, args=(URL, limited))
+    other = multiprocessing.get_context("fork").Process(target=replace(retries, retries=0).call, args=(URL, limited))
     other.start()
     other.join()
     assert other.exitcode == 1  # gave up
@@ -283,5 +283,5 @@ def test_where_no_pause_can_be_kept_the_caller_still_waits(waits: list[float]) -
 
 
 def test_it_can_be_sent_to_other_processes() -> None:
-    retries: Any = Retries(attempts=3)
+    retries: Any = Retries(retries=2)
     assert pickle.loads(pickle.dumps(retries)) == retries

@@ -47,14 +47,14 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         "numbers": [sample.crops[0] for sample in samples],
         "slides": [sample.slide for sample in samples],
         "replaced": sum(sample.replaced for sample in samples),
-        "rows": [(sample.unit, sample.row) for sample in samples],
+        "rows": [(sample.group, sample.row) for sample in samples],
     }
 
 
 def make_loader(source: ParquetSource, rank: int = 0, world: int = 1, start: int = 0, **options) -> TrainLoader:
     options = {"transform": number_of, "collate": collate, "num_workers": 0, "global_batch": BATCH} | options
     lanes = options.pop("lanes", LANES)
-    order = SampleOrder(source.unit_rows, seed=SEED, lanes=lanes, block_rows=BLOCK)
+    order = SampleOrder(source.group_rows, seed=SEED, lanes=lanes, block_rows=BLOCK)
     return TrainLoader(source, rank=rank, world_size=world, start_sample=start, order=order, **options)
 
 
@@ -71,7 +71,7 @@ def expected(epochs: int) -> list[int]:
     groups = [min(4, rows - first) for rows in SHARD_ROWS for first in range(0, rows, 4)]
     starts = np.cumsum(groups) - groups
     orders = [slow_order.epoch_order(groups, SEED, LANES, BLOCK, epoch) for epoch in range(epochs)]
-    return [int(starts[unit]) + row for order in orders for unit, row in order]
+    return [int(starts[group]) + row for order in orders for group, row in order]
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +107,10 @@ def test_a_run_resumed_on_other_world_sizes_goes_on_without_a_gap(source: Parque
 @pytest.mark.parametrize("start", [ROWS // BATCH * BATCH, ROWS, 2 * ROWS - 1, 1000 * ROWS + 7])
 def test_seek_equals_the_uninterrupted_run(source: ParquetSource, start: int) -> None:
     epoch, offset = divmod(start, ROWS)
-    groups = source.unit_rows.tolist()
+    groups = source.group_rows.tolist()
     starts = np.cumsum(groups) - groups
     orders = [slow_order.epoch_order(groups, SEED, LANES, BLOCK, e) for e in range(epoch, epoch + 3)]
-    reference = [int(starts[unit]) + row for order in orders for unit, row in order][offset : offset + 3 * BATCH]
+    reference = [int(starts[group]) + row for order in orders for group, row in order][offset : offset + 3 * BATCH]
     indices, numbers = run(source, 1, 0, start, 3)
     assert indices == list(range(start, start + 3 * BATCH))
     assert numbers == reference
@@ -166,7 +166,7 @@ def test_a_vanished_shard_stops_training_at_the_first_step_that_needs_it(
     source = ParquetSource(str(tmp_path))
     (tmp_path / "b.parquet").unlink()
     order = slow_order.epoch_order([4] * 6, SEED, 1, BLOCK, 0)
-    steps_before = next(place for place, (unit, _) in enumerate(order) if unit >= 3) // 2
+    steps_before = next(location for location, (group, _) in enumerate(order) if group >= 3) // 2
     assert steps_before > 0
     batches = []
     with pytest.raises(FileNotFoundError, match=r"b\.parquet"):
@@ -176,19 +176,19 @@ def test_a_vanished_shard_stops_training_at_the_first_step_that_needs_it(
     assert_nothing_runs(threads_before)
 
 
-def damaged_source(folder: Path, bad: list[int]) -> ParquetSource:
+def corrupt_source(folder: Path, bad: list[int]) -> ParquetSource:
     images = [GOOD[number][:40] if number in bad else GOOD[number] for number in range(12)]
     write_published(folder / "a.parquet", images, group=4)
     return ParquetSource(str(folder))
 
 
-def test_damaged_rows_give_way_to_the_next_good_row_of_their_group(
+def test_corrupt_rows_give_way_to_the_next_good_row_of_their_group(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = damaged_source(tmp_path, [1, 2, 7])  # groups are rows 0-3, 4-7, 8-11
+    source = corrupt_source(tmp_path, [1, 2, 7])  # groups are rows 0-3, 4-7, 8-11
     stands_in = {1: 3, 2: 3, 7: 4}
     order = slow_order.epoch_order([4, 4, 4], SEED, LANES, BLOCK, 0)
-    reference = [stands_in.get(4 * unit + row, 4 * unit + row) for unit, row in order]
+    reference = [stands_in.get(4 * group + row, 4 * group + row) for group, row in order]
     for world, workers in [(1, 0), (3, 1)]:
         caplog.clear()
         ranks = [make_loader(source, rank, world, global_batch=12, num_workers=workers) for rank in range(world)]
@@ -196,15 +196,15 @@ def test_damaged_rows_give_way_to_the_next_good_row_of_their_group(
         assert [number for batch in batches for number in batch["numbers"]] == reference
         assert sum(batch["replaced"] for batch in batches) == 3
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        places = {(1, 0), (2, 0), (3, 1)}  # row in its group, group
+        locations = {(1, 0), (2, 0), (3, 1)}  # row in its group, group
         assert len(warnings) == 3
-        for row, group in places:
+        for row, group in locations:
             named = f"row {row} of row group {group} of shard '{tmp_path / 'a.parquet'}': a PNG file of 40 bytes"
             assert any(named in warning for warning in warnings)
 
 
 def test_too_much_damage_stops_with_the_first_rows_named(tmp_path: Path) -> None:
-    source = damaged_source(tmp_path, [1, 2, 7])
+    source = corrupt_source(tmp_path, [1, 2, 7])
     assert len(list(islice(make_loader(source, max_corrupt_fraction=0.0013), 2))) == 2  # 12 of the first 10,000
     loader = make_loader(source, max_corrupt_fraction=0.0011)
     with pytest.raises(ValueError, match=r"12 of 48 samples \(25.00%\) are corrupt, where 0.11% is allowed: row"):
@@ -215,24 +215,24 @@ def test_too_much_damage_stops_with_the_first_rows_named(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_rows_of_a_group_without_any_image_come_from_the_next_group_that_has_one(tmp_path: Path, workers: int) -> None:
-    source = damaged_source(tmp_path, [4, 5, 6, 7, 8])
+    source = corrupt_source(tmp_path, [4, 5, 6, 7, 8])
     order = slow_order.epoch_order([4, 4, 4], SEED, LANES, BLOCK, 0)
     stands_in = {number: 9 for number in range(4, 9)}
-    reference = [stands_in.get(4 * unit + row, 4 * unit + row) for unit, row in order]
+    reference = [stands_in.get(4 * group + row, 4 * group + row) for group, row in order]
     batch = next(iter(make_loader(source, num_workers=workers, global_batch=12)))
     assert batch["numbers"] == reference
     assert batch["replaced"] == 5
-    assert [4 * unit + row for unit, row in batch["rows"]] == reference
+    assert [4 * group + row for group, row in batch["rows"]] == reference
 
 
 def test_the_last_group_is_followed_by_the_first(tmp_path: Path) -> None:
-    batch = next(iter(make_loader(damaged_source(tmp_path, [0, 8, 9, 10, 11]), global_batch=12)))
+    batch = next(iter(make_loader(corrupt_source(tmp_path, [0, 8, 9, 10, 11]), global_batch=12)))
     assert sorted(batch["numbers"]) == sorted([1, 1, 2, 3, 4, 5, 6, 7, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_without_any_image_is_named(tmp_path: Path, workers: int) -> None:
-    loader = make_loader(damaged_source(tmp_path, list(range(12))), num_workers=workers)
+    loader = make_loader(corrupt_source(tmp_path, list(range(12))), num_workers=workers)
     with pytest.raises(
         ValueError, match=r"none of the 4 rows of row group . of shard '.*a.parquet' is an image \(row . of"
     ):

@@ -10,17 +10,17 @@ from dinov2.data.stream.order import SampleOrder
 
 
 class SizedSource:
-    """Units of equal rows and bytes."""
+    """Row groups of equal rows and bytes."""
 
-    def __init__(self, units: int, rows: int, unit_bytes: int, is_remote: bool = False) -> None:
-        self.unit_rows = np.full(units, rows)
-        self.unit_bytes = np.full(units, unit_bytes)
+    def __init__(self, groups: int, rows: int, group_bytes: int, is_remote: bool = False) -> None:
+        self.group_rows = np.full(groups, rows)
+        self.group_bytes = np.full(groups, group_bytes)
         self.is_remote = is_remote
 
 
 def lanes_for(source: SizedSource, lanes: int = 0, batch: int = 384, world: int = 8, limit: float = 16) -> int:
     def make_order(number: int) -> SampleOrder:
-        return SampleOrder(source.unit_rows, seed=0, lanes=number, block_rows=64)
+        return SampleOrder(source.group_rows, seed=0, lanes=number, block_rows=64)
 
     return fit_lanes(make_order, source, lanes=lanes, global_batch=batch, world_size=world, limit_gib=limit)
 
@@ -35,7 +35,7 @@ def test_the_published_layout_fits_eight_processes_with_a_lane_per_sample(caplog
     with caplog.at_level(logging.WARNING):
         assert lanes_for(giant) == 384
     assert "reading 3072 lanes side by side would hold up to 9" in caplog.text
-    order = SampleOrder(giant.unit_rows, seed=0, lanes=384, block_rows=64)
+    order = SampleOrder(giant.group_rows, seed=0, lanes=384, block_rows=64)
     bound = memory_bound(giant, order, global_batch=384, world_size=8, prefetch=Prefetch())
     held, ahead, reading = 48 * 2417 * 105_000, 105_000 * (9 * 48 + 48), 4 * 2 * 2417 * 105_000
     assert bound == held + ahead + reading

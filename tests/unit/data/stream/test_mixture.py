@@ -1,4 +1,4 @@
-"""Mixtures: shares, exactly-once, resumption, and the parts' own orders against the slow reference."""
+"""Mixtures: fractions, exactly-once, resumption, and the parts' own orders against the slow reference."""
 
 import math
 import pickle
@@ -17,7 +17,7 @@ from dinov2.data.stream.derived import MixedSource, make_source
 from dinov2.data.stream.memory import Prefetch
 from dinov2.data.stream.mixture import (
     MixedOrder,
-    describe_shares,
+    describe_fractions,
     divide_lanes,
     make_order,
     spread,
@@ -27,38 +27,38 @@ from dinov2.data.stream.reader import RankReader
 from tests.helpers import slow_order
 from tests.helpers.memory_source import MemorySource
 
-UNIT_ROWS = [[4, 4, 3, 0, 8, 1, 16], [2, 5], [9, 0, 7, 7]]
+GROUP_ROWS = [[4, 4, 3, 0, 8, 1, 16], [2, 5], [9, 0, 7, 7]]
 WEIGHTS = [3, 1, 2]
 SEED, LANES, BLOCK, BATCH = 5, 24, 4, 12
 
 datasets = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), min_size=1, max_size=4)
 
 
-def mixed_order(unit_rows: Sequence[Sequence[int]] = UNIT_ROWS, weights: Sequence[float] = WEIGHTS, **changes):
-    return MixedOrder(unit_rows, weights, **{"seed": SEED, "lanes": LANES, "block_rows": BLOCK} | changes)
+def mixed_order(group_rows: Sequence[Sequence[int]] = GROUP_ROWS, weights: Sequence[float] = WEIGHTS, **changes):
+    return MixedOrder(group_rows, weights, **{"seed": SEED, "lanes": LANES, "block_rows": BLOCK} | changes)
 
 
-def own_order(unit_rows: Sequence[int], seed: int, lanes: int, block_rows: int) -> Iterator[tuple[int, int]]:
+def own_order(group_rows: Sequence[int], seed: int, lanes: int, block_rows: int) -> Iterator[tuple[int, int]]:
     epoch = 0
     while True:
-        yield from slow_order.epoch_order(unit_rows, seed, lanes, block_rows, epoch)
+        yield from slow_order.epoch_order(group_rows, seed, lanes, block_rows, epoch)
         epoch += 1
 
 
 def slow_mixture(
-    unit_rows: Sequence[Sequence[int]], lanes: Sequence[int], seed: int, block_rows: int, samples: int
+    group_rows: Sequence[Sequence[int]], lanes: Sequence[int], seed: int, block_rows: int, samples: int
 ) -> list[tuple[int, int, int]]:
-    """(dataset, unit, row) of the first samples, drawn from each dataset's own endless order in turn."""
-    own = [own_order(rows, slow_order.key(seed, d), lanes[d], block_rows) for d, rows in enumerate(unit_rows)]
+    """(dataset, row group, row) of the first samples, drawn from each dataset's own endless order in turn."""
+    own = [own_order(rows, slow_order.key(seed, d), lanes[d], block_rows) for d, rows in enumerate(group_rows)]
     return [(d, *next(own[d])) for d in islice(cycle(spread(lanes).tolist()), samples)]
 
 
 def located(order: MixedOrder, indices: Sequence[int]) -> list[tuple[int, int, int]]:
-    places = order.locate(np.array(indices))
+    locations = order.locate(np.array(indices))
     firsts = [first for first, _ in order.parts]
-    part = np.searchsorted(firsts, places.unit, side="right") - 1
-    unit = places.unit - np.array(firsts)[part]
-    return list(zip(part.tolist(), unit.tolist(), places.row.tolist(), strict=True))
+    part = np.searchsorted(firsts, locations.group, side="right") - 1
+    group = locations.group - np.array(firsts)[part]
+    return list(zip(part.tolist(), group.tolist(), locations.row.tolist(), strict=True))
 
 
 @settings(max_examples=150, deadline=None)
@@ -106,79 +106,79 @@ def test_lanes_by_largest_remainder(weights: list[float], lanes: int, expected: 
     weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12),
     spare=st.integers(0, 5000),
 )
-def test_lanes_are_all_given_and_near_their_share(weights: list[float], spare: int) -> None:
+def test_lanes_are_all_given_and_near_their_fraction(weights: list[float], spare: int) -> None:
     lanes = len(weights) + spare
     counts = divide_lanes(weights, lanes)
     assert sum(counts) == lanes
     assert min(counts) >= 1
     assert divide_lanes([weight * 2**40 for weight in weights], lanes) == counts
-    shares = [Fraction(weight) * lanes / sum(map(Fraction, weights)) for weight in weights]
-    if min(shares) >= 1:
-        assert all(abs(count - share) < 1 for count, share in zip(counts, shares, strict=True))
+    fractions = [Fraction(weight) * lanes / sum(map(Fraction, weights)) for weight in weights]
+    if min(fractions) >= 1:
+        assert all(abs(count - fraction) < 1 for count, fraction in zip(counts, fractions, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    unit_rows=datasets,
+    group_rows=datasets,
     weights=st.lists(st.integers(1, 20), min_size=4, max_size=4),
     seed=st.integers(0, 2**64 - 1),
     lanes=st.integers(4, 40),
     block_rows=st.integers(1, 10),
 )
 def test_samples_are_those_of_each_datasets_own_order(
-    unit_rows: list[list[int]], weights: list[int], seed: int, lanes: int, block_rows: int
+    group_rows: list[list[int]], weights: list[int], seed: int, lanes: int, block_rows: int
 ) -> None:
-    weights = weights[: len(unit_rows)]
-    order = mixed_order(unit_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
+    weights = weights[: len(group_rows)]
+    order = mixed_order(group_rows, weights, seed=seed, lanes=lanes, block_rows=block_rows)
     own_lanes = divide_lanes(weights, lanes)
-    expected = slow_mixture(unit_rows, own_lanes, seed, block_rows, 120)
+    expected = slow_mixture(group_rows, own_lanes, seed, block_rows, 120)
     assert located(order, range(120)) == expected
     shuffled = np.random.default_rng(0).permutation(120)
     assert located(order, shuffled) == [expected[g] for g in shuffled]
 
 
 @settings(max_examples=60, deadline=None)
-@given(unit_rows=datasets, lanes=st.integers(4, 40), start=st.integers(0, 10**6))
-def test_members_are_the_inverse_of_locate(unit_rows: list[list[int]], lanes: int, start: int) -> None:
-    order = mixed_order(unit_rows, range(1, len(unit_rows) + 1), lanes=lanes)
+@given(group_rows=datasets, lanes=st.integers(4, 40), start=st.integers(0, 10**6))
+def test_members_are_the_inverse_of_locate(group_rows: list[list[int]], lanes: int, start: int) -> None:
+    order = mixed_order(group_rows, range(1, len(group_rows) + 1), lanes=lanes)
     indices = np.arange(start, start + 80)
-    places = np.stack(order.locate(indices), axis=1)
+    locations = np.stack(order.locate(indices), axis=1)
     listed = {}
-    for key in np.unique(places[:, :3], axis=0).tolist():
+    for key in np.unique(locations[:, :3], axis=0).tolist():
         members, rows = order.members(*key)
         assert np.stack(order.locate(members), axis=1).tolist() == [[*key, row] for row in rows.tolist()]
         listed |= {g: [*key, row] for g, row in zip(members.tolist(), rows.tolist(), strict=True)}
-    assert {g: listed[g] for g in indices.tolist()} == dict(zip(indices.tolist(), places.tolist(), strict=True))
+    assert {g: listed[g] for g in indices.tolist()} == dict(zip(indices.tolist(), locations.tolist(), strict=True))
 
 
 def test_each_dataset_visits_its_rows_once_in_each_of_its_epochs() -> None:
     order = mixed_order()
     visited: list[list[tuple[int, int]]] = [[], [], []]
-    for d, unit, row in located(order, range(2000)):
-        visited[d].append((unit, row))
+    for d, group, row in located(order, range(2000)):
+        visited[d].append((group, row))
     assert [len(rows) for rows in visited] == pytest.approx([1000, 2000 / 6, 2000 / 3], abs=2)
-    for unit_rows, rows in zip(UNIT_ROWS, visited, strict=True):
-        size = sum(unit_rows)
-        everything = [(unit, row) for unit, count in enumerate(unit_rows) for row in range(count)]
+    for group_rows, rows in zip(GROUP_ROWS, visited, strict=True):
+        size = sum(group_rows)
+        everything = [(group, row) for group, count in enumerate(group_rows) for row in range(count)]
         epochs = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
         assert all(sorted(epoch) == everything for epoch in epochs)
         assert epochs[0] != epochs[1]
 
 
-def test_any_stretch_of_samples_holds_the_shares() -> None:
+def test_any_stretch_of_samples_holds_the_fractions() -> None:
     order = mixed_order([[500]] * 5, [50, 30, 15, 4, 1], lanes=400)
     part = np.array([d for d, _, _ in located(order, range(1200))])
-    for d, share in enumerate([0.5, 0.3, 0.15, 0.04, 0.01]):
+    for d, fraction in enumerate([0.5, 0.3, 0.15, 0.04, 0.01]):
         before = np.concatenate([[0], np.cumsum(part == d)])
         for length in (10, 48, 100, 399):
             held = before[length:] - before[:-length]
-            assert np.all(np.abs(held - share * length) < 2)
+            assert np.all(np.abs(held - fraction * length) < 2)
 
 
 def test_equal_datasets_are_ordered_apart() -> None:
     rows = {0: [], 1: []}
-    for d, unit, row in located(mixed_order([[9, 9], [9, 9]], [1, 1]), range(36)):
-        rows[d].append((unit, row))
+    for d, group, row in located(mixed_order([[9, 9], [9, 9]], [1, 1]), range(36)):
+        rows[d].append((group, row))
     assert rows[0] != rows[1]
 
 
@@ -191,15 +191,15 @@ def test_a_single_dataset_has_the_plain_order_whatever_its_weight() -> None:
     assert make_source([source]) is source
 
 
-def test_parameters_tell_shares_apart_and_ignore_a_common_factor() -> None:
+def test_parameters_tell_fractions_apart_and_ignore_a_common_factor() -> None:
     parameters = mixed_order().parameters
     assert parameters == {"seed": 5, "lanes": 24, "block_rows": 4, "dataset_lanes": [12, 4, 8]}
     assert mixed_order(weights=[6, 2, 4]).parameters == parameters
     assert mixed_order(weights=[3, 1, 3]).parameters != parameters
 
 
-def test_shares_are_told() -> None:
-    assert describe_shares(mixed_order(), ["dx", "frozen", "more"]) == [
+def test_fractions_are_told() -> None:
+    assert describe_fractions(mixed_order(), ["dx", "frozen", "more"]) == [
         "dataset 'dx': 36 rows, 50.00% of the samples (12 of 24 lanes)",
         "dataset 'frozen': 7 rows, 16.67% of the samples (4 of 24 lanes)",
         "dataset 'more': 23 rows, 33.33% of the samples (8 of 24 lanes)",
@@ -218,8 +218,8 @@ def test_shares_are_told() -> None:
         ({"lanes": 0}, "lanes is 0"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"block_rows": 0}, "block_rows is 0"),
-        ({"unit_rows": [[3], [0, 0], [1]]}, "dataset 2 of 3 in a mixture holds 0 rows"),
-        ({"unit_rows": [[3], [], [1]]}, "dataset 2 of 3 in a mixture holds 0 rows"),
+        ({"group_rows": [[3], [0, 0], [1]]}, "dataset 2 of 3 in a mixture holds 0 rows"),
+        ({"group_rows": [[3], [], [1]]}, "dataset 2 of 3 in a mixture holds 0 rows"),
     ],
 )
 def test_impossible_mixtures_are_named(change: dict, message: str) -> None:
@@ -232,26 +232,26 @@ def test_a_single_datasets_weight_is_checked_too() -> None:
         make_order([MemorySource([["a"]])], [-1], seed=0, lanes=1, block_rows=1)
 
 
-def memory_sources(unit_rows: Sequence[Sequence[int]] = UNIT_ROWS) -> list[MemorySource]:
+def memory_sources(group_rows: Sequence[Sequence[int]] = GROUP_ROWS) -> list[MemorySource]:
     return [
-        MemorySource([[f"{name}{unit}"] * rows for unit, rows in enumerate(units)], name)
-        for name, units in zip("abc", unit_rows, strict=True)
+        MemorySource([[f"{name}{group}"] * rows for group, rows in enumerate(groups)], name)
+        for name, groups in zip("abc", group_rows, strict=True)
     ]
 
 
-def test_source_hands_every_call_to_the_dataset_of_the_unit() -> None:
+def test_source_hands_every_call_to_the_dataset_of_the_group() -> None:
     parts = memory_sources()
     source = pickle.loads(pickle.dumps(make_source(parts)))
-    assert source.unit_rows.tolist() == [4, 4, 3, 0, 8, 1, 16, 2, 5, 9, 0, 7, 7]
-    assert source.unit_bytes.tolist() == [1000 * rows for rows in source.unit_rows]
+    assert source.group_rows.tolist() == [4, 4, 3, 0, 8, 1, 16, 2, 5, 9, 0, 7, 7]
+    assert source.group_bytes.tolist() == [1000 * rows for rows in source.group_rows]
     assert source.num_rows == 66
     assert source.read(6, [15]) == [("a6", b"a:6:15")]
     assert source.read(7, [1, 0]) == [("b0", b"b:0:1"), ("b0", b"b:0:0")]
     assert source.read(12, [6]) == [("c3", b"c:3:6")]
     assert source.decode(EncodedSample(0, 12, 6, "c3", b"c:3:6")).tolist() == [[[3, 6, 0]]]
     assert source.slides(8) == ["b1"] * 5
-    assert source.describe(8) == "unit 1 of b"
-    assert source.describe(8, 3) == "row 3 of unit 1 of b"
+    assert source.describe(8) == "row group 1 of b"
+    assert source.describe(8, 3) == "row 3 of row group 1 of b"
     assert not source.is_remote
     parts[1].is_remote = True
     assert make_source(parts).is_remote
@@ -276,8 +276,8 @@ def steps(world: int, start: int, count: int) -> list[EncodedSample]:
 
 
 def test_readers_of_any_ranks_give_the_same_stream_and_resume_without_a_gap() -> None:
-    reference = slow_mixture(UNIT_ROWS, [12, 4, 8], SEED, BLOCK, 40 * BATCH)
-    data = [b"%s:%d:%d" % (b"abc"[d : d + 1], unit, row) for d, unit, row in reference]
+    reference = slow_mixture(GROUP_ROWS, [12, 4, 8], SEED, BLOCK, 40 * BATCH)
+    data = [b"%s:%d:%d" % (b"abc"[d : d + 1], group, row) for d, group, row in reference]
     for world in (1, 2, 4):
         assert [sample.data for sample in steps(world, 0, 40)] == data
     resumed, start = [], 0
@@ -289,8 +289,8 @@ def test_readers_of_any_ranks_give_the_same_stream_and_resume_without_a_gap() ->
 
 
 def test_aligned_lanes_are_fetched_once_by_one_rank() -> None:
-    # 9 and 3 lanes of 16 rows each, so that a lane begins with a unit and both datasets' epochs take 16 steps
-    sources = [MemorySource([["s"] * 4] * units, row_bytes=1) for units in (36, 12)]
+    # 9 and 3 lanes of 16 rows each, so that a lane begins with a row group and both datasets' epochs take 16 steps
+    sources = [MemorySource([["s"] * 4] * groups, row_bytes=1) for groups in (36, 12)]
     order = make_order(sources, [3, 1], seed=SEED, lanes=12, block_rows=BLOCK)
     for rank in range(4):
         split = {"global_batch": 12, "rank": rank, "world_size": 4, "start_sample": 0}

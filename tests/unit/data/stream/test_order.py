@@ -9,13 +9,13 @@ from dinov2.data.stream.order import SampleOrder
 from dinov2.utils.seeding import hash_words
 from tests.helpers import slow_order
 
-EDGES = {  # unit rows, lanes, block rows
-    "uneven and empty units": ([5, 0, 1, 17, 0, 0, 8, 3], 4, 4),
+EDGES = {  # row group rows, lanes, block rows
+    "uneven and empty row groups": ([5, 0, 1, 17, 0, 0, 8, 3], 4, 4),
     "more lanes than rows": ([3, 4, 2], 64, 4),
     "one lane": ([3, 4, 2], 1, 2),
     "one row": ([0, 1, 0], 5, 3),
-    "one giant unit over many lanes": ([97], 10, 8),
-    "blocks wider than units": ([6, 6, 6], 4, 1000),
+    "one giant row group over many lanes": ([97], 10, 8),
+    "blocks wider than row groups": ([6, 6, 6], 4, 1000),
     "blocks of one row": ([6, 6, 6], 4, 1),
 }
 
@@ -25,53 +25,53 @@ FROZEN += [(2, 3), (0, 2), (2, 0), (0, 1), (2, 1), (3, 0), (2, 2), (3, 1), (0, 0
 
 
 def pairs(order: SampleOrder, indices: np.ndarray) -> list[tuple[int, int]]:
-    places = order.locate(indices)
-    return list(zip(places.unit.tolist(), places.row.tolist(), strict=True))
+    locations = order.locate(indices)
+    return list(zip(locations.group.tolist(), locations.row.tolist(), strict=True))
 
 
-def assert_epoch_matches(unit_rows: list[int], seed: int, lanes: int, block_rows: int, epoch: int) -> None:
-    order = SampleOrder(unit_rows, seed=seed, lanes=lanes, block_rows=block_rows)
+def assert_epoch_matches(group_rows: list[int], seed: int, lanes: int, block_rows: int, epoch: int) -> None:
+    order = SampleOrder(group_rows, seed=seed, lanes=lanes, block_rows=block_rows)
     indices = np.arange(order.num_rows) + epoch * order.num_rows
     visited = pairs(order, indices)
-    assert visited == slow_order.epoch_order(unit_rows, seed, lanes, block_rows, epoch)
-    assert sorted(visited) == [(unit, row) for unit, rows in enumerate(unit_rows) for row in range(rows)]
+    assert visited == slow_order.epoch_order(group_rows, seed, lanes, block_rows, epoch)
+    assert sorted(visited) == [(group, row) for group, rows in enumerate(group_rows) for row in range(rows)]
 
 
 @pytest.mark.parametrize("case", EDGES)
 def test_edge_cases_equal_the_slow_reference(case: str) -> None:
-    unit_rows, lanes, block_rows = EDGES[case]
+    group_rows, lanes, block_rows = EDGES[case]
     for epoch in (0, 1, 1000):
-        assert_epoch_matches(unit_rows, 11, lanes, block_rows, epoch)
+        assert_epoch_matches(group_rows, 11, lanes, block_rows, epoch)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    unit_rows=st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any),
+    group_rows=st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any),
     seed=st.integers(0, 2**64 - 1),
     lanes=st.integers(1, 90),
     block_rows=st.integers(1, 15),
     epoch=st.integers(0, 10**6),
 )
 def test_any_epoch_visits_each_row_once_as_the_slow_reference_does(
-    unit_rows: list[int], seed: int, lanes: int, block_rows: int, epoch: int
+    group_rows: list[int], seed: int, lanes: int, block_rows: int, epoch: int
 ) -> None:
-    assert_epoch_matches(unit_rows, seed, lanes, block_rows, epoch)
+    assert_epoch_matches(group_rows, seed, lanes, block_rows, epoch)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    unit_rows=st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any),
+    group_rows=st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any),
     lanes=st.integers(1, 90),
     block_rows=st.integers(1, 15),
     epoch=st.integers(0, 10**6),
 )
-def test_members_are_the_inverse_of_locate(unit_rows: list[int], lanes: int, block_rows: int, epoch: int) -> None:
-    order = SampleOrder(unit_rows, seed=3, lanes=lanes, block_rows=block_rows)
+def test_members_are_the_inverse_of_locate(group_rows: list[int], lanes: int, block_rows: int, epoch: int) -> None:
+    order = SampleOrder(group_rows, seed=3, lanes=lanes, block_rows=block_rows)
     indices = np.arange(order.num_rows) + epoch * order.num_rows
-    places = np.stack(order.locate(indices), axis=1).tolist()
-    located = dict(zip(indices.tolist(), places, strict=True))
+    locations = np.stack(order.locate(indices), axis=1).tolist()
+    located = dict(zip(indices.tolist(), locations, strict=True))
     listed = {}
-    for key in {tuple(place[:3]) for place in located.values()}:
+    for key in {tuple(location[:3]) for location in located.values()}:
         members, rows = order.members(*key)
         assert listed.keys().isdisjoint(members.tolist())
         listed |= {g: [*key, row] for g, row in zip(members.tolist(), rows.tolist(), strict=True)}
@@ -90,13 +90,13 @@ def test_a_batch_over_several_epochs_and_out_of_order_equals_single_lookups() ->
 
 
 def test_seek_far_into_a_large_dataset_equals_the_reference_in_its_first_lane() -> None:
-    unit_rows = np.full(200_000, 64)
-    order = SampleOrder(unit_rows, seed=5, lanes=3072, block_rows=64)
+    group_rows = np.full(200_000, 64)
+    order = SampleOrder(group_rows, seed=5, lanes=3072, block_rows=64)
     epoch = 7000
-    first_unit = min(range(len(unit_rows)), key=hash_words(5, epoch, np.arange(200_000)).tolist().__getitem__)
-    rows = sorted(range(64), key=lambda row: slow_order.key(5, epoch, first_unit, row))
+    first_group = min(range(len(group_rows)), key=hash_words(5, epoch, np.arange(200_000)).tolist().__getitem__)
+    rows = sorted(range(64), key=lambda row: slow_order.key(5, epoch, first_group, row))
     indices = epoch * order.num_rows + np.arange(64) * 3072
-    assert pairs(order, indices) == [(first_unit, row) for row in rows]
+    assert pairs(order, indices) == [(first_group, row) for row in rows]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -109,7 +109,7 @@ def test_epochs_and_seeds_differ() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unit_rows": [0, 0]}, "0 rows"),
+        ({"group_rows": [0, 0]}, "0 rows"),
         ({"seed": -1}, "seed is -1"),
         ({"lanes": 0}, "lanes is 0"),
         ({"block_rows": -3}, "block_rows is -3"),
@@ -117,4 +117,4 @@ def test_epochs_and_seeds_differ() -> None:
 )
 def test_impossible_parameters_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SampleOrder(**{"unit_rows": [4], "seed": 0, "lanes": 2, "block_rows": 2} | change)
+        SampleOrder(**{"group_rows": [4], "seed": 0, "lanes": 2, "block_rows": 2} | change)

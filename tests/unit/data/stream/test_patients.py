@@ -1,4 +1,4 @@
-"""Exclusion files, and the validation share against the digests of coreutils' b2sum."""
+"""Exclusion files, and the validation fraction against the digests of coreutils' b2sum."""
 
 from pathlib import Path
 
@@ -60,14 +60,14 @@ def test_no_exclusion_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("patient", DIGESTS)
-def test_validation_share_is_the_digest_as_a_fraction(patient: str) -> None:
+def test_validation_fraction_is_the_digest_as_a_fraction(patient: str) -> None:
     fraction = DIGESTS[patient] / 2**64
     assert in_validation(patient, fraction + 1e-9)
     assert not in_validation(patient, fraction - 1e-9)
     assert not in_validation(patient, 0)
 
 
-def test_validation_share_is_met_and_nested() -> None:
+def test_validation_fraction_is_met_and_nested() -> None:
     patients = [f"TCGA-{number // 1000:02}-{number % 1000:04}" for number in range(20_000)]
     small = {patient for patient in patients if in_validation(patient, 0.05)}
     large = {patient for patient in patients if in_validation(patient, 0.2)}
@@ -76,7 +76,7 @@ def test_validation_share_is_met_and_nested() -> None:
     assert small < large
 
 
-@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
-def test_wrong_shares(share: float) -> None:
+@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
+def test_wrong_fractions(fraction: float) -> None:
     with pytest.raises(ValueError, match="at least 0 and less than 1 is expected"):
-        in_validation("case_17", share)
+        in_validation("case_17", fraction)

@@ -97,6 +97,24 @@ def test_shards_with_a_label_column(tmp_path):
     assert tiles.groups("slide").tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
 
 
+def test_a_column_of_patients_makes_the_folds_and_nulls_go_by_the_slide(tmp_path):
+    patients = ["p", "p", "q", None, "q", None]
+    shard(tmp_path / "a.parquet", 6, label=[0, 1, 0, 1, 0, 1], patient=patients)
+    shard(tmp_path / "b.parquet", 2, label=[0, 1])
+    tiles = open_labelled_tiles(tmp_path)
+    assert tiles.patients == ("p", "p", "q", "s1", "q", "s1", "s0", "s1")
+    assert tiles.groups().tolist() == [0, 0, 1, 3, 1, 3, 2, 3]
+    labels = csv_file(tmp_path, "slide_id,label\ns0,x\ns1,y\n")
+    assert open_labelled_tiles(tmp_path, labels).patients == tiles.patients
+    labels = csv_file(tmp_path, "slide_id,label,patient\ns0,x,one\ns1,y,two\n")
+    assert open_labelled_tiles(tmp_path, labels).patients == ("one", "two") * 4
+
+
+def test_a_column_with_one_split_divides_nothing(tmp_path):
+    shard(tmp_path / "a.parquet", 4, label=[0, 1, 0, 1], split=["train"] * 4)
+    assert open_labelled_tiles(tmp_path).splits is None
+
+
 def test_shards_with_a_csv_of_slides(tmp_path):
     shard(tmp_path / "shards" / "a.parquet", 6)
     tiles = open_labelled_tiles(tmp_path / "shards", csv_file(tmp_path, "slide_id,label,patient\ns0,x,p\ns1,y,q\n"))
@@ -151,10 +169,10 @@ def test_some_rows_of_shards(tmp_path):
     shard(tmp_path / "a.parquet", 10)
     tiles = ParquetTiles([ParquetSource(str(tmp_path))], limit=3)
     assert [int(tiles.read(i)[0, 0, 0]) for i in range(len(tiles))] == [0, 30, 60]
-    assert tiles.slides() == ["/x/s0.svs", "/x/s1.svs", "/x/s0.svs"]
+    assert [origin.slide for origin in tiles.origins()] == ["/x/s0.svs", "/x/s1.svs", "/x/s0.svs"]
 
 
-def test_thinning_keeps_shares_and_order(tmp_path):
+def test_thinning_keeps_fractions_and_order(tmp_path):
     for name, count in (("a", 30), ("b", 10)):
         for number in range(count):
             write(tmp_path / name / f"{number:02}.png", number + 100 * (name == "b"), (2, 2))

@@ -211,7 +211,7 @@ def test_other_runs_are_refused(teacher, images, tmp_path, capsys):
     assert "lies in the input" in refused(teacher, capsys, root, root / "out")
 
 
-def test_damaged_images(teacher, tmp_path, capsys):
+def test_corrupt_images(teacher, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     good = np.full((56, 56, 3), 90, np.uint8)
     for name in "abcd":
@@ -223,8 +223,8 @@ def test_damaged_images(teacher, tmp_path, capsys):
     output = embed(teacher, tmp_path / "in", tmp_path / "out", "--skip-damaged")
     assert "2 tiles could not be read" in capsys.readouterr().err
     assert rows_of(output)[0]["name"].to_pylist() == ["a.png", "c.png"]
-    damaged = json.loads(pq.read_metadata(output / "part-000000.parquet").metadata[b"damaged"])
-    assert "b.png" in damaged[0] and "56 x 10 px, less than a patch of 14" in damaged[1]
+    corrupt = json.loads(pq.read_metadata(output / "part-000000.parquet").metadata[b"damaged"])
+    assert "b.png" in corrupt[0] and "56 x 10 px, less than a patch of 14" in corrupt[1]
 
 
 def test_embeddings_that_overflow(teacher, images, tmp_path, capsys):

@@ -24,7 +24,7 @@ def fold_of(train, labels, test, classes):
 
 @pytest.mark.parametrize("k", [1, 5, 20])
 @pytest.mark.parametrize("temperature", [None, 0.07, 1e-3])
-def test_shares_of_the_vote(k, temperature):
+def test_fractions_of_the_vote(k, temperature):
     rng = np.random.default_rng(0)
     (train, labels), (test, _) = clouds(rng, 300), clouds(rng, 700)
     weights = "uniform" if temperature is None else lambda d: np.exp((d[:, :1] - d) / temperature)
