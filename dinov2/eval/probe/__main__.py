@@ -1,7 +1,8 @@
 """What a teacher's features are worth: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
 
 Embeds labelled tiles and probes the features: k-NN, linear heads, logistic regression, few-shot, RankMe, ODCorr, and
-what else is registered. ``--compare`` adds another teacher and the differences; ``random:FILE`` is the start of a run.
+what else is registered. ``--compare`` adds another teacher and the differences; in place of a teacher, ``random:FILE``
+is the start of a run, and ``colour`` and ``lbp`` are descriptors that nobody trained.
 Under ``torchrun`` all processes share the work.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import nn
 from dinov2.distributed import is_main_process, on_main_process, process_group
 from dinov2.eval.datasets.benchmarks import BENCHMARKS
 from dinov2.eval.datasets.labels import GROUPINGS, LabelledTiles, open_labelled_tiles
+from dinov2.eval.descriptors import DESCRIPTORS, Descriptor, FlatGrey
 from dinov2.eval.features import Embedding
 from dinov2.eval.probe.results import append_csv, as_table, write_json
 from dinov2.eval.probe.run import AGGREGATIONS, Probing, option_flags, options_for, run_probes
@@ -50,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"folder of class folders or of Parquet shards; {', '.join(BENCHMARKS)} as NAME take their own layout "
         "and split",
     )  # fmt: skip
+    add("--grey", action="store_true", help="probe copies without colour and tone, too, as NAME_grey")
     add("--labels", metavar="CSV", help="file,label[,slide,patient,split] or slide_id,label[,patient,split]")
     add("--slide-regex", metavar="RE", help="group 1 is a tile's slide (default: its parent folder)")
     add("--probes", default=",".join(PROBES), help="comma-separated; linear is both linear ones (%(default)s)")
@@ -105,6 +109,8 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
     if args.output is not None:
         on_main_process(lambda: _check_output(args.output))
     tasks = open_tasks(args.data, args.labels, args.slide_regex)
+    if args.grey:
+        tasks |= {f"{name}_grey": replace(tiles, images=FlatGrey(tiles.images)) for name, tiles in tasks.items()}
     backbone, embedding, step = _open_teacher(args.checkpoint, args, device)
     compared = None if args.compare is None else _open_teacher(args.compare, args, device)
     results = run_probes(backbone, tasks, embedding, probing, compared and compared[:2])
@@ -124,6 +130,9 @@ def _open_teacher(
     checkpoint: str, args: argparse.Namespace, device: torch.device
 ) -> tuple[nn.Module, Embedding, int | None]:
     """The backbone, how tiles become its features, and the step that it is of, where that is known."""
+    if checkpoint in DESCRIPTORS:
+        size = args.image_size or 224
+        return Descriptor(checkpoint).to(device), Embedding("cls", size, args.batch_size, (0,) * 3, (1,) * 3), None
     if checkpoint.startswith(RANDOM):
         backbone, trained = random_start(checkpoint.removeprefix(RANDOM))
     else:
