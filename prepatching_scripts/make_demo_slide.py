@@ -3,17 +3,23 @@
 The micrograph is stained with haematoxylin and DAB. Colour deconvolution takes the two stains apart, and each
 is painted again in the colours of a haematoxylin-eosin slide. `demo_train.svs` shows the upper part of the
 tissue, `demo_holdout.svs` the lower part: no pixel is in both.
+
+DAB marks glands, so that the micrograph also says what tissue the tiles of the lower part show: `--labelled FOLDER`
+writes such tiles as PNG, and their classes into `labels.csv`.
 """
 
 import argparse
+import csv
+import io
 import logging
+from itertools import product
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from dinov2.utils.cli import run_command
-from dinov2.utils.files import replacing
+from dinov2.utils.files import replacing, write_text
 
 logger = logging.getLogger("make_demo_slide")
 
@@ -23,6 +29,11 @@ MARGIN_PX = 384  # white canvas on every side, which the tissue rule has to reje
 DOWNSAMPLES = (1, 2, 4)
 MPP_UM, OBJECTIVE_POWER = 0.25, 40
 TILE_PX, JPEG_QUALITY = 256, 90
+
+DAB_OD = 0.4  # optical density above which a pixel counts as stained with DAB
+STROMA_BELOW, GLAND_ABOVE = 0.35, 0.65  # fraction of such pixels; tiles between the two are left out
+LABELLED_PX, STRIDE_PX = 32, 16  # of the micrograph: side of a tile, grid
+REGION_PX = 84, 64  # height and width of a region
 
 # Optical density per unit of stain, for red, green and blue light.
 HAEMATOXYLIN_OD = np.array([0.65, 0.70, 0.29])
@@ -100,15 +111,53 @@ def make_demo_slides(output_dir: Path) -> tuple[Path, Path]:
     return paths
 
 
+def write_labelled_tiles(folder: Path) -> None:
+    """Write tiles of the hold-out part into a new folder, with ``labels.csv`` (file, label, patient).
+
+    A ``patient`` is a region of the micrograph. Tiles overlap within a region, and no pixel is in two regions: what is
+    fitted on some regions can be judged on the others.
+    """
+    from skimage.color import rgb2hed
+    from skimage.data import immunohistochemistry
+
+    micrograph = immunohistochemistry()
+    is_gland = (rgb2hed(micrograph)[..., 2] * -np.log(1e-6) > DAB_OD)[HOLDOUT_ROWS]
+    tissue = render_haematoxylin_eosin(micrograph)[HOLDOUT_ROWS]
+    enlarged = cv2.resize(tissue, None, fx=ENLARGEMENT, fy=ENLARGEMENT, interpolation=cv2.INTER_CUBIC)
+    folder.mkdir(parents=True)
+    table = io.StringIO()
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(("file", "label", "patient"))
+    for number, (top, left) in enumerate(product(*map(_starts, is_gland.shape, REGION_PX, REGION_PX))):
+        for y, x in product(*(_starts(side, LABELLED_PX, STRIDE_PX) for side in REGION_PX)):
+            rows, columns = (slice(start, start + LABELLED_PX) for start in (top + y, left + x))
+            stained = is_gland[rows, columns].mean()
+            if STROMA_BELOW <= stained <= GLAND_ABOVE:
+                continue
+            name = f"{rows.start:03}_{columns.start:03}.png"
+            rows, columns = (slice(ENLARGEMENT * part.start, ENLARGEMENT * part.stop) for part in (rows, columns))
+            cv2.imwrite(str(folder / name), enlarged[rows, columns, ::-1])
+            lines.writerow((name, "gland" if stained > GLAND_ABOVE else "stroma", f"region {number}"))
+    write_text(folder / "labels.csv", [table.getvalue()])
+
+
+def _starts(length: int, side: int, step: int) -> range:
+    """Where parts of a side begin that lie wholly within a length."""
+    return range(0, length - side + 1, step)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit status of `dinov2.utils.cli`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the two slides")
+    parser.add_argument("--labelled", type=Path, metavar="FOLDER", help="new folder for labelled tiles")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> None:
         make_demo_slides(args.output_dir)
+        if args.labelled:
+            write_labelled_tiles(args.labelled)
 
     return run_command(body, logger)
 
