@@ -92,7 +92,7 @@ def as_table(results: Sequence[Result]) -> str:
         line = [*names, _value(first), _interval(first), _figure(first.sd), *others, str(first.runs), str(first.count)]
         if compared:
             other, difference = metrics.get(COMPARED + first.metric), metrics.get(DIFFERENCE)
-            line += [_value(other), _value(difference, "+.4f"), _interval(difference, "+.4f")]
+            line += [_value(other), _value(difference, "+.4f"), _interval(difference, "+.4f", " to ")]
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justified = ([str.ljust] * 2 + [str.rjust] * (len(widths) - 2), widths)
@@ -113,10 +113,10 @@ def _value(result: Result | None, form: str = ".4f") -> str:
     return "" if result is None else _figure(result.value, form)
 
 
-def _interval(result: Result | None, form: str = ".4f") -> str:
+def _interval(result: Result | None, form: str = ".4f", between: str = " - ") -> str:
     if result is None or math.isnan(result.low):
         return ""
-    return f"{_figure(result.low, form)} - {_figure(result.high, form)}"
+    return between.join(_figure(end, form) for end in (result.low, result.high))
 
 
 def _figure(value: float, form: str = ".4f") -> str:
