@@ -1,4 +1,4 @@
-"""What a teacher's features are worth: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
+"""Probes of a teacher's features: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
 
 Embeds labelled tiles and probes the features: k-NN, linear heads, few-shot, RankMe, ODCorr, and what else is
 registered. Under ``torchrun`` all processes share the work.
