@@ -44,7 +44,7 @@ SOURCES = Registry(
         "slides": "dinov2.build.sources.slides:Slides",
     },
 )
-"""Where tiles come from, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
+"""Kinds of data, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
 
 BACKBONES = Registry(
     "backbone",

@@ -33,7 +33,7 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 class Workload(Protocol):
-    """What of a run's plan concerns its data."""
+    """Part of a run's plan that concerns its data."""
 
     global_batch: int
     local_batch: int

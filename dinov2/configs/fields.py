@@ -16,7 +16,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a configuration key beside its type and default; bounds of a list hold for each item."""
+    """Properties of a configuration key beside its type and default; bounds of a list hold for each item."""
 
     doc: str  # one line for the default YAML and the key table of the documentation
     least: float | None = None  # bounds, inclusive
@@ -68,12 +68,12 @@ def key(default: Any, doc: str, **accepted: Any) -> Any:
 
 
 def key_of(field: dataclasses.Field[Any]) -> Key:
-    """What a field says of its key; bare where it was not made by `key`."""
+    """Properties that a field gives its key; bare where it was not made by `key`."""
     return field.metadata.get("key", Key(""))
 
 
 def accepted(hint: Any, key: Key, listed: bool = True) -> str:
-    """What a key of some type accepts, in words: ``a whole number in [1, 64] or auto``; registered names ``listed``
+    """Values that a key of a type accepts, in words: ``a whole number in [1, 64] or auto``; registered names ``listed``
     as they are now, or where they are said.
     """
     origin, args = get_origin(hint), get_args(hint)

@@ -11,7 +11,7 @@ MODULES = tuple((n, m) for n in ("teacher", "student") for m in ("backbone", "di
 
 
 class OlderKey(NamedTuple):
-    """What became of a key."""
+    """Successor of a key."""
 
     new: str = ""  # key that has taken its place
     ignored: str = ""  # why it decides nothing, where it is accepted without effect

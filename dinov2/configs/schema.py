@@ -145,7 +145,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a projection head is made of."""
+    """Layers of a projection head."""
 
     head_n_prototypes: int = key(65536, "prototypes, the head's outputs", least=1, most=2**22)
     head_bottleneck_dim: int = key(256, "width before the prototypes", least=1, most=2**14)
@@ -272,7 +272,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PerformanceConfig:
-    """How a step is computed; only ``fp8`` changes results beyond rounding. See [performance.md](performance.md)."""
+    """Computation of a step; only ``fp8`` changes results beyond rounding. See [performance.md](performance.md)."""
 
     compile: Switch = key("auto", "blocks and losses by torch.compile; auto: on a GPU with Triton")
     fused_update: Switch = key("auto", "clip, AdamW, EMA, copies in one Triton pass; auto: on a GPU")
@@ -323,7 +323,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where and how often metrics are written."""
+    """Sinks of metrics, and how often they are written."""
 
     period_iterations: int = key(10, "steps per record of console, metrics.jsonl and W&B", **_STEPS)
     samples: bool = key(False, "true: logs/samples.rankN.jsonl says which samples each step consumed")

@@ -39,7 +39,7 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def combination_faults(config: Config, world_size: int, faulty: Collection[str] = ()) -> list[str]:
-    """What is wrong with values that are right by themselves.
+    """Faults of values that are right by themselves.
 
     Each sentence names all keys that it judges by. Where one of them, a section around it or an entry of it is
     ``faulty``, its value is not the user's, and the sentence is left out.

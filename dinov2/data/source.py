@@ -36,7 +36,7 @@ class EncodedSample:
 
 
 class Origin(NamedTuple):
-    """Where a tile is from; patient and site are empty where the dataset does not tell them by themselves."""
+    """Slide, patient and site of a tile; the last two are empty where the dataset does not tell them."""
 
     slide: str
     patient: str = ""
@@ -142,7 +142,7 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """What a kind of data is asked to open."""
+    """Dataset that a kind of data is to open."""
 
     path: str  # as configured
     revision: str  # branch, tag or commit of it; in a resumed run the commit of its first launch

@@ -41,7 +41,7 @@ METRICS = {
     "BinaryBalancedAccuracy": "balanced accuracy",
     "MonaiDiceScore": "Dice",
 }
-"""What a task is measured by: the first of these that eva recorded (MulticlassAccuracy is a mean over classes)."""
+"""Metrics of a task: the first of these that eva recorded (MulticlassAccuracy is a mean over classes)."""
 
 STATUS_FILE = "status.tsv"
 """``task status seconds``, separated by tabs; the last line of a task counts."""
@@ -51,7 +51,7 @@ logger = logging.getLogger("dinov2")
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a task; the last five fields are empty without results."""
+    """Outcome of a task; the last five fields are empty without results."""
 
     task: str  # one of TASKS
     status: str  # "done", "no data" or "failed"

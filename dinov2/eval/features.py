@@ -33,7 +33,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Embedding:
-    """How tiles become features; ValueError if a value is out of range."""
+    """Options from tiles to features; ValueError if a value is out of range."""
 
     pooling: str = "cls"  # the class token (D), or cls_mean: followed by the mean of the patch tokens (2 D)
     size: int = 224  # side in px to which the largest centred square of each tile is resized, bicubic

@@ -149,7 +149,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong on the first rank where something did: the first sentence."""
+    """Cause of failure on the first rank that failed: its first sentence."""
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     while isinstance(error.__context__, OSError):  # torch's zip writer fails once more over the failed write

@@ -16,7 +16,7 @@ from dinov2.hub.record import read_record
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 POOLINGS = ("cls", "cls_mean")
-"""What a teacher may return per image: the class token, or it and the mean patch token."""
+"""Poolings, or what a teacher returns per image: the class token, or it and the mean patch token."""
 
 _TRANSFORMERS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}  # settings that the backbone shares
 

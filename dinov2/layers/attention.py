@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return self.proj(self.mix(x, segments))
 
     def mix(self, x: Tensor, segments: Segments) -> Tensor:
-        """What the output projection is applied to, (T, D): the only part in which rows see each other."""
+        """Input of the output projection, (T, D): the only part in which rows see each other."""
         qkv = self.qkv(x.to(self.qkv.weight.dtype))
         mixed = []
         for part in unpack(qkv, segments):

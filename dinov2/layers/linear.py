@@ -14,7 +14,7 @@ _SCALINGS = ("tensor", "row")
 
 
 class Fp8(NamedTuple):
-    """How a layer multiplies in FP8."""
+    """FP8 options of a layer."""
 
     per_row: bool  # a scale per row, or one per tensor
     backward: bool  # the input gradient too

@@ -1,4 +1,4 @@
-"""What training, evaluation and export ask of a backbone, and backbones from a run's configuration."""
+"""Contract of a backbone with training, evaluation and export, and backbones from a run's configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: periodic actions (checkpoint, export) and garbage collection."""
+"""Hooks around the steps: periodic actions (checkpoint, export) and garbage collection."""
 
 from __future__ import annotations
 

@@ -86,12 +86,12 @@ class SSLMetaArch(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return next(self.student.parameters()).device
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """What the optimiser updates, by name: the student's modules, and terms with parameters of their own."""
+        """Modules that are optimised, by name: the student's modules, and terms with parameters of their own."""
         terms = {name: term for name, term in self.losses.items() if any(p.requires_grad for p in term.parameters())}
         return {**self.student, **terms}
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its tensors, and whether a run may go on from it."""
+"""State of a run beside its tensors, and whether a run may go on from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIXED_KEYS = (
 
 @dataclass
 class TrainState:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0  # completed optimiser steps
     samples: int = 0  # consumed over all ranks; the next step starts at this global sample index

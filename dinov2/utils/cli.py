@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, how errors end a command, and one name for each option."""
+"""Common parts of all commands: exit statuses, how errors end a command, and one name for each option."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Terminated(BaseException):
 
 
 class ToldElsewhere(RuntimeError):
-    """What ended this process is said by another one of the same command."""
+    """An end whose reason another process of the same command says."""
 
 
 def run_command(

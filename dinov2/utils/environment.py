@@ -1,4 +1,4 @@
-"""What this PyTorch can do with this machine's GPUs; ``python -m dinov2.utils.environment`` reports it."""
+"""Abilities of this PyTorch on this machine's GPUs; ``python -m dinov2.utils.environment`` reports it."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def _spread_of(values: np.ndarray) -> dict[str, float]:
 
 
 def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
-    """Why training cannot use the dataset."""
+    """Reasons why training cannot use the dataset."""
     wrong, unreadable = report["wrong_schema"], report["unreadable"]
     if wrong:
         yield "wrong_schema", f"{len(wrong)} files have a wrong schema: {_named(wrong)}; take them away"
@@ -236,7 +236,7 @@ def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
-    """What else is good to know."""
+    """Warnings, and what else is good to know."""
     groups, stored, images, stream = (report[key] for key in ("row_groups", "stored", "images", "stream"))
     unreadable, corrupt = report["unreadable"], images["corrupt"]
     if unreadable:

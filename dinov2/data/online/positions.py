@@ -17,7 +17,7 @@ from dinov2.data.slides.tissue import TissueMask
 
 @dataclass(frozen=True)
 class Geometry:
-    """How tiles of one output resolution are read from a slide."""
+    """Reading of tiles of one output resolution from a slide."""
 
     level: int  # pyramid level that is read
     width: int  # of that level in px

@@ -28,7 +28,7 @@ from dinov2.utils.files import read_arrays, write_arrays
 
 @dataclass(frozen=True)
 class TileOptions:
-    """What is cut from every slide; the configuration has checked it."""
+    """Tiles that are cut from every slide; the configuration has checked it."""
 
     mpps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # output resolutions in micrometres per px
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
@@ -69,7 +69,7 @@ class Dropped:
 
 
 class DrawingPlan(NamedTuple):
-    """What a draw looks at, loaded from the cache."""
+    """Data of a draw, loaded from the cache."""
 
     mask: TissueMask
     positions: tuple[Positions, ...]

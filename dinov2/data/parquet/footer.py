@@ -49,7 +49,7 @@ class Footer(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What the footer of a shard with G row groups tells."""
+    """Contents of a shard with G row groups, by its footer."""
 
     file: StoredFile
     columns: dict[str, str]  # type of each
@@ -146,7 +146,7 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
 
 
 def extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Where a column chunk begins in its file, and its bytes."""
+    """First byte of a column chunk in its file, and its length."""
     first = chunk.dictionary_page_offset if chunk.has_dictionary_page else 0
     data = chunk.data_page_offset
     return (first if first and 0 < first < data else data), chunk.total_compressed_size

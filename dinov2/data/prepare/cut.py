@@ -22,7 +22,7 @@ IMAGE_COLUMN, REASON = "image_bytes", "reason"
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a tile becomes bytes: "png", "jpeg" with its quality and chroma subsampling, or "raw".
+    """Encoding of a tile: "png", "jpeg" with its quality and chroma subsampling, or "raw".
 
     PNG uses zlib's run-length strategy: on tissue within 1 % of the smallest file at 4 to 20 times the speed.
     """
@@ -51,7 +51,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How all tiles are cut."""
+    """Options of the cutting of all tiles."""
 
     encoding: Encoding
     rule: TissueRule  # for `tissue_frac`

@@ -24,7 +24,7 @@ NO_TISSUE = "no tile passed the tissue rule"
 
 
 class Target(NamedTuple):
-    """What one kind of tile is cut from: a level, the side in px of it, and the mpp made of it (0 keeps its own)."""
+    """Source of one kind of tile: a level, the side in px of it, and the mpp made of it (0 keeps its own)."""
 
     level: int
     side: int
@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn from every slide."""
+    """Options of what is drawn from every slide."""
 
     rule: TissueRule  # what a tile must show
     seed: int  # of all draws
@@ -44,7 +44,7 @@ class Sampling:
     mpps: tuple[float, ...] = ()  # um per px of the tiles, each read from the level that serves it; () draws by level
 
     def targets(self, reader: SlideReader) -> tuple[list[Target], dict[float, str]]:
-        """What a slide can give, and why it cannot give the other mpp."""
+        """Targets that a slide can give, and why it cannot give the other mpp."""
         if not self.mpps:
             num_levels = len(reader.level_dimensions)
             levels = [level for level in self.levels or range(num_levels) if level < num_levels]
@@ -80,7 +80,7 @@ class SlideJob:
 
 @dataclass
 class SlideDraw:
-    """What a slide gave."""
+    """Tiles that a slide gave."""
 
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))  # (N, 3) rows of x, y, level
     mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N,), um per px; 0 keeps the level's own

@@ -27,7 +27,7 @@ _MISSING = 225  # grey of pixels that the file does not hold
 
 
 def preview_mark(path: Path) -> str | None:
-    """What the preview at `path` shows, None where there is no file; FileExistsError if the file is no preview."""
+    """Contents of the preview at `path`, None where there is no file; FileExistsError if the file is no preview."""
     try:
         with Image.open(path) as image:
             mark = image.info.get(MARK)

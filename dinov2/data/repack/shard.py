@@ -33,7 +33,7 @@ class RepackJob:
 
     @property
     def identity(self) -> bytes:
-        """What the shard keeps under `SOURCE_KEY`."""
+        """Value that the shard keeps under `SOURCE_KEY`."""
         layout = {"row_group_rows": self.row_group_rows, "compression": self.compression}
         return json.dumps({"size": self.file.size, "footer": self.footer_digest} | layout, sort_keys=True).encode()
 

@@ -231,7 +231,7 @@ class HubStorage(RemoteStorage):
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """What changes when a file does, from what fsspec says of it; empty where nothing tells it."""
+    """Version of a file, from what fsspec says of it; empty where nothing tells it."""
     return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), "")
 
 

@@ -94,7 +94,7 @@ class SharedPause:
 
 @dataclass(frozen=True)
 class Retries:
-    """How a request is repeated. Waits double from retry to retry, with jitter, up to a bound."""
+    """Repetition of a request. Waits double from retry to retry, with jitter, up to a bound."""
 
     retries: int = 8  # after the first request
     first_wait_s: float = 1.0  # longest wait before the first retry

@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Prefetch:
-    """How far the reader of one process works ahead."""
+    """Look-ahead of the reader of one process."""
 
     threads: int = 4  # row groups fetched at a time
     look_ahead: int = 8  # steps planned before they are asked for

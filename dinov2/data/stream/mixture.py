@@ -61,7 +61,7 @@ class MixedOrder(SampleOrder):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What fixes the order besides the datasets; of the weights only the read streams that they came to."""
+        """Parameters of the order besides the datasets; of the weights only the read streams that they came to."""
         return super().parameters | {"dataset_lanes": [order.lanes for _, order in self.parts]}
 
     def locate(self, indices: np.ndarray) -> Locations:

@@ -23,7 +23,7 @@ _LAST = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
 class Locations(NamedTuple):
-    """Where samples lie, int64 (n,) each; see `SampleOrder.members` for `chunk`."""
+    """Locations of samples, int64 (n,) each; see `SampleOrder.members` for `chunk`."""
 
     epoch: np.ndarray
     group: np.ndarray
@@ -71,7 +71,7 @@ class SampleOrder:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What fixes the order besides the dataset."""
+        """Parameters that fix the order besides the dataset."""
         return {"seed": self.seed, "lanes": self.lanes, "block_rows": self.block_rows}
 
     def locate(self, indices: np.ndarray) -> Locations:

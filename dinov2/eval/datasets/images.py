@@ -34,7 +34,7 @@ class TileImages(Protocol):
         """One tile, uint8 (H, W, 3) RGB; raises UnreadableImage."""
 
     def name(self, index: int) -> str:
-        """What a message to the user calls the tile."""
+        """Name of the tile in a message to the user."""
 
 
 @dataclass(frozen=True)

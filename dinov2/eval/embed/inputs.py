@@ -75,7 +75,7 @@ class TileInput(ABC):
 
 @dataclass(frozen=True)
 class Grid:
-    """Which tiles of a slide are embedded; ValueError if a value is out of range."""
+    """Grid of the tiles of a slide that are embedded; ValueError if a value is out of range."""
 
     mpp: float = 0.5  # micrometres per px of a tile
     tile_size: int = 224  # side of a tile in px

@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """Where embeddings go, and as what."""
+    """Destination of embeddings, and their format."""
 
     folder: Path  # new, empty, or of the same run
     format: str  # a key of ENDINGS
@@ -80,7 +80,7 @@ class Output:
 
 @dataclass
 class Fitting:
-    """How tiles get sides that the network takes."""
+    """Cutting or scaling of tiles to sides that the network takes."""
 
     patch_size: int  # of the network, in px
     image_size: int | None = None  # of the resized centred square; None cuts edges off evenly, to whole patches

@@ -1,4 +1,4 @@
-"""What a teacher's features are worth: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
+"""Probes of a teacher's features: ``python -m dinov2.eval.probe --checkpoint T --data ROOT [...]``.
 
 Embeds labelled tiles and probes the features: k-NN, linear heads, logistic regression, few-shot, RankMe, ODCorr, and
 what else is registered. ``--compare`` adds another teacher and the differences; in place of a teacher, ``random:FILE``

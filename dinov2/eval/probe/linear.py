@@ -17,7 +17,7 @@ from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a head is trained."""
+    """Training of a head."""
 
     optimizer: str  # sgd (Nesterov 0.9, no weight decay) or adamw (weight decay 0.01)
     lr: float  # at `batch`; SGD's scales with the batch

@@ -20,7 +20,7 @@ _ELEMENTS = 1 << 22  # of an array held at a time
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the runs of a probe say of one test part."""
+    """Metrics of the runs of a probe on one test part."""
 
     target: np.ndarray  # class numbers, int64 (N,)
     scores: np.ndarray  # float (R, N, C), the higher the likelier

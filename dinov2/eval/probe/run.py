@@ -24,7 +24,7 @@ _TOGETHER = {"linear": ("linear_eva", "linear_kaiko")}
 
 @dataclass(frozen=True)
 class Probing:
-    """What is done with features; ValueError if a name is unknown or a number out of range."""
+    """Probes and their options; ValueError if a name is unknown or a number out of range."""
 
     probes: tuple[str, ...] = tuple(PROBES)  # names; linear is both linear ones
     options: Mapping[str, Any] = field(default_factory=dict)  # instances of `Options` by probe; others keep defaults

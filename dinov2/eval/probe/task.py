@@ -33,7 +33,7 @@ class Probe(ABC):
 
     @dataclass(frozen=True)
     class Options:
-        """What the user may set, by `dinov2.configs.fields.key`: ``evaluation.probe_options.<name>``, and a flag of the
+        """Options of the user, by `dinov2.configs.fields.key`: ``evaluation.probe_options.<name>``, and a flag of the
         command."""
 
     def __init__(self, options: Any = None):
@@ -46,7 +46,7 @@ class Probe(ABC):
 
 @dataclass(frozen=True)
 class Rows:
-    """What classifiers are fitted on: tiles, or slides where labels belong to these."""
+    """Features that classifiers are fitted on: of tiles, or slides where labels belong to these."""
 
     features: np.ndarray  # float32 (N, D)
     labels: np.ndarray  # class numbers, int64 (N,)

@@ -1,4 +1,4 @@
-"""What a teacher is written as for other libraries: weights under their names, and the files that describe them."""
+"""Formats of other libraries: a teacher's weights under their names, and the files that describe them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HIGHEST_RATIO = 16
 
 
 def resampled_by(target: str, num_registers: int) -> tuple[bool, float]:
-    """How the reader of a format resamples the position grid for images of another size: antialias, offset.
+    """Manner in which the reader of a format resamples the position grid for images of another size: antialias, offset.
 
     "meta" stands for Meta's own models; without registers those and transformers' do not antialias.
     """

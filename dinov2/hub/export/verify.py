@@ -16,7 +16,7 @@ from dinov2.hub.export.formats import timm_config
 from dinov2.hub.pixels import Colours, centred_square, network_input
 
 LIBRARIES = {"meta": "timm", "timm": "timm", "hf": "transformers"}
-"""What opens each format; timm reads Meta's names too."""
+"""Readers by format; timm reads Meta's names too."""
 
 TOLERANCES = {"fp32": (1e-6, 0.999999), "fp16": (5e-3, 0.9999), "bf16": (4e-2, 0.999)}
 """By dtype of the export: the largest difference over the largest output, and the least cosine of a token."""
@@ -26,7 +26,7 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 class Agreement:
-    """How far an export's tokens are from the teacher's."""
+    """Distance of an export's tokens from the teacher's."""
 
     def __init__(self, expected: Tensor, found: Tensor) -> None:
         self.difference = float((found - expected).abs().max())  # largest one over all values of all tokens

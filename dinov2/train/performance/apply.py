@@ -1,4 +1,4 @@
-"""How the networks of a run are computed: low-precision weights, FP8, recomputation and compilation, as configured."""
+"""Computation of a run's networks: low-precision weights, FP8, recomputation and compilation, as configured."""
 
 from __future__ import annotations
 

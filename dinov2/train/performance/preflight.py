@@ -39,7 +39,7 @@ class Check:
     remedy: str  # what to set instead, as the end of a sentence
 
     def problem(self, config: Config, device: torch.device) -> str | None:
-        """Why the fast path is not to be used, as the end of a sentence; None where it may be."""
+        """Reason against the fast path, as the end of a sentence; None where it may be."""
         try:
             # The run's random numbers stay as they are.
             gpus = [device] if torch.cuda.is_available() and device.type == "cuda" else []

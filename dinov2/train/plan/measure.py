@@ -65,7 +65,7 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step or a block costs, forward and backward."""
+    """Cost of a step or a block, forward and backward."""
 
     flops: int = 0
     saved: int = 0  # bytes that the forward leaves for the backward
@@ -297,7 +297,7 @@ def _copy(argument: Tensor) -> Tensor:
 
 
 def _passing_on(block: nn.Module) -> Callable[..., Tensor]:
-    """What stands for a block that does not run."""
+    """Stand-in for a block that does not run."""
     is_trained = any(p.requires_grad for p in block.parameters())
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -47,11 +47,11 @@ class MemoryPrediction:
 
     @property
     def backward(self) -> int:
-        """What the backward takes beyond activations and gradients."""
+        """Memory of the backward beyond activations and gradients."""
         return self.peak - self.saved
 
     def describe(self) -> str:
-        """What the peak consists of, in GiB, on one line."""
+        """Parts of the peak, in GiB, on one line."""
         parts = {"fp32 weights": self.weights, "moments": self.moments}
         parts |= {"low-precision weights": self.copies, "crops": self.batch}
         largest = "activations" if self.saved > self.gradients else "gradients"

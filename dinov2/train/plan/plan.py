@@ -39,7 +39,7 @@ GPUS = (
 """SXM modules where there are several kinds; the PCIe and NVL kinds of the same name are slower and not listed."""
 
 ASSUMED_GPU = "H200"
-"""What a plan is made for where there is no GPU, or one that is not in the table."""
+"""Device of a plan where there is no GPU, or one that is not in the table."""
 
 ASSUMED_PEAK_FRACTION = 0.5
 """Fraction of the peak that the step's model FLOPs are assumed to reach; the published code reached 0.24."""

@@ -15,7 +15,7 @@ from dinov2.utils.utils import CosineScheduler
 
 @dataclass(frozen=True)
 class ScheduleValues:
-    """What one optimiser step runs with."""
+    """Schedule values of one optimiser step."""
 
     lr: float
     last_layer_lr: float

@@ -111,7 +111,7 @@ def refresh(low_precision: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
+    """This rank's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
