@@ -50,7 +50,7 @@ BACKBONES = Registry(
     "backbone",
     {
         name: f"dinov2.models.vision_transformer:{name}"
-        for name in ("vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
+        for name in ("vit_demo", "vit_shallow", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
     },
 )
 """Networks that turn images into tokens: `dinov2.models.backbone.Backbone`."""

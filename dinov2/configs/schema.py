@@ -219,7 +219,9 @@ class AugmentationConfig:
 class StudentConfig:
     """The backbone; the teacher's is the same, without stochastic depth."""
 
-    arch: str = key("vit_large", "vit_demo, vit_tiny, vit_small, vit_base, vit_large, vit_giant2", registry="BACKBONES")
+    arch: str = key(
+        "vit_large", "vit_demo, vit_shallow, vit_tiny, vit_small, vit_base, vit_large, vit_giant2", registry="BACKBONES"
+    )
     options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
     patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)

@@ -291,6 +291,7 @@ def _vit(arch: str, embed_dim: int, depth: int, num_heads: int) -> Callable[...,
 
 
 vit_demo = _vit("vit_demo", 128, 4, 4)  # for the demo and tests only
+vit_shallow = _vit("vit_shallow", 256, 3, 4)  # texture within minutes of a CPU: width serves it better than depth
 vit_tiny = _vit("vit_tiny", 192, 12, 3)  # DeiT's ViT-Ti (arXiv:2012.12877)
 vit_small = _vit("vit_small", 384, 12, 6)
 vit_base = _vit("vit_base", 768, 12, 12)
