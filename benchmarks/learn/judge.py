@@ -23,7 +23,6 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from scipy.stats import rankdata
 from skimage.feature import local_binary_pattern
 from sklearn.base import ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression
@@ -33,6 +32,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from dinov2.data.source import decode_image
+from dinov2.eval.descriptors import colour, flat_grey, texture
 from dinov2.eval.features import Embedding, embed_tiles
 from dinov2.eval.probe.metrics import Estimate, Predictions, estimate
 from dinov2.eval.probe.spread import odcorr, rankme
@@ -86,47 +86,20 @@ def held_out_groups(groups: np.ndarray, fraction: float) -> np.ndarray:
     return np.sort(drawn[: round(fraction * len(names))])
 
 
-def flat_grey(image: np.ndarray) -> np.ndarray:
-    """Grey copy, uint8 (H, W, 3), of an RGB tile: each value replaced by its rank, equal ones in reading order."""
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    ranks = rankdata(grey, method="ordinal") - 1
-    flat = (ranks * (255 / grey.size)).astype(np.uint8).reshape(grey.shape)
-    return np.repeat(flat[..., None], 3, axis=2)
-
-
-def colour(image: np.ndarray) -> np.ndarray:
-    """Mean and deviation of red, green and blue, float64 (6,)."""
-    pixels = image.reshape(-1, 3) / 255
-    return np.concatenate([pixels.mean(0), pixels.std(0)])
-
-
-def pattern_codes(grey: np.ndarray) -> np.ndarray:
-    """Local binary patterns of the eight neighbours of each inner pixel (Ojala et al. 1996): uint8 (H - 2, W - 2)."""
-    height, width = np.subtract(grey.shape, 2)
-    codes = np.zeros((height, width), np.uint8)
-    around = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
-    for bit, (y, x) in enumerate(around):
-        codes |= (grey[y : y + height, x : x + width] >= grey[1:-1, 1:-1]).astype(np.uint8) << bit
-    return codes
-
-
 def interpolated_codes(grey: np.ndarray) -> np.ndarray:
-    """The same with the neighbours on a circle, as in the later paper (Ojala et al. 2002); uint8 (H - 2, W - 2)."""
+    """Local binary patterns with the neighbours on a circle (Ojala et al. 2002); uint8 (H - 2, W - 2)."""
     return local_binary_pattern(grey, 8, 1)[1:-1, 1:-1].astype(np.uint8)
 
 
-def texture(image: np.ndarray, codes: Callable[[np.ndarray], np.ndarray] = pattern_codes) -> np.ndarray:
-    """Histograms of the codes of a tile and of its half-size copy, float64 (512,)."""
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    half = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    found = [codes(one) for one in (grey, half)]
-    return np.concatenate([np.bincount(one.ravel(), minlength=256) / one.size for one in found])
+def interpolated_texture(image: np.ndarray) -> np.ndarray:
+    """`texture` by interpolated codes."""
+    return texture(image, interpolated_codes)
 
 
 BASELINES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]] = {
     "colour": (colour, KINDS[:1]),  # of a flat histogram nothing is left
     "LBP": (texture, KINDS),
-    "LBP, interpolated": (lambda image: texture(image, interpolated_codes), KINDS),
+    "LBP, interpolated": (interpolated_texture, KINDS),
 }
 """Descriptors and the kinds of tiles that they say something of. Which LBP is better depends on head and tiles."""
 
@@ -162,12 +135,12 @@ class Folds:
 class Judge:
     """Tiles, their grey copies and their folds."""
 
-    def __init__(self, tiles: Tiles) -> None:
-        self.folds = Folds(tiles.labels, tiles.groups)
+    def __init__(self, tiles: Tiles, size: int = SIZE) -> None:
+        self.folds, self.size = Folds(tiles.labels, tiles.groups), size
         self.images = {"as_is": tiles.images, "grey": [flat_grey(image) for image in tiles.images]}
 
     def judge(self, describe: Callable[[list[np.ndarray]], np.ndarray], kinds: Sequence[str] = KINDS) -> dict[str, Any]:
-        """Judge features: for each kind of tiles the class numbers that each head says, RankMe, ODCorr and seconds.
+        """Judge features: for each kind of tiles the class numbers that each head says, RankMe, ODCorr and CPU seconds.
 
         Args:
             describe: tiles to features (N, D).
@@ -175,11 +148,11 @@ class Judge:
         """
         found: dict[str, Any] = {}
         for kind in kinds:
-            start = time.perf_counter()
+            start = time.process_time()
             features = describe(self.images[kind])
-            described = time.perf_counter()
+            described = time.process_time()
             said = {name: self.folds.predict(head, features).tolist() for name, head in HEADS.items()}
-            seconds = {"features": described - start, "heads": time.perf_counter() - described}
+            seconds = {"features": described - start, "heads": time.process_time() - described}
             found[kind] = said | {"rankme": rankme(features), "odcorr": odcorr(features), "seconds": seconds}
         return found
 
@@ -193,11 +166,11 @@ class Judge:
     def teacher(self, checkpoint: str | Path) -> dict[str, Any]:
         """Judge a teacher that `load_teacher` opens."""
         mean, std, _ = normalisation(str(checkpoint))
-        model, embedding = load_teacher(checkpoint), Embedding("cls_mean", SIZE, _BATCH, mean, std)
+        model, embedding = load_teacher(checkpoint), Embedding("cls_mean", self.size, _BATCH, mean, std)
 
         def describe(images: list[np.ndarray]) -> np.ndarray:
             batches = (images[first : first + _BATCH] for first in range(0, len(images), _BATCH))
-            squares = ([centred_square(image, SIZE) for image in batch] for batch in batches)
+            squares = ([centred_square(image, self.size) for image in batch] for batch in batches)
             return torch.cat([embed_tiles(model, batch, embedding) for batch in squares]).numpy()
 
         return self.judge(describe)
@@ -219,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiles", required=True, help="Parquet with image_bytes, label and patient")
     parser.add_argument("--output", type=Path, required=True, help="folder of the judgements")
     parser.add_argument("--held-out", type=float, default=0.0, help="judge only this fraction of the photographs")
+    parser.add_argument("--image-size", type=int, default=SIZE, help="side in px at which tiles are judged")
     args = parser.parse_args(argv)
     setup_logging()
     return run_command(lambda: _run(args), logger, resumable=True)
@@ -240,7 +214,7 @@ def _run(args: argparse.Namespace) -> None:
     if not wanted:
         return
     judged = held_out_groups(photographs(args.tiles), args.held_out) if args.held_out else None
-    judge = Judge(read_tiles(args.tiles, judged))
+    judge = Judge(read_tiles(args.tiles, judged), args.image_size)
     for name, work in wanted.items():
         start = time.perf_counter()
         write_json(args.output / f"{name}.json", work(judge))

@@ -27,8 +27,6 @@ from dinov2.models import build_model_from_cfg
 from dinov2.train.run import Run as Training
 from dinov2.utils.files import check_description, write_json
 
-EXPORTS = 5
-"""Teachers over time, the one at the end among them."""
 RECIPE = "recipe"
 PEERS = ("lightly_train", "meta", "openmidnight", "nanopath")
 _LOSS_RECORDS = 100
@@ -184,6 +182,7 @@ class Sweep:
     tiles: Path  # that are trained on
     output: Path
     peer_root: Path
+    exports: int = 5  # teachers over time, the one at the end among them
 
     def run(self, model: Model, seed: int, images: int, folder: Path | None = None) -> Run:
         """A run of about so many images, whose schedules end with it.
@@ -195,10 +194,10 @@ class Sweep:
         own = () if model.peer else model.overrides
         data = (f"data.path={self.tiles}", "data.kind=parquet", f"train.seed={seed}", "logging.wandb=false")
         recipe, batch = load_config(self.config_file, [*own, *data]), self.batch(model)
-        steps = max(EXPORTS, round(images / batch))
+        steps = max(self.exports, round(images / batch))
         # Warm-ups are told in epochs: epochs shrink or grow with the budget, their number stays.
         epoch = max(1, round(steps / recipe.optim.epochs))
-        period = math.ceil(steps / EXPORTS)
+        period = math.ceil(steps / self.exports)
         overrides = (
             *own,
             *data,

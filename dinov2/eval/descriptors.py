@@ -30,12 +30,12 @@ def pattern_codes(grey: np.ndarray) -> np.ndarray:
     return codes
 
 
-def texture(image: np.ndarray) -> np.ndarray:
-    """Histograms of `pattern_codes` of a uint8 (H, W, 3) RGB image and of its half-size copy, float64 (512,)."""
+def texture(image: np.ndarray, codes: Callable[[np.ndarray], np.ndarray] = pattern_codes) -> np.ndarray:
+    """Histograms of 8-bit codes of a uint8 (H, W, 3) RGB image and of its half-size copy, float64 (512,)."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     half = cv2.resize(grey, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    codes = [pattern_codes(scale) for scale in (grey, half)]
-    return np.concatenate([np.bincount(found.ravel(), minlength=256) / found.size for found in codes])
+    found = [codes(scale) for scale in (grey, half)]
+    return np.concatenate([np.bincount(one.ravel(), minlength=256) / one.size for one in found])
 
 
 DESCRIPTORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"colour": colour, "lbp": texture}
