@@ -1,7 +1,8 @@
 """One page about a run: ``python -m dinov2.report OUTPUT_DIR [--tiles PARQUET_FOLDER] [--output DIR]``.
 
 Reads the run's metrics, configuration and newest exported teacher. Writes curves, a sheet of augmented crops,
-a PCA map of patch features, the embeddings of tiles, and ``report.html``, which holds all of it in one file.
+a PCA map of patch features, tiles with their nearest neighbours, the embeddings of tiles, and ``report.html``, which
+holds all of it in one file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
 from dinov2.eval.probe.spread import mean_cosine, rankme
 from dinov2.hub import load_teacher
-from dinov2.report.figures import as_png, draw_crops, draw_curves, draw_pca
+from dinov2.report.figures import as_png, draw_crops, draw_curves, draw_neighbours, draw_pca
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.files import replacing
@@ -145,6 +146,10 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
         "loss_curves.png": ("Curves", as_png(draw_curves(metrics))),
         "crops.png": ("Augmented crops, masked patches grey", as_png(crops)),
         "pca.png": (f"Patch features of {embedded}", as_png(pca)),
+        "neighbours.png": (
+            f"Some of {embedded}, and the nearest to them by cosine of the class token",
+            as_png(draw_neighbours(pixels, embeddings)),
+        ),
     }
     for title, table in tables.items():
         logger.info("%s", as_text(title, table))

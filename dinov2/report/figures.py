@@ -15,6 +15,7 @@ from dinov2.logging.metrics import OF_CHANCE
 MASK_GREY = 110
 MAX_LOCAL_CROPS = 6  # shown per tile
 PCA_PAIRS_PER_ROW = 4
+NEIGHBOUR_ROWS, NEIGHBOUR_COLUMNS = 6, 8  # tiles asked about; each and its neighbours
 
 
 def as_png(figure: Figure) -> bytes:
@@ -105,6 +106,26 @@ def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
     fraction = np.square(sigma[:3]).sum() / max(np.square(sigma).sum(), 1e-12)
     title = f"tiles, and three principal components of their patch features ({fraction:.0%} of the variance)"
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def draw_neighbours(tiles: Sequence[np.ndarray], embeddings: np.ndarray) -> Figure:
+    """Some tiles, one per row, each followed by the tiles whose embeddings (N, D) are nearest by cosine.
+
+    Two tiles that are told apart by chance only have neighbours of any kind.
+    """
+    rows, columns = min(NEIGHBOUR_ROWS, len(tiles)), min(NEIGHBOUR_COLUMNS, len(tiles))
+    directions = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+    asked = np.arange(rows) * len(tiles) // rows
+    similarity = directions[asked] @ directions.T
+    similarity[np.arange(rows), asked] = np.inf  # each tile first, even beside copies of it
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :columns]
+    cosines = np.take_along_axis(similarity, nearest, axis=1)
+    figure = Figure(figsize=(1.5 * columns, 1.55 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, tile, cosine in zip(axes.ravel(), nearest.ravel(), cosines.ravel(), strict=True):
+        _show(axis, tiles[tile])
+        axis.set_title(f"{cosine:.3f}" if np.isfinite(cosine) else f"tile {tile}", fontsize=8)
     return figure
 
 

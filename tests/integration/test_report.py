@@ -15,7 +15,7 @@ from dinov2.report.__main__ import main, read_metrics
 from dinov2.train.train import main as train
 from tests.helpers.runs import TINY, write_tissue_shards
 
-PAGES = ("loss_curves.png", "crops.png", "pca.png")
+PAGES = ("loss_curves.png", "crops.png", "pca.png", "neighbours.png")
 
 
 @pytest.fixture(scope="module")

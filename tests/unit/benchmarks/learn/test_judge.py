@@ -1,4 +1,4 @@
-"""The judge against scikit-learn's own cross-validation, and its descriptors against plain loops."""
+"""The judge against scikit-learn's own cross-validation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
-from benchmarks.learn.judge import (
-    HEADS,
-    Folds,
-    colour,
-    flat_grey,
-    held_out_groups,
-    pattern_codes,
-    read_tiles,
-    texture,
-)
+from benchmarks.learn.judge import HEADS, Folds, held_out_groups, read_tiles
 
 
 @pytest.fixture
@@ -75,46 +66,6 @@ def test_several_runs_count_alike(labelled, rng):
     value, low, high, _ = folds.accuracy(said, resamples=200)
     assert value == pytest.approx(np.mean(each))
     assert low < value < high
-
-
-def test_grey_copies_have_no_colour_and_a_flat_histogram(rng):
-    image = rng.integers(0, 60, (51, 50, 3), dtype=np.uint8)  # dark, with many equal values
-    flat = flat_grey(image)
-    assert (flat == flat[..., :1]).all()
-    np.testing.assert_array_equal(np.bincount(flat[..., 0].ravel(), minlength=256), [10] * 255 + [0])
-
-
-def test_grey_copies_keep_the_order_of_grey_values_and_nothing_else():
-    ramp = np.arange(240, dtype=np.uint8).reshape(15, 16)
-    curved = (ramp.astype(float) ** 2 / 239).round().clip(0, 255)
-    steep, plain = (np.repeat(x.astype(np.uint8)[..., None], 3, -1) for x in (curved[10:], ramp[10:]))
-    np.testing.assert_array_equal(flat_grey(steep), flat_grey(plain))
-
-
-def test_patterns_against_a_plain_loop(rng):
-    grey = rng.integers(0, 8, (9, 7)).astype(np.uint8)
-    clockwise = [(-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1)]
-    expected = np.zeros((7, 5), int)
-    for y in range(1, 8):
-        for x in range(1, 6):
-            for bit, (dy, dx) in enumerate(clockwise):
-                expected[y - 1, x - 1] += 2**bit * int(grey[y + dy, x + dx] >= grey[y, x])
-    np.testing.assert_array_equal(pattern_codes(grey), expected)
-
-
-def test_texture_is_two_histograms_of_a_tile(rng):
-    image = np.repeat(rng.integers(0, 256, (12, 10, 1), dtype=np.uint8), 3, -1)
-    found = texture(image)
-    assert found.shape == (512,)
-    np.testing.assert_allclose(found[:256], np.bincount(pattern_codes(image[..., 0]).ravel(), minlength=256) / 80)
-    assert found[256:].sum() == pytest.approx(1)
-    assert np.isclose(found[256:] * 12, np.round(found[256:] * 12)).all()  # (6 - 2) x (5 - 2) inner pixels of the half
-
-
-def test_colour_is_mean_and_deviation():
-    image = np.zeros((2, 2, 3), np.uint8)
-    image[0] = 255
-    np.testing.assert_allclose(colour(image), [0.5] * 6)
 
 
 def test_held_out_photographs_are_a_fraction_that_stays(rng):
