@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from dinov2.eval.datasets.images import TileImages
@@ -63,7 +62,7 @@ def flat_grey(image: np.ndarray) -> np.ndarray:
     Neither colour nor tone is left to tell tiles apart by, only texture and shape.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    ranks = rankdata(grey, method="ordinal") - 1
+    ranks = np.argsort(np.argsort(grey, axis=None, kind="stable"))
     flat = (ranks * (255 / grey.size)).astype(np.uint8).reshape(grey.shape)
     return np.repeat(flat[..., None], 3, axis=2)
 
