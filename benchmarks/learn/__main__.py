@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.learn.judge import Folds, held_out_groups, photographs, weights_name
+from benchmarks.learn.judge import SIZE, Folds, held_out_groups, photographs, weights_name
 from benchmarks.learn.runs import PEERS, RECIPE, Budget, Commands, Model, Run, Sweep
 from benchmarks.learn.summary import draw, summarise, tables
 from benchmarks.machine import ROOT, describe_machine
@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--peer-root", type=Path, help="folder of the peers' clones and their venv")
     parser.add_argument("--held-out", type=float, default=0.0, help="fraction of the photographs that is only judged")
+    parser.add_argument("--image-size", type=int, default=SIZE, help="side in px at which tiles are judged")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     parser.add_argument("--output", type=Path, required=True, help="folder; finished runs in it are kept")
     return parser.parse_args(argv)
@@ -87,7 +88,8 @@ def tiles_to_train_on(args: argparse.Namespace, held_out: np.ndarray) -> Path:
 def run_all(runs: Sequence[Run], args: argparse.Namespace, commands: Commands) -> None:
     """Train and judge what is not done yet, some runs side by side."""
     judged = args.output.resolve() / "judged"
-    options = ["--tiles", str(args.tiles.resolve()), "--output", str(judged), "--held-out", str(args.held_out)]
+    options = ["--tiles", str(args.tiles.resolve()), "--output", str(judged)]
+    options += ["--held-out", str(args.held_out), "--image-size", str(args.image_size)]
 
     def judge(teachers: Sequence[Path], log: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.learn.judge", *options, *map(str, teachers)]
@@ -124,7 +126,7 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> None:
     wanted, groups = models(args), photographs(args.tiles)
     held_out = np.isin(groups, held_out_groups(groups, args.held_out))
     args.output.mkdir(parents=True, exist_ok=True)
-    identity = {"tiles": args.tiles.name, "rows": len(groups), "held_out": args.held_out}
+    identity = {"tiles": args.tiles.name, "rows": len(groups), "held_out": args.held_out, "size": args.image_size}
     if not check_description(args.output / "build.json", identity):
         write_json(args.output / "build.json", {"build": identity})
     root = (args.peer_root or Path()).resolve()
