@@ -106,7 +106,8 @@ install_with_uv() {
             fi
             printf '%s\n' "$torch" >>"$scratch/constraints.txt"
             say "Installing with ${torch//$'\n'/, } ($versions versions)"
-            "$uv" pip install --python "$venv_python" ${index:+"$index"} \
+            # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, every process would compile SymPy anew.
+            "$uv" pip install --compile-bytecode --python "$venv_python" ${index:+"$index"} \
                 --constraint "$scratch/constraints.txt" --editable ".[$extras]" && return
             status=1
             break

@@ -1,6 +1,7 @@
 """Settings shared by all tests: one thread and fixed seeds, so that results do not depend on the machine."""
 
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,8 @@ from tests.helpers.hub_server import HubServer
 pytest_plugins = ["tests.helpers.slides"]
 
 torch.set_num_threads(1)
+# A shell's background jobs ignore it, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -257,6 +257,7 @@ def peer_spec(config: Config, sweep: Sweep, model: Model, steps: int, period: in
         "steps": steps,
         "batch_size": batch,
         "num_workers": config.train.num_workers,
+        "bf16": config.compute_precision.student.backbone.mixed_precision.param_dtype == "bf16",
         "exports": [step * batch for step in marks],
         "architecture": backbone.describe(),
         "network": {
