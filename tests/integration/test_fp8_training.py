@@ -18,6 +18,20 @@ from tests.helpers.training import in_precision, tiny_config
 IMAGES, TEACHER_TEMP = 8, 0.04
 
 
+def scaled_mm(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, *, out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None, use_fast_accum: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    product = (a.float() @ b.float()) * scale_a * scale_b
+    return (product if bias is None else product + bias.float()).to(out_dtype)
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for CPUs, which the unit tests are of, can take a minute a step."""
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+
+
 def teacher_in_fp8(scaling: str) -> Callable[[SSLMetaArch], None]:
     return lambda arch: use_fp8(arch.teacher.backbone.blocks, scaling, backward=False)
 
