@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov2.models.vision_transformer import DinoVisionTransformer, resample_positions
 
-HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}
+HEADS = {128: 4, 192: 3, 256: 4, 384: 6, 768: 12, 1024: 16, 1536: 24}
 """Attention heads by width: the one figure that no tensor's shape tells."""
 
 _DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3}

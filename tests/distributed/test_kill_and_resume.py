@@ -93,7 +93,7 @@ def test_sigkill_on_two_processes_resumes_on_one(tmp_path: Path):
         state = json.loads(newest.read_text())
         assert state["samples"] == BATCH * state["step"] < BATCH * STEPS
         again = command(output_dir, "org/tissue", 1)
-        resumed = subprocess.run(again, env=env, timeout=120, capture_output=True, text=True, check=True)
+        resumed = subprocess.run(again, env=env, timeout=600, capture_output=True, text=True, check=True)
     assert f"Resumed from {newest.parent}" in resumed.stderr
 
     # Every sample once and in order, though two processes consumed the first and one the rest, ...

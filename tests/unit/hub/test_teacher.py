@@ -123,7 +123,7 @@ def test_heads_are_those_of_the_architectures():
             '{"step": 7}',
             r"teacher.json' does not describe a teacher's architecture .*architecture.*; mend or remove it",
         ),
-        ('{"architecture": {"arch": "vit_huge"}}', "names no arch out of vit_demo, vit_tiny, vit_small"),
+        ('{"architecture": {"arch": "vit_huge"}}', "names no arch out of vit_demo, vit_shallow, vit_tiny"),
         ('{"architecture": {"arch": "vit_demo", "patches": 14}}', "does not describe a backbone .*'patches'"),
         (
             '{"architecture": {"arch": "vit_tiny", "patch_size": 14}}',
