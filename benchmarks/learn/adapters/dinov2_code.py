@@ -93,6 +93,8 @@ def run(spec: Mapping[str, Any], train: Any, config: Any) -> None:
     resampling = {name: student[name] for name in ("interpolate_antialias", "interpolate_offset")}
     exports, arch = Exports(spec, **resampling), train.SSLMetaArch
     prepare, update, seen = arch.prepare_for_distributed_training, arch.update_teacher, 0
+    # In place of FSDP's casts of weights and inputs.
+    arch.forward_backward = torch.autocast("cpu", torch.bfloat16, enabled=spec["bf16"])(arch.forward_backward)
 
     def prepare_and_save(model: Any) -> None:
         prepare(model)

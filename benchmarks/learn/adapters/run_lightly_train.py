@@ -66,7 +66,7 @@ def main() -> None:
         "seed": spec["seed"],
         "accelerator": "cpu",
         "devices": 1,
-        "precision": "32-true",
+        "precision": "bf16-mixed" if spec["bf16"] else "32-true",
         "method_args": {
             "output_dim": head["head_n_prototypes"],
             "hidden_dim": head["head_hidden_dim"],

@@ -37,6 +37,11 @@ class CpuTorch:
     )
 
     @staticmethod
+    def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
+        """That of the CPU."""
+        return torch.autocast("cpu", dtype)
+
+    @staticmethod
     def device(_: str) -> torch.device:
         """The CPU."""
         return torch.device("cpu")
@@ -45,8 +50,10 @@ class CpuTorch:
         return getattr(torch, name)
 
 
-def initialise(model: nn.Module, layerscale: float) -> None:
-    """Meta's starting weights, for a class that only ever loads published ones."""
+def initialise(model: nn.Module, layerscale: float, patch_size: int) -> None:
+    """Meta's starting weights, for a class that only ever loads published ones, of patches of 14 px."""
+    model.patch_embed.proj = nn.Conv2d(3, model.embed_dim, patch_size, patch_size)
+    model.patch_size = patch_size
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -73,7 +80,7 @@ def settings(spec: dict[str, Any], recipe: dict[str, Any], shards: Path) -> dict
     recipe["model"] = {"type": "ours"}
     recipe["train"] |= {
         "seed": spec["seed"],
-        "bf16": False,
+        "bf16": spec["bf16"],
         "batch_size": spec["batch_size"],
         "num_workers": spec["num_workers"],
         "save_every": None,
@@ -116,7 +123,7 @@ def main() -> None:
     update, seen, measuring = train.update_ema, 0, True
 
     def start(backbone: nn.Module) -> nn.Module:
-        initialise(backbone, network["layerscale"])
+        initialise(backbone, network["layerscale"], network["patch_size"])
         exports.save(0, backbone.state_dict())
         return backbone
 
