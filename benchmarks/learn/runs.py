@@ -259,6 +259,7 @@ def peer_spec(config: Config, sweep: Sweep, model: Model, steps: int, period: in
         "num_workers": config.train.num_workers,
         "bf16": config.compute_precision.student.backbone.mixed_precision.param_dtype == "bf16",
         "exports": [step * batch for step in marks],
+        "attention_backend": config.student.attention_backend,
         "architecture": backbone.describe(),
         "network": {
             "embed_dim": backbone.embed_dim,
