@@ -125,7 +125,7 @@ def test_training_source_reads_the_shards(sample_list: Path, tmp_path: Path) -> 
         folder = tmp_path / encoding
         assert build(sample_list, folder, "--encoding", encoding, "--rows-per-shard", "200") == 0
         source = ParquetSource(str(folder))
-        assert source.unit_rows.tolist() == [64, 64, 64, 8, 64, 36]
+        assert source.group_rows.tolist() == [64, 64, 64, 8, 64, 36]
         row = pq.ParquetFile(folder / "00000001.parquet").read_row_group(1).to_pylist()[35]
         [(slide, data)] = source.read(5, [35])
         assert slide == row["slide_path"]
