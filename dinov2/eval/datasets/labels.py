@@ -212,12 +212,8 @@ def _from_shards(shards: Sequence[Path]) -> LabelledTiles:
             columns[name] += map(str, values)
     tiles = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
     origins = tiles.origins()
-    if len(set(columns["split"])) == 1:  # a part of a larger dataset
-        logger.info("All tiles in '%s' are of split %r, so that folds are made.", shards[0].parent, columns["split"][0])
-        columns["split"] = []
-    return _build(
-        tiles, columns["label"], [origin.slide for origin in origins], _told_patients(origins), columns["split"]
-    )
+    slides, patients = [origin.slide for origin in origins], _told_patients(origins)
+    return _build(tiles, columns["label"], slides, patients, columns["split"])
 
 
 def _of_files(root: Path, rows: Rows, source: str | Path) -> LabelledTiles:
@@ -272,8 +268,8 @@ def _build(
         known["patient"] = _patients(known["slide"])
     if known["split"] is not None:
         known["split"] = tuple(_SPLIT_NAMES.get(name.lower(), name) for name in known["split"])
-        if set(known["split"]) == {"train"}:
-            logger.info("All tiles are of the split train, so folds are made of them.")
+        if known["split"][0] in SPLITS and len(set(known["split"])) == 1:  # a part of a larger set, whole by itself
+            logger.info("All tiles are of the split %s, so folds are made of them.", known["split"][0])
             known["split"] = None
     return LabelledTiles(images, numbers, tuple(classes), known["slide"], known["patient"], known["split"], per_slide)
 

@@ -205,11 +205,12 @@ def test_labels_that_do_not_match(classes, tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_split_that_is_all_training_divides_nothing(classes, tmp_path):
+@pytest.mark.parametrize("split", ["train", "Validation", "test"])
+def test_a_split_that_is_the_same_everywhere_divides_nothing(classes, tmp_path, split):
     text = "slide_id,label,split\ntumour,x,{0}\ndeep,y,{0}\nnormal,x,{0}\n"
-    assert open_labelled_tiles(classes, csv_file(tmp_path, text.format("train"))).splits is None
-    with pytest.raises(ValueError):
-        open_labelled_tiles(classes, csv_file(tmp_path, text.format("test")))
+    assert open_labelled_tiles(classes, csv_file(tmp_path, text.format(split))).splits is None
+    with pytest.raises(ValueError, match="Split 'dev'"):
+        open_labelled_tiles(classes, csv_file(tmp_path, text.format("dev")))
 
 
 def test_empty_class_folder(classes):
