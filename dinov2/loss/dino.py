@@ -1,7 +1,8 @@
 """DINO: the student's class tokens predict the teacher's, view against view."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -64,10 +65,7 @@ def _mean_over_pairs(entropy: Tensor, num_views: int, num_local: int) -> Tensor:
 class DINO(LossTerm):
     """`dino_local_loss`, where there are local views, and `dino_global_loss`; section ``dino``."""
 
-    @classmethod
-    def options_of(cls, config: Any) -> LossTerm.Options:
-        """``dino.loss_weight``."""
-        return cls.Options(config.dino.loss_weight)
+    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "dino.loss_weight"}
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return ``dino_local_crops_loss`` and ``dino_global_crops_loss``."""

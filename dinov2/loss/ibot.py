@@ -1,7 +1,8 @@
 """iBOT: the student's masked patches predict what the teacher sees there."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -47,10 +48,7 @@ def ibot_loss(
 class IBOT(LossTerm):
     """`ibot_loss`; section ``ibot``."""
 
-    @classmethod
-    def options_of(cls, config: Any) -> LossTerm.Options:
-        """``ibot.loss_weight``."""
-        return cls.Options(config.ibot.loss_weight)
+    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "ibot.loss_weight"}
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the masked patches."""

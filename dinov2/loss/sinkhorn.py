@@ -19,22 +19,14 @@ class Assignments(NamedTuple):
     """The matrix P_nk = v_n exp((l_nk - c_k - r_n) / T) u_k, not written out.
 
     `soft_cross_entropy` takes it as it is: one more pass over 16-bit logits instead of a float32 matrix.
-
-    Attributes:
-        logits: (N, K) teacher outputs l, any float dtype.
-        row_shift: (N,) r, float32 (float64 for float64 logits), as all that follow.
-        column_shift: (K,) c.
-        u: (K,) scaling of the prototypes.
-        v: (N,) scaling of the rows.
-        inverse_temp: 0-d, 1 / T.
     """
 
-    logits: Tensor
-    row_shift: Tensor
-    column_shift: Tensor
-    u: Tensor
-    v: Tensor
-    inverse_temp: Tensor
+    logits: Tensor  # (N, K) teacher outputs l, any float dtype
+    row_shift: Tensor  # (N,) r, float32 (float64 for float64 logits), as all that follow
+    column_shift: Tensor  # (K,) c
+    u: Tensor  # (K,) scaling of the prototypes
+    v: Tensor  # (N,) scaling of the rows
+    inverse_temp: Tensor  # 0-d, 1 / T
 
     def probs(self) -> Tensor:
         """Write P out: (N, K), float32 (float64 for float64 logits), without a gradient."""

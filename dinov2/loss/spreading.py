@@ -1,8 +1,9 @@
 """Regularisers that spread class tokens over the sphere: KoLeo and KDE."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,18 +60,15 @@ def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8) -> Tenso
 
 
 class KoLeo(LossTerm):
-    """`koleo_loss` of each global view's class tokens, summed over the views; keys ``dino.koleo_*``."""
+    """`koleo_loss` of each global view's class tokens, summed over the views."""
+
+    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "dino.koleo_loss_weight", "gather": "dino.koleo_gather"}
 
     @dataclass(frozen=True)
     class Options(LossTerm.Options):
         """Arguments of `koleo_loss`."""
 
         gather: bool = key(False, "over the batch of all ranks")
-
-    @classmethod
-    def options_of(cls, config: Any) -> LossTerm.Options:
-        """Keys ``dino.koleo_*``."""
-        return cls.Options(config.dino.koleo_loss_weight, config.dino.koleo_gather)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the student's class tokens."""
@@ -109,7 +107,11 @@ def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, g
 
 
 class KDE(LossTerm):
-    """`kde_loss` of each global view's class tokens, summed over the views; keys ``dino.kde_*``."""
+    """`kde_loss` of each global view's class tokens, summed over the views."""
+
+    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "dino.kde_loss_weight"} | {
+        option: f"dino.kde_{option}" for option in ("kappa", "reference_sign", "gather", "ramp_epochs")
+    }
 
     @dataclass(frozen=True)
     class Options(LossTerm.Options):
@@ -118,15 +120,6 @@ class KDE(LossTerm):
         kappa: float = key(5.0, "concentration of the kernel", above=0)
         reference_sign: bool = key(False, "the published code's sign")
         gather: bool = key(False, "over the batch of all ranks")
-
-    @classmethod
-    def options_of(cls, config: Any) -> LossTerm.Options:
-        """Keys ``dino.kde_*``."""
-        dino = config.dino
-        return cls.Options(
-            dino.kde_loss_weight, dino.kde_kappa, dino.kde_reference_sign, dino.kde_gather,
-            ramp_epochs=dino.kde_ramp_epochs,
-        )  # fmt: skip
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the student's class tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,42 +23,24 @@ class StepOutputs:
     """Outputs of student and teacher for one batch of this rank; tensors on the device, views outermost.
 
     What comes from the student carries gradients, what comes from the teacher none.
-
-    Attributes:
-        class_tokens: (V, B, D) student's class tokens of the global views, whose patches are partly masked.
-        teacher_class_tokens: (V, B, D) teacher's, of the whole views.
-        class_logits: (V + L, B, K) student's, of the global views, then of the local ones.
-        class_targets: (V, B, K) probabilities by the teacher.
-        patch_logits: (M, K') student's, of the masked patches.
-        patch_targets: (M, K') probabilities by the teacher, written out or as factors.
-        masks: bool (V B, N), True where a patch is masked; view-major.
-        mask_indices: int64 (M,) into the V B N patches, 0 on padding.
-        mask_weight: (M,) 1 over the masked patches of that crop, 0 on padding.
-        teacher_temp: temperature of the targets.
-        kernels: passes over prototype logits.
-        patch_tokens: (V, B, N, D) student's, where a term needs them (`LossTerm.needs`); None otherwise.
-        teacher_patch_tokens: (V, B, N, D) teacher's, likewise.
-        slides: name of each image's slide, B of them; empty where the batch does not say.
-        slide_ids: int64 (B,), a hash of each; None where the batch does not say.
-        indices: int64 (B,), sample indices of the images on the run's axis; None where the batch does not say.
     """
 
-    class_tokens: Tensor
-    teacher_class_tokens: Tensor
-    class_logits: Tensor
-    class_targets: Tensor
-    patch_logits: Tensor
-    patch_targets: Tensor | Assignments
-    masks: Tensor
-    mask_indices: Tensor
-    mask_weight: Tensor
-    teacher_temp: float
-    kernels: PrototypeKernels
-    patch_tokens: Tensor | None = None
-    teacher_patch_tokens: Tensor | None = None
-    slides: Sequence[str] = ()
-    slide_ids: Tensor | None = None
-    indices: Tensor | None = None
+    class_tokens: Tensor  # (V, B, D) student's class tokens of the global views, whose patches are partly masked
+    teacher_class_tokens: Tensor  # (V, B, D) teacher's, of the whole views
+    class_logits: Tensor  # (V + L, B, K) student's, of the global views, then of the local ones
+    class_targets: Tensor  # (V, B, K) probabilities by the teacher
+    patch_logits: Tensor  # (M, K') student's, of the masked patches
+    patch_targets: Tensor | Assignments  # (M, K') probabilities by the teacher, written out or as factors
+    masks: Tensor  # bool (V B, N), True where a patch is masked; view-major
+    mask_indices: Tensor  # int64 (M,) into the V B N patches, 0 on padding
+    mask_weight: Tensor  # (M,) 1 over the masked patches of that crop, 0 on padding
+    teacher_temp: float  # temperature of the targets
+    kernels: PrototypeKernels  # passes over prototype logits
+    patch_tokens: Tensor | None = None  # (V, B, N, D) student's, where a term needs them (`LossTerm.needs`)
+    teacher_patch_tokens: Tensor | None = None  # (V, B, N, D) teacher's, likewise
+    slides: Sequence[str] = ()  # name of each image's slide, B of them; empty where the batch does not say
+    slide_ids: Tensor | None = None  # int64 (B,), a hash of each; None where the batch does not say
+    indices: Tensor | None = None  # int64 (B,), sample indices on the run's axis; None where the batch does not say
 
 
 @dataclass(frozen=True)
@@ -75,13 +58,12 @@ class LossTerm(nn.Module):
     Its trainable parameters, if any, are treated as a head's: float32, sharded, gradients averaged over ranks, clipped
     by their own norm (metric ``grad_norm_<name>``), decayed and scheduled with the rest, saved and restored. Buffers
     of the state dict are saved as rank 0 has them.
-
-    Attributes:
-        needs: optional fields of `StepOutputs` that are to be filled: ``patch_tokens`` brings those of student and
-            teacher, at the cost of computing the last block for all tokens.
     """
 
+    # Optional fields of `StepOutputs` that are to be filled: ``patch_tokens`` brings those of student and teacher, at
+    # the cost of computing the last block for all tokens.
     needs: ClassVar[frozenset[str]] = frozenset()
+    meta_keys: ClassVar[Mapping[str, str]] = {}  # of a built-in term: options, and Meta's keys that set them
 
     @dataclass(frozen=True)
     class Options:
@@ -94,11 +76,6 @@ class LossTerm(nn.Module):
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__()
         self.options = options
-
-    @classmethod
-    def options_of(cls, config: Any) -> Options:
-        """Options from Meta's keys; of built-in terms alone."""
-        raise NotImplementedError
 
     def forward(self, outputs: StepOutputs) -> Tensor | dict[str, Tensor]:
         """Return a 0-d float32, logged as ``<name>_loss``, or several by the names that they are logged under.
@@ -132,7 +109,10 @@ def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
     Raises:
         ValueError: if ``losses`` names a built-in term, or a name twice.
     """
-    terms = {name: (LOSSES[name], LOSSES[name].options_of(config)) for name in BUILT_IN_LOSSES}
+    terms = {}
+    for name in BUILT_IN_LOSSES:
+        options = {option: attrgetter(key)(config) for option, key in LOSSES[name].meta_keys.items()}
+        terms[name] = LOSSES[name], LOSSES[name].Options(**options)
     for name, options in config.losses.items():
         label = name.rpartition(":")[2]
         if label in terms:
