@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2.layers.ffn import gated_width
 from dinov2.models.vision_transformer import DinoVisionTransformer, resample_positions
 
 HEADS = {128: 4, 192: 3, 256: 4, 384: 6, 768: 12, 1024: 16, 1536: 24}
@@ -224,11 +225,6 @@ def _arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "num_register_tokens": num_registers(state),
     }
-
-
-def gated_width(hidden: int) -> int:
-    """Width of either half of a fused SwiGLU in place of an MLP with ``hidden`` features."""
-    return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 def width_ratio(hidden: int, width: int) -> float:

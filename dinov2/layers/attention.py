@@ -18,12 +18,9 @@ class Attention(nn.Module):
     call has a static shape.
 
     Args:
-        dim, num_heads: D and its divisor H.
+        dim, num_heads: D and H; ValueError if H does not divide D.
         qkv_bias, proj_bias: of the joint query, key and value projection, and of the output projection.
-        backend: one of `dinov2.layers.attention_backends`.
-
-    Raises:
-        ValueError: the heads do not divide the width, or the backend is unknown or cannot be used here.
+        backend: see `attention_backend`, which also says what it raises.
     """
 
     def __init__(

@@ -27,14 +27,11 @@ _ON_CPU = ("sdpa", "flash", "math")
 def attention_backend(name: str) -> Attend:
     """Return the attention function called ``name``, after making sure that it can be used here.
 
-    Args:
-        name: ``sdpa`` lets PyTorch choose among its kernels for each shape and dtype; ``flash``, ``cudnn``,
-            ``efficient`` and ``math`` are those kernels, of which the CPU has ``flash`` and ``math``; ``xformers``
-            is the package's.
+    ``sdpa`` lets PyTorch choose among its kernels for each shape and dtype; ``flash``, ``cudnn``, ``efficient`` and
+    ``math`` are those kernels, of which the CPU has ``flash`` and ``math``; ``xformers`` is the package's.
 
-    Raises:
-        ValueError: the name is unknown, or the backend lacks its device or its package. The function returned
-            raises it where the backend has no kernel for what it is given.
+    Raises ValueError if the name is unknown, or the backend lacks its device or its package; the function returned
+    raises it where the backend has no kernel for what it is given.
     """
     if name not in (known := ("sdpa", *_KERNELS, "xformers")):
         choices = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
@@ -58,8 +55,7 @@ def attention_backend(name: str) -> Attend:
 def require_kernel(name: str, *, head_width: int, dtype: torch.dtype, device: torch.device) -> None:
     """Attend once to a few zeros: inside a compiled block what `attention_backend` raises comes out unreadable.
 
-    Raises:
-        ValueError: as `attention_backend`, or there is no kernel for this width, dtype and device.
+    Raises ValueError as that does, or if there is no kernel for this width, dtype and device.
     """
     q = torch.zeros(1, 8, 1, head_width, dtype=dtype, device=device, requires_grad=True)
     attention_backend(name)(q, q, q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,16 +51,15 @@ class SwiGLUFFN(nn.Module):
 
 
 class SwiGLUFFNFused(SwiGLUFFN):
-    """`SwiGLUFFN` two thirds as wide as asked for, rounded up to a multiple of 8.
+    """`SwiGLUFFN` of `gated_width`: two thirds as wide as asked for, rounded up to a multiple of 8.
 
     Its three matrices then hold about as many weights as the two of an `Mlp`; the giant model's is 4096 wide.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        act_layer: Callable[[], nn.Module] | None = None,
-        bias: bool = True,
-    ):
-        super().__init__(in_features, (int(hidden_features * 2 / 3) + 7) // 8 * 8, act_layer, bias)
+    def __init__(self, in_features: int, hidden_features: int, *args: Any, **kwargs: Any):
+        super().__init__(in_features, gated_width(hidden_features), *args, **kwargs)
+
+
+def gated_width(hidden: int) -> int:
+    """Width of either half of a `SwiGLUFFNFused` in place of an MLP with ``hidden`` features."""
+    return (int(hidden * 2 / 3) + 7) // 8 * 8

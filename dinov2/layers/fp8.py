@@ -14,11 +14,9 @@ _MIN_CAPABILITY = (8, 9)
 
 
 def fp8_problem(device: torch.device | str, per_row: bool = False) -> str | None:
-    """Say why FP8 matmuls cannot be used on a device, in one sentence; None where they can.
+    """Say why FP8 matmuls cannot be used on the operands' device, in one sentence; None where they can.
 
-    Args:
-        device: of the operands.
-        per_row: with one scale per row instead of one per tensor.
+    ``per_row`` asks for one scale per row instead of one per tensor.
     """
     device = torch.device(device)
     if not hasattr(torch, "_scaled_mm") or not hasattr(torch, "float8_e4m3fn"):
@@ -44,12 +42,8 @@ def fp8_problem(device: torch.device | str, per_row: bool = False) -> str | None
 def quantise(matrix: Tensor, per_row: bool, dtype: torch.dtype = _E4M3) -> tuple[Tensor, Tensor]:
     """Scale a matrix so that its largest magnitude becomes the largest of an FP8 format, and round to nearest.
 
-    ``matrix`` is about ``quantised.float() * scale``. A NaN or an infinity makes everything under its scale NaN.
-
-    Args:
-        matrix: (M, K), floating, any strides.
-        per_row: one scale per row, otherwise one for all.
-        dtype: the FP8 format.
+    ``matrix``, floating (M, K) of any strides, is about ``quantised.float() * scale``. A NaN or an infinity makes
+    everything under its scale NaN. There is one scale per row or one for all.
 
     Returns:
         The quantised matrix, contiguous, and its scale, float32 (M, 1) or 0-d.

@@ -47,11 +47,8 @@ class Linear(nn.Linear):
 def keep_low_precision_weights(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
     """Let every `Linear` below a module multiply with a second weight in ``dtype``, the first one rounded.
 
-    It is a buffer outside the state dict. Whoever changes a weight must round it again.
-    Call on the final device, on whole (not sharded) weights.
-
-    Returns:
-        Each weight with its low-precision weight.
+    It is a buffer outside the state dict. Whoever changes a weight must round it again: pairs of a weight and its
+    low-precision weight are returned. Call on the final device, on whole (not sharded) weights.
     """
     pairs = []
     for layer in module.modules():
@@ -67,7 +64,6 @@ def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool
     The weight's gradient stays a bfloat16 matmul: its sum runs over the rows, whose number need not divide by 16.
 
     Args:
-        module: holds the layers.
         scaling: "tensor" for one scale per operand, "row" for one per row of x and per output channel.
         backward: the input gradient in FP8 as well, otherwise in bfloat16.
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 class PatchEmbed(nn.Module):
     """One linear map for all patches, written as a strided convolution; sizes are sides in pixels.
 
-    Raises:
-        ValueError: if ``img_size``, for which the position grid is made, is not a multiple of ``patch_size``.
+    Raises ValueError if ``img_size``, for which the position grid is made, is not a multiple of ``patch_size``.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
@@ -25,8 +24,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, C, H, W) of any dtype as patches (B, H/p * W/p, D), row by row.
 
-        Raises:
-            ValueError: another shape, or a side that is not a multiple of the patch.
+        Raises ValueError for another shape, or a side that is not a multiple of the patch.
         """
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"Images are {tuple(x.shape)}; (B, {self.in_chans}, H, W) is expected.")

@@ -33,10 +33,7 @@ def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
         forward: a pure function that draws no random numbers and changes nothing in place, such as a block's
             ``forward``. Weights that FSDP gathers have to be gathered around it.
         mode: ``none``; ``selective`` keeps the arguments and the outputs of matmuls and attention kernels,
-            and repeats norms, gates, gathers and casts; ``full`` keeps the arguments only.
-
-    Raises:
-        ValueError: if the mode is unknown.
+            and repeats norms, gates, gathers and casts; ``full`` keeps the arguments only; else a ValueError.
     """
     if mode == "none":
         return forward

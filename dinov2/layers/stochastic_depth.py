@@ -29,9 +29,8 @@ from dinov2.layers.row_gather import add_rows, take_rows
 def draw_orders(segments: Segments, num_branches: int, device: torch.device) -> list[Tensor]:
     """Draw a random order of the images of every segment for every branch, with torch's generator of the device.
 
-    Returns:
-        Per segment int64 (num_branches, 2, B): a permutation of the images, of which a branch keeps the beginning,
-        and each image's rank in it.
+    Per segment int64 (num_branches, 2, B) is returned: a permutation of the images, of which a branch keeps the
+    beginning, and each image's rank in it.
     """
     # Sorting noise gives all branches their permutations in one operation; torch.randperm would take one per branch.
     orders = [torch.rand(num_branches, batch, device=device).argsort(dim=1) for batch, _ in segments]
@@ -59,10 +58,9 @@ class Kept:
 
 
 def kept_rows(segments: Segments, orders: Sequence[Tensor], drop_rate: float, dtype: torch.dtype) -> Kept:
-    """The rows that a branch keeps.
+    """The rows of a packed matrix that a branch keeps.
 
     Args:
-        segments: of the packed matrix.
         orders: per segment int64 (2, B), one branch's part of `draw_orders`.
         drop_rate: p in [0, 1).
         dtype: of the scale.

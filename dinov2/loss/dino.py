@@ -49,10 +49,7 @@ def dino_local_loss(
 
         L_local = 1 / (V L + V (V - 1)) sum_l sum_v mean_b CE(t_vb, s_lb)
 
-    Args:
-        student_local: (L, B, K) student logits, any float dtype.
-        teacher_probs: (V, B, K) teacher probabilities of the global views.
-        student_temp, kernels: as of `dino_global_loss`, as is what is returned.
+    ``student_local`` are the (L, B, K) logits; the rest is as of `dino_global_loss`.
     """
     entropy = soft_cross_entropy(student_local, teacher_probs.sum(0), student_temp, kernels)
     return _mean_over_pairs(entropy, len(teacher_probs), len(student_local))

@@ -39,13 +39,9 @@ def inverse(temp: float | Tensor, like: Tensor) -> Tensor:
 
 
 def shifted_exp(logits: Tensor, row_shift: Tensor, column_shift: Tensor, scale: Tensor) -> Tensor:
-    """Return a new E_nk = exp((l_nk - c_k - r_n) scale), (..., N, K) in the dtype of the shifts.
+    """Return a new E_nk = exp((l_nk - c_k - r_n) s), (..., N, K) in the dtype of the shifts.
 
-    Args:
-        logits: (..., N, K) l, any float dtype.
-        row_shift: (..., N) r.
-        column_shift: (K,) c.
-        scale: 0-d.
+    Of logits l (..., N, K) of any float dtype, shifts of the rows r (..., N) and columns c (K,), and a 0-d scale s.
     """
     # The column's shift first: `row_max` is of this very difference, so that the larger of the two cancels exactly.
     return (logits - column_shift).sub_(row_shift[..., None]).mul_(scale).exp_()
@@ -135,9 +131,7 @@ def compiled_kernels(backend: str | Callable[..., Callable]) -> PrototypeKernels
 
     Each combination of shapes and dtypes compiles once, whatever the temperatures. Beyond eight
     combinations a pass, Dynamo's limit, the call raises: ``torch.compiler.reset()`` before going on to others.
-
-    Args:
-        backend: of ``torch.compile``, by name or the function itself.
+    ``backend`` is that of ``torch.compile``, by name or the function itself.
     """
     return PrototypeKernels(*(torch.compile(p, fullgraph=True, dynamic=False, backend=backend) for p in _PASSES))
 

@@ -20,13 +20,9 @@ def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
     The matrices that follow are batch by batch, so float64 costs nothing, and it is out of reach of autocast
     and TF32, which would blur the distance between near neighbours.
 
-    Args:
-        tokens: (B, D), any float dtype.
-        gather: join the rows of all ranks; all must then call, with equal B. See `all_gather_rows` for why the
-            data-parallel mean of the gradients is then exactly that of the joined batch.
-
-    Raises:
-        ValueError: if there are fewer than 2 rows.
+    With ``gather`` the rows of all ranks are joined; all must then call, with equal B. See `all_gather_rows` for why
+    the data-parallel mean of the gradients is then exactly that of the joined batch. Raises ValueError if there are
+    fewer than 2 rows.
     """
     rows = F.normalize(tokens.double(), dim=-1)
     rows = all_gather_rows(rows) if gather else rows
@@ -36,7 +32,7 @@ def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
 
 
 def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8) -> Tensor:
-    """Kozachenko-Leonenko estimate of minus the batch's entropy; falls as the vectors spread.
+    """Kozachenko-Leonenko estimate of minus the batch's entropy, 0-d float32; falls as the vectors spread.
 
     Sablayrolles et al. (arXiv:1806.03198, section 3.1), with z the vectors scaled to length 1:
 
@@ -48,9 +44,6 @@ def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8) -> Tenso
         tokens: (B, D), any float dtype.
         gather: over the vectors of all ranks, see `unit_rows`.
         eps: keeps the logarithm finite.
-
-    Returns:
-        0-d float32.
     """
     z, itself = unit_rows(tokens, gather)
     # Differences taken directly: 2 - 2 z_i . z_j cancels for near neighbours, the ones that matter here.
@@ -76,7 +69,7 @@ class KoLeo(LossTerm):
 
 
 def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> Tensor:
-    """Mean log-density of the batch under a von Mises-Fisher kernel estimate; falls as the vectors spread.
+    """Mean log-density under a von Mises-Fisher kernel estimate, 0-d float32; falls as the vectors spread.
 
     With z the vectors scaled to length 1, N of them, each one's density estimated from the others:
 
@@ -90,13 +83,9 @@ def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, g
     included, and so rewards collapse: its least value is reached when all vectors are equal.
 
     Args:
-        tokens: (B, D), any float dtype.
+        tokens, gather: as of `koleo_loss`.
         kappa: concentration of the kernel, > 0.
         reference_sign: compute the published code's expression.
-        gather: over the vectors of all ranks, see `unit_rows`.
-
-    Returns:
-        0-d float32.
     """
     z, itself = unit_rows(tokens, gather)
     similarity = kappa * z @ z.mT

@@ -102,12 +102,8 @@ class LossTerm(nn.Module):
 def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
     """Build the terms of the configuration whose weight is above 0, by name, on the default device.
 
-    Args:
-        config: a `dinov2.configs.Config`: sections ``dino`` and ``ibot`` for the built-in terms, ``losses`` for others.
-        context: sizes of the networks.
-
-    Raises:
-        ValueError: if ``losses`` names a built-in term, or a name twice.
+    Sections ``dino`` and ``ibot`` of a `dinov2.configs.Config` set the built-in terms, ``losses`` names others.
+    Raises ValueError if that names a built-in term, or a name twice.
     """
     terms = {}
     for name in BUILT_IN_LOSSES:

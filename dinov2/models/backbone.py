@@ -92,11 +92,8 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
     A backbone is given ``student.options`` and those of the other settings that its signature names; one that takes
     arbitrary keywords is given all. Sections ``student``, ``crops`` and, where there is one, ``debug`` are read.
 
-    Returns:
-        Student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.
-
-    Raises:
-        ValueError: if the architecture is unknown, or cannot be built with these settings.
+    Returns student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.
+    Raises ValueError if the architecture is unknown, or cannot be built with these settings.
     """
     student = cfg.student
     if student.arch not in BACKBONES:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.layouts import gated_width, to_timm, to_transformers, vit_arguments, width_ratio
+from dinov2.hub.layouts import to_timm, to_transformers, vit_arguments, width_ratio
 from dinov2.hub.pixels import Colours
 from dinov2.hub.teacher import describe
+from dinov2.layers.ffn import gated_width
 
 _PUBLISHED = {(384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1536, 40, 24): "giant"}
 _HIGHEST_RATIO = 16
