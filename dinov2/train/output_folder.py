@@ -18,13 +18,8 @@ _FILES = ("config.yaml", "metrics.jsonl", "last_checkpoint", "stream_index")
 def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
     """Make the run's folder, check it and keep other launches out of it; all ranks must enter.
 
-    Args:
-        output_dir: the folder.
-        resume: whether it may hold a run.
-
-    Raises:
-        OSError: if the folder cannot be made or written, or another launch is using it.
-        ValueError: if a new run would start in the folder of an existing one, or a name that a run needs is taken.
+    Raises OSError if the folder cannot be made or written, or another launch is using it; ValueError if it holds a run
+    and ``resume`` is false, or something else under a name that a run needs.
     """
     shown = f"Output folder {str(output_dir)!r}"
     busy = f"{shown} is in use by another launch; wait for that to end, or give --output-dir another folder."

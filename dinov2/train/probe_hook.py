@@ -78,17 +78,16 @@ class ProbeHook(PeriodicHook):
 def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | TileImages]:
     """The tiles that section ``evaluation`` names, and those of validation patients, by name.
 
-    Raises:
-        FileNotFoundError, ValueError: if a folder does not hold what is expected, or two tasks have one name.
+    Raises FileNotFoundError or ValueError if a folder does not hold what is expected, or two tasks have one name.
     """
     evaluation = config.evaluation
     tasks: dict[str, LabelledTiles | TileImages] = {}
-    roots = {"bach": evaluation.bach_root, "breakhis": evaluation.breakhis_root, "pcam": evaluation.pcam_root}
-    for name, root in roots.items():
+    for name, open_benchmark in BENCHMARKS.items():
+        root = getattr(evaluation, f"{name}_root")
         if root and not Path(root).is_dir():
             logger.warning("evaluation.%s_root = %r is no folder; this benchmark is left out.", name, root)
         elif root:
-            tasks[name] = BENCHMARKS[name](root)
+            tasks[name] = open_benchmark(root)
     for entry in evaluation.labelled:
         name = entry.name or Path(entry.path).name
         if name in tasks or name == HELD_OUT:

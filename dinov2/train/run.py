@@ -40,11 +40,8 @@ logger = logging.getLogger("dinov2")
 class Run:
     """A run set up to train: newest checkpoint restored, data and networks ready. All ranks must construct.
 
-    Args:
-        config: decoded configuration.
-        output_dir: the run's folder, from `hold_output_dir`.
-        device: of this rank.
-        eval_only: export a teacher and train nothing; needs a checkpoint and no data.
+    The folder is one that `hold_output_dir` holds. With ``eval_only`` a run is there to export a teacher, and needs a
+    checkpoint and no data.
 
     Raises:
         ValueError, FileNotFoundError: if configuration, data, weights or checkpoint do not fit.
@@ -77,11 +74,7 @@ class Run:
             logger.info("Resumed from %s.", self.checkpointer.path(self.state.step))
 
     def train(self) -> None:
-        """Train to the end of the plan; all ranks must call.
-
-        Raises:
-            NonFiniteError: if the loss or a gradient was not finite.
-        """
+        """Train to the end of the plan; all ranks must call. Raises NonFiniteError, see `FiniteGuard`."""
         if self.state.step >= self.plan.total_steps:
             logger.info(
                 "Nothing is left to train: the run in %s is at step %d of %d; more optim.epochs or a later "
@@ -209,12 +202,8 @@ def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: in
 
     A line holds ``step`` (the first one is 1), ``ranks`` (their number), ``indices`` (global sample indices) and
     ``rows`` (row group and row of each, as the stream numbers them; of the row that stands in, where one was corrupt).
-    After a resume the last line of a step is the valid one, on as many ranks as rank 0's says.
-
-    Args:
-        batches: with ``indices`` (B,) and ``rows``, on the CPU.
-        path: of the file.
-        first_step: completed steps before the first batch.
+    After a resume the last line of a step is the valid one, on as many ranks as rank 0's says. Batches are on the CPU,
+    the first one after ``first_step`` completed steps.
     """
     with path.open("a", buffering=1) as file:
         for step, batch in enumerate(batches, first_step + 1):
@@ -228,10 +217,8 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
     """Student and teacher with their starting weights, sharded over the ranks, on ``device``; all ranks must call.
 
     The starting weights depend on the seed alone, whatever the number of ranks. Those ``from_checkpoint`` will be
-    loaded over, so that no published weights are needed.
-
-    Raises:
-        FileNotFoundError, ValueError: if weights are missing or do not fit.
+    loaded over, so that no published weights are needed. Raises FileNotFoundError or ValueError if weights are missing
+    or do not fit.
     """
     torch.manual_seed(config.train.seed)
     arch = SSLMetaArch(config, weights_device="cpu" if is_main_process() else "meta")

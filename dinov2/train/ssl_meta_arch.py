@@ -45,9 +45,6 @@ class SSLMetaArch(nn.Module):
         cfg: a `Config`, or a mapping of Meta's keys, which is merged over the defaults.
         weights_device: where the networks are built; ``meta`` allocates nothing, for ranks that receive their
             weights from rank 0 in `prepare_for_distributed_training`.
-
-    Attributes:
-        chance: of the newest batch, what each loss that has such a level would be if the student told nothing apart.
     """
 
     def __init__(self, cfg: Config | Mapping[str, Any], weights_device: torch.device | str | None = None):
@@ -69,6 +66,7 @@ class SSLMetaArch(nn.Module):
         self.dino_loss = Centering((1, class_prototypes))
         self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
         self.kernels = EAGER
+        # Of the newest batch, what each loss that has such a level would be if the student told nothing apart.
         self.chance: dict[str, Tensor] = {}
 
     def _network(self, backbone: nn.Module) -> nn.ModuleDict:
@@ -108,8 +106,7 @@ class SSLMetaArch(nn.Module):
     def freeze_all_but_last_blocks(self, n: int) -> None:
         """Train only the last ``n`` backbone blocks, the final norm and the heads; 0 leaves all trainable.
 
-        Raises:
-            ValueError: if there are fewer than ``n`` blocks.
+        Raises ValueError if there are fewer than ``n`` blocks.
         """
         backbone = self.student.backbone
         if n > len(backbone.blocks):

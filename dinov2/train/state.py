@@ -50,8 +50,7 @@ def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int,
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
     """Refuse to resume a checkpoint's JSON part under a configuration that it does not fit; log harmless changes.
 
-    Raises:
-        ValueError: if fixed keys changed; all are named with both values.
+    Raises ValueError if fixed keys changed; all are named with both values.
     """
     before = _flatten(saved_config(saved["config"]))
     now = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))

@@ -13,8 +13,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dinov2.configs import load_config
 from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process
 from dinov2.fsdp import Checkpointer
@@ -22,10 +20,12 @@ from dinov2.logging import setup_logging
 from dinov2.train.output_folder import hold_output_dir
 from dinov2.train.run import Run, dry_run
 from dinov2.train.update.guard import NonFiniteError
-from dinov2.utils.cli import DONE, USER_ERROR, run_command
-from dinov2.utils.environment import DeviceError, select_device
+from dinov2.utils.cli import run_command
+from dinov2.utils.environment import DeviceError, memory_advice, select_device
 
 logger = logging.getLogger("dinov2")
+
+_SMALLER = "lower train.batch_size_per_gpu, the crops or the heads, or use more GPUs"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         destroy_process_group()  # may wait for the other ranks: after the error has been said
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     if args.dry_run:
         config = load_config(args.config_file, args.overrides)
         sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
-        return DONE
+        return
     device = select_device()
     init_process_group(device)
     try:
@@ -65,21 +65,16 @@ def _run(args: argparse.Namespace) -> int:
                 f"Output folder {str(output_dir)!r} holds no complete checkpoint to export; give --output-dir the "
                 "folder of a run that has saved one."
             )
-        with hold_output_dir(output_dir, resume=not args.no_resume):
+        with hold_output_dir(output_dir, resume=not args.no_resume), memory_advice(_SMALLER):
             setup_logging(output_dir)
             run = Run(config, output_dir, device, args.eval_only)
             if args.eval_only:
                 run.export_teacher(run.state)
             else:
                 run.train()
-        return DONE
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
-        return USER_ERROR
-    except torch.OutOfMemoryError as error:
-        problem = ". ".join(str(error).split(". ")[:2])
-        logger.error("%s; lower train.batch_size_per_gpu, the crops or the heads, or use more GPUs.", problem)
-        return USER_ERROR
+        raise
 
 
 if __name__ == "__main__":

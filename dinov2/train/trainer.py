@@ -54,8 +54,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the plan's last step; all ranks must call.
 
-        Raises:
-            NonFiniteError: if a loss or gradient was not finite; no update was made from that step on.
+        Raises NonFiniteError if a loss or gradient was not finite; no update was made from that step on.
         """
         with contextlib.ExitStack() as stack:
             for closable in reversed((*self._hooks, *self._sinks)):

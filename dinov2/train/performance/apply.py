@@ -40,13 +40,10 @@ def build_training_step(
 def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
     """Put section ``performance`` into effect, on networks that are on their device and sharded.
 
-    State dicts stay as they are. What is compiled is compiled at its first call.
+    State dicts stay as they are. What is compiled is compiled at its first call. Pairs of a weight and its
+    low-precision weight are returned, which whoever changes the weight refreshes.
 
-    Returns:
-        Pairs of a weight and its low-precision weight, which whoever changes the weight refreshes.
-
-    Raises:
-        ValueError: the attention backend has no kernel here, or FP8 does not fit the widths.
+    Raises ValueError if the attention backend has no kernel here, or FP8 does not fit the widths.
     """
     performance = arch.cfg.performance
     compiler = None

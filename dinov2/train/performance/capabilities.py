@@ -36,19 +36,13 @@ class ResolvedPerformance:
 def resolve_performance(
     config: Config, device: torch.device, checks: Mapping[str, Check] = CHECKS
 ) -> ResolvedPerformance:
-    """Decide every ``auto``, the same on all ranks, which must all call.
+    """Decide every ``auto`` of a validated configuration, the same on all ranks, which must all call.
 
     On a GPU each switch that is on is checked, once per node: an ``auto`` (and attention that PyTorch chooses) falls
     back to the plain path, anything else is refused. On a CPU ``auto`` is off, and what is asked for is checked but
     for compilation, which takes long there.
 
-    Args:
-        config: validated configuration.
-        device: that trains.
-        checks: by switch, as `CHECKS`.
-
-    Raises:
-        ValueError: if something cannot be used that is asked for; names all such.
+    Raises ValueError if something cannot be used that is asked for; names all such.
     """
     on_gpu = device.type == "cuda"
     settings = {name: attrgetter(check.key)(config) for name, check in checks.items()}

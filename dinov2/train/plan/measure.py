@@ -73,12 +73,10 @@ class Cost:
 
 
 class StepCosts:
-    """Costs of a configuration's training step; each is measured when first asked for.
+    """Costs of a validated configuration's training step; each is measured when first asked for.
 
-    Args:
-        config: validated configuration.
-        compiled: blocks run through torch.compile: what they save is then what Inductor's min-cut partitioner
-            keeps in this version of PyTorch. Heads and losses are measured in eager mode.
+    Where blocks are ``compiled``, they save what Inductor's min-cut partitioner keeps in this version of PyTorch. Heads
+    and losses are measured in eager mode.
     """
 
     attention_backend = "sdpa"  # PyTorch's choice: on a CPU it saves what the fused kernels of a GPU do
@@ -203,9 +201,7 @@ def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> It
     """While open, only one block of each kind runs, and the last one; the others return their first argument.
 
     The student's blocks tell the kinds, by class, parameters and rate of stochastic depth; the teacher has as many.
-
-    Yields:
-        For each block that ran, of either network, the number of those like it and what one costs.
+    For each block that ran, of either network, the number of those like it and what one costs are listed.
     """
     costs: list[tuple[int, Cost]] = []
     kinds = [

@@ -60,11 +60,9 @@ class MemoryPrediction:
 
 
 class MemoryModel:
-    """Memory of a configuration's step as a function of the batch.
+    """Memory of a configuration's step as a function of the batch; ``HYBRID_SHARD`` shards over ``gpus_per_node``.
 
     States are sums over parameters; activations are measured at two batch sizes and linear in between.
-
-    ``HYBRID_SHARD`` shards over ``gpus_per_node``.
     """
 
     def __init__(self, costs: StepCosts, world_size: int = 1, gpus_per_node: int = 8):
@@ -148,10 +146,8 @@ def free_memory(device: torch.device) -> int | None:
 def resolve_batch(config: Config, memory: MemoryModel, free: int | None) -> int:
     """Images per process: the configured number, or for ``auto`` the largest that `USABLE` memory holds.
 
-    ``free`` are the bytes free on the GPU before anything is allocated; None without a GPU.
-
-    Raises:
-        ValueError: if it is ``auto`` and there is no GPU, or not even two images fit.
+    ``free`` are the bytes free on the GPU before anything is allocated; None without a GPU. Raises ValueError if it is
+    ``auto`` and there is no GPU, or not even two images fit.
     """
     if (configured := config.train.batch_size_per_gpu) != "auto":
         return configured
@@ -177,8 +173,7 @@ def resolve_batch(config: Config, memory: MemoryModel, free: int | None) -> int:
 def check_fits(images: int, memory: MemoryModel, free: int) -> str | None:
     """A sentence of warning where ``images`` per process are predicted not to fit ``free`` bytes; None where they are.
 
-    Raises:
-        ValueError: if the prediction exceeds the memory by more than `REFUSED`.
+    Raises ValueError if the prediction exceeds the memory by more than `REFUSED`.
     """
     predicted = memory.exactly(images).total
     if predicted <= free:

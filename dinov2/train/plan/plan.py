@@ -84,13 +84,8 @@ class RunPlan:
 def make_plan(config: Config, world_size: int, global_batch: int | None = None) -> RunPlan:
     """Derive the plan; the sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``).
 
-    Args:
-        config: validated configuration.
-        world_size: processes of this launch.
-        global_batch: of the run being resumed, or that ``auto`` found; None takes the configured one.
-
-    Raises:
-        ValueError: if the batch does not divide into whole pairs of images per process.
+    ``global_batch`` is that of the run being resumed, or what ``auto`` found; None takes the configured one. Raises
+    ValueError if it does not divide into whole pairs of images per process.
     """
     batch = global_batch or config.train.batch_size_per_gpu * world_size
     if batch % (2 * world_size):
@@ -117,13 +112,8 @@ def describe_plan(
 ) -> str:
     """The plan as lines of text, for the start of a run and for ``--dry-run``.
 
-    Memory, time and cost are predictions for one kind of GPU, which the text names.
-
-    Args:
-        config, plan, costs: of the run and its step.
-        device_name: the driver's name of the GPU; one that is unknown here gives way to `ASSUMED_GPU`, and None,
-            for a run on a CPU, leaves the predictions out.
-        gpus_per_node: of the launch.
+    Memory, time and cost are predictions for one kind of GPU, which the text names: that of the driver's
+    ``device_name``, or `ASSUMED_GPU` where it is unknown here; None, for a run on a CPU, leaves the predictions out.
     """
     parameters = sum(p.numel() for p in costs.student.parameters())
     flops = costs.flops(plan.local_batch)

@@ -38,10 +38,7 @@ class FusedWeightUpdate(WeightUpdate):
     The optimiser's groups and state tensors are used as they are, so that checkpoints do not differ. Gradients are
     not scaled in place. A gradient that is no contiguous float32 is converted first, at the cost of a pass.
 
-    Arguments are those of `WeightUpdate`.
-
-    Raises:
-        ValueError: if it cannot be used here; see `why_not_fused`.
+    Takes the arguments of `WeightUpdate`; raises ValueError if it cannot be used here, see `why_not_fused`.
     """
 
     chunk = 64 * 1024  # elements per program of the kernel

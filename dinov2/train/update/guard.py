@@ -26,12 +26,8 @@ class _Observation(NamedTuple):
 class FiniteGuard:
     """A sticky device flag: from the first non-finite step on, `all_finite` is 0 and suppresses every update.
 
-    The host looks at a step's flag only ``delay`` steps later, when its copy has long arrived.
-
-    Args:
-        device: of the observed values.
-        global_batch: samples per step over all ranks, to name the samples of a bad step.
-        delay: steps between the observation of a step and the host's look at it.
+    The host looks at a step's flag only ``delay`` steps later, when its copy has long arrived. ``device`` is that of
+    the observed values; ``global_batch`` counts the samples of a step over all ranks, to name those of a bad one.
     """
 
     def __init__(self, device: torch.device, global_batch: int, delay: int = 3):
@@ -42,13 +38,12 @@ class FiniteGuard:
     def observe(self, step: int, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
         """Fold one step's values (0-d tensors, each to be finite) into the flag; all ranks must call.
 
+        Raises NonFiniteError if the step observed ``delay`` steps ago was bad.
+
         Args:
             step: zero-based.
             losses: of this rank's samples.
             norms: of the gradient, which the ranks share and which therefore names none of them; may be empty.
-
-        Raises:
-            NonFiniteError: if the step observed ``delay`` steps ago was bad.
         """
         bad = torch.zeros(get_global_size() + 1, device=self.all_finite.device)
         for rank, values in ((get_global_rank(), losses), (-1, norms)):
@@ -65,11 +60,7 @@ class FiniteGuard:
             self._check(self._pending.popleft())
 
     def flush(self) -> None:
-        """Look at every step observed so far, waiting for the device.
-
-        Raises:
-            NonFiniteError: if one of them was bad.
-        """
+        """Look at every step observed so far, waiting for the device; raises NonFiniteError if one was bad."""
         while self._pending:
             self._check(self._pending.popleft())
 

@@ -26,13 +26,9 @@ class ScheduleValues:
 
 
 class Schedules:
-    """All schedules of a run, indexed by zero-based step.
+    """All schedules of a run, indexed by zero-based step, from sections ``optim`` and ``teacher``.
 
-    Args:
-        optim: section ``optim``; epochs are of ``epoch_steps`` steps.
-        teacher: section ``teacher``.
-        peak_lr: learning rate after the batch-size scaling rule.
-        epoch_steps: optimiser steps per epoch.
+    ``peak_lr`` is the learning rate after the batch-size scaling rule, ``epoch_steps`` the optimiser steps per epoch.
     """
 
     def __init__(self, optim: OptimConfig, teacher: TeacherConfig, *, peak_lr: float, epoch_steps: int):
@@ -60,16 +56,12 @@ def parameter_groups(
 ) -> list[dict]:
     """Trainable parameters grouped by learning-rate factor, weight-decay factor and last-layer membership.
 
-    The factor of a backbone's parameter is ``layerwise_decay ** (depth + 1 - layer)``, see `Backbone.layer_of`. Norms,
-    LayerScale gains and biases are not decayed; tokens, the position grid and the last layer's gain are.
+    The factor of a backbone's parameter is ``layerwise_decay ** (depth + 1 - layer)``, see `Backbone.layer_of`, and
+    ``patch_embed_lr_mult`` times that in the patch embedding. Norms, LayerScale gains and biases are not decayed;
+    tokens, the position grid and the last layer's gain are. ``modules`` are the ``backbone``, heads, and terms of the
+    loss.
 
-    Args:
-        modules: ``backbone``, heads, and terms of the loss.
-        layerwise_decay: factor per layer below the top of the backbone.
-        patch_embed_lr_mult: further factor for the patch embedding.
-
-    Returns:
-        Groups with keys ``params``, ``lr_multiplier``, ``wd_multiplier``, ``is_last_layer``.
+    Groups have the keys ``params``, ``lr_multiplier``, ``wd_multiplier`` and ``is_last_layer``.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for module_name, module in modules.items():

@@ -29,7 +29,7 @@ class TrainingStep:
         self.guard = FiniteGuard(arch.device, global_batch)
 
     def __call__(self, step: int, batch: Mapping[str, Any], values: ScheduleValues) -> dict[str, Tensor]:
-        """Train on one batch; all ranks must call.
+        """Train on one batch; all ranks must call. Raises NonFiniteError if an earlier step was bad, see `FiniteGuard`.
 
         Args:
             step: zero-based.
@@ -39,9 +39,6 @@ class TrainingStep:
         Returns:
             The losses, the levels of chance of those that have one, as ``<loss>_chance``, and gradient norms before
             clipping, as ``grad_norm_<module>``: 0-d tensors on the device.
-
-        Raises:
-            NonFiniteError: if an earlier step was bad, see `FiniteGuard`.
         """
         self.begin(step, values)
         losses = self.arch.compute_losses(batch, values.teacher_temp, values.epoch)
