@@ -87,13 +87,8 @@ def embed_images(
 ) -> np.ndarray:
     """Embed images with a teacher: class tokens, float32 (N, D), on the model's device and without gradients.
 
-    Args:
-        model: from `dinov2.hub.load_teacher`.
-        images: uint8 (H, W, 3) RGB arrays, or a Parquet dataset, read whole.
-        size, batch_size, mean, std: see `Embedding`.
-
-    Raises:
-        FileNotFoundError, ValueError: if there are no images, or the dataset is of another format.
+    Images are uint8 (H, W, 3) RGB arrays, or a Parquet dataset, read whole; for the numbers see `Embedding`. Raises
+    FileNotFoundError or ValueError if there are no images, or the dataset is of another format.
     """
     embedding, features = Embedding("cls", size, batch_size, mean, std), []
     if isinstance(images, (str, Path)):
@@ -135,8 +130,6 @@ def extract_features(
     Args:
         backbone: perhaps sharded, in any mode; images (B, 3, H, W) to class tokens (B, D), or with
             ``is_training=True`` to a dict with ``x_norm_clstoken`` and ``x_norm_patchtokens``.
-        images: N tiles.
-        embedding: sizes and numbers.
         skip_corrupt: leave unreadable tiles out with a warning.
 
     Returns:

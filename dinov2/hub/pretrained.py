@@ -55,9 +55,8 @@ def local_weights(path_or_url: str) -> Path:
 def read_checkpoint(path_or_url: str) -> Any:
     """Read a weights file on the CPU, see `local_weights`. Only tensors and plain data load.
 
-    Raises:
-        FileNotFoundError, IsADirectoryError: if there is no such file, or it is a folder.
-        ValueError: if the file holds something else, or is corrupt; or the address cannot be read.
+    Raises FileNotFoundError or IsADirectoryError if there is no such file, or it is a folder; ValueError if the file
+    holds something else, or is corrupt; or the address cannot be read.
     """
     if not re.match(r"(https?|file)://", path_or_url):
         if Path(path_or_url).is_dir():

@@ -17,10 +17,8 @@ from dinov2.utils.files import adding, replacing
 def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
     """Write ``{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}`` in fp32, then the JSON that vouches for it.
 
-    Args:
-        path: target ``.pth``; the JSON has the same name with ``.json``.
-        modules: whole state dict of each module by name.
-        metadata: ``architecture`` (the backbone's constructor arguments), ``step``, ``samples``, ``config``.
+    ``modules`` are the whole state dicts by name. The JSON beside the ``.pth`` holds the ``metadata``: ``architecture``
+    (the backbone's constructor arguments), ``step``, ``samples``, ``config``.
     """
     teacher = {
         f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor

@@ -120,9 +120,8 @@ def open_labelled_tiles(
         slide_regex: finds a tile's slide in its path below `root`, as group 1; without it the slide is the parent
             folder, or what the Parquet row names. For labels per slide.
 
-    Raises:
-        FileNotFoundError: if there is no such folder or CSV, or no tile in it.
-        ValueError: if labels and tiles do not match.
+    Raises FileNotFoundError if there is no such folder or CSV, or no tile in it; ValueError if labels and tiles do not
+    match.
     """
     root = Path(root)
     if not root.is_dir():

@@ -124,9 +124,8 @@ def open_input(
         grid, mpp_file: tiles of slides, and resolutions of those that do not say theirs.
         rows_per_part: images or rows in a part.
 
-    Raises:
-        FileNotFoundError: if there is no such input, or nothing in it.
-        ValueError: if its kind cannot be told or is unknown, or something in it is malformed.
+    Raises FileNotFoundError if there is no such input, or nothing in it; ValueError if its kind cannot be told or is
+    unknown, or something in it is malformed.
     """
     kind = kind or _kind_of(source)
     if kind == "parquet":

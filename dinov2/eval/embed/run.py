@@ -128,19 +128,11 @@ def embed_parts(
     workers: int,
     skip_corrupt: bool,
 ) -> None:
-    """Embed some parts of an input and write a file for each.
+    """Embed some parts of an input, by number, and write a file for each into a prepared folder.
 
-    Tiles are read by threads, in order and ahead, also over the end of a part: the next part is opened meanwhile.
-
-    Args:
-        source, numbers: the input, and which of its parts.
-        output: a prepared folder.
-        backbone, embedding, fitting: from tiles to features, at the sides of ``fitting``.
-        workers: threads that read.
-        skip_corrupt: leave out what cannot be read, with a warning, instead of raising.
-
-    Raises:
-        ValueError: if a tile or slide cannot be read, or an embedding is not finite in the dtype it is stored as.
+    Tiles are read by threads, in order and ahead, also over the end of a part: the next part is opened meanwhile. With
+    ``skip_corrupt`` a tile or slide that cannot be read is left out, with a warning; otherwise that is a ValueError, as
+    is an embedding that is not finite in the dtype it is stored as.
     """
     written, left_out, unreadable = 0, 0, []
     options = {"total": len(numbers), "bar_format": "{l_bar}{bar}| {n:.2f}/{total} slides [{elapsed}<{remaining}]"}

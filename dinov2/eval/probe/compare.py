@@ -38,18 +38,11 @@ def paired_difference(
     draws: int = 2000,
     seed: int = 0,
 ) -> Difference:
-    """Balanced accuracy of predictions a less that of predictions b, of the same rows.
+    """Balanced accuracy of predictions a less that of predictions b, of the same rows; all are int (N,).
 
-    The interval is the percentile bootstrap's over whole groups: in each draw both are taken on the rows of the same
-    groups, so that what makes a group hard for both moves neither end.
-
-    Args:
-        predicted_a, predicted_b, labels: class numbers, int (N,).
-        groups: patient, slide or tile number, int (N,).
-        draws: of the bootstrap; 0 leaves the interval out.
-
-    Raises:
-        ValueError: if there are no rows, or not as many of each.
+    The interval is the percentile bootstrap's over whole groups (patients, slides or tiles, by number): in each of the
+    draws both are taken on the rows of the same groups, so that what makes a group hard for both moves neither end. No
+    draws leave the interval out. Raises ValueError if there are no rows, or not as many of each.
     """
     shapes = [np.shape(column) for column in (predicted_a, predicted_b, labels, groups)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or not shapes[0][0]:

@@ -26,10 +26,8 @@ def group_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int = 
     """Fold of each row from its class and group numbers, all int64 (N,).
 
     Groups stay whole, and each class is spread as evenly as they permit: scikit-learn's `StratifiedGroupKFold`, or
-    `StratifiedKFold` where every row is a group of its own.
-
-    Raises:
-        ValueError: if there are fewer groups than folds, no class has as many rows, or fewer than 2 folds.
+    `StratifiedKFold` where every row is a group of its own. Raises ValueError if there are fewer groups than folds, no
+    class has as many rows, or fewer than 2 folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -55,10 +53,8 @@ def divide(
 ) -> list[Division]:
     """Divisions to probe on: that of the splits, or one per fold with each fold as the test part once.
 
-    A validation part that is not given is made of a fifth of the training groups.
-
-    Raises:
-        ValueError: if there are too few groups, or a part lacks a class that is tested.
+    A validation part that is not given is made of a fifth of the training groups. Raises ValueError if there are too
+    few groups, or a part lacks a class that is tested.
     """
     if splits is not None:
         parts = [[np.flatnonzero(splits == name) for name in ("train", "val", "test")]]

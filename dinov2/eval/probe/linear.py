@@ -91,10 +91,8 @@ def train_heads(
     """Train heads from different seeds side by side, and keep each at its best validation.
 
     After every epoch the balanced accuracy on validation is taken; of equal ones the first counts. Random numbers
-    come from generators of this call's own; run r has seed ``seed + r``.
-
-    Args:
-        train, val: features (N, D) and class numbers, int64 (N,), of the rows to fit on and to choose on.
+    come from generators of this call's own; run r has seed ``seed + r``. The rows to fit on and those to choose on are
+    features (N, D) and class numbers, int64 (N,).
     """
     features, labels = train[0].float(), train[1]
     count, width = features.shape

@@ -39,15 +39,12 @@ class Estimate(NamedTuple):
 def estimate(
     parts: Sequence[Predictions], resamples: int = 1000, seed: int = 0, with_auroc: bool = True
 ) -> dict[str, Estimate]:
-    """Balanced accuracy, accuracy, macro F1 and AUROC of predictions.
+    """Balanced accuracy, accuracy, macro F1 and AUROC of a probe's predictions on one test part, or one per fold.
 
     The interval is the percentile bootstrap's over whole clusters: each of `resamples` times, as many clusters as a
     part has are drawn from it with replacement, and the metric of the drawn tiles is averaged over parts and runs.
     It says how far another choice of test patients could move the figure, not another choice of training data.
-
-    Args:
-        parts: of one probe: one, or one per fold.
-        resamples: number of draws; 0 leaves intervals out.
+    No resamples leave intervals out.
     """
     rng = np.random.default_rng(seed)
     values: dict[str, list[np.ndarray]] = defaultdict(list)  # (R,) for each part
@@ -84,8 +81,8 @@ def interval(drawn: np.ndarray) -> tuple[float, float]:
 def draw_clusters(clusters: np.ndarray, resamples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw as many clusters as there are, K, with replacement, for each resample.
 
-    Returns:
-        Number in 0 .. K - 1 of each row's cluster, int64 (N,); how often each is drawn, float32 (resamples, K).
+    The number in 0 .. K - 1 of each row's cluster, int64 (N,), is returned, and how often each is drawn, float32
+    (resamples, K).
     """
     _, members = np.unique(clusters, return_inverse=True)
     number = int(members.max()) + 1
@@ -100,10 +97,8 @@ def tally(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts [.., target, predicted] of R runs' predictions, int64 (R, N), of all rows and of every resample.
 
-    Those of a resample are sums over clusters, weighted by the draws of `draw_clusters`.
-
-    Returns:
-        int64 (R, C, C) and float32 (resamples, R, C, C).
+    Those of a resample are sums over clusters, weighted by the draws of `draw_clusters`. They are int64 (R, C, C) and
+    float32 (resamples, R, C, C).
     """
     number, shape = times.shape[1], (len(predicted), classes, classes)
     counts, resampled = np.empty(shape, np.int64), np.empty((len(times), *shape), np.float32)

@@ -50,8 +50,7 @@ def as_metrics(results: Sequence[Result]) -> dict[str, float]:
 def append_csv(path: Path, results: Sequence[Result], step: int | None) -> None:
     """Add one line per metric to a CSV, which is begun where there is none. The last lines of a step count.
 
-    Raises:
-        ValueError: if the file is another table.
+    Raises ValueError if the file is another table.
     """
     before = path.read_text() if path.exists() else ""
     columns = tuple(next(csv.reader([before.partition("\n")[0]]))) if before else COLUMNS

@@ -106,17 +106,14 @@ def run_probes(
     """Embed the tiles of every task and probe the features. All ranks must call, and all return the same.
 
     Features are computed and probes are run by all ranks together, on the backbone's device. Nothing global is drawn
-    from or changed: modes and random states are as before, and equal seeds give equal results.
+    from or changed: modes and random states are as before, and equal seeds give equal results. Raises ValueError, on
+    all ranks, if tiles cannot be read, features are not finite, or a task is too small.
 
     Args:
         backbone: see `extract_features`.
         tasks: tiles by name; those without labels go through the probes that need none.
-        embedding, probing: from tiles to features, and to results; None takes the defaults.
         compared: another backbone, probed on the same divisions of the same tiles; its metrics are added under
             names that begin with ``compared_``, and ``balanced_accuracy_difference`` of each probe.
-
-    Raises:
-        ValueError: on all ranks, if tiles cannot be read, features are not finite, or a task is too small.
     """
     probing, results = probing or Probing(), []
     probes, teachers = probing.build(), [(backbone, embedding or Embedding()), *([compared] if compared else [])]

@@ -29,17 +29,14 @@ class ODCorr(Probe):
 
 
 def rankme(embeddings: np.ndarray) -> float:
-    """Effective rank of embeddings, between 1 (collapsed) and min(N, D).
+    """Effective rank of embeddings (N, D), not all zero: between 1 (collapsed) and min(N, D).
 
     ::
 
         RankMe = exp(-sum_k p_k ln p_k),  p_k = sigma_k / sum_l sigma_l
 
-    with the singular values sigma of the (N, D) matrix, not centred (Garrido et al. 2023, arXiv:2210.02885,
+    with the singular values sigma of the matrix, not centred (Garrido et al. 2023, arXiv:2210.02885,
     who add a small constant to p where this takes 0 ln 0 = 0). Values of different N or D do not compare.
-
-    Args:
-        embeddings: (N, D), N >= 1, not all zero.
     """
     sigma = np.linalg.svd(np.asarray(embeddings, np.float64), compute_uv=False)
     p = sigma[sigma > 0] / sigma.sum()

@@ -19,17 +19,12 @@ RANDOM = "random:"
 def random_start(source: str) -> tuple[nn.Module, dict[str, Any]]:
     """Build the backbone that a configuration names as a run builds it before its first step, published weights apart.
 
-    The weights are those of the seed ``train.seed``. Random states are left as they were.
+    The weights are those of the seed ``train.seed``. Random states are left as they were. The source is a configuration
+    (``.yaml``), or a teacher that training exported, whose JSON holds it. Returned are the teacher in evaluation mode,
+    on the CPU, and what `dinov2.hub.trained_with` tells of others.
 
-    Args:
-        source: a configuration (``.yaml``), or a teacher that training exported, whose JSON holds it.
-
-    Returns:
-        The teacher in evaluation mode, on the CPU, and what `dinov2.hub.trained_with` tells of others.
-
-    Raises:
-        FileNotFoundError: if there is no such configuration.
-        ValueError: if it does not fit the schema, or the teacher's JSON holds none.
+    Raises FileNotFoundError if there is no such configuration; ValueError if it does not fit the schema, or the
+    teacher's JSON holds none.
     """
     if source.endswith((".yaml", ".yml")):
         config = load_config(source)
