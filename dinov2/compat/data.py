@@ -98,10 +98,8 @@ def collate_data_and_cast(
     """Stack the views of ``(DataAugmentationDINO(...)(image), target)`` pairs, view-major, and mask them.
 
     Of 2B global crops int(mask_probability * 2B) are masked; the masked fractions of their patches are drawn one from
-    each equal part of ``mask_ratio_tuple``. Targets are ignored.
-
-    Args:
-        mask_generator: maps a patch count to a bool mask of ``n_tokens`` patches, e.g. a ``MaskingGenerator``.
+    each equal part of ``mask_ratio_tuple``. ``mask_generator`` maps a patch count to a bool mask of ``n_tokens``
+    patches, as a ``MaskingGenerator`` does. Targets are ignored.
 
     Returns:
         ``collated_global_crops``, ``collated_local_crops``, ``collated_masks`` bool (2B, N), ``mask_indices_list``

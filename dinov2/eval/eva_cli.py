@@ -35,11 +35,9 @@ def teacher(
     """The backbone as eva's registry makes it. (No ``**kwargs``: eva passes on what the signature names.)
 
     Args:
-        checkpoint_path: any file that `dinov2.hub.load_teacher` opens.
-        pooling: "cls" (the default) for embeddings (B, D), "cls_mean" for (B, 2D).
+        checkpoint_path, pooling, output: as of `dinov2.hub.load_teacher`.
         out_indices: 1 for what segmentation needs: a list with the un-normalised map (B, D, H/p, W/p) of the last
             block, whatever ``pooling`` says; another number is a ValueError.
-        output: an older name of ``pooling``.
     """
     if out_indices is None:
         return load_teacher(checkpoint_path, pooling=pooling or output)

@@ -21,16 +21,14 @@ HEADS = {128: 4, 192: 3, 256: 4, 384: 6, 768: 12, 1024: 16, 1536: 24}
 
 _DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3}
 
-# Modules by Meta's name and by the one that transformers writes to files, in every version.
-_STEM = {
+# Modules by Meta's name and by the one that transformers writes to files, in every version; then those of a block.
+_MODULES = {
     "cls_token": "embeddings.cls_token",
     "register_tokens": "embeddings.register_tokens",
     "mask_token": "embeddings.mask_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
-}
-_BLOCK = {
     "attn.proj": "attention.output.dense",
     "ls1.gamma": "layer_scale1.lambda1",
     "ls2.gamma": "layer_scale2.lambda1",
@@ -86,23 +84,19 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where the file has no mask token it is zero.
     """
-    stem = {theirs: ours for ours, theirs in _STEM.items()}
-    block = {theirs: ours for ours, theirs in _BLOCK.items()} | _IN_MEMORY
+    ours = {theirs: ours for ours, theirs in _MODULES.items()} | _IN_MEMORY
     part_of = {part: (joint, i) for parts, joint in _JOINT.items() for i, part in enumerate(parts)}
     renamed: dict[str, Tensor] = {}
     joints: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():
-        in_block = re.match(r"encoder\.layer\.(\d+)\.(.+)", key)
-        if not in_block:
-            renamed[_rename(key, stem)] = tensor
-            continue
-        number, name = in_block.groups()
+        _, layer, name = re.fullmatch(r"(encoder\.layer\.(\d+\.))?(.+)", key).groups(default="")
+        block = f"blocks.{layer}" if layer else ""
         module, _, kind = name.rpartition(".")
         if module in part_of:
             joint, i = part_of[module]
-            joints.setdefault(f"blocks.{number}.{joint}.{kind}", {})[i] = tensor
+            joints.setdefault(f"{block}{joint}.{kind}", {})[i] = tensor
         else:
-            renamed[f"blocks.{number}.{_rename(name, block)}"] = tensor
+            renamed[block + _rename(name, ours)] = tensor
     for key, parts in joints.items():
         renamed[key] = torch.cat([parts[i] for i in sorted(parts)])
     renamed.setdefault("mask_token", torch.zeros_like(renamed["cls_token"][0]))
@@ -113,17 +107,13 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename Meta's tensors as transformers' files have them, which every version of it reads."""
     renamed = {}
     for key, tensor in state.items():
-        in_block = re.match(r"blocks\.(\d+)\.(.+)", key)
-        if not in_block:
-            renamed[_rename(key, _STEM)] = tensor
-            continue
-        layer, name = f"encoder.layer.{in_block[1]}.", in_block[2]
+        _, number, name = re.fullmatch(r"(blocks\.(\d+\.))?(.+)", key).groups(default="")
+        layer = f"encoder.layer.{number}" if number else ""
         if name.startswith("attn.qkv."):
-            kind = name.removeprefix("attn.qkv")
-            parts = tensor.chunk(3)
-            renamed |= {layer + theirs + kind: part for theirs, part in zip(_QKV, parts, strict=True)}
+            names = [layer + part + name.removeprefix("attn.qkv") for part in _QKV]
+            renamed |= zip(names, tensor.chunk(3), strict=True)
         else:
-            renamed[layer + _rename(name, _BLOCK)] = tensor
+            renamed[layer + _rename(name, _MODULES)] = tensor
     return renamed
 
 

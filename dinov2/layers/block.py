@@ -22,12 +22,10 @@ class Block(nn.Module):
 
     Args:
         mlp_ratio: hidden width of the feed-forward layer over D.
-        qkv_bias, proj_bias, ffn_bias: biases of the linear maps.
         drop_path: rate of stochastic depth, in [0, 1).
         init_values: initial LayerScale gain; None or 0 leaves LayerScale out.
         act_layer, ffn_layer: activation and class of the feed-forward layer.
-        attention_backend: see `Attention`.
-        inverse_gather: see `add_branch`.
+        attention_backend, inverse_gather: see `attention_backend` and `add_branch`.
     """
 
     def __init__(

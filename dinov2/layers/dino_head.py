@@ -21,9 +21,7 @@ class DINOHead(nn.Module):
     Args:
         in_dim, bottleneck_dim, out_dim: D, Z and K.
         use_bn: batch norm after every hidden layer.
-        nlayers: linear layers of the MLP; at least 1.
-        hidden_dim: width of the hidden layers.
-        mlp_bias: biases in the MLP.
+        nlayers, hidden_dim: linear layers of the MLP, at least 1, and width between them.
     """
 
     def __init__(

@@ -21,11 +21,8 @@ class ChanceWatch(Sink):
     """Warns of each loss that stays at chance or above, then again after ten times the patience at the earliest.
 
     It stays there where no record of the last ``patience`` steps after ``first_step`` is below 0.99, or by 0.01 below
-    the lowest one before. What was seen before a resume is not known: the wait begins anew.
-
-    Args:
-        first_step: that the process goes on from, or at which the last warm-up ends, whichever is later.
-        patience: steps of several records.
+    the lowest one before. That is the step that the process goes on from, or at which the last warm-up ends, whichever
+    is later: what was seen before a resume is not known, and the wait begins anew.
     """
 
     def __init__(self, first_step: int, patience: int) -> None:

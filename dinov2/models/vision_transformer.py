@@ -33,15 +33,12 @@ class DinoVisionTransformer(Backbone):
 
     Args:
         img_size: side in pixels of the images that the position grid is made for.
-        mlp_ratio: hidden width of the feed-forward part over D.
         drop_path_rate: rate of stochastic depth in the last block, in [0, 1).
         drop_path_uniform: the same rate in every block; else it rises linearly from 0.
-        init_values: initial LayerScale gain; None or 0 leaves LayerScale out.
         ffn_layer: one of `FFN_LAYERS`.
         block_chunks: accepted for compatibility; blocks are never chunked, and chunked state dicts load.
         interpolate_antialias, interpolate_offset: see `resample_positions`.
-        attention_backend: see `dinov2.layers.attention_backends`.
-        inverse_gather: see `dinov2.layers.stochastic_depth.add_branch`.
+        mlp_ratio, init_values, attention_backend, inverse_gather: see `Block`.
     """
 
     supports_patch_index: ClassVar[bool] = True

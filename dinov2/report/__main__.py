@@ -30,6 +30,7 @@ from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
+from dinov2.eval.probe.results import aligned
 from dinov2.eval.probe.spread import mean_cosine, rankme
 from dinov2.hub import load_teacher
 from dinov2.report.figures import as_png, draw_crops, draw_curves, draw_neighbours, draw_pca
@@ -107,13 +108,6 @@ def tables_of(metrics: Mapping[str, np.ndarray], embeddings: np.ndarray, of: str
     }
 
 
-def as_text(title: str, table: Table) -> str:
-    """A table as lines of a log."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n  ".join([title, *lines])
-
-
 def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
     """Write the report of a run to a new or empty folder, or that of an earlier report, which is replaced.
 
@@ -152,7 +146,7 @@ def make_report(output_dir: Path, tiles: str | None, report_dir: Path) -> None:
         ),
     }
     for title, table in tables.items():
-        logger.info("%s", as_text(title, table))
+        logger.info("%s", "\n  ".join([title, *aligned(table)]))
     environment = Environment(loader=PackageLoader("dinov2.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     page = environment.get_template("page.html").render(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from dinov2.logging.metrics import OF_CHANCE
@@ -89,10 +90,8 @@ def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
 
     The features are (len(tiles), rows, columns, D); the components are those of all tiles together.
     """
-    rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
-    centred = rows - rows.mean(0)
-    _, sigma, components = np.linalg.svd(centred, full_matrices=False)
-    scores = centred @ components[:3].T
+    pca = PCA(3, svd_solver="full")
+    scores = pca.fit_transform(features.reshape(-1, features.shape[-1]).astype(np.float64))
     low, high = np.percentile(scores, [2, 98], axis=0)
     colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*features.shape[:3], 3)
     columns, lines = 2 * min(PCA_PAIRS_PER_ROW, len(tiles)), -(-len(tiles) // PCA_PAIRS_PER_ROW)
@@ -103,7 +102,7 @@ def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
         _show(right, colour)
     for axis in axes[2 * len(tiles) :]:
         axis.set_visible(False)
-    fraction = np.square(sigma[:3]).sum() / max(np.square(sigma).sum(), 1e-12)
+    fraction = np.nan_to_num(pca.explained_variance_ratio_).sum()  # of no variance where all features are equal
     title = f"tiles, and three principal components of their patch features ({fraction:.0%} of the variance)"
     figure.suptitle(title, fontsize=10)
     return figure

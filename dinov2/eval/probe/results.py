@@ -93,19 +93,16 @@ def as_table(results: Sequence[Result]) -> str:
             other, difference = metrics.get(COMPARED + first.metric), metrics.get(DIFFERENCE)
             line += [_value(other), _value(difference, "+.4f"), _interval(difference, "+.4f", " to ")]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justified = ([str.ljust] * 2 + [str.rjust] * (len(widths) - 2), widths)
     by_tile = dict.fromkeys(result.task for result in results if result.division == "tile")
-    return "\n".join(
-        [
-            "  ".join(justify(cell, width) for cell, justify, width in zip(line, *justified, strict=True))
-            for line in lines
-        ]
-        + [
-            f"{task}: folds are by tile; copies or neighbours of one tile in two folds raise the figures."
-            for task in by_tile
-        ]
-    )
+    told = "folds are by tile; copies or neighbours of one tile in two folds raise the figures."
+    return "\n".join([*aligned(lines, left=2), *(f"{task}: {told}" for task in by_tile)])
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of a table, whose first columns are ``left`` aligned and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return ["  ".join(side(cell, n) for side, cell, n in zip(sides, row, widths, strict=True)) for row in rows]
 
 
 def _value(result: Result | None, form: str = ".4f") -> str:
