@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from dinov2.eval.datasets.images import TileImages
 
 
 def colour(image: np.ndarray) -> np.ndarray:
@@ -65,21 +62,3 @@ def flat_grey(image: np.ndarray) -> np.ndarray:
     ranks = np.argsort(np.argsort(grey, axis=None, kind="stable"))
     flat = (ranks * (255 / grey.size)).astype(np.uint8).reshape(grey.shape)
     return np.repeat(flat[..., None], 3, axis=2)
-
-
-@dataclass(frozen=True)
-class FlatGrey:
-    """`flat_grey` copies of tiles."""
-
-    images: TileImages
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """As the tile is called."""
-        return self.images.name(index)
-
-    def read(self, index: int) -> np.ndarray:
-        """Read the tile and drop its colours and tones."""
-        return flat_grey(self.images.read(index))

@@ -9,8 +9,8 @@ from pathlib import Path
 from dinov2.distributed import get_global_rank, is_main_process
 
 
-def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> logging.Logger:
-    """Configure the ``dinov2`` logger, anew at each call: stderr from ``level`` on (warnings, on other ranks than 0),
+def setup_logging(output_dir: Path | None = None) -> logging.Logger:
+    """Configure the ``dinov2`` logger, anew at each call: stderr without debugging (warnings, on other ranks than 0),
     and ``logs/rank_R.log`` in the output folder, if one is given, to which is appended.
     """
     logger = logging.getLogger("dinov2")
@@ -23,7 +23,7 @@ def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> 
     where = "" if is_main_process() else f"[rank {rank}] "
     formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {where}%(message)s", datefmt="%H:%M:%S")
     console = logging.StreamHandler(sys.stderr)
-    console.setLevel(level if is_main_process() else logging.WARNING)
+    console.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if output_dir is not None:
         (output_dir / "logs").mkdir(exist_ok=True)

@@ -162,12 +162,12 @@ class DinoVisionTransformer(Backbone):
             outputs = [{"x_norm_clstoken": tokens} for tokens in class_tokens]
             outputs[0]["x_norm_indexedtokens"] = patches
             return outputs
-        first_patch = 1 + self.num_register_tokens
+        prefix = self.num_prefix_tokens
         return [
             {
                 "x_norm_clstoken": normed[:, 0],
-                "x_norm_regtokens": normed[:, 1:first_patch],
-                "x_norm_patchtokens": normed[:, first_patch:],
+                "x_norm_regtokens": normed[:, 1:prefix],
+                "x_norm_patchtokens": normed[:, prefix:],
                 "x_prenorm": prenorm,
                 "masks": mask,
             }
@@ -180,9 +180,8 @@ class DinoVisionTransformer(Backbone):
         for batch, tokens in segments:
             rows.append(start + tokens * torch.arange(batch, device=patch_index.device))
             start += batch * tokens
-        tokens, first_patch = segments[0][1], 1 + self.num_register_tokens
-        image = patch_index.div(tokens - first_patch, rounding_mode="floor")
-        return torch.cat([*rows, patch_index + first_patch * (image + 1)])
+        image = patch_index.div(segments[0][1] - self.num_prefix_tokens, rounding_mode="floor")
+        return torch.cat([*rows, patch_index + self.num_prefix_tokens * (image + 1)])
 
     def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
         tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
@@ -237,7 +236,7 @@ class DinoVisionTransformer(Backbone):
         if len(outputs) != len(numbers):
             raise ValueError(f"n is {n}, but the blocks are numbered 0 to {self.n_blocks - 1}.")
         class_tokens = [out[:, 0] for out in outputs]
-        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        patches = [out[:, self.num_prefix_tokens :] for out in outputs]
         if reshape:
             grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
             patches = [p.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for p in patches]

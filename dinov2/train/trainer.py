@@ -6,6 +6,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,35 +21,22 @@ from dinov2.train.update.optim import Schedules, ScheduleValues
 from dinov2.train.update.step import TrainingStep
 
 
+@dataclass(kw_only=True)
 class Trainer:
-    """Runs the steps of a plan over batches and calls hooks around them, in order.
+    """Runs the steps of a plan over batches and calls hooks around them, in order."""
 
-    Args:
-        state: where to start.
-        batches: batch dicts on the device, beginning at ``state.samples``.
-        log_period: steps per metric record.
-        flops: model arithmetic of a step on one process, for the metric ``tflops``.
-        sinks: receivers of metric records (rank 0 only; empty elsewhere).
-    """
+    training_step: TrainingStep
+    schedules: Schedules
+    plan: RunPlan
+    state: TrainState  # where to start
+    batches: Iterable[dict[str, Any]]  # on the device, beginning at ``state.samples``
+    log_period: int  # steps per metric record
+    flops: int = 0  # model arithmetic of a step on one process, for the metric ``tflops``
+    sinks: Sequence[Sink] = ()  # receivers of metric records (rank 0 only; empty elsewhere)
+    hooks: Sequence[Hook] = ()
 
-    def __init__(
-        self,
-        *,
-        training_step: TrainingStep,
-        schedules: Schedules,
-        plan: RunPlan,
-        state: TrainState,
-        batches: Iterable[dict[str, Any]],
-        log_period: int,
-        flops: int = 0,
-        sinks: Sequence[Sink] = (),
-        hooks: Sequence[Hook] = (),
-    ):
-        self.training_step, self.guard = training_step, training_step.guard
-        self.schedules, self.plan, self.state = schedules, plan, state
-        self._batches, self._sinks, self._hooks = batches, sinks, hooks
-        self._log_period, self._flops = log_period, flops
-        self._metrics = MetricAccumulator()
+    def __post_init__(self) -> None:
+        self.guard, self._metrics = self.training_step.guard, MetricAccumulator()
         self._begin_period()
 
     def fit(self) -> None:
@@ -57,21 +45,21 @@ class Trainer:
         Raises NonFiniteError if a loss or gradient was not finite; no update was made from that step on.
         """
         with contextlib.ExitStack() as stack:
-            for closable in reversed((*self._hooks, *self._sinks)):
+            for closable in reversed((*self.hooks, *self.sinks)):
                 stack.callback(closable.close)
-            for hook in self._hooks:
+            for hook in self.hooks:
                 hook.on_start(self.state, self.guard)
-            batches = iter(self._batches)
+            batches = iter(self.batches)
             self._begin_period()
             while self.state.step < self.plan.total_steps:
                 asked = time.perf_counter()
                 batch = next(batches)
                 self._waited += time.perf_counter() - asked
                 self.train_step(batch)
-                for hook in self._hooks:
+                for hook in self.hooks:
                     hook.after_step(self.state, self.guard)
             self.guard.flush()
-            for hook in self._hooks:
+            for hook in self.hooks:
                 hook.on_end(self.state, self.guard)
 
     def train_step(self, batch: dict[str, Any]) -> None:
@@ -88,7 +76,7 @@ class Trainer:
     def _log(self, metrics: dict[str, Tensor], values: ScheduleValues, slide_ids: Tensor) -> None:
         self._metrics.add(metrics)
         step, total = self.state.step, self.plan.total_steps
-        if step % self._log_period and step != total:
+        if step % self.log_period and step != total:
             return
         averages, device = relative_to_chance(self._metrics.reduce()), self.training_step.arch.device
         # After the means, for which the host waits for the device.
@@ -103,12 +91,12 @@ class Trainer:
             **averages,
             **vars(values),
             "img_per_s": steps * self.plan.global_batch / elapsed,
-            "tflops": steps * self._flops / elapsed / 1e12,
+            "tflops": steps * self.flops / elapsed / 1e12,
             "data_wait_pct": 100 * self._waited / elapsed,
             "eta_s": (total - step) * elapsed / steps,
             "slides_per_batch": all_gather_rows(slide_ids).unique().numel(),
             "memory_gib": memory,  # the most so far: of tensors on a GPU, of the process on a CPU
         }
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(record)
         self._begin_period()

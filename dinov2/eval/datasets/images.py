@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +35,26 @@ class TileImages(Protocol):
 
     def name(self, index: int) -> str:
         """Name of the tile in a message to the user."""
+
+
+@dataclass(frozen=True)
+class ChosenTiles:
+    """Those tiles of others that have the given numbers, as they are or changed."""
+
+    images: TileImages
+    numbers: Sequence[int] | np.ndarray
+    change: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        """As the tile is called."""
+        return self.images.name(int(self.numbers[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        """Read the tile and change it."""
+        return self.change(self.images.read(int(self.numbers[index])))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.patients import patient_of, patients_of
 from dinov2.data.source import Origin
-from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, ParquetTiles, TileImages, visible_files
+from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ChosenTiles, ImageFiles, ParquetTiles, TileImages, visible_files
 
 logger = logging.getLogger("dinov2")
 
@@ -83,26 +83,9 @@ class LabelledTiles:
             return None if values is None else tuple(values[i] for i in chosen)
 
         return replace(
-            self, images=_SomeTiles(self.images, chosen), labels=self.labels[chosen],
+            self, images=ChosenTiles(self.images, chosen), labels=self.labels[chosen],
             slides=pick(self.slides), patients=pick(self.patients), splits=pick(self.splits),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _SomeTiles:
-    """Those tiles of others that have the given numbers."""
-
-    images: TileImages
-    numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def name(self, index: int) -> str:
-        return self.images.name(int(self.numbers[index]))
-
-    def read(self, index: int) -> np.ndarray:
-        return self.images.read(int(self.numbers[index]))
 
 
 def open_labelled_tiles(
@@ -130,22 +113,7 @@ def open_labelled_tiles(
     if labels is None:
         return _from_shards(shards) if shards else _from_folder(root)
     rows, key = read_labels(labels)
-    if key == "file":
-        return _of_files(root, rows, labels)
-    if shards:
-        images: TileImages = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
-        origins = images.origins()
-        paths, slides = [origin.slide for origin in origins], []
-        for path in paths:  # the labels name a slide whole, or its file name with or without the suffix
-            spellings = (path, Path(path).name, Path(path).stem)
-            slides.append(next((name for name in spellings if name in rows), path))
-        told = _told_patients(origins)
-    else:
-        told = []
-        names = image_names(root)
-        images, slides = ImageFiles(root, names), _slides_of(names, slide_regex)
-        paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
-    return _of_slides(images, slides, paths, rows, labels, told)
+    return _of_files(root, rows, labels) if key == "file" else _of_slides(root, shards, rows, labels, slide_regex)
 
 
 def image_names(root: Path) -> list[str]:
@@ -226,14 +194,21 @@ def _of_files(root: Path, rows: Rows, source: str | Path) -> LabelledTiles:
 
 
 def _of_slides(
-    images: TileImages,
-    slides: Sequence[str],
-    paths: Sequence[str],
-    rows: Rows,
-    source: str | Path,
-    told: Sequence[str],
+    root: Path, shards: Sequence[Path], rows: Rows, source: str | Path, pattern: str | None
 ) -> LabelledTiles:
     """Labels by slide; patients are of the labels, else those that the tiles tell, else by the paths."""
+    if shards:
+        images: TileImages = ParquetTiles([ParquetSource(str(shard)) for shard in shards])
+        origins = images.origins()
+        paths, slides = [origin.slide for origin in origins], []
+        for path in paths:  # the labels name a slide whole, or its file name with or without the suffix
+            spellings = (path, Path(path).name, Path(path).stem)
+            slides.append(next((name for name in spellings if name in rows), path))
+        told = _told_patients(origins)
+    else:
+        told, names = [], image_names(root)
+        images, slides = ImageFiles(root, names), _slides_of(names, pattern)
+        paths = [f"{Path(name).parent}/{slide}" for name, slide in zip(names, slides, strict=True)]
     if unlabelled := sorted(set(slides) - set(rows)):
         raise ValueError(f"Slide {_first_of(unlabelled)}, which has tiles, is not in '{source}'.")
     if without := sorted(set(rows) - set(slides)):

@@ -98,14 +98,12 @@ class _Hdf5File:
         if "slide_mpp" in about:
             self._extend("coords", np.empty((0, 2), np.int64))
             self._file["coords"].attrs.update(
-                {
-                    "patch_size": about["tile_size"],
-                    "patch_size_level0": about["tile_size_level0"],
-                    "level0_magnification": round(10 / about["slide_mpp"]),
-                    "target_magnification": round(10 / about["mpp"], 3),
-                    "overlap": about["tile_size"] - about["stride"],
-                    "name": about["slide"],
-                }
+                patch_size=about["tile_size"],
+                patch_size_level0=about["tile_size_level0"],
+                level0_magnification=round(10 / about["slide_mpp"]),
+                target_magnification=round(10 / about["mpp"], 3),
+                overlap=about["tile_size"] - about["stride"],
+                name=about["slide"],
             )
 
     def _extend(self, name: str, rows: np.ndarray, dtype: Any = None) -> None:

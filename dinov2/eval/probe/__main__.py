@@ -21,8 +21,9 @@ from torch import nn
 
 from dinov2.distributed import is_main_process, on_main_process, process_group
 from dinov2.eval.datasets.benchmarks import BENCHMARKS
+from dinov2.eval.datasets.images import ChosenTiles
 from dinov2.eval.datasets.labels import GROUPINGS, LabelledTiles, open_labelled_tiles
-from dinov2.eval.descriptors import DESCRIPTORS, Descriptor, FlatGrey
+from dinov2.eval.descriptors import DESCRIPTORS, Descriptor, flat_grey
 from dinov2.eval.features import Embedding
 from dinov2.eval.probe.results import append_csv, as_table, write_json
 from dinov2.eval.probe.run import AGGREGATIONS, Probing, option_flags, options_for, run_probes
@@ -110,7 +111,9 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
         on_main_process(lambda: _check_output(args.output))
     tasks = open_tasks(args.data, args.labels, args.slide_regex)
     if args.grey:
-        tasks |= {f"{name}_grey": replace(tiles, images=FlatGrey(tiles.images)) for name, tiles in tasks.items()}
+        for name, tiles in list(tasks.items()):
+            grey = ChosenTiles(tiles.images, range(len(tiles.images)), flat_grey)
+            tasks[f"{name}_grey"] = replace(tiles, images=grey)
     backbone, embedding, step = _open_teacher(args.checkpoint, args, device)
     compared = None if args.compare is None else _open_teacher(args.compare, args, device)
     results = run_probes(backbone, tasks, embedding, probing, compared and compared[:2])

@@ -42,11 +42,16 @@ def files_for(
     arguments = vit_arguments(model)
     if target == "timm":
         return {"model.safetensors": _cast(to_timm(state), dtype), "config.json": timm_config(arguments, colours)}
-    return {
-        "model.safetensors": _cast(to_transformers(state), dtype),
-        "preprocessor_config.json": _processor_config(arguments["img_size"], colours),
-        "config.json": transformers_config(arguments, dtype),
-    }
+    side = arguments["img_size"]
+    processor = {  # resizes the shorter edge and cuts the centre out
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,  # bicubic
+        "do_center_crop": True, "crop_size": {"height": side, "width": side},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(colours.mean), "image_std": list(colours.std),
+    }  # fmt: skip
+    weights, config = _cast(to_transformers(state), dtype), transformers_config(arguments, dtype)
+    return {"model.safetensors": weights, "preprocessor_config.json": processor, "config.json": config}
 
 
 def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any]:
@@ -108,17 +113,6 @@ def transformers_config(arguments: Mapping[str, Any], dtype: torch.dtype) -> dic
         "apply_layernorm": True, "reshape_hidden_states": True,
     }  # fmt: skip
     return config | ({"num_register_tokens": registers} if registers else {"use_mask_token": True})
-
-
-def _processor_config(side: int, colours: Colours) -> dict[str, Any]:
-    """The shorter edge is resized to ``side`` px, and the centre cut out."""
-    return {
-        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,  # bicubic
-        "do_center_crop": True, "crop_size": {"height": side, "width": side},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(colours.mean), "image_std": list(colours.std),
-    }  # fmt: skip
 
 
 def _require(arguments: Mapping[str, Any], library: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ class FusedWeightUpdate(WeightUpdate):
 
     chunk = 64 * 1024  # elements per program of the kernel
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if reason := why_not_fused(self.optimizer, self.modules, self.teacher, self.scaler):
             raise ValueError(reason)
         from dinov2.train.update import kernel
@@ -116,15 +116,9 @@ class FusedWeightUpdate(WeightUpdate):
         tensors += [state.get(name) for name in ("exp_avg", "exp_avg_sq", "step")]
         addresses = [0 if tensor is None else local_shard(tensor).data_ptr() for tensor in tensors]
         is_aligned = size % 4 == 0 and not any(address % 16 for address in addresses[:-1])
-        student_fp16, teacher_fp16 = (
-            low is not None and low.dtype == torch.float16 for low in (weight.student_low, weight.teacher_low)
-        )
-        flags = (
-            kernel.TRAINED.value * (gradient is not None)
-            + kernel.ALIGNED.value * is_aligned
-            + kernel.STUDENT_LOW_FP16.value * student_fp16
-            + kernel.TEACHER_LOW_FP16.value * teacher_fp16
-        )
+        flags = kernel.TRAINED.value * (gradient is not None) + kernel.ALIGNED.value * is_aligned
+        lows = (weight.student_low, kernel.STUDENT_LOW_FP16), (weight.teacher_low, kernel.TEACHER_LOW_FP16)
+        flags += sum(flag.value for low, flag in lows if low is not None and low.dtype == torch.float16)
         return [*addresses, size, weight.module, flags]
 
 
@@ -156,13 +150,10 @@ def why_not_fused(
 
 
 def _kernel_writes(weight: Tensor, low: Tensor) -> bool:
-    is_plain = not isinstance(weight, DTensor) and not isinstance(low, DTensor)
-    return (
-        is_plain
-        and low.dtype in (torch.bfloat16, torch.float16)
-        and low.is_contiguous()
-        and low.device == weight.device
-    )
+    if isinstance(weight, DTensor) or isinstance(low, DTensor):
+        return False
+    is_half = low.dtype in (torch.bfloat16, torch.float16)
+    return is_half and low.is_contiguous() and low.device == weight.device
 
 
 def _on_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:

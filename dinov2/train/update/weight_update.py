@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from dinov2.fsdp import reshard
 
 
+@dataclass(eq=False)
 class WeightUpdate:
     """One update of student and teacher from the student's gradients, by PyTorch's own functions.
 
@@ -21,29 +23,20 @@ class WeightUpdate:
         t <- m t + (1 - m) s
         low <- weight                               rounded to the dtype of the low-precision weight
 
-    Nothing waits for the device, except under an enabled loss scaler.
-
-    Args:
-        optimizer: fused AdamW over the modules.
-        modules: what is trained by name, plain or sharded; a gradient's norm is clipped per module.
-        teacher: modules that follow those of the same name.
-        max_norm: largest gradient norm; 0 clips nothing.
-        low_precision: pairs of a weight (of student or teacher) and its low-precision weight.
-        scaler: loss scaler; with one enabled, it alone decides whether AdamW steps, by the gradients it unscales.
+    Nothing waits for the device, except under an enabled loss scaler: that alone decides whether AdamW steps, by the
+    gradients it unscales.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.AdamW,
-        modules: Mapping[str, nn.Module],
-        teacher: Mapping[str, nn.Module],
-        max_norm: float,
-        low_precision: Sequence[tuple[Tensor, Tensor]] = (),
-        scaler: torch.amp.GradScaler | None = None,
-    ):
-        self.optimizer, self.modules, self.teacher, self.max_norm = optimizer, modules, teacher, max_norm
-        self.low_precision = list(low_precision)
-        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+    optimizer: torch.optim.AdamW  # fused, over the modules
+    modules: Mapping[str, nn.Module]  # what is trained by name, plain or sharded; norms are clipped per module
+    teacher: Mapping[str, nn.Module]  # modules that follow those of the same name
+    max_norm: float  # largest gradient norm; 0 clips nothing
+    low_precision: Sequence[tuple[Tensor, Tensor]] = ()  # weights of student or teacher, and their 16-bit ones
+    scaler: torch.amp.GradScaler | None = None
+
+    def __post_init__(self) -> None:
+        if self.scaler is not None and not self.scaler.is_enabled():
+            self.scaler = None
         self._norms: dict[str, Tensor] = {}
 
     @torch.no_grad()
