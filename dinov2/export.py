@@ -5,12 +5,104 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from dinov2.hub.export.command import main
-from dinov2.hub.save import save_teacher
+from dinov2.hub.export import verify
+from dinov2.hub.export.formats import files_for, resampled_by
+from dinov2.hub.layouts import is_vit, resize_grid, vit_arguments
+from dinov2.hub.pixels import Colours
+from dinov2.hub.record import normalisation
+from dinov2.hub.save import save_teacher, write_new
+from dinov2.hub.teacher import description, load_teacher
+from dinov2.logging import setup_logging
+from dinov2.utils import cli
+from dinov2.utils.dtypes import DTYPES
 
 __all__ = ["main", "save_teacher"]
+
+logger = logging.getLogger("dinov2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov2.export",
+        description="Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
+        epilog="Exit status: 0 written, 1 written but --verify found a difference, 2 not written, with the reason.",
+    )
+    cli.add_checkpoint(parser)
+    parser.add_argument("--format", required=True, choices=verify.LIBRARIES, help="whose names and files")
+    parser.add_argument("--output", required=True, type=Path, help="a new or empty folder")
+    cli.add_dtype(parser, "fp32", "of all weights (%(default)s)")
+    cli.add_image_size(parser, "resample the position grid to square images of this side (default: as in the file)")
+    cli.add_colours(parser)
+    about = "open the export with its library and compare all tokens on images of this folder, or on scikit-image's"
+    parser.add_argument("--verify", nargs="?", const="", metavar="TILES", help=f"{about} micrograph")
+    args = parser.parse_args(argv)
+    setup_logging()
+    return cli.run_command(lambda: _export(args), logger)
+
+
+def _export(args: argparse.Namespace) -> int:
+    library = verify.LIBRARIES[args.format]
+    if args.verify is not None:
+        if find_spec(library) is None:
+            needs = f"--verify of --format {args.format} needs {library}"
+            raise ImportError(f"{needs}, which is not installed: pip install {library}.")
+        tiles = verify.read_tiles(args.verify or None)
+    described = description(args.checkpoint)
+    model = load_teacher(args.checkpoint)
+    if args.image_size is not None:
+        resize_grid(model, args.image_size)
+    # Another backbone has a file and a JSON of its own names, which no library opens.
+    arguments = vit_arguments(model) if is_vit(model) or args.verify is not None else None
+    colours = Colours(*normalisation(args.checkpoint, args.mean, args.std)[:2])
+    files = files_for(args.format, model, DTYPES[args.dtype], colours, described)
+    done = "wrote" if write_new(args.output, files) else "already there:"
+    sys.stdout.write(f"{done} {', '.join(sorted(files))} in {args.output}\n")
+    alike = arguments is None or _resamples_alike(args.format, arguments)
+    if args.verify is None:
+        return cli.DONE
+    side, patch = arguments["img_size"], arguments["patch_size"]
+    # One patch less: the position grid is resampled.
+    sides = [side] if not alike or side == patch else [side, side - patch]
+    expected = [verify.tokens(model, tiles, side, colours) for side in sides]
+    del model  # one at a time: the largest takes 9 GB
+    theirs = verify.open_export(args.format, args.output, arguments)
+    holds = True
+    for side, ours in zip(sides, expected, strict=True):
+        found = verify.Agreement(ours, verify.tokens(theirs, tiles, side, colours))
+        sys.stdout.write(f"{library}, {len(tiles)} tiles of {side} px: {found}\n")
+        holds &= found.holds(args.dtype)
+    if holds:
+        return cli.DONE
+    logger.error(
+        "%s disagrees: a difference of at most %g of the largest output and a cosine of at least %g are expected of "
+        "%s.",
+        library, *verify.TOLERANCES[args.dtype], args.dtype,
+    )  # fmt: skip
+    return cli.FAILURES
+
+
+def _resamples_alike(target: str, teacher: Mapping[str, Any]) -> bool:
+    """Whether the library that verifies resamples positions as the teacher does; warns where readers do not."""
+    own = (teacher["interpolate_antialias"], teacher["interpolate_offset"])
+    registers = teacher["num_register_tokens"]
+    theirs = resampled_by(target, registers)
+    if own != theirs:
+        logger.warning(
+            "For images of other than %d px %s resamples positions with antialias=%s, offset=%s, this teacher with "
+            "antialias=%s, offset=%s: outputs will differ there; export with --image-size for the size in use.",
+            teacher["img_size"], "Meta's model" if target == "meta" else verify.LIBRARIES[target], *theirs, *own,
+        )  # fmt: skip
+    return own == resampled_by("timm" if target == "meta" else target, registers)
+
 
 if __name__ == "__main__":
     sys.exit(main())

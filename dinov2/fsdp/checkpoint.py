@@ -7,14 +7,12 @@ name is whole; ``last_checkpoint`` names the newest. Tensors are addressed by na
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,8 @@ class Checkpointer:
 
     def __init__(self, output_dir: Path, keep: int):
         self.output_dir, self.folder, self.keep = output_dir, output_dir / "checkpoints", keep
+        # Without a process group torch warns that it assumes a single process, which here is so.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -79,8 +79,7 @@ class Checkpointer:
 
         try:
             on_main_process(begin)
-            with _one_process_is_meant():
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(beside))
             on_main_process(finish)
         except (dcp.api.CheckpointException, RuntimeError, OSError) as error:
             if isinstance(error, MainProcessError):
@@ -102,8 +101,7 @@ class Checkpointer:
         reader = _RestrictedReader(self.path(step))
         try:
             reader.read_metadata()  # torch would report what is wrong with it as a traceback of its own
-            with _one_process_is_meant():
-                dcp.load(tensors, storage_reader=reader)
+            dcp.load(tensors, storage_reader=reader)
         # Corrupt bytes lead to whatever they lead to; CheckpointException is no Exception.
         except (dcp.api.CheckpointException, Exception) as error:
             raise ValueError(
@@ -156,11 +154,3 @@ def _cause(error: BaseException) -> str:
         error = error.__context__
     text = " ".join((str(error) or type(error).__name__).split())
     return text.split(". ")[0][:300]
-
-
-@contextlib.contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """Without a process group torch warns that it assumes a single process, which here is so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -10,8 +10,7 @@ from dinov2.layers.attention import Attention
 from dinov2.layers.ffn import Mlp
 from dinov2.layers.norm import LayerNorm, LayerScale
 from dinov2.layers.packing import Segments
-from dinov2.layers.row_gather import take_rows
-from dinov2.layers.stochastic_depth import add_branch, kept_rows
+from dinov2.layers.stochastic_depth import add_branch, kept_rows, take_rows
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.layers.linear import draw_weights
 from dinov2.layers.norm import at_least_float32
 
 # Tensor dimensions below: D width, Z bottleneck, K prototypes.
@@ -46,14 +47,8 @@ class DINOHead(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal weights of deviation 0.02 and zero biases in the MLP; see `WeightNormLinear`."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm1d | WeightNormLinear):
-                module.reset_parameters()
+        """Draw starting weights: `draw_weights` in the MLP, and as `WeightNormLinear` says."""
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., D) of any dtype to logits (..., K)."""

@@ -84,6 +84,17 @@ def use_fp8(module: nn.Module, scaling: Literal["tensor", "row"], backward: bool
         layer.fp8 = fp8
 
 
+def draw_weights(network: nn.Module) -> None:
+    """Draw truncated normal weights of deviation 0.02 and zero biases for linear maps; other layers reset theirs."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
 class _Matmul(torch.autograd.Function):
     """x W^T + b with W the weight or its low-precision weight; only x (M, I) and W are kept for the backward pass."""
 

@@ -12,18 +12,23 @@ In expectation the branch is scaled by 1 as in the usual form, which draws for e
 multiplied by 0 or by 1 / (1 - p); here the branch of a dropped image is not computed at all, so that at p = 0.4 forty
 per cent of the blocks' arithmetic is saved. A student of B images keeps whole images: attention mixes the tokens of an
 image, so dropping single tokens would change what the others see.
+
+Rows are moved without atomics. A selection is known by ``rows`` (K,), the row of the large matrix that each row of the
+small one is, and by its ``inverse`` (T,), the number of each large row among the small ones, K where it is not
+selected. With both, taking and adding rows are each the other's derivative and a gather: nothing is scattered, so
+results do not depend on the order in which threads arrive, and a compiler can fuse each with its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2.layers.packing import Segments
-from dinov2.layers.row_gather import add_rows, take_rows
 
 
 def draw_orders(segments: Segments, num_branches: int, device: torch.device) -> list[Tensor]:
@@ -98,7 +103,7 @@ def add_branch(
         branch: maps packed rows and their segments to an update of the same shape.
         orders: see `kept_rows`; None keeps all images.
         drop_rate: p in [0, 1); 0 keeps all images.
-        inverse_gather: move rows by gathers alone (`row_gather`); False adds them by index, which on a GPU takes
+        inverse_gather: move rows by gathers alone; False adds them by index, which on a GPU takes
             atomics.
     """
     if orders is None or drop_rate == 0:
@@ -109,3 +114,43 @@ def add_branch(
         return x.index_add(0, kept.rows, kept.scale * update)
     update = branch(take_rows(x, kept.rows, kept.inverse), kept.segments)
     return add_rows(x, kept.scale * update, kept.rows, kept.inverse)
+
+
+def spread_rows(small: Tensor, inverse: Tensor) -> Tensor:
+    """(K, D) to (T, D): row ``inverse[t]`` of ``small`` at t, zeros where that is K."""
+    count = len(small)
+    return torch.where((inverse < count)[:, None], small[inverse.clamp_max(count - 1)], 0)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return spread_rows(grad, inverse), None, None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x + spread_rows(update, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return grad, grad.index_select(0, rows), None, None
+
+
+def take_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+    """x[rows], (T, D) to (K, D), of any float dtype, with different int64 ``rows`` and their ``inverse``."""
+    return _TakeRows.apply(x, rows, inverse)
+
+
+def add_rows(x: Tensor, update: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+    """(T, D) with ``update`` (K, D) added at ``rows``; see `take_rows`."""
+    return _AddRows.apply(x, update, rows, inverse)

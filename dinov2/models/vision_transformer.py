@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFNFused
+from dinov2.layers import Block, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused
 from dinov2.layers.attention_backends import require_kernel
+from dinov2.layers.linear import draw_weights
 from dinov2.layers.packing import Segments, pack, unpack
 from dinov2.layers.stochastic_depth import draw_orders
 from dinov2.models.backbone import Backbone
@@ -92,20 +93,14 @@ class DinoVisionTransformer(Backbone):
         self.register_load_state_dict_pre_hook(_unchunk_blocks)
 
     def init_weights(self) -> None:
-        """Draw starting weights: truncated normals of deviation 0.02 for linear maps and the position grid, 1e-6
-        normals for the tokens, zeros for biases and the mask token, gains as configured."""
+        """Draw starting weights: truncated normals of deviation 0.02 for the position grid, 1e-6 normals for the
+        tokens, zeros for the mask token, gains as configured, and `draw_weights` in the blocks."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
         nn.init.zeros_(self.mask_token)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale)):
-                module.reset_parameters()
+        draw_weights(self)
 
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-import dinov2.hub.export.command as command
+import dinov2.export as command
 import dinov2.hub.export.formats as formats
 from dinov2.export import main, save_teacher
 from dinov2.hub.layouts import vit_arguments
@@ -276,7 +276,7 @@ def test_tiles_that_cannot_be_decoded(tmp_path, caplog):
 
 @pytest.mark.parametrize(("target", "library"), [("meta", "timm"), ("timm", "timm"), ("hf", "transformers")])
 def test_library_that_is_not_installed(target, library, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("dinov2.hub.export.command.find_spec", lambda name: None)
+    monkeypatch.setattr("dinov2.export.find_spec", lambda name: None)
     said = refusal(caplog, save(tmp_path), target, "--verify")
     assert f"--verify of --format {target} needs {library}, which is not installed" in said
     assert run(tmp_path / "teacher.pth", target) == 0  # the export itself needs neither
