@@ -3,8 +3,6 @@
 `save_teacher` writes the file that training exports, which this and `dinov2.hub.load_teacher` open.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Meta's augmentation, mask generator and collate function on top of ours; randomness follows torch's generator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Descriptors of tiles that nobody trained, as baselines for features; and tiles without colour and tone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import cv2

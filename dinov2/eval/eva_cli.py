@@ -5,8 +5,6 @@ to eva's own command line, of whose subcommands and options all work. ``check`` 
 whether the checkpoint and the device are usable.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

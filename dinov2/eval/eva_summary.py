@@ -3,8 +3,6 @@
 Reads what ``scripts/run_eva.sh`` leaves in OUTPUT, writes ``summary.md`` and ``summary.csv`` there and shows the page.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,7 +1,5 @@
 """Features of tiles: the one path from pixels through a backbone, for probes, embeddings and reports."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence

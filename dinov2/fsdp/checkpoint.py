@@ -5,8 +5,6 @@ is written beside under a temporary name, brought to the disk and renamed when c
 name is whole; ``last_checkpoint`` names the newest. Tensors are addressed by name: any number of ranks can read them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import pickle

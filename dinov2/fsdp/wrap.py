@@ -1,7 +1,5 @@
 """Shard a module with FSDP2 and move whole state dicts in and out of it."""
 
-from __future__ import annotations
-
 import functools
 import os
 import warnings

@@ -3,8 +3,6 @@
 What Meta's names and the shapes tell of a ViT's architecture follows below them.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

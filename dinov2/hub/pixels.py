@@ -1,7 +1,5 @@
 """Tiles as a network takes them: one centred square, one normalisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

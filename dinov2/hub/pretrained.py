@@ -1,7 +1,5 @@
 """Published weights and teacher exports into a backbone, by name."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

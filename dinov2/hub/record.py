@@ -1,7 +1,5 @@
 """The JSON beside a teacher: how it was trained, and how its images are normalised."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

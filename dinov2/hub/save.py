@@ -1,7 +1,5 @@
 """Teachers and exports as files that are whole or absent, each named after its contents are on the disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Open a teacher from any of the layouts in which such weights are passed around."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Multi-head self-attention over packed rows."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from dinov2.layers.attention_backends import attention_backend

@@ -3,8 +3,6 @@
 Each maps queries, keys and values (B, N, H, D / H) to attended values of the same shape.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

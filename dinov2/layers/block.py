@@ -1,7 +1,5 @@
 """The transformer block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn

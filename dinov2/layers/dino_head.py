@@ -1,7 +1,5 @@
 """The projection head of DINO and iBOT."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

@@ -1,7 +1,5 @@
 """The feed-forward layers of a transformer block; each maps (..., D) of any dtype to (..., D)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Matmuls in FP8 with scales taken from the operands themselves (formats: arXiv:2209.05433)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

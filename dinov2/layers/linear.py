@@ -1,7 +1,5 @@
 """The linear map of the transformer blocks."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ as one packed matrix (T, D). Only attention has to know which rows form an image
 per crop size, says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Images to patch tokens."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

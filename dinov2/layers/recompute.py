@@ -1,7 +1,5 @@
 """Activations recomputed in the backward instead of kept (Chen et al., arXiv:1604.06174)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -19,8 +19,6 @@ selected. With both, taking and adding rows are each the other's derivative and 
 results do not depend on the order in which threads arrive, and a compiler can fuse each with its neighbours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

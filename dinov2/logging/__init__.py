@@ -1,7 +1,5 @@
 """Run logging: the package logger with rank prefix, metric accumulation and metric sinks."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The warning of a run whose losses stay at chance."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

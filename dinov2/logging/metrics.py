@@ -1,7 +1,5 @@
 """Metrics, accumulated on the device, and where their records go: the console, ``metrics.jsonl``, W&B."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

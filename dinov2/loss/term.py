@@ -1,7 +1,5 @@
 """A term of the objective: what it is told of a step, and how the configured ones are built."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import attrgetter

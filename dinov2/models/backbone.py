@@ -1,7 +1,5 @@
 """Contract of a backbone with training, evaluation and export, and backbones from a run's configuration."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """Vision transformer with registers, several crop sizes in one call, and DINOv2's names."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ a PCA map of patch features, tiles with their nearest neighbours, the embeddings
 holds all of it in one file.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import json

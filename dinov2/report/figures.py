@@ -1,7 +1,5 @@
 """Drawings of a run: metrics, augmented crops, patch features."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 

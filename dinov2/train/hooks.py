@@ -1,7 +1,5 @@
 """Hooks around the steps: periodic actions (checkpoint, export) and garbage collection."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The folder of a run: writable, free of what is not a run's, and used by one launch at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

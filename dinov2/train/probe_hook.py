@@ -1,7 +1,5 @@
 """Probes of the teacher during training."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

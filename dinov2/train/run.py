@@ -1,7 +1,5 @@
 """One training run in its output folder: start or resume, what it saves and exports."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

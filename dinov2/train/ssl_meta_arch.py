@@ -1,12 +1,10 @@
 """DINOv2's student, teacher and losses: one self-distillation step up to the loss, and the teacher's EMA."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +91,7 @@ class SSLMetaArch(nn.Module):
         terms = {name: term for name, term in self.losses.items() if any(p.requires_grad for p in term.parameters())}
         return {**self.student, **terms}
 
-    def train(self, mode: bool = True) -> SSLMetaArch:
+    def train(self, mode: bool = True) -> Self:
         """Set the student's mode; the teacher always stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()

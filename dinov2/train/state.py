@@ -1,7 +1,5 @@
 """State of a run beside its tensors, and whether a run may go on from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Started alone it trains in one process; under ``torchrun`` it shards over all of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

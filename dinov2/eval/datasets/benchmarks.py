@@ -1,7 +1,5 @@
 """Public benchmarks of labelled tiles with the splits under which results are published."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Pixels of tiles: image files, or the rows of a Parquet dataset."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,13 +1,12 @@
 """Labelled tiles, and where they are from: a folder of classes, a CSV of tiles or of slides, or Parquet shards."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,7 +65,7 @@ class LabelledTiles:
     def _members(self) -> dict[str, Sequence[str] | range | None]:
         return {"patient": self.patients, "slide": self.slides, "tile": range(len(self.labels))}
 
-    def thinned(self, limit: int, seed: int = 0) -> LabelledTiles:
+    def thinned(self, limit: int, seed: int = 0) -> Self:
         """At most `limit` tiles of each split, drawn so that classes keep their fractions; order stays."""
         rng = np.random.default_rng(seed)
         splits = np.asarray(self.splits or ["all"] * len(self.labels))

@@ -4,8 +4,6 @@ The output is a folder of files, one per slide or per few thousand images, each 
 the same command goes on where it was stopped. Under ``torchrun`` the processes share the files out.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Inputs of embedding, divided into parts: images of a folder, rows of a Parquet dataset, or tissue tiles of slides."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

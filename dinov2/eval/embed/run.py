@@ -1,7 +1,5 @@
 """Embedding of an input into a folder, part by part, so that a run that was stopped goes on where it was."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing

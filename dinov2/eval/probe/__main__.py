@@ -6,8 +6,6 @@ is the start of a run, and ``colour`` and ``lbp`` are descriptors that nobody tr
 Under ``torchrun`` all processes share the work.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Two teachers on the same tiles: the difference of their balanced accuracies, with its interval."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Divisions of tiles that never part a group (a patient, a slide)."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from typing import NamedTuple

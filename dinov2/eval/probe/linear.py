@@ -1,7 +1,5 @@
 """Linear heads on frozen features, under two published protocols."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Logistic regression on standardised features."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

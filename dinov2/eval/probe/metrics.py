@@ -1,7 +1,5 @@
 """Metrics of predictions with their spread: over runs, and over the tiles that might have been tested."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

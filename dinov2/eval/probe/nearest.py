@@ -1,7 +1,5 @@
 """Classification without training: by the nearest neighbours, and by the nearest centroid."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Results of probes, as numbers by name, a table, a CSV and a JSON."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Probes by name with their numbers, and all of them on all tasks, over all processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Spread of embeddings, which needs no labels: RankMe, ODCorr and the mean cosine."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from dinov2.eval.probe.results import Result

@@ -1,7 +1,5 @@
 """The random weights that a run starts from, to probe what a teacher is worth beside having learned nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

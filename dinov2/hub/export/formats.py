@@ -1,7 +1,5 @@
 """Formats of other libraries: a teacher's weights under their names, and the files that describe them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

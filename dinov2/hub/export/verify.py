@@ -1,7 +1,5 @@
 """An export opened by the library that it is for, and its tokens beside the teacher's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial

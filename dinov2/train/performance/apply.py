@@ -1,7 +1,5 @@
 """Computation of a run's networks: low-precision weights, FP8, recomputation and compilation, as configured."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """Section ``performance`` decided: what is asked for, and what proves right on this device."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fast kernels against their plain paths, on small tensors on the device that is to train with them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

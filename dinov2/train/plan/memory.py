@@ -1,7 +1,5 @@
 """Memory of one GPU, predicted before anything is allocated, and the batch that fits it."""
 
-from __future__ import annotations
-
 import bisect
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Peak rates of GPUs and links are those of their data sheets.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The weight update in one pass over memory, by a Triton kernel."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

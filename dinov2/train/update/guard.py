@@ -1,7 +1,5 @@
 """Stop a run before a non-finite loss or gradient reaches the weights, without stalling the device."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple

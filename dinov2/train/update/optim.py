@@ -1,7 +1,5 @@
 """AdamW over DINOv2's parameter groups, and the schedules of a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One training step: forward, backward, guard, update. Nothing in it waits for the device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

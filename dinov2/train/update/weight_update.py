@@ -1,7 +1,5 @@
 """The weight update: clipping, AdamW, the teacher's moving average and low-precision weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
