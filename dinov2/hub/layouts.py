@@ -87,7 +87,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     joints: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():
-        _, layer, name = re.fullmatch(r"(encoder\.layer\.(\d+\.))?(.+)", key).groups(default="")
+        _, layer, name = re.match(r"(encoder\.layer\.(\d+\.))?(.*)", key, re.DOTALL).groups(default="")
         block = f"blocks.{layer}" if layer else ""
         module, _, kind = name.rpartition(".")
         if module in part_of:
@@ -105,7 +105,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename Meta's tensors as transformers' files have them, which every version of it reads."""
     renamed = {}
     for key, tensor in state.items():
-        _, number, name = re.fullmatch(r"(blocks\.(\d+\.))?(.+)", key).groups(default="")
+        _, number, name = re.match(r"(blocks\.(\d+\.))?(.*)", key, re.DOTALL).groups(default="")
         layer = f"encoder.layer.{number}" if number else ""
         if name.startswith("attn.qkv."):
             names = [layer + part + name.removeprefix("attn.qkv") for part in _QKV]
