@@ -82,7 +82,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where the file has no mask token it is zero.
     """
-    ours = {theirs: ours for ours, theirs in _MODULES.items()} | _IN_MEMORY
+    modules = {theirs: ours for ours, theirs in _MODULES.items()} | _IN_MEMORY
     part_of = {part: (joint, i) for parts, joint in _JOINT.items() for i, part in enumerate(parts)}
     renamed: dict[str, Tensor] = {}
     joints: dict[str, dict[int, Tensor]] = {}
@@ -94,7 +94,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             joint, i = part_of[module]
             joints.setdefault(f"{block}{joint}.{kind}", {})[i] = tensor
         else:
-            renamed[block + _rename(name, ours)] = tensor
+            renamed[block + _rename(name, modules)] = tensor
     for key, parts in joints.items():
         renamed[key] = torch.cat([parts[i] for i in sorted(parts)])
     renamed.setdefault("mask_token", torch.zeros_like(renamed["cls_token"][0]))
