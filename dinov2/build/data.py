@@ -1,7 +1,5 @@
 """The data that a configuration names: its datasets, what is left out of them, and their order."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re

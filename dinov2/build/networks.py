@@ -1,7 +1,5 @@
 """Starting weights of a network from a configuration."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Fields of configuration sections: type, default, accepted values and one line of documentation in one place."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 from collections.abc import Mapping

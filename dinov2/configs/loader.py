@@ -1,7 +1,5 @@
 """Merge and decode a configuration strictly: faults of names, types, ranges and combinations are reported together."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -5,8 +5,6 @@ writes ``ssl_default_config.yaml`` and the key tables of ``docs/config.md`` from
 by `dinov2.configs.older_keys`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Checks of values and of combinations of values, before any model, data or GPU is touched."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """YAML text as plain values: numbers as people write them, no duplicate keys, no file that grows when it is read."""
 
-from __future__ import annotations
-
 import re
 from itertools import chain
 from typing import Any

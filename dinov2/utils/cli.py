@@ -1,7 +1,5 @@
 """Common parts of all commands: exit statuses, how errors end a command, and one name for each option."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """Abilities of this PyTorch on this machine's GPUs; ``python -m dinov2.utils.environment`` reports it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Files that are whole or absent: written beside, brought to the disk, then renamed; and locks between processes."""
 
-from __future__ import annotations
-
 import fcntl
 import filecmp
 import json

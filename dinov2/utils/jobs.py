@@ -1,7 +1,5 @@
 """Jobs over several processes that end with the one that started them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

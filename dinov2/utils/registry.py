@@ -1,7 +1,5 @@
 """Tables of exchangeable parts: a name in a configuration, and where the code for it is."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Samples and batches: views stacked view-major, masks, and the index of what is masked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

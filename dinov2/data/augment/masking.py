@@ -1,7 +1,5 @@
 """Block masks on a patch grid, stratified over the crops of two samples."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

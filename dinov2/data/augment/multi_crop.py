@@ -1,7 +1,5 @@
 """Multi-crop augmentation: one image in, two global and several local views out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

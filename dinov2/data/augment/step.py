@@ -1,7 +1,5 @@
 """The contract of an augmentation step: what it draws for a view, and how it changes the image."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 

@@ -8,8 +8,6 @@ Definition of scikit-image >= 0.19 (Ruifrok and Johnston, 2001), with rgb in [0,
 One HED unit is therefore -ln(eps) = 13.8 nepers: tissue lies near 0.02-0.11, and a shift of 0.05 is strong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Views turned by multiples of 90 degrees: histology has no up."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2
