@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ class SlideReader:
             reason = f"the slide has levels 0 to {len(self.level_downsamples) - 1}"
             raise SlideRangeError(self.path, reason, f"level {level}")
         return self.level_downsamples[level]
+
+
+opened_slide = lru_cache(64)(SlideReader)  # those used last, of each process; each keeps a handle and a few blocks
 
 
 def _location(region: Region) -> str:

@@ -180,10 +180,8 @@ class Fates(dict[Origin, int]):
         in_validation("", validation_fraction)  # refuses a wrong one before any slide is read
         self.lines = {comparable(name): name for name in excluded}
         self.matched: set[str] = set()
-        self._fraction, self._sites = (
-            validation_fraction,
-            frozenset(excluded_sites) - {""},
-        )  # which is of rows that tell none
+        self._fraction = validation_fraction
+        self._sites = frozenset(excluded_sites) - {""}  # which is of rows that tell none
 
     def __missing__(self, origin: Origin) -> int:
         hits = [self.lines[name] for name in names_of(origin.slide, origin.patient) if name in self.lines]
