@@ -123,9 +123,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
 def recognise(path: str) -> str:
     """The kind of data that a path names, the first of `dinov2.extensions.SOURCES` that recognises it.
 
-    Raises:
-        FileNotFoundError: if there is no such path.
-        ValueError: if it is of no known kind.
+    FileNotFoundError if there is no such path, ValueError if it is of no known kind.
     """
     for name, kind in SOURCES.items():
         if kind().recognises(path):
@@ -144,11 +142,7 @@ def recognise(path: str) -> str:
 
 
 def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int = 0) -> dict[str, int]:
-    """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one.
-
-    Raises:
-        ValueError: if there are more lanes than rows, or what they hold exceeds ``data.memory_gib``.
-    """
+    """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one; as `fit_lanes`."""
     fixed = {"seed": config.train.seed, "block_rows": config.data.block_rows}
     if _is_endless(data.source):
         return fixed | {"lanes": 1}

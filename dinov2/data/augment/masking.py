@@ -65,11 +65,7 @@ class StratifiedMasks:
         mask_probability: fraction of global crops that are masked, rounded to quarters.
         mask_ratio_min_max: range of the fraction of a masked crop's patches.
 
-    Attributes:
-        max_masked: most patches that any pair has masked.
-
-    Raises:
-        ValueError: if a probability or ratio lies outside [0, 1].
+    `max_masked` is the most patches that any pair has masked. ValueError if a probability or ratio is outside [0, 1].
     """
 
     def __init__(

@@ -52,12 +52,7 @@ class AugmentationStep(ABC):
 
     @abstractmethod
     def apply(self, image: np.ndarray, params: Any) -> np.ndarray:
-        """Change an image, in place or not.
+        """Change an image, in place or not, by what `draw` returned.
 
-        Args:
-            image: uint8 (H, W, 3) RGB, or (H, W) where `takes_grey`.
-            params: what `draw` returned.
-
-        Returns:
-            uint8 of the same height and width, (H, W, 3) or (H, W).
+        It is uint8 (H, W, 3) RGB, or (H, W) where `takes_grey`; so is the result, of the same height and width.
         """

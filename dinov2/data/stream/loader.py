@@ -46,11 +46,7 @@ class TrainLoader:
             threads start later; loaders started while this one is being read should use "forkserver".
         **split: `global_batch`, `rank`, `world_size`, `start_sample` and `prefetch` of the `RankReader`.
 
-    Attributes:
-        stream_state: for the checkpoint: what must be equal for a resumed run to go on with the same samples.
-
-    Raises:
-        ValueError: if the batch cannot be split over the ranks or `start_sample` is negative.
+    `stream_state` is for the checkpoint: what must be equal for a resumed run to go on with the same samples.
     """
 
     def __init__(

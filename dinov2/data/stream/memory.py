@@ -71,7 +71,7 @@ def fit_lanes(
     limit_gib: float,
     most: int = 8,
 ) -> int:
-    """Choose V, the number of read streams.
+    """Choose V, the number of read streams; ValueError if it exceeds the rows, or what must be held the limit.
 
     Args:
         make_order: makes the order for a number of read streams.
@@ -81,9 +81,6 @@ def fit_lanes(
         global_batch, world_size: samples per step over all processes, and their number.
         limit_gib: most that the reader of one process may hold, in GiB.
         most: read streams per sample of the batch to begin with.
-
-    Raises:
-        ValueError: if `lanes` exceeds the rows, or what must be held exceeds the limit.
     """
     rows = int(source.group_rows.sum())
     if lanes > rows:

@@ -89,11 +89,7 @@ class MixedOrder(SampleOrder):
 def make_order(
     sources: Sequence[Source], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
 ) -> SampleOrder:
-    """Order the rows of `make_source(sources)`; a single dataset is in `SampleOrder`, whatever its weight.
-
-    Raises:
-        ValueError: if the order is impossible, see `MixedOrder`.
-    """
+    """Order the rows of `make_source(sources)`, see `MixedOrder`; a single dataset is in `SampleOrder`."""
     group_rows = [source.group_rows for source in sources]
     if len(sources) == 1:
         (lanes,) = divide_lanes(weights, lanes)
@@ -113,8 +109,7 @@ def describe_fractions(order: SampleOrder, datasets: Sequence[str]) -> list[str]
 def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     """Divide read streams in proportion to weights, by largest remainder in exact arithmetic; each gets at least one.
 
-    Raises:
-        ValueError: if a weight is not positive and finite, or there are fewer streams than weights.
+    ValueError if a weight is not positive and finite, or there are fewer streams than weights.
     """
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
@@ -138,14 +133,12 @@ def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
 
 
 def spread(counts: Sequence[int]) -> np.ndarray:
-    """Deal out sum(counts) slots so that the first t hold n*t/V of a dataset with n slots, rounded up or down.
+    """Deal out V = sum(counts) slots so that the first t hold n*t/V of a dataset with n slots, rounded up or down.
 
     A dataset's k-th slot lies between k*V/n rounded down and (k + 1)*V/n rounded up; of those whose turn has come
     the one that must come soonest is next. No deadline is missed: earliest deadline first is optimal for unit
-    jobs, and within any span the jobs that must be done in it are no more than its slots.
-
-    Returns:
-        Dataset of each slot, int64 (V,).
+    jobs, and within any span the jobs that must be done in it are no more than its slots. Gives the dataset of each
+    slot, int64 (V,).
     """
     n = np.asarray(counts, np.int64)
     total = int(n.sum())

@@ -46,12 +46,8 @@ class SampleOrder:
         lanes: V. A multiple of the global batch keeps each read stream on one rank, so that ranks share no row group.
         block_rows: R.
 
-    Attributes:
-        num_rows: rows of all row groups together.
-        parts: first row group and order of each dataset: this one alone, from row group 0.
-
-    Raises:
-        ValueError: if there is no row, or a parameter is out of range.
+    `num_rows` counts the rows of all row groups; `parts` are first row group and order of each dataset: this one alone,
+    from row group 0. ValueError if there is no row, or a parameter is out of range.
     """
 
     def __init__(self, group_rows: np.ndarray, *, seed: int, lanes: int, block_rows: int) -> None:

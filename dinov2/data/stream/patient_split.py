@@ -27,11 +27,8 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def read_exclusions(path: str | Path) -> list[str]:
     """Read the names of patients or slides from UTF-8 text, one per line, each once and in order.
 
-    Blank lines and those that begin with # are skipped; of a .csv or .tsv file the first column counts.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not text, or names nothing.
+    Blank lines and those that begin with # are skipped; of a .csv or .tsv file the first column counts. ValueError if
+    the file is not text, or names nothing.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,9 +54,7 @@ def in_validation(patient: str, fraction: float) -> bool:
     """Decide whether a patient is kept for validation, by the name alone: hash_name(patient) / 2**64 < fraction.
 
     So a patient is on the same side in every dataset, and a larger fraction keeps the patients of a smaller one.
-
-    Raises:
-        ValueError: if `fraction` is not in [0, 1).
+    ValueError if `fraction` is not in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction is {fraction}; at least 0 and less than 1 is expected")

@@ -27,10 +27,8 @@ class RankReader:
 
     Each chunk of a row group (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
     Threads start at the first `next()`, when the DataLoader has already forked its workers, and end with the
-    iterator; what goes wrong in one is raised by `next()`.
-
-    Raises:
-        ValueError: if the batch cannot be split over the ranks or `start_sample` is negative.
+    iterator; what goes wrong in one is raised by `next()`. ValueError if the batch cannot be split over the ranks or
+    `start_sample` is negative.
     """
 
     def __init__(
