@@ -64,15 +64,11 @@ class OpenData:
 
 
 def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, Any] | None = None) -> OpenData:
-    """Open the datasets that the configuration names and leave out what it excludes.
+    """Open the datasets that a validated configuration names and leave out what it excludes.
 
-    Args:
-        config: validated configuration.
-        index_cache: where the index of shards is kept between launches; None keeps none.
-        saved: JSON state of the checkpoint being resumed; datasets on the hub keep its commit.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: a dataset is missing, empty, of another format or out of reach.
+    ``index_cache`` is where the index of shards is kept between launches; None keeps none. ``saved`` is the JSON state
+    of the checkpoint being resumed; datasets on the hub keep its commit. FileNotFoundError, ValueError or OSError if a
+    dataset is missing, empty, of another format or out of reach.
     """
     data, datasets = config.data, _datasets(config)
     excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []

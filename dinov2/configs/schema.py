@@ -179,9 +179,9 @@ class IbotConfig(HeadConfig):
 class CropsConfig:
     """Multi-crop sizes and scales."""
 
-    global_crops_scale: Range = key((0.32, 1.0), "range of a global view's fraction of the tile")
+    global_crops_scale: Range = key((0.32, 1.0), "range of a global view's fraction of the tile", above=0, most=1)
     local_crops_number: int = key(8, "local views per image", least=0, most=256)
-    local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile")
+    local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile", above=0, most=1)
     global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
     local_crops_size: int = key(98, "side of a local view in px, a multiple of the patch", **_SIDE)
 

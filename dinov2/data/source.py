@@ -110,14 +110,11 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
     Grey and palette images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, and EXIF
-    orientation is ignored.
+    orientation is ignored. DecodeError if `data` is no such image, or is cut short.
 
     Args:
         data: a whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
         raw_size: side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
-
-    Raises:
-        DecodeError: if `data` is neither, or is cut short.
     """
     if raw_size:
         if len(data) != raw_size * raw_size * 3:

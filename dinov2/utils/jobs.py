@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_connection
 from typing import TypeVar
@@ -14,8 +14,6 @@ from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-_REFRESH_SECONDS = 0.5
 
 
 def run_jobs(
@@ -29,11 +27,8 @@ def run_jobs(
         workers: processes; 1 runs everything in this one.
         unit: what the progress bar counts.
 
-    Yields:
-        A job's index in ``jobs`` and its result, as they finish.
-
-    Raises:
-        ChildProcessError: if a process was killed from outside (memory, signal).
+    Yields a job's index in ``jobs`` and its result, as they finish; ChildProcessError if a process was killed from
+    outside (memory, signal).
     """
     workers = min(workers, len(jobs))
     bar = tqdm(total=len(jobs), unit=unit, disable=None)
@@ -47,15 +42,11 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     with bar, ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         numbers: dict[Future[Result], int] = {pool.submit(function, job): number for number, job in enumerate(jobs)}
-        pending = set(numbers)
         try:
-            while pending:
-                done, pending = wait(pending, _REFRESH_SECONDS, return_when=FIRST_COMPLETED)
-                bar.refresh()
-                for future in done:
-                    result = future.result()
-                    bar.update()
-                    yield numbers[future], result
+            for future in as_completed(numbers):
+                result = future.result()
+                bar.update()
+                yield numbers[future], result
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"One of {workers} processes was killed, perhaps for want of memory; try fewer --workers."

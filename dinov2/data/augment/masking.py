@@ -23,9 +23,7 @@ def block_mask(
     A block's area is U(min_block, min(remaining, max_block)) patches, its log aspect (height / width) uniform. A block
     that adds nothing or more than max_block, by default half the grid, is drawn again; after ten such draws the mask
     stays as it is. The count is never exceeded, and falls short by about one patch in a thousand on a 16 x 16 grid.
-
-    Returns:
-        bool ``grid_size`` (rows, columns), True where masked.
+    Gives bool ``grid_size`` (rows, columns), True where masked.
     """
     height, width = grid_size
     log_low, log_high = map(math.log, aspect_min_max)

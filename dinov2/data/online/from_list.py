@@ -28,9 +28,8 @@ class SlideListSource:
     Args:
         list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
             a list of six columns the tile is cut at its mpp from the level that serves it best.
-        slide_root: see `locate_slide`.
         tile_size: side of a tile in px of its level, or of its mpp.
-        mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
+        slide_root, mpp_file, columns: see `locate_slide`, `read_mpp_table` and `read_sample_list`.
 
     FileNotFoundError if the list or a slide of it does not exist, SlideError if a slide cannot be opened for its mpp,
     ValueError if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.

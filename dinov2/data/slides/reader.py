@@ -27,7 +27,8 @@ class SlideReader:
     """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
 
     Blocks are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
-    forked or spawned process it opens the file again.
+    forked or spawned process it opens the file again. Raises as `tiff.index_slide` does, and SlideOpenError if
+    OpenSlide cannot read it either.
 
     Args:
         path: a slide, or an fsspec URL of one whose blocks can be read from their bytes.
@@ -40,9 +41,6 @@ class SlideReader:
         level_dimensions, level_downsamples: (width, height) in px, and level-0 px per px, of each level.
         mpp, mpp_source: micrometres per level-0 px or None, and where it comes from: "slide", 10 / its objective
             power ("appmag"), "user", or "none".
-
-    Raises:
-        SlideOpenError, RemoteError, ValueError: as `tiff.index_slide` does; SlideOpenError also if OpenSlide cannot.
     """
 
     def __init__(
@@ -104,11 +102,8 @@ class SlideReader:
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
         """Read a region, in px of its level (0 is the finest): uint8 (height, width, 3) RGB, contiguous.
 
-        Raises:
-            SlideRangeError: if there is no such level, or the region leaves it.
-            SlideReadError: if pixels are missing, or cannot be read or decoded.
-            SlideOpenError: if the file has changed since it was opened.
-            RemoteError: if the server cannot be read.
+        SlideRangeError if there is no such level or the region leaves it, SlideReadError if pixels are missing or
+        cannot be read, SlideOpenError if the file has changed since it was opened, RemoteError by a server.
         """
         pixels, known = self.read_known(level, column, row, width, height)
         if not known.all():

@@ -36,9 +36,7 @@ _NO_ROUTE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNRE
 class RemoteError(OSError):
     """A server that cannot be read; its `errno` tells it from a corrupt file."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.errno = errno.EIO
+    errno = errno.EIO
 
 
 class GivenUp(Exception):

@@ -34,13 +34,11 @@ class TrainLoader:
     """Endless iterable of one rank's batch dicts; leaving the iteration ends its threads and workers.
 
     Args:
-        source: the dataset.
         transform: called as transform(image uint8 (H, W, 3), g); its result becomes `Sample.crops`.
         collate: makes the batch dict of one rank from its consecutive samples.
         order: the order of samples; its number of read streams should be a multiple of the global batch.
         num_workers: worker processes; 0 decodes in this process.
-        prefetch_factor: batches that each worker prepares ahead.
-        pin_memory: whether batches lie in page-locked memory.
+        prefetch_factor: batches that each worker prepares ahead; with `pin_memory` they lie in page-locked memory.
         max_corrupt_fraction: fraction of this rank's samples, or of the first 10,000, that may be corrupt.
         start_method: how workers start. By default they are forked on Linux, which is safe since the reader's
             threads start later; loaders started while this one is being read should use "forkserver".

@@ -74,8 +74,7 @@ def fit_lanes(
     """Choose V, the number of read streams; ValueError if it exceeds the rows, or what must be held the limit.
 
     Args:
-        make_order: makes the order for a number of read streams.
-        source: what they read.
+        make_order: makes the order of the `source` for a number of read streams.
         lanes: V as the user wants it; 0 takes the first that fits of `most`, 1/2, 1/4 ... of it times the batch.
             Whole multiples keep a stream on one process; below them several processes fetch the same row groups.
         global_batch, world_size: samples per step over all processes, and their number.

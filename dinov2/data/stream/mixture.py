@@ -26,16 +26,15 @@ from dinov2.utils.seeding import hash_words
 class MixedOrder(SampleOrder):
     """Order of a mixture.
 
+    ValueError if a weight is not positive and finite, weights and datasets differ in number, there are fewer lanes than
+    datasets, a dataset holds no row, or a parameter is out of range.
+
     Args:
         group_rows: rows of each row group, for each dataset; row groups are numbered through, dataset by dataset.
         weights: fraction of the samples that each dataset gets, up to a common factor.
         seed: any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
         lanes: V, of all datasets together.
         block_rows: R.
-
-    Raises:
-        ValueError: if a weight is not positive and finite, weights and datasets differ in number, there are fewer
-            lanes than datasets, a dataset holds no row, or a parameter is out of range.
     """
 
     def __init__(

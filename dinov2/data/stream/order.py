@@ -90,9 +90,7 @@ class SampleOrder:
         A read stream that has begun in an earlier row group runs into this one late in the epoch: its rows are chunk 0.
         Streams that begin inside the row group do so with the epoch: theirs are chunk 1. Fetched as one, the rows of
         chunk 0 would lie in memory for the length of a stream; fetched apart, each is read when its turn comes.
-
-        Returns:
-            Global sample indices and the rows they stand for, int64 (n,) each.
+        Gives global sample indices and the rows they stand for, int64 (n,) each.
         """
         start = self._permutation(epoch).starts[group]
         end = start + self._rows[group]

@@ -103,16 +103,14 @@ def split_by_patient(
     """Split a dataset; a pure function of its slides, patients and sites, so that all ranks find the same.
 
     Looks up the origin of every row, which costs reads where the source's index does not know it. The patient is the
-    one that the source tells, else the slide's, see `dinov2.data.patients`.
+    one that the source tells, else the slide's, see `dinov2.data.patients`. ValueError if nothing is left to train on,
+    or the fraction is not in [0, 1).
 
     Args:
         source: the dataset, called ``dataset`` in messages.
         excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
         validation_fraction: of patients to keep for validation, see `in_validation`.
         excluded_sites: sites to leave out, where the source tells them.
-
-    Raises:
-        ValueError: if nothing is left to train on, or the fraction is not in [0, 1).
     """
     logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.group_rows), dataset)
     fates = Fates(excluded, validation_fraction, excluded_sites)
