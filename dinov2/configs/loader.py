@@ -26,8 +26,7 @@ logger = logging.getLogger("dinov2")
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults <- YAML file, if any <- ``section.key=value`` overrides in YAML syntax, and decode the result.
 
-    FileNotFoundError if there is no such file; ConfigError, which lists all that is wrong, if the YAML cannot be parsed
-    or keys or values do not fit the schema.
+    FileNotFoundError without the file; ConfigError, which lists all that is wrong, if it does not fit the schema.
     """
     faults: list[str] = []
     layers = [] if config_file is None else [_read_file(Path(config_file), faults)]

@@ -1,8 +1,7 @@
 """The configuration's sections and keys; one frozen dataclass per YAML section.
 
-Each key is stated once, here: type, default, accepted values and meaning. ``python -m dinov2.configs --write``
-writes ``ssl_default_config.yaml`` and the key tables of ``docs/config.md`` from it. Keys of older files are mapped
-by `dinov2.configs.older_keys`.
+Each key is stated once, here: type, default, accepted values and meaning. ``python -m dinov2.configs --write`` writes
+``ssl_default_config.yaml`` and the tables of ``docs/config.md`` from it. `older_keys` maps the keys of older files.
 """
 
 from collections.abc import Mapping

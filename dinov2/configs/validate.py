@@ -6,6 +6,7 @@ from itertools import chain
 
 from dinov2.configs.decode import keys_of
 from dinov2.configs.fields import accepted, shortened
+from dinov2.configs.older_keys import MODULES
 from dinov2.configs.schema import Config, Range
 
 _MOST_PATCHES = 1 << 16  # of one view
@@ -176,24 +177,19 @@ def _network_faults(config: Config) -> Iterator[str]:
 
 def _precision_faults(config: Config) -> Iterator[str]:
     precision, fp8 = config.compute_precision, config.performance.fp8
-    for module in ("backbone", "dino_head", "ibot_head"):
-        student, teacher = getattr(precision.student, module), getattr(precision.teacher, module)
-        dtypes = {
-            f"compute_precision.{network}.{module}.mixed_precision.param_dtype": part.mixed_precision.param_dtype
-            for network, part in (("student", student), ("teacher", teacher))
-        }
-        of_student, of_teacher = dtypes
-        if dtypes[of_student] == "fp16" and not precision.grad_scaler:
+    for network, module in MODULES:
+        dtype = getattr(getattr(precision, network), module).mixed_precision.param_dtype
+        key = f"compute_precision.{network}.{module}.mixed_precision.param_dtype"
+        if network == "student" and dtype == "fp16" and not precision.grad_scaler:
             yield (
-                f"compute_precision.grad_scaler = false while {of_student} = fp16, where gradients underflow without "
-                "a scaler; set it to true or use bf16."
+                f"compute_precision.grad_scaler = false while {key} = fp16, where gradients underflow without a scaler"
+                "; set it to true or use bf16."
             )
-        in_fp8 = {"none": [], "teacher": [of_teacher], "all": [of_student, of_teacher]}[fp8]
-        for key in in_fp8 if module == "backbone" else []:
-            if dtypes[key] != "bf16":
-                goes = f"performance.fp8 = {fp8} goes with bf16"
-                yield f"{goes}, while {key} = {dtypes[key]}; set bf16 there, or performance.fp8 = none."
-        ours, theirs = student.sharding_strategy, teacher.sharding_strategy
+        if module == "backbone" and fp8 in (network, "all") and dtype != "bf16":
+            goes = f"performance.fp8 = {fp8} goes with bf16"
+            yield f"{goes}, while {key} = {dtype}; set bf16 there, or performance.fp8 = none."
+    for module in ("backbone", "dino_head", "ibot_head"):
+        ours, theirs = (getattr(part, module).sharding_strategy for part in (precision.student, precision.teacher))
         if ours != theirs and {ours, theirs} != {"SHARD_GRAD_OP", "FULL_SHARD"}:
             yield (
                 f"compute_precision.student.{module}.sharding_strategy = {ours} and "

@@ -64,9 +64,8 @@ class Source(Protocol):
     slide, a shard of a tar file. The order is computed from `group_rows` alone, so it is the same for everything
     that has equal ones; a row group of some 64 rows mixes well and costs few requests.
 
-    The reader's threads call `read`, decode workers call `decode`, and both may live in other processes than the one
-    that made the source. It must therefore be fit for pickling and forking, so hold no open file, connection or
-    lock, and answer from several threads at a time.
+    The reader's threads call `read`, decode workers `decode`, in other processes, too, than the one that made the
+    source. So it must be fit for pickling, forking and threads, and hold no open file, connection or lock.
 
     A source may also have ``location``, the path or URL that it was found at, with the commit where there is one;
     ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end

@@ -43,8 +43,7 @@ def replacing(*paths: Path, new: bool = False) -> Iterator[Any]:
 
     A crash in between leaves an old file as it was, and at most `leftovers`. Several paths are committed in order: give
     the one that vouches for the others last. With ``new`` none replaces another: what is there already stays if its
-    contents are the same (a kill in between left it), else FileExistsError. Yields one path, or a tuple of several or
-    ``new`` ones.
+    contents are the same (a kill in between left it), else FileExistsError. Several or ``new`` ones come as a tuple.
     """
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)

@@ -27,8 +27,7 @@ def run_jobs(
         workers: processes; 1 runs everything in this one.
         unit: what the progress bar counts.
 
-    Yields a job's index in ``jobs`` and its result, as they finish; ChildProcessError if a process was killed from
-    outside (memory, signal).
+    Yields a job's index in ``jobs`` and its result, as they finish; ChildProcessError if a process was killed.
     """
     workers = min(workers, len(jobs))
     bar = tqdm(total=len(jobs), unit=unit, disable=None)

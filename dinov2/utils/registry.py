@@ -11,8 +11,7 @@ class Registry(Mapping[str, Any]):
 
     A configuration can therefore be checked against the names without importing torch, and what a run does not
     use costs it nothing. A name of the form ``package.module:attribute`` needs no entry: code that lives outside
-    this package is used by naming it. ``targets`` are ``module:attribute`` by name; ``kind``, in the singular, is what
-    messages call a part.
+    this package is used by naming it. ``targets`` are ``module:attribute`` by name; messages call a part a ``kind``.
     """
 
     def __init__(self, kind: str, targets: Mapping[str, str]) -> None:

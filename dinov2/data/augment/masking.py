@@ -53,17 +53,10 @@ def block_mask(
 class StratifiedMasks:
     """Masks of the four global crops of a pair of consecutive samples, a function of ``(seed, pair)`` alone.
 
-    n = round(4 * mask_probability) of the four are masked. Their ratios are drawn one from each of n equal
-    parts of ``mask_ratio_min_max``, so that one bound on the masked patches holds for every pair; which crop
-    gets which ratio is drawn as well.
-
-    Args:
-        seed: seed of the run, in [0, 2^64).
-        grid_size: (rows, columns) of patches in a global crop; N patches in all.
-        mask_probability: fraction of global crops that are masked, rounded to quarters.
-        mask_ratio_min_max: range of the fraction of a masked crop's patches.
-
-    `max_masked` is the most patches that any pair has masked. ValueError if a probability or ratio is outside [0, 1].
+    n = round(4 * mask_probability) of the four are masked. Their ratios are drawn one from each of n equal parts of
+    ``mask_ratio_min_max``, the range of the fraction of a masked crop's patches, so that one bound on the masked
+    patches, `max_masked`, holds for every pair; which crop gets which ratio is drawn as well. ``seed`` is in [0, 2^64),
+    ``grid_size`` (rows, columns) of a global crop's N patches. ValueError if a fraction is outside [0, 1].
     """
 
     def __init__(

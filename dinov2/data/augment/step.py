@@ -22,8 +22,7 @@ class AugmentationStep(ABC):
     others as they were. Steps are pickled on their way to the workers.
 
     Args:
-        options: of a built-in step the section ``augmentation`` of the configuration; of any other step an instance
-            of its `Options`.
+        options: of a built-in step the section ``augmentation`` of the configuration, else an instance of `Options`.
 
     Attributes:
         Options: dataclass of the keys of ``augmentation.steps.<name>``, its fields made by
@@ -46,8 +45,7 @@ class AugmentationStep(ABC):
     def draw(self, rng: np.random.Generator, view: View) -> Any | None:
         """Draw the parameters of one view; None leaves the step out.
 
-        Drawing whether the step is applied first, and strengths after it, keeps the strengths when its probability
-        changes.
+        Strengths stay as they are when its probability changes, if whether it is applied is drawn before them.
         """
 
     @abstractmethod

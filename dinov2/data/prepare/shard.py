@@ -135,8 +135,7 @@ def shuffled_shards(
 def write_run(buckets: np.ndarray, cutting: Cutting, job: tuple[Path, Tiles, np.ndarray]) -> None:
     """Cut the tiles of a run and spill them by their positions into buckets, which begin at the given ones.
 
-    A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
-    Arrow record batches.
+    A run begins with an int64 per bucket and one for the end: where its section, an Arrow stream, lies.
     """
     run, tiles, positions = job
     [rows] = cut_tiles(tiles, cutting, len(tiles))

@@ -1,9 +1,8 @@
 """Rewrite a Parquet dataset to small row groups, the image bytes unchanged: python -m dinov2.data.repack SRC DST
 
 Training fetches whole row groups, so a dataset with one oversized row group per file mixes poorly or takes much
-memory. DST gets files of the same names. A file gets its name only when it is whole and was read back, so a run
-that was stopped goes on where it was when the same command runs again. Files of SRC that cannot be read are
-listed in DST/failures.jsonl.
+memory. DST gets files of the same names, each only when it is whole and was read back, so a run that was stopped goes
+on when the same command runs again. Files of SRC that cannot be read are listed in DST/failures.jsonl.
 """
 
 import argparse

@@ -27,8 +27,7 @@ class SlideReader:
     """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
 
     Blocks are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
-    forked or spawned process it opens the file again. Raises as `tiff.index_slide` does, and SlideOpenError if
-    OpenSlide cannot read it either.
+    forked or spawned process it opens the file again. Raises as `tiff.index_slide`; SlideOpenError if none can read it.
 
     Args:
         path: a slide, or an fsspec URL of one whose blocks can be read from their bytes.
@@ -233,8 +232,8 @@ class TileReader:
 class OpenSlideReader:
     """One slide through OpenSlide, which keeps its handle until an error or a fork.
 
-    OpenSlide places regions in whole level-0 pixels; where the downsample is not a whole number, it interpolates
-    over an offset of at most half a level-0 pixel.
+    It places regions in whole level-0 pixels; where the downsample is not a whole number, it interpolates over an
+    offset of at most half a level-0 pixel.
     """
 
     def __init__(self, path: Path, mpp: float | None, cache_bytes: int) -> None:

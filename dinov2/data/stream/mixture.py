@@ -136,8 +136,7 @@ def spread(counts: Sequence[int]) -> np.ndarray:
 
     A dataset's k-th slot lies between k*V/n rounded down and (k + 1)*V/n rounded up; of those whose turn has come
     the one that must come soonest is next. No deadline is missed: earliest deadline first is optimal for unit
-    jobs, and within any span the jobs that must be done in it are no more than its slots. Gives the dataset of each
-    slot, int64 (V,).
+    jobs, and the jobs that must be done within any span are no more than its slots. Gives each slot's dataset, (V,).
     """
     n = np.asarray(counts, np.int64)
     total = int(n.sum())

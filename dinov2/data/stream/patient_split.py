@@ -27,8 +27,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def read_exclusions(path: str | Path) -> list[str]:
     """Read the names of patients or slides from UTF-8 text, one per line, each once and in order.
 
-    Blank lines and those that begin with # are skipped; of a .csv or .tsv file the first column counts. ValueError if
-    the file is not text, or names nothing.
+    Blank and # lines are skipped; of .csv and .tsv the first column counts. ValueError if it is no text or names none.
     """
     path = Path(path)
     if not path.is_file():
@@ -103,8 +102,7 @@ def split_by_patient(
     """Split a dataset; a pure function of its slides, patients and sites, so that all ranks find the same.
 
     Looks up the origin of every row, which costs reads where the source's index does not know it. The patient is the
-    one that the source tells, else the slide's, see `dinov2.data.patients`. ValueError if nothing is left to train on,
-    or the fraction is not in [0, 1).
+    one that the source tells, else the slide's. ValueError if nothing is left to train on.
 
     Args:
         source: the dataset, called ``dataset`` in messages.

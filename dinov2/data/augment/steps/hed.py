@@ -54,8 +54,7 @@ def perturb_stains(image: np.ndarray, scale: Sequence[float], shift: Sequence[fl
         image: uint8 (H, W, 3) RGB, as the result.
         scale: factor per stain (H, E, D), 0 or more; 1 leaves it.
         shift: amount added per stain, in scikit-image's HED units; 0 leaves it.
-        clip: whether ``hed'`` is clipped to [0, 1]. Without it a stain can be taken away where there is none, which
-            washes the image out.
+        clip: whether ``hed'`` is clipped to [0, 1]; else images wash out where a stain is taken that is not there.
     """
     scale, shift = np.array(scale, float), np.array(shift, float)
     unmix, mix = np.empty((3, 4)), np.empty((3, 4))
