@@ -38,8 +38,7 @@ def run_jobs(
                 bar.update()
                 yield number, result
         return
-    context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         numbers: dict[Future[Result], int] = {pool.submit(function, job): number for number, job in enumerate(jobs)}
         try:
             for future in as_completed(numbers):

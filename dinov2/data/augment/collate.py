@@ -55,11 +55,11 @@ class MultiCropCollate:
         """Collate B samples whose indices come in whole pairs (2k, 2k + 1), else ValueError.
 
         Returns:
-            ``global_crops`` uint8 (2B, 3, S, S), all first views, then all second; ``local_crops`` uint8 (L*B, 3, s,
-            s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N patches, ascending, then 0 as
-            padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on padding; ``n_masked`` int64
-            (); ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64 (B,), 63 bits that all ranks agree
-            on; ``rows``, the row group and row of each; ``replaced`` int.
+            ``global_crops`` uint8 (2B, 3, S, S), all first views, then all second; ``local_crops`` uint8
+            (L*B, 3, s, s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N patches,
+            ascending, then 0 as padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on
+            padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64
+            (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each; ``replaced`` int.
         """
         indices = [sample.index for sample in samples]
         pairs = [first // 2 for first in indices[::2]]
