@@ -151,7 +151,7 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
 def _range_faults(config: Config) -> Iterator[str]:
     for key, hint, _, value in keys_of(config):
         if hint == Range and key.endswith(("_scale", "_min_max", "ramp_epochs")) and value[0] > value[1]:
-            yield f"{key} = {list(value)} is not a range; expected the lower end first."
+            yield f"{key} = {list(value)} is not a range; expected min <= max."
 
 
 def _network_faults(config: Config) -> Iterator[str]:

@@ -1,23 +1,20 @@
 """Sources of tiles: their protocol, the rows they hand out, and the decoding of stored bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
+
+from dinov2.configs import Config
 
 _MARKS = {  # format: first bytes, last bytes
     "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
     "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
 }
 _TAIL = 256  # bytes in which to look for the end mark, since some writers pad their files
-
-if TYPE_CHECKING:
-    from dinov2.configs import Config
 
 
 class DecodeError(ValueError):
@@ -50,11 +47,6 @@ def as_origins(slides: Sequence[str], *others: Sequence[str]) -> list[Origin]:
     rows = list(zip(slides, *others, strict=True))
     made = {row: Origin(*row) for row in set(rows)}
     return [made[row] for row in rows]
-
-
-def origins_of(source: Source, group: int) -> list[Origin]:
-    """Origin of every row of a row group, whether or not the source knows more than the slide."""
-    return source.origins(group) if hasattr(source, "origins") else as_origins(source.slides(group))
 
 
 class Source(Protocol):
@@ -98,6 +90,11 @@ class Source(Protocol):
 
     def slides(self, group: int) -> list[str]:
         """Name the slide of every row of a row group, without reading images where that can be."""
+
+
+def origins_of(source: Source, group: int) -> list[Origin]:
+    """Origin of every row of a row group, whether or not the source knows more than the slide."""
+    return source.origins(group) if hasattr(source, "origins") else as_origins(source.slides(group))
 
 
 def image_format(data: bytes) -> str:
