@@ -75,8 +75,7 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
         names = (line.strip() for line in lines)
         rows = [_row(locate(name, path)) for name in names if name and not name.startswith("#")]
     if not rows:
-        endings = ", ".join(sorted(SLIDE_SUFFIXES))
-        raise ValueError(f"'{source}' holds no slide; at least one {endings} is expected.")
+        raise ValueError(f"'{source}' holds no slide; at least one {', '.join(sorted(SLIDE_SUFFIXES))} is expected.")
     found = _each_once(rows, source)
     for index, row in enumerate(found.slides):
         if mpp_table is not None and row.mpp is None:

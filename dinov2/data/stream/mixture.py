@@ -24,7 +24,7 @@ from dinov2.utils.seeding import hash_words
 
 
 class MixedOrder(SampleOrder):
-    """Order of a mixture.
+    """Order of a mixture; `lanes` and `block_rows` are V, of all datasets together, and R.
 
     ValueError if a weight is not positive and finite, weights and datasets differ in number, there are fewer lanes than
     datasets, a dataset holds no row, or a parameter is out of range.
@@ -33,8 +33,6 @@ class MixedOrder(SampleOrder):
         group_rows: rows of each row group, for each dataset; row groups are numbered through, dataset by dataset.
         weights: fraction of the samples that each dataset gets, up to a common factor.
         seed: any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
-        lanes: V, of all datasets together.
-        block_rows: R.
     """
 
     def __init__(
