@@ -43,7 +43,7 @@ logger = logging.getLogger("dinov2")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="HEST_evaluation.py", description=__doc__.split("\n")[0])
-    cli.add_checkpoint(parser)
+    cli.add_options(parser, "--checkpoint")
     add = parser.add_argument
     add("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="(%(default)s)")
     add(
@@ -51,16 +51,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where the benchmark's data are or go (%(default)s)",
     )  # fmt: skip
     add("--output", type=Path, default=Path("output_hest"), metavar="DIR", help="a new folder (%(default)s)")
-    cli.add_pooling(parser)
-    add("--latent-dim", type=int, default=256, help="of the PCA before the ridge; 0: none (%(default)s)")
-    add("--batch-size", type=int, default=128, help="(%(default)s)")
-    cli.add_workers(parser, 1)
+    cli.add_options(parser, "--pooling")
+    add("--latent-dim", type=cli.at_least(0), default=256, help="of the PCA before the ridge; 0: none (%(default)s)")
+    add("--batch-size", type=cli.at_least(1), default=128, help="(%(default)s)")
+    cli.add_options(parser, "--workers", type=cli.at_least(0), default=1)
     add("--offline", action="store_true", help="use what --bench-data has; download nothing")
-    args = parser.parse_args(argv)
-    for name, least in (("latent_dim", 0), ("batch_size", 1), ("workers", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least {least}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
         epilog="Exit status: 0 written, 1 written but --verify found a difference, 2 not written, with the reason.",
     )
-    cli.add_checkpoint(parser)
+    cli.add_options(parser, "--checkpoint")
     parser.add_argument("--format", required=True, choices=verify.LIBRARIES, help="whose names and files")
     parser.add_argument("--output", required=True, type=Path, help="a new or empty folder")
-    cli.add_dtype(parser, "fp32", "of all weights (%(default)s)")
-    cli.add_image_size(parser, "resample the position grid to square images of this side (default: as in the file)")
-    cli.add_colours(parser)
+    cli.add_options(parser, "--dtype", default="fp32", help="of all weights (%(default)s)")
+    about = "resample the position grid to square images of this side (default: as in the file)"
+    cli.add_options(parser, "--image-size", help=about)
+    cli.add_options(parser, "--mean", "--std")
     about = "open the export with its library and compare all tokens on images of this folder, or on scikit-image's"
     parser.add_argument("--verify", nargs="?", const="", metavar="TILES", help=f"{about} micrograph")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.cli import DONE, FAILURES, add_mpp_file, add_workers, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.provenance import package_versions
@@ -231,18 +231,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
     add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
-    add_mpp_file(parser)
+    add_options(parser, "--mpp-file")
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
     add("--shuffle", action="store_true", help="mix the slides; takes the dataset's disk space twice")
     add("--seed", type=int, default=0, help="of --shuffle (0)")
     add("--memory-gib", type=float, default=1.0, help="images that a process of --shuffle may hold, raw (1)")
     add("--num-parts", type=int, default=1, help="machines that share the work (1)")
     add("--part", type=int, default=0, help="which of them this is, from 0")
-    add_workers(parser)
+    add_options(parser, "--workers")
     add("--max-slide-failures", type=int, default=100, help="undecodable tiles that give a slide up (100)")
     add("--max-failed-share", type=float, default=0.01, help="exit 1 if more tiles fail (0.01)")
     args = parser.parse_args(argv)
-    for name in ("tile_size", "rows_per_shard", "workers", "jpeg_quality", "num_parts", "max_slide_failures"):
+    for name in ("tile_size", "rows_per_shard", "jpeg_quality", "num_parts", "max_slide_failures"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, but it must be at least 1")

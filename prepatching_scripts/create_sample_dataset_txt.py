@@ -26,7 +26,7 @@ from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule
-from dinov2.utils.cli import DONE, FAILURES, add_mpp_file, add_workers, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import json_lines, leftovers, write_new
 from dinov2.utils.jobs import run_jobs
 
@@ -151,17 +151,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--per-mpp", type=int, help="tiles per slide and mpp (500)")
     add("--per-slide", type=int, help="at most so many tiles per slide, shared over its levels or mpp")
     add("--tile-size", type=int, default=224, help="side of a tile in px of its level or mpp (224)")
-    add_mpp_file(parser)
+    add_options(parser, "--mpp-file")
     add("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
     add("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
     add("--min-tissue", type=float, default=rule.min_fraction, help="fraction to exceed (0.6)")
     add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
     add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and tiles")
     add("--seed", type=int, default=0)
-    add_workers(parser)
+    add_options(parser, "--workers")
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")
     args = parser.parse_args(argv)
-    for name in ("per_level", "per_mpp", "per_slide", "tile_size", "workers"):
+    for name in ("per_level", "per_mpp", "per_slide", "tile_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, but it must be at least 1")

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dinov2.utils.cli import DONE, FAILURES, add_workers, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command
 from dinov2.utils.files import json_lines, write_json, write_text
 from prepatching_scripts.gdc.download import Downloads, Stopped, part_of
 from prepatching_scripts.gdc.manifest import GdcFile, manifest_lines, read_manifest
@@ -173,18 +173,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--slides", nargs="+", choices=STRATEGIES, default=["diagnostic"], help="with --filter (diagnostic)")
     add("--output", type=Path, required=True, help="folder; files land in <id>/<filename>")
     add("--flat", action="store_true", help="files land in the folder itself")
-    add_workers(parser, 4, "files at a time")
+    add_options(parser, "--workers", default=4, help="files at a time (%(default)s)")
     add("--limit-mbps", type=float, help="megabits per second, all together; default: no limit")
     add("--verify", action="store_true", help="read files that are there and check their md5")
     add("--redownload", action="store_true", help="put wrong files aside as <file>.bad-N and fetch them anew")
     add("--token-file", type=Path, help="access token for files of controlled access")
     add("--endpoint", default="https://api.gdc.cancer.gov", help="(%(default)s)")
-    add("--attempts", type=int, default=8, help="requests in a row without progress (8)")
+    add("--attempts", type=at_least(1), default=8, help="requests in a row without progress (8)")
     add("--ignore-space", action="store_true", help="start though the disk is too small")
     args = parser.parse_args(argv)
-    for name in ("workers", "attempts"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, but it must be at least 1")
     if args.limit_mbps is not None and not args.limit_mbps > 0:
         parser.error(f"--limit-mbps is {args.limit_mbps}, but it must be above 0")
     if args.project and args.manifest:

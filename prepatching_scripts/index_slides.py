@@ -14,7 +14,7 @@ from pathlib import Path
 from dinov2.data.slides.find import find_slides
 from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
 from dinov2.data.slides.resolution import MppTable, read_mpp_table
-from dinov2.utils.cli import DONE, FAILURES, add_mpp_file, add_workers, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import json_lines, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -58,15 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slides", help="folder (with subfolders), text or .csv file of paths or URLs, slide, or URL")
     parser.add_argument("--output", type=Path, required=True, help=f"folder of {INDEX_NAME}")
-    add_mpp_file(parser)
+    add_options(parser, "--mpp-file")
     parser.add_argument("--zarr", action="store_true", help="write fsspec references that open slides as Zarr")
-    add_workers(parser)
+    add_options(parser, "--workers")
     parser.add_argument(
         "--max-failed-share", type=float, default=0.05, help="exit 1 if more of the slides fail (%(default)s)"
     )
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers is {args.workers}, but it must be at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:

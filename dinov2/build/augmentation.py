@@ -1,7 +1,5 @@
 """Augmentation, collate function and batches on the device, as a configuration states them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The data that a configuration names: its datasets, what is left out of them, and their order."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -66,15 +64,11 @@ class OpenData:
 
 
 def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, Any] | None = None) -> OpenData:
-    """Open the datasets that the configuration names and leave out what it excludes.
+    """Open the datasets that a validated configuration names and leave out what it excludes.
 
-    Args:
-        config: validated configuration.
-        index_cache: where the index of shards is kept between launches; None keeps none.
-        saved: JSON state of the checkpoint being resumed; datasets on the hub keep its commit.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: a dataset is missing, empty, of another format or out of reach.
+    ``index_cache`` is where the index of shards is kept between launches; None keeps none. ``saved`` is the JSON state
+    of the checkpoint being resumed; datasets on the hub keep its commit. FileNotFoundError, ValueError or OSError if a
+    dataset is missing, empty, of another format or out of reach.
     """
     data, datasets = config.data, _datasets(config)
     excluded = read_exclusions(data.exclusion_file) if data.exclusion_file else []
@@ -125,9 +119,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
 def recognise(path: str) -> str:
     """The kind of data that a path names, the first of `dinov2.extensions.SOURCES` that recognises it.
 
-    Raises:
-        FileNotFoundError: if there is no such path.
-        ValueError: if it is of no known kind.
+    FileNotFoundError if there is no such path, ValueError if it is of no known kind.
     """
     for name, kind in SOURCES.items():
         if kind().recognises(path):
@@ -146,11 +138,7 @@ def recognise(path: str) -> str:
 
 
 def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int = 0) -> dict[str, int]:
-    """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one.
-
-    Raises:
-        ValueError: if there are more lanes than rows, or what they hold exceeds ``data.memory_gib``.
-    """
+    """Seed, lanes V and block length R of a run's first launch, or with the lanes of an earlier one; as `fit_lanes`."""
     fixed = {"seed": config.train.seed, "block_rows": config.data.block_rows}
     if _is_endless(data.source):
         return fixed | {"lanes": 1}

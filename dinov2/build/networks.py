@@ -1,7 +1,5 @@
 """Starting weights of a network from a configuration."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -17,10 +15,8 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
     """Fill a network, whole ``backbone`` and heads, from the weights that the configuration names, if any.
 
     ``MODEL.WEIGHTS`` is a teacher export, of which the backbone and each head that it holds are taken; otherwise
-    ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone.
-
-    Raises:
-        FileNotFoundError, ValueError: if the weights are missing or do not fit.
+    ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone. Raises
+    as `starting_weights`, and ValueError if they do not fit.
     """
     path = starting_weights(config)
     if not path:
@@ -44,9 +40,7 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
 def starting_weights(config: Config) -> str:
     """Path or URL of the weights that the configuration names, or an empty text.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if none are published for this architecture.
+    FileNotFoundError if there is no such file, ValueError if none are published for this architecture.
     """
     student, export = config.student, config.MODEL.WEIGHTS
     if config.train.use_pretrained:

@@ -1,7 +1,5 @@
 """The default YAML and the key tables of the documentation, from the schema: ``python -m dinov2.configs [--write]``."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """From plain values to the frozen dataclasses of the schema; every fault is collected, and none ends the decoding."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

@@ -1,7 +1,5 @@
 """Fields of configuration sections: type, default, accepted values and one line of documentation in one place."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 from collections.abc import Mapping
@@ -73,9 +71,7 @@ def key_of(field: dataclasses.Field[Any]) -> Key:
 
 
 def accepted(hint: Any, key: Key, listed: bool = True) -> str:
-    """Values that a key of a type accepts, in words: ``a whole number in [1, 64] or auto``; registered names ``listed``
-    as they are now, or where they are said.
-    """
+    """What a key of a type accepts, as ``a whole number in [1, 64]``; registered names, or (not ``listed``) where."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return _either([str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in args])

@@ -1,7 +1,5 @@
 """Merge and decode a configuration strictly: faults of names, types, ranges and combinations are reported together."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -28,9 +26,7 @@ logger = logging.getLogger("dinov2")
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults <- YAML file, if any <- ``section.key=value`` overrides in YAML syntax, and decode the result.
 
-    Raises:
-        FileNotFoundError: if the file is not there.
-        ConfigError: if the YAML cannot be parsed, or keys or values do not fit the schema (all listed).
+    FileNotFoundError without the file; ConfigError, which lists all that is wrong, if it does not fit the schema.
     """
     faults: list[str] = []
     layers = [] if config_file is None else [_read_file(Path(config_file), faults)]

@@ -1,7 +1,5 @@
 """Keys of Meta's, OpenMidnight's and older Path-FM files, and what has taken their place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 

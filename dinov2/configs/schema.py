@@ -1,11 +1,8 @@
 """The configuration's sections and keys; one frozen dataclass per YAML section.
 
-Each key is stated once, here: type, default, accepted values and meaning. ``python -m dinov2.configs --write``
-writes ``ssl_default_config.yaml`` and the key tables of ``docs/config.md`` from it. Keys of older files are mapped
-by `dinov2.configs.older_keys`.
+Each key is stated once, here: type, default, accepted values and meaning. ``python -m dinov2.configs --write`` writes
+``ssl_default_config.yaml`` and the tables of ``docs/config.md`` from it. `older_keys` maps the keys of older files.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,9 +178,9 @@ class IbotConfig(HeadConfig):
 class CropsConfig:
     """Multi-crop sizes and scales."""
 
-    global_crops_scale: Range = key((0.32, 1.0), "range of a global view's fraction of the tile")
+    global_crops_scale: Range = key((0.32, 1.0), "range of a global view's fraction of the tile", above=0, most=1)
     local_crops_number: int = key(8, "local views per image", least=0, most=256)
-    local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile")
+    local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile", above=0, most=1)
     global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
     local_crops_size: int = key(98, "side of a local view in px, a multiple of the patch", **_SIDE)
 

@@ -1,14 +1,13 @@
 """Checks of values and of combinations of values, before any model, data or GPU is touched."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 
 from dinov2.configs.decode import keys_of
 from dinov2.configs.fields import accepted, shortened
-from dinov2.configs.schema import Config
+from dinov2.configs.older_keys import MODULES
+from dinov2.configs.schema import Config, Range
 
 _MOST_PATCHES = 1 << 16  # of one view
 _MOST_WEIGHTS = 1 << 31  # of one layer of a head
@@ -54,7 +53,7 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
 
     found = chain(
         _crop_faults(config), _mask_faults(config), _data_faults(config), _online_faults(config),
-        _step_faults(config, world_size), _ramp_faults(config), _network_faults(config), _precision_faults(config),
+        _step_faults(config, world_size), _range_faults(config), _network_faults(config), _precision_faults(config),
     )  # fmt: skip
     return list(filter(is_judged, found))
 
@@ -72,13 +71,6 @@ def _crop_faults(config: Config) -> Iterator[str]:
                 f"crops.{name} = {size} and student.patch_size = {patch} make {patches:,} patches per view; at most "
                 f"{_MOST_PATCHES:,} are accepted."
             )
-    for name in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(crops, name)
-        if not 0 < low <= high <= 1:
-            yield f"crops.{name} = [{low}, {high}] is not a range; expected 0 < min <= max <= 1."
-    key, (low, high) = "augmentation.blur_sigma_min_max", config.augmentation.blur_sigma_min_max
-    if low > high:
-        yield f"{key} = [{low}, {high}] is not a range; expected 0 < min <= max."
     key, kernel = "augmentation.blur_kernel_size", config.augmentation.blur_kernel_size
     if kernel % 2 == 0:
         yield f"{key} = {kernel} is not an odd number of 1 or more."
@@ -93,8 +85,6 @@ def _crop_faults(config: Config) -> Iterator[str]:
 def _mask_faults(config: Config) -> Iterator[str]:
     ratio, probability = "ibot.mask_ratio_min_max", "ibot.mask_sample_probability"
     (low, high), masked = config.ibot.mask_ratio_min_max, config.ibot.mask_sample_probability
-    if low > high:
-        yield f"{ratio} = [{low}, {high}] is not a range in [0, 1] with min <= max."
     if masked * 4 % 1:
         yield (
             f"{probability} = {masked} is not a multiple of 0.25; masks are stratified over the four global crops of "
@@ -158,10 +148,10 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
         yield "dino.loss_weight = 0 and ibot.loss_weight = 0 without losses leave nothing to learn; set one above 0."
 
 
-def _ramp_faults(config: Config) -> Iterator[str]:
-    for key, _, _, value in keys_of(config):
-        if key.endswith("ramp_epochs") and value[0] > value[1]:
-            yield f"{key} = {list(value)} is not a range; expected 0 <= start <= end."
+def _range_faults(config: Config) -> Iterator[str]:
+    for key, hint, _, value in keys_of(config):
+        if hint == Range and key.endswith(("_scale", "_min_max", "ramp_epochs")) and value[0] > value[1]:
+            yield f"{key} = {list(value)} is not a range; expected min <= max."
 
 
 def _network_faults(config: Config) -> Iterator[str]:
@@ -187,24 +177,19 @@ def _network_faults(config: Config) -> Iterator[str]:
 
 def _precision_faults(config: Config) -> Iterator[str]:
     precision, fp8 = config.compute_precision, config.performance.fp8
-    for module in ("backbone", "dino_head", "ibot_head"):
-        student, teacher = getattr(precision.student, module), getattr(precision.teacher, module)
-        dtypes = {
-            f"compute_precision.{network}.{module}.mixed_precision.param_dtype": part.mixed_precision.param_dtype
-            for network, part in (("student", student), ("teacher", teacher))
-        }
-        of_student, of_teacher = dtypes
-        if dtypes[of_student] == "fp16" and not precision.grad_scaler:
+    for network, module in MODULES:
+        dtype = getattr(getattr(precision, network), module).mixed_precision.param_dtype
+        key = f"compute_precision.{network}.{module}.mixed_precision.param_dtype"
+        if network == "student" and dtype == "fp16" and not precision.grad_scaler:
             yield (
-                f"compute_precision.grad_scaler = false while {of_student} = fp16, where gradients underflow without "
-                "a scaler; set it to true or use bf16."
+                f"compute_precision.grad_scaler = false while {key} = fp16, where gradients underflow without a scaler"
+                "; set it to true or use bf16."
             )
-        in_fp8 = {"none": [], "teacher": [of_teacher], "all": [of_student, of_teacher]}[fp8]
-        for key in in_fp8 if module == "backbone" else []:
-            if dtypes[key] != "bf16":
-                goes = f"performance.fp8 = {fp8} goes with bf16"
-                yield f"{goes}, while {key} = {dtypes[key]}; set bf16 there, or performance.fp8 = none."
-        ours, theirs = student.sharding_strategy, teacher.sharding_strategy
+        if module == "backbone" and fp8 in (network, "all") and dtype != "bf16":
+            goes = f"performance.fp8 = {fp8} goes with bf16"
+            yield f"{goes}, while {key} = {dtype}; set bf16 there, or performance.fp8 = none."
+    for module in ("backbone", "dino_head", "ibot_head"):
+        ours, theirs = (getattr(part, module).sharding_strategy for part in (precision.student, precision.teacher))
         if ours != theirs and {ours, theirs} != {"SHARD_GRAD_OP", "FULL_SHARD"}:
             yield (
                 f"compute_precision.student.{module}.sharding_strategy = {ours} and "

@@ -1,7 +1,5 @@
 """YAML text as plain values: numbers as people write them, no duplicate keys, no file that grows when it is read."""
 
-from __future__ import annotations
-
 import re
 from itertools import chain
 from typing import Any
@@ -23,9 +21,7 @@ class YamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse one YAML document; raises YamlError where the text is none, gives a key twice, or is too large, too deep or
-    too often repeated by aliases to be a configuration.
-    """
+    """Parse one YAML document; YamlError if it is none, gives a key twice, or is too large or deep with aliases."""
     if len(text) > _MOST_BYTES:
         raise YamlError(f"it has {len(text):,} characters; at most {_MOST_BYTES:,} are expected")
     try:

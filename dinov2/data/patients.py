@@ -5,8 +5,6 @@ the TCGA barcode (TCGA-XX-XXXX, upper case) that its file name or else the neare
 a barcode it is the file name without its extensions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

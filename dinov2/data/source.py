@@ -1,23 +1,20 @@
 """Sources of tiles: their protocol, the rows they hand out, and the decoding of stored bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
+
+from dinov2.configs import Config
 
 _MARKS = {  # format: first bytes, last bytes
     "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
     "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
 }
 _TAIL = 256  # bytes in which to look for the end mark, since some writers pad their files
-
-if TYPE_CHECKING:
-    from dinov2.configs import Config
 
 
 class DecodeError(ValueError):
@@ -52,11 +49,6 @@ def as_origins(slides: Sequence[str], *others: Sequence[str]) -> list[Origin]:
     return [made[row] for row in rows]
 
 
-def origins_of(source: Source, group: int) -> list[Origin]:
-    """Origin of every row of a row group, whether or not the source knows more than the slide."""
-    return source.origins(group) if hasattr(source, "origins") else as_origins(source.slides(group))
-
-
 class Source(Protocol):
     """A dataset whose rows can be read in any order: the one interface between data and the sample order.
 
@@ -64,9 +56,8 @@ class Source(Protocol):
     slide, a shard of a tar file. The order is computed from `group_rows` alone, so it is the same for everything
     that has equal ones; a row group of some 64 rows mixes well and costs few requests.
 
-    The reader's threads call `read`, decode workers call `decode`, and both may live in other processes than the one
-    that made the source. It must therefore be fit for pickling and forking, so hold no open file, connection or
-    lock, and answer from several threads at a time.
+    The reader's threads call `read`, decode workers `decode`, in other processes, too, than the one that made the
+    source. So it must be fit for pickling, forking and threads, and hold no open file, connection or lock.
 
     A source may also have ``location``, the path or URL that it was found at, with the commit where there is one;
     ``summary``, what it holds in a few words for the log; and ``is_endless``, true where it is drawn without end
@@ -101,6 +92,11 @@ class Source(Protocol):
         """Name the slide of every row of a row group, without reading images where that can be."""
 
 
+def origins_of(source: Source, group: int) -> list[Origin]:
+    """Origin of every row of a row group, whether or not the source knows more than the slide."""
+    return source.origins(group) if hasattr(source, "origins") else as_origins(source.slides(group))
+
+
 def image_format(data: bytes) -> str:
     """Tell PNG from JPEG by the first bytes; empty if they are neither."""
     return next((name for name, (start, _) in _MARKS.items() if data.startswith(start)), "")
@@ -110,14 +106,11 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
     Grey and palette images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, and EXIF
-    orientation is ignored.
+    orientation is ignored. DecodeError if `data` is no such image, or is cut short.
 
     Args:
         data: a whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
         raw_size: side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
-
-    Raises:
-        DecodeError: if `data` is neither, or is cut short.
     """
     if raw_size:
         if len(data) != raw_size * raw_size * 3:

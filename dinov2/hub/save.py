@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.utils.files import adding, replacing
+from dinov2.utils.files import replacing
 
 
 def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     with _readable_errors(f"Output {str(folder)!r}"):
         folder.mkdir(parents=True, exist_ok=True)
         complete = all(path.exists() for path in paths)
-        with adding(*paths) as partials:
+        with replacing(*paths, new=True) as partials:
             for path, partial, content in zip(paths, partials, files.values(), strict=True):
                 _write(partial, path.suffix, content)
     return not complete

@@ -1,7 +1,5 @@
 """Common parts of all commands: exit statuses, how errors end a command, and one name for each option."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -9,6 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # Exit statuses.
 DONE = 0
@@ -68,57 +67,46 @@ def run_command(
             signal.signal(signal.SIGTERM, previous)
 
 
-# One name for each option. The spellings after the first are older ones of single commands and stay valid.
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """Type of an option for argparse: a number of a kind that is not below `least`."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"it is {text}, but it must be at least {least}")
+        return value
+
+    number.__name__ = kind.__name__  # what argparse calls it where a text is no number
+    return number
 
 
-def add_checkpoint(parser: argparse._ActionsContainer) -> None:
-    """``--checkpoint``: the teacher."""
-    parser.add_argument("--checkpoint", required=True, help="teacher: a file or URL that dinov2.hub.load_teacher opens")
+_COLOUR = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+_COLOUR["help"] = "to normalise images with (default: as trained, else ImageNet's)"
+# One name for each option, its older spellings in single commands, which stay valid, and what argparse is told of it.
+_OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "--checkpoint": ((), {"required": True, "help": "teacher: a file or URL that dinov2.hub.load_teacher opens"}),
+    "--pooling": (("--output-tokens", "--embedding"), {
+        "choices": ("cls", "cls_mean"), "default": "cls",
+        "help": "class token, or followed by the mean patch token (%(default)s)",
+    }),
+    "--dtype": (("--autocast",), {
+        "choices": ("fp32", "bf16", "fp16"), "help": "of the matmuls (default: bf16 on a GPU, fp32 on the CPU)",
+    }),
+    "--image-size": (("--size", "--resize"), {
+        "type": int, "metavar": "PX", "help": "side of the network's input (default: as trained, else 224)",
+    }),
+    "--mean": ((), _COLOUR),
+    "--std": ((), _COLOUR),
+    "--device": ((), {"help": "cpu, cuda or cuda:N (default: the GPU where there is one)"}),
+    "--workers": (("--num-workers",), {
+        "type": at_least(1), "default": os.cpu_count() or 1, "help": "processes (%(default)s)",
+    }),
+    "--mpp-file": ((), {"type": Path, "help": "CSV 'slide,mpp': um per level-0 px of slides that do not say theirs"}),
+}  # fmt: skip
 
 
-def add_pooling(parser: argparse._ActionsContainer) -> None:
-    """``--pooling``: what of the tokens is the embedding."""
-    parser.add_argument(
-        "--pooling", "--output-tokens", "--embedding", choices=("cls", "cls_mean"), default="cls",
-        help="class token, or followed by the mean patch token (%(default)s)",
-    )  # fmt: skip
-
-
-def add_dtype(
-    parser: argparse._ActionsContainer,
-    default: str | None = None,
-    what: str = "of the matmuls (default: bf16 on a GPU, fp32 on the CPU)",
-) -> None:
-    """``--dtype``: of the network's matmuls, or of what is written."""
-    parser.add_argument("--dtype", "--autocast", choices=("fp32", "bf16", "fp16"), default=default, help=what)
-
-
-def add_image_size(
-    parser: argparse._ActionsContainer, what: str = "side of the network's input (default: as trained, else 224)"
-) -> None:
-    """``--image-size``: side of the network's input."""
-    parser.add_argument("--image-size", "--size", "--resize", type=int, metavar="PX", help=what)
-
-
-def add_colours(parser: argparse._ActionsContainer) -> None:
-    """``--mean``, ``--std``: of the normalisation."""
-    about = "to normalise images with (default: as trained, else ImageNet's)"
-    for name in ("--mean", "--std"):
-        parser.add_argument(name, type=float, nargs=3, metavar=("R", "G", "B"), help=about)
-
-
-def add_device(parser: argparse._ActionsContainer) -> None:
-    """``--device``."""
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
-
-
-def add_workers(parser: argparse._ActionsContainer, default: int | None = None, what: str = "processes") -> None:
-    """``--workers``: processes or threads beside the main one."""
-    count = default if default is not None else os.cpu_count() or 1
-    parser.add_argument("--workers", "--num-workers", type=int, default=count, help=f"{what} (%(default)s)")
-
-
-def add_mpp_file(parser: argparse._ActionsContainer) -> None:
-    """``--mpp-file``: table of resolutions."""
-    about = "CSV 'slide,mpp': um per level-0 px of slides that do not say theirs"
-    parser.add_argument("--mpp-file", type=Path, help=about)
+def add_options(parser: argparse._ActionsContainer, *names: str, **changed: Any) -> None:
+    """Add options that several commands have to a parser; ``changed`` takes the place of what is common to them."""
+    for name in names:
+        older, arguments = _OPTIONS[name]
+        parser.add_argument(name, *older, **(arguments | changed))

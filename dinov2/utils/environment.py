@@ -1,7 +1,5 @@
 """Abilities of this PyTorch on this machine's GPUs; ``python -m dinov2.utils.environment`` reports it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -26,14 +24,9 @@ class DeviceError(RuntimeError):
 def select_device(name: str | None = None) -> torch.device:
     """Device of this process: its own GPU where one is usable, the CPU where the machine has none.
 
-    The GPU is ``cuda:LOCAL_RANK``. An empty ``CUDA_VISIBLE_DEVICES`` chooses the CPU.
-
-    Args:
-        name: ``cpu``, ``cuda`` for the process's own GPU, or ``cuda:N``, where the choice is not left to the machine.
-
-    Raises:
-        DeviceError: if the machine has a GPU that this process cannot use, or not the one that is named.
-            ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
+    The GPU is ``cuda:LOCAL_RANK``. An empty ``CUDA_VISIBLE_DEVICES`` chooses the CPU. ``name`` is ``cpu``, ``cuda`` for
+    the process's own GPU, or ``cuda:N``, where the choice is not left to the machine. DeviceError if the machine has a
+    GPU that this process cannot use, or not the one that is named; ``PATHFM_ALLOW_CPU=1`` gives the CPU instead.
     """
     if name is not None:
         match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
@@ -67,9 +60,7 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def gpu_problem(index: int = 0) -> str | None:
-    """One sentence on why the GPU with this index cannot be used and what helps; None where it can, or is absent or
-    hidden.
-    """
+    """Say why the GPU with this index cannot be used and what helps; None where it can, or is absent or hidden."""
     if _gpus_hidden():
         return None
     if not torch.cuda.is_available():

@@ -1,7 +1,5 @@
 """Files that are whole or absent: written beside, brought to the disk, then renamed; and locks between processes."""
 
-from __future__ import annotations
-
 import fcntl
 import filecmp
 import json
@@ -40,19 +38,23 @@ def commit(partial: Path, path: Path) -> None:
 
 
 @contextmanager
-def replacing(*paths: Path) -> Iterator[Any]:
+def replacing(*paths: Path, new: bool = False) -> Iterator[Any]:
     """Name a file to write in place of each path; they get their names when the block ends well, none otherwise.
 
-    A crash in between leaves an old file as it was, and at most `leftovers`. Several paths (a tuple of files is then
-    yielded) are committed in order: give the one that vouches for the others last.
+    A crash in between leaves an old file as it was, and at most `leftovers`. Several paths are committed in order: give
+    the one that vouches for the others last. With ``new`` none replaces another: what is there already stays if its
+    contents are the same (a kill in between left it), else FileExistsError. Several or ``new`` ones come as a tuple.
     """
     with ExitStack() as stack:
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
-        yield partials if len(partials) > 1 else partials[0]
-        for partial in partials:  # all are whole before the first gets its name
+        yield partials if new or len(partials) > 1 else partials[0]
+        for partial, path in zip(partials, paths, strict=True):  # all are whole before the first gets its name
             _sync(partial)
+            if new and path.exists() and not filecmp.cmp(path, partial, shallow=False):
+                raise FileExistsError(f"'{path}' exists already with other contents; name another or move it away.")
         for partial, path in zip(partials, paths, strict=True):
-            commit(partial, path)
+            if not new or not path.exists():
+                commit(partial, path)
 
 
 def write_text(path: Path, lines: str | Iterable[str]) -> None:
@@ -81,28 +83,9 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
         return None
 
 
-@contextmanager
-def adding(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Name a file to write for each new path; they get their names in order when the block ends well.
-
-    A kill in between leaves some of them in place; the same contents again add the rest. Where a file exists with
-    other contents, FileExistsError is raised and none is added.
-    """
-    with ExitStack() as stack:
-        partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
-        yield partials
-        for path, partial in zip(paths, partials, strict=True):
-            _sync(partial)
-            if path.exists() and not filecmp.cmp(path, partial, shallow=False):
-                raise FileExistsError(f"'{path}' exists already with other contents; name another or move it away.")
-        for path, partial in zip(paths, partials, strict=True):
-            if not path.exists():
-                commit(partial, path)
-
-
 def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
-    """Write several new texts, given by lines, in order; they get their names as of `adding`, the last one first."""
-    with adding(*reversed(contents)) as partials:
+    """Write several new texts, given by lines, in order; they get their names as of `replacing`, the last one first."""
+    with replacing(*reversed(contents), new=True) as partials:
         for lines, partial in zip(contents.values(), reversed(partials), strict=True):
             with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
                 file.writelines(lines)

@@ -1,13 +1,11 @@
 """Jobs over several processes that end with the one that started them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_connection
 from typing import TypeVar
@@ -16,8 +14,6 @@ from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-_REFRESH_SECONDS = 0.5
 
 
 def run_jobs(
@@ -31,11 +27,7 @@ def run_jobs(
         workers: processes; 1 runs everything in this one.
         unit: what the progress bar counts.
 
-    Yields:
-        A job's index in ``jobs`` and its result, as they finish.
-
-    Raises:
-        ChildProcessError: if a process was killed from outside (memory, signal).
+    Yields a job's index in ``jobs`` and its result, as they finish; ChildProcessError if a process was killed.
     """
     workers = min(workers, len(jobs))
     bar = tqdm(total=len(jobs), unit=unit, disable=None)
@@ -46,18 +38,13 @@ def run_jobs(
                 bar.update()
                 yield number, result
         return
-    context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         numbers: dict[Future[Result], int] = {pool.submit(function, job): number for number, job in enumerate(jobs)}
-        pending = set(numbers)
         try:
-            while pending:
-                done, pending = wait(pending, _REFRESH_SECONDS, return_when=FIRST_COMPLETED)
-                bar.refresh()
-                for future in done:
-                    result = future.result()
-                    bar.update()
-                    yield numbers[future], result
+            for future in as_completed(numbers):
+                result = future.result()
+                bar.update()
+                yield numbers[future], result
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"One of {workers} processes was killed, perhaps for want of memory; try fewer --workers."

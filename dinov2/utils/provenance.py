@@ -1,7 +1,5 @@
 """Versions of what a run was made with."""
 
-from __future__ import annotations
-
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version

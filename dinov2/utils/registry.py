@@ -1,7 +1,5 @@
 """Tables of exchangeable parts: a name in a configuration, and where the code for it is."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -13,8 +11,7 @@ class Registry(Mapping[str, Any]):
 
     A configuration can therefore be checked against the names without importing torch, and what a run does not
     use costs it nothing. A name of the form ``package.module:attribute`` needs no entry: code that lives outside
-    this package is used by naming it. ``targets`` are ``module:attribute`` by name; ``kind``, in the singular, is what
-    messages call a part.
+    this package is used by naming it. ``targets`` are ``module:attribute`` by name; messages call a part a ``kind``.
     """
 
     def __init__(self, kind: str, targets: Mapping[str, str]) -> None:

@@ -1,7 +1,5 @@
 """Random streams that are pure functions of what they belong to, so that nothing random needs saving."""
 
-from __future__ import annotations
-
 from hashlib import blake2b
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The cosine schedule of DINO and DINOv2, under the import path that notebooks use."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

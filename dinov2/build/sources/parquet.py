@@ -1,7 +1,5 @@
 """Tiles in Parquet shards."""
 
-from __future__ import annotations
-
 import os
 import re
 

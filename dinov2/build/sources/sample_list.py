@@ -1,7 +1,5 @@
 """Tiles of slides by a list of their positions."""
 
-from __future__ import annotations
-
 import re
 
 from dinov2.build.sources import first_line, refuse_revision

@@ -1,7 +1,5 @@
 """Tiles cut from slides at random positions while training, as section ``online`` says."""
 
-from __future__ import annotations
-
 import csv
 import os
 import tempfile

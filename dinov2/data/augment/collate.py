@@ -1,7 +1,5 @@
 """Samples and batches: views stacked view-major, masks, and the index of what is masked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +29,7 @@ class MultiCropCollate:
     """Collate function for whole pairs of consecutive samples; equal for every split of the stream over ranks.
 
     Masks are drawn by `StratifiedMasks`, on a grid of N = (global_crops_size / patch_size)^2 patches; sizes in pixels.
-
-    Raises:
-        ValueError: if the crop is no multiple of the patch, or a fraction lies outside [0, 1].
+    ValueError if the crop is no multiple of the patch, or a fraction lies outside [0, 1].
     """
 
     def __init__(
@@ -56,18 +52,14 @@ class MultiCropCollate:
         return batch_size // 2 * self._masks.max_masked
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Collate B samples whose indices come in whole pairs (2k, 2k + 1).
+        """Collate B samples whose indices come in whole pairs (2k, 2k + 1), else ValueError.
 
         Returns:
             ``global_crops`` uint8 (2B, 3, S, S), all first views, then all second; ``local_crops`` uint8
-            (L*B, 3, s, s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N
-            patches, ascending, then 0 as padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that
-            crop), 0 on padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str;
-            ``slide_ids`` int64 (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each;
-            ``replaced`` int.
-
-        Raises:
-            ValueError: if the samples are not whole pairs.
+            (L*B, 3, s, s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N patches,
+            ascending, then 0 as padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on
+            padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64
+            (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each; ``replaced`` int.
         """
         indices = [sample.index for sample in samples]
         pairs = [first // 2 for first in indices[::2]]

@@ -1,7 +1,5 @@
 """Block masks on a patch grid, stratified over the crops of two samples."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -25,9 +23,7 @@ def block_mask(
     A block's area is U(min_block, min(remaining, max_block)) patches, its log aspect (height / width) uniform. A block
     that adds nothing or more than max_block, by default half the grid, is drawn again; after ten such draws the mask
     stays as it is. The count is never exceeded, and falls short by about one patch in a thousand on a 16 x 16 grid.
-
-    Returns:
-        bool ``grid_size`` (rows, columns), True where masked.
+    Gives bool ``grid_size`` (rows, columns), True where masked.
     """
     height, width = grid_size
     log_low, log_high = map(math.log, aspect_min_max)
@@ -57,21 +53,10 @@ def block_mask(
 class StratifiedMasks:
     """Masks of the four global crops of a pair of consecutive samples, a function of ``(seed, pair)`` alone.
 
-    n = round(4 * mask_probability) of the four are masked. Their ratios are drawn one from each of n equal
-    parts of ``mask_ratio_min_max``, so that one bound on the masked patches holds for every pair; which crop
-    gets which ratio is drawn as well.
-
-    Args:
-        seed: seed of the run, in [0, 2^64).
-        grid_size: (rows, columns) of patches in a global crop; N patches in all.
-        mask_probability: fraction of global crops that are masked, rounded to quarters.
-        mask_ratio_min_max: range of the fraction of a masked crop's patches.
-
-    Attributes:
-        max_masked: most patches that any pair has masked.
-
-    Raises:
-        ValueError: if a probability or ratio lies outside [0, 1].
+    n = round(4 * mask_probability) of the four are masked. Their ratios are drawn one from each of n equal parts of
+    ``mask_ratio_min_max``, the range of the fraction of a masked crop's patches, so that one bound on the masked
+    patches, `max_masked`, holds for every pair; which crop gets which ratio is drawn as well. ``seed`` is in [0, 2^64),
+    ``grid_size`` (rows, columns) of a global crop's N patches. ValueError if a fraction is outside [0, 1].
     """
 
     def __init__(

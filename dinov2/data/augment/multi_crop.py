@@ -1,7 +1,5 @@
 """Multi-crop augmentation: one image in, two global and several local views out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class DrawnView(NamedTuple):
 
 
 class MultiCropAugmentation:
-    """Random views of an image that depend on nothing but ``(seed, index)``.
+    """Random views of an image that depend on nothing but ``(seed, index)``; ValueError if a scale range is impossible.
 
     Args:
         steps: what is done to a view after its crop, by name and in the order of application.
@@ -42,9 +40,6 @@ class MultiCropAugmentation:
         local_crops_number: local views per image, L.
         global_crops_size, local_crops_size: sides of the views in pixels, S and s.
         seed: seed of the run, in [0, 2^64).
-
-    Raises:
-        ValueError: if a scale range is impossible.
     """
 
     def __init__(
@@ -83,14 +78,9 @@ class MultiCropAugmentation:
         return drawn
 
     def __call__(self, image: np.ndarray, index: int) -> MultiCrops:
-        """Augment one image.
+        """Augment an image, uint8 (H, W, 3) RGB with H, W >= 1, as global sample ``index``, in [0, 2^64).
 
-        Args:
-            image: uint8 (H, W, 3) RGB, H and W at least 1.
-            index: global sample index, in [0, 2^64).
-
-        Raises:
-            ValueError: if the image is of another type or shape, or a step makes it so.
+        ValueError if the image is of another type or shape, or a step makes it so.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"Image {index} is {image.dtype} {image.shape}; uint8 (H, W, 3) with H, W >= 1 is needed.")

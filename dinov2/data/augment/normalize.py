@@ -1,7 +1,5 @@
 """Normalisation of uint8 images to network input, on whatever device they lie."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The contract of an augmentation step: what it draws for a view, and how it changes the image."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,8 +22,7 @@ class AugmentationStep(ABC):
     others as they were. Steps are pickled on their way to the workers.
 
     Args:
-        options: of a built-in step the section ``augmentation`` of the configuration; of any other step an instance
-            of its `Options`.
+        options: of a built-in step the section ``augmentation`` of the configuration, else an instance of `Options`.
 
     Attributes:
         Options: dataclass of the keys of ``augmentation.steps.<name>``, its fields made by
@@ -48,18 +45,12 @@ class AugmentationStep(ABC):
     def draw(self, rng: np.random.Generator, view: View) -> Any | None:
         """Draw the parameters of one view; None leaves the step out.
 
-        Drawing whether the step is applied first, and strengths after it, keeps the strengths when its probability
-        changes.
+        Strengths stay as they are when its probability changes, if whether it is applied is drawn before them.
         """
 
     @abstractmethod
     def apply(self, image: np.ndarray, params: Any) -> np.ndarray:
-        """Change an image, in place or not.
+        """Change an image, in place or not, by what `draw` returned.
 
-        Args:
-            image: uint8 (H, W, 3) RGB, or (H, W) where `takes_grey`.
-            params: what `draw` returned.
-
-        Returns:
-            uint8 of the same height and width, (H, W, 3) or (H, W).
+        It is uint8 (H, W, 3) RGB, or (H, W) where `takes_grey`; so is the result, of the same height and width.
         """

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.order import SampleOrder
-from dinov2.utils.cli import DONE, FAILURES, run_command
+from dinov2.utils.cli import DONE, FAILURES, at_least, run_command
 from dinov2.utils.files import write_text
 
 logger = logging.getLogger("inspect")
@@ -39,24 +39,21 @@ _READ_GROUPS, _READ_REMOTE_GROUPS = 20_000, 500  # most row groups whose slide c
 _NAMED = 3  # files named in a sentence
 _WELL_MIXED = 0.9  # of the distinct slides of uniform sampling
 Finding = tuple[str, str]  # a word for programs, and a sentence
-_NUMBERS = (  # field of Training, least value, help
-    ("batch", 1, "global batch size"),
-    ("ranks", 1, "processes that share it"),
-    ("lanes", 0, "streams read side by side and interleaved; 0: 8 x batch or what rows and memory allow"),
-    ("block_rows", 1, "rows shuffled together"),
-    ("memory_gib", 0, "most that the reader of one process may hold"),
-)
+
+
+def _option(default: float, least: float, text: str) -> Any:
+    return field(default=default, metadata={"type": at_least(least, type(default)), "help": f"{text} (%(default)s)"})
 
 
 @dataclass(frozen=True)
 class Training:
-    """The run to judge the dataset for."""
+    """The run to judge the dataset for; each field is an option of the command."""
 
-    batch: int = 384  # global batch B
-    ranks: int = 8
-    lanes: int = 0  # V; 0 takes what training takes, 8 B or less where memory or rows do not allow it
-    block_rows: int = 64  # R
-    memory_gib: float = 16.0  # most that the reader of one process may hold
+    batch: int = _option(384, 1, "global batch size")
+    ranks: int = _option(8, 1, "processes that share it")
+    lanes: int = _option(0, 0, "streams read side by side and interleaved; 0: 8 x batch or what rows and memory allow")
+    block_rows: int = _option(64, 1, "rows shuffled together")
+    memory_gib: float = _option(16.0, 0, "most that the reader of one process may hold")
 
 
 def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
@@ -280,23 +277,17 @@ def _named(records: list[dict[str, Any]]) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    default = Training()
     parser = argparse.ArgumentParser(
         prog="python -m dinov2.data.inspect",
         description=__doc__.rpartition("\n\n")[0],
         epilog="Exit status: 0 usable for training, 1 not usable (with the reason), 2 wrong arguments or no dataset.",
     )
     parser.add_argument("source", metavar="SRC", help=NAMES)
-    options = {name: "--" + name.replace("_", "-") for name, _, _ in _NUMBERS}
-    for name, _, text in _NUMBERS:
-        value = getattr(default, name)
-        parser.add_argument(options[name], type=type(value), default=value, help=f"{text} (%(default)s)")
+    for option in fields(Training):
+        parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
     text = "write the report there as JSON, too; it must not exist; '-': JSON instead of text"
     parser.add_argument("--json", metavar="FILE", help=text)
     args = parser.parse_args(argv)
-    for name, least, _ in _NUMBERS:
-        if not getattr(args, name) >= least:
-            parser.error(f"{options[name]} is {getattr(args, name)}, but it must be at least {least}")
     if not args.memory_gib:
         parser.error("--memory-gib is 0, but it must be positive")
     if args.batch % args.ranks:
@@ -312,7 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # the report says what is logged below
 
     def body() -> int:
-        report = inspect_dataset(args.source, Training(**{name: getattr(args, name) for name, _, _ in _NUMBERS}))
+        training = Training(**{option.name: getattr(args, option.name) for option in fields(Training)})
+        report = inspect_dataset(args.source, training)
         text = json.dumps(report, indent=2) + "\n"
         lines = [f"{about:<16} {line}\n" for about, line in describe(report)]
         sys.stdout.writelines([text] if args.json == "-" else lines)

@@ -77,4 +77,4 @@ def _grid(
         inner = np.ceil((np.arange(1, starts) - 0.5) * mask.cell_px / geometry.downsample).astype(np.int64)
         return np.concatenate([[0], np.minimum(inner, positions), [positions]])
 
-    return n, least, edges(geometry.width, mask.columns), edges(geometry.height, mask.rows)
+    return n, least, edges(geometry.width, mask.columns), edges(geometry.height, len(mask.packed))

@@ -4,12 +4,11 @@ import hashlib
 import json
 import logging
 import os
-import struct
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import accumulate, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import SlideBytes, is_remote
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import opened_slide
 from dinov2.data.slides.tissue import CELL_RULE, TissueCache
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.storage.base import public_name
@@ -37,10 +36,9 @@ GROUP_TILES = 64
 ENDLESS_GROUPS = 1 << 24  # 2^30 tiles; only then do they come round again
 _STREAM = 1 << 33  # of the draws of a tile; others of the same key belong to augmentation and masks
 _PLANS_KEPT = 256  # slides whose mask and tile index a process keeps, 1 to 3 MB each
-_OPEN_SLIDES = 64
 _MAX_UNREADABLE = 0.05  # fraction of the slides that may be left out because they cannot be read
 _REQUESTS = 16  # slides on servers that one row group asks at a time
-_HEADER = struct.Struct("<IIiiI")  # slide, geometry, column, row, number of blocks; the blocks' lengths follow
+_PICKLED_BYTES = 256  # that a tile takes beside its blocks on the way from reader to decoder, at most
 
 
 class Tile(NamedTuple):
@@ -108,7 +106,7 @@ class OnlineTileSource:
         self._slide_ends = np.cumsum(weights)
         self._mpp_ends = [np.cumsum(slide.weights) for slide in self.slide_list]
         per_tile = np.average([slide.tile_bytes for slide in self.slide_list], weights=weights)
-        self._tile_bytes = int(per_tile) + 2 * _HEADER.size
+        self._tile_bytes = int(per_tile) + _PICKLED_BYTES
         used = [[Path(s.path).name, s.size, s.weight, s.key, s.counts] for s in self.slide_list]
         dropped = [Path(slide.path).name for slide in self.dropped]
         # Under the name that the options had when the runs began that are to be resumed.
@@ -137,7 +135,7 @@ class OnlineTileSource:
         return Tile(slide, geometry, *positions.position(plan.mask, int(rng.integers(len(positions)))))
 
     def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """Draw tiles and fetch their blocks, all of a slide at a time: its name, and a header with the blocks."""
+        """Draw tiles and fetch their blocks, all of a slide at a time: its name, and the pickled tile and blocks."""
         tiles = [self.draw(group * GROUP_TILES + int(row)) for row in rows]
         of_slide: dict[int, list[int]] = {}
         for number, tile in enumerate(tiles):
@@ -153,17 +151,14 @@ class OnlineTileSource:
 
     def decode(self, sample: EncodedSample) -> np.ndarray:
         """Put a tile together: uint8 (tile_size, tile_size, 3) RGB; DecodeError if a block is missing or corrupt."""
-        number, which, column, row, count = _HEADER.unpack_from(sample.data)
+        (number, which, column, row), blocks = pickle.loads(sample.data)
         slide, size = self.slide_list[number], self._options.tile_size
         geometry = slide.geometries[which]
         region = Region(geometry.level, column, row, geometry.side, geometry.side)
         try:
             if slide.blocks is None:
-                pixels = self._open(slide.path).read_region(*region)
+                pixels = opened_slide(slide.path).read_region(*region)
             else:
-                lengths = struct.unpack_from(f"<{count}I", sample.data, _HEADER.size)
-                ends = accumulate(lengths, initial=_HEADER.size + 4 * count)
-                blocks = [sample.data[start:end] for start, end in pairwise(ends)]
                 pixels = assemble(slide.blocks, region, blocks)
         except SlideError as error:
             raise DecodeError(str(error)) from error
@@ -194,12 +189,8 @@ class OnlineTileSource:
             region = Region(g.level, tile.column, tile.row, g.side, g.side)
             wanted.append([] if index is None else ranges(index, region))
         blocks = iter(SlideBytes(self.slide_list[slide].path).read([item for items in wanted for item in items]))
-        packed = []
-        for number, items in zip(numbers, wanted, strict=True):
-            own = [next(blocks) for _ in items]
-            lengths = struct.pack(f"<{len(own)}I", *map(len, own))
-            packed.append((number, b"".join((_HEADER.pack(*tiles[number], len(own)), lengths, *own))))
-        return packed
+        own = ([next(blocks) for _ in items] for items in wanted)
+        return [(number, pickle.dumps((tuple(tiles[number]), data))) for number, data in zip(numbers, own, strict=True)]
 
     def _name(self, slide: int) -> str:
         return public_name(self.slide_list[slide].path)
@@ -213,10 +204,9 @@ class OnlineTileSource:
         self.group_bytes = np.broadcast_to(np.int64(GROUP_TILES * self._tile_bytes), groups)
         least = self._options.min_foreground
         self._plan = lru_cache(_PLANS_KEPT)(lambda slide: load_plan(self.slide_list[slide], least))
-        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("group_rows", "group_bytes", "_plan", "_open")
+        made = ("group_rows", "group_bytes", "_plan")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -214,30 +214,28 @@ def require_type(path: str, field: pa.Field, kind: str, meaning: str = "") -> No
 def only_value(column: pq.ColumnChunkMetaData) -> str | None:
     """The value of all rows of a column chunk as text, empty for nulls, if its statistics prove that there is one."""
     known = column.statistics
-    if not known or not known.has_null_count:
-        return None
-    if known.null_count == column.num_values:
+    if known and known.has_null_count and known.null_count == column.num_values:
         return ""
-    if known.null_count or not known.has_min_max:
-        return None
-    try:
-        first, last = known.min, known.max
-    except UnicodeDecodeError:
-        return None
-    return str(first) if first == last else None
+    ends = _bounds(column)
+    return str(ends[0]) if ends and ends[0] == ends[1] else None
 
 
 def _single_slide(column: pq.ColumnChunkMetaData, image: str) -> str | None:
     """Name the slide of a row group if the statistics of the column prove that there is one only."""
+    ends = _bounds(column)
+    # Some writers shorten bounds, which may cut off a tile's name and part of its slide's.
+    if not ends or (image == "jpeg" and not all(end.lower().endswith(_TILE_SUFFIXES) for end in ends)):
+        return None
+    first, last = (slide_of(end, image) for end in ends)
+    return first if first == last else None
+
+
+def _bounds(column: pq.ColumnChunkMetaData) -> tuple[Any, Any] | None:
+    """Lowest and highest value of a column chunk, if its statistics tell them and that there are no nulls."""
     known = column.statistics
     if not known or not known.has_min_max or not known.has_null_count or known.null_count:
         return None
     try:
-        ends = known.min, known.max
+        return known.min, known.max
     except UnicodeDecodeError:
         return None
-    # Some writers shorten bounds, which may cut off a tile's name and part of its slide's.
-    if image == "jpeg" and not all(end.lower().endswith(_TILE_SUFFIXES) for end in ends):
-        return None
-    first, last = (slide_of(end, image) for end in ends)
-    return first if first == last else None

@@ -13,16 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import (
-    ORIGIN_COLUMNS,
-    SLIDE_COLUMN,
-    CorruptShard,
-    extent,
-    only_value,
-    parse_footer,
-    require_type,
-    slide_of,
-)
+from dinov2.data.parquet import footer
 from dinov2.data.parquet.index import fingerprint, flatten, in_one, load_index
 from dinov2.data.source import DecodeError, EncodedSample, Origin, as_origins, decode_image
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage
@@ -69,7 +60,7 @@ class ParquetSource:
         slide, image = self._slide_and_image(group)
         if slide is not None:
             return [(slide, data) for data in self._columns(group, rows, [image])[0]]
-        names, images = self._columns(group, rows, [SLIDE_COLUMN[image], image])
+        names, images = self._columns(group, rows, [footer.SLIDE_COLUMN[image], image])
         return list(zip(_slide_names(names, image), images, strict=True))
 
     def slides(self, group: int) -> list[str]:
@@ -77,7 +68,7 @@ class ParquetSource:
         (slide, image), rows = self._slide_and_image(group), range(int(self.group_rows[group]))
         if slide is not None:
             return [slide] * len(rows)
-        return _slide_names(self._columns(group, rows, [SLIDE_COLUMN[image]])[0], image)
+        return _slide_names(self._columns(group, rows, [footer.SLIDE_COLUMN[image]])[0], image)
 
     def origins(self, group: int) -> list[Origin]:
         """Slide, and patient and site where the shard has such columns, of every row of a row group.
@@ -90,10 +81,9 @@ class ParquetSource:
             return as_origins(self.slides(group))
         leaves, stored = _origin_leaves(self, shard), self._row_group(group)
         slide, image = self._slide_and_image(group)
-        named = SLIDE_COLUMN[image]
-        only = {named: slide} | {
-            name: only_value(stored.column(leaves[name])) if name in leaves else "" for name in ORIGIN_COLUMNS
-        }
+        named = footer.SLIDE_COLUMN[image]
+        only = {named: slide} | dict.fromkeys(footer.ORIGIN_COLUMNS, "")
+        only |= {name: footer.only_value(stored.column(leaf)) for name, leaf in leaves.items()}
         unknown, rows = [name for name, value in only.items() if value is None], range(stored.num_rows)
         if not unknown:
             return [Origin(*only.values())] * len(rows)
@@ -134,7 +124,7 @@ class ParquetSource:
         try:
             stored = _read_metadata(self, shard).row_group(number)
             changed = stored.num_rows != self.group_rows[group]
-        except (CorruptShard, IndexError):
+        except (footer.CorruptShard, IndexError):
             changed = True
         if changed:
             raise OSError(f"{self.describe(group)} is not what it was when the dataset was opened")
@@ -144,7 +134,7 @@ class ParquetSource:
         """Read some rows of one column or a few, with one request where the columns lie close together."""
         (shard, number), stored = self._find(group), self._row_group(group)
         chunks = (stored.column(leaf) for leaf in range(stored.num_columns))
-        extents = [extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
+        extents = [footer.extent(chunk) for chunk in chunks if chunk.path_in_schema in columns]
         file = _ShardFile(self._storage, self._names[shard], self._sizes[shard], extents)
         options = {"buffer_size": file.buffer_size, "pre_buffer": False}
         with pq.ParquetFile(file, metadata=_read_metadata(self, shard), **options) as opened:
@@ -174,9 +164,9 @@ def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
 def _read_metadata(source: ParquetSource, shard: int) -> pq.FileMetaData:
     packed = source._footers[shard].as_py()
     if packed is not None:
-        return parse_footer(zlib.decompress(packed))
+        return footer.parse_footer(zlib.decompress(packed))
     name, length = source._names[shard], source._footer_sizes[shard]
-    return parse_footer(source._storage.read_range(name, source._sizes[shard] - length, length))
+    return footer.parse_footer(source._storage.read_range(name, source._sizes[shard] - length, length))
 
 
 @lru_cache(_FOOTERS_KEPT)
@@ -186,13 +176,13 @@ def _origin_leaves(source: ParquetSource, shard: int) -> dict[str, int]:
     path, fields = source._storage.locate(source._names[shard]), schema.to_arrow_schema()
     for name in source._origin_columns[shard]:
         if not pa.types.is_integer(fields.field(name).type):
-            require_type(path, fields.field(name), "string")
+            footer.require_type(path, fields.field(name), "string")
     paths = [schema.column(leaf).path for leaf in range(len(schema))]
     return {name: paths.index(name) for name in source._origin_columns[shard]}
 
 
 def _slide_names(values: Iterable[bytes], image: str) -> list[str]:
-    return [slide_of(text, image) for text in _texts(values)]
+    return [footer.slide_of(text, image) for text in _texts(values)]
 
 
 def _texts(values: Iterable[bytes]) -> list[str]:

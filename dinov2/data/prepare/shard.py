@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov2.data.prepare.cut import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Tiles, cut_tiles
-from dinov2.utils.files import commit, leftovers, unfinished, write_json
+from dinov2.utils.files import commit, leftovers, replacing, unfinished, write_json
 from dinov2.utils.jobs import run_jobs
 
 ROWS_PER_GROUP = 64
@@ -135,26 +135,23 @@ def shuffled_shards(
 def write_run(buckets: np.ndarray, cutting: Cutting, job: tuple[Path, Tiles, np.ndarray]) -> None:
     """Cut the tiles of a run and spill them by their positions into buckets, which begin at the given ones.
 
-    A run begins with one int64 per bucket and one for the end: where its section lies. A section is a stream of
-    Arrow record batches.
+    A run begins with an int64 per bucket and one for the end: where its section, an Arrow stream, lies.
     """
     run, tiles, positions = job
     [rows] = cut_tiles(tiles, cutting, len(tiles))
     by_position = np.argsort(positions)
     cuts = np.append(np.searchsorted(positions[by_position], buckets), len(by_position))
-    with unfinished(run) as temporary:
-        with temporary.open("wb") as file:
-            offsets = [8 * len(cuts)]
-            file.seek(offsets[0])
-            for start, stop in pairwise(cuts.tolist()):
-                section = [rows[i] | {_POSITION: int(positions[i])} for i in by_position[start:stop]]
-                if section:
-                    with pa.ipc.new_stream(file, _ROWS) as stream:
-                        stream.write_table(pa.Table.from_pylist(section, _ROWS))
-                offsets.append(file.tell())
-            file.seek(0)
-            file.write(np.array(offsets, "<i8").tobytes())
-        commit(temporary, run)
+    with replacing(run) as temporary, temporary.open("wb") as file:
+        offsets = [8 * len(cuts)]
+        file.seek(offsets[0])
+        for start, stop in pairwise(cuts.tolist()):
+            section = [rows[i] | {_POSITION: int(positions[i])} for i in by_position[start:stop]]
+            if section:
+                with pa.ipc.new_stream(file, _ROWS) as stream:
+                    stream.write_table(pa.Table.from_pylist(section, _ROWS))
+            offsets.append(file.tell())
+        file.seek(0)
+        file.write(np.array(offsets, "<i8").tobytes())
 
 
 def mix_shard(metadata: dict[str, str], runs: list[Path], job: tuple[Path, range, int]) -> Failures:

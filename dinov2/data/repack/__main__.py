@@ -1,9 +1,8 @@
 """Rewrite a Parquet dataset to small row groups, the image bytes unchanged: python -m dinov2.data.repack SRC DST
 
 Training fetches whole row groups, so a dataset with one oversized row group per file mixes poorly or takes much
-memory. DST gets files of the same names. A file gets its name only when it is whole and was read back, so a run
-that was stopped goes on where it was when the same command runs again. Files of SRC that cannot be read are
-listed in DST/failures.jsonl.
+memory. DST gets files of the same names, each only when it is whole and was read back, so a run that was stopped goes
+on when the same command runs again. Files of SRC that cannot be read are listed in DST/failures.jsonl.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_foot
 from dinov2.data.repack.shard import SOURCE_KEY, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import NAMES, open_storage
-from dinov2.utils.cli import DONE, FAILURES, add_workers, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command
 from dinov2.utils.files import json_lines, leftovers, locked, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -133,15 +132,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", metavar="SRC", help=NAMES)
     parser.add_argument("destination", metavar="DST", help="folder for the new files, apart from SRC")
-    parser.add_argument("--row-group-rows", type=int, default=64, help="rows of a row group (64)")
+    parser.add_argument("--row-group-rows", type=at_least(1), default=64, help="rows of a row group (64)")
     codecs = ("none", "snappy", "zstd", "lz4", "gzip")
     text = "codec of the image column (none: PNG and JPEG do not get smaller)"
     parser.add_argument("--compression", choices=codecs, default="none", help=text)
-    add_workers(parser)
+    add_options(parser, "--workers")
     args = parser.parse_args(argv)
-    for name in ("row_group_rows", "workers"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least 1")
     if "://" in args.destination:
         parser.error(f"DST is '{args.destination}', but it must be a local folder")
     return args
@@ -153,15 +149,14 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:
+        destination, layout = Path(args.destination).expanduser(), (args.row_group_rows, args.compression)
         try:
-            destination, layout = Path(args.destination).expanduser(), (args.row_group_rows, args.compression)
-            failed = repack_dataset(args.source, destination, *layout, args.workers)
+            return FAILURES if repack_dataset(args.source, destination, *layout, args.workers) else DONE
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             message = f"no room left in '{args.destination}'; make some, then run the same command again"
             raise OSError(message) from error
-        return FAILURES if failed else DONE
 
     return run_command(body, logger, resumable=True)
 

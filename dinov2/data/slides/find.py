@@ -38,7 +38,9 @@ class FoundSlides(NamedTuple):
 def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable | None = None) -> FoundSlides:
     """Find slides, each file once: of several paths that lead to one file the first counts.
 
-    They are sorted by key in a folder, and in the given order in a list.
+    They are sorted by key in a folder, and in the given order in a list. FileNotFoundError if there is no such path,
+    OSError if a folder cannot be listed, ValueError if there is no slide, one has two weights, a column is missing, or
+    a value is out of range.
 
     Args:
         source: a folder, searched with its subfolders but without hidden files and folders (links to folders are
@@ -47,10 +49,6 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
             one. For relative paths in a file see `locate`.
         weight_column: column of a CSV file with each slide's weight, 0 leaves it out; empty weighs all alike.
         mpp_table: micrometres per level-0 px of slides that `source` has no number for.
-
-    Raises:
-        OSError: if there is no such path (FileNotFoundError), or a folder cannot be listed.
-        ValueError: if there is no slide, one has two weights, a column is missing, or a value is out of range.
     """
     path = Path(source)
     ending = path.suffix.lower()
@@ -77,8 +75,7 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
         names = (line.strip() for line in lines)
         rows = [_row(locate(name, path)) for name in names if name and not name.startswith("#")]
     if not rows:
-        endings = ", ".join(sorted(SLIDE_SUFFIXES))
-        raise ValueError(f"'{source}' holds no slide; at least one {endings} is expected.")
+        raise ValueError(f"'{source}' holds no slide; at least one {', '.join(sorted(SLIDE_SUFFIXES))} is expected.")
     found = _each_once(rows, source)
     for index, row in enumerate(found.slides):
         if mpp_table is not None and row.mpp is None:

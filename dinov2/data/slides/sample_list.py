@@ -106,8 +106,7 @@ def _pack(lines: list[bytes], columns: int, numbers: dict[bytes, int]) -> list[n
         if not ((low > 0) & (high <= 1.01 * low) & np.isfinite(high)).all():
             raise ValueError
         mpp = [((low + high) / 2).astype(np.float32)]
-    names = (field.lstrip() for field in fields[::columns])
-    slide = [numbers.setdefault(name, len(numbers)) for name in names]
+    slide = [numbers.setdefault(field.lstrip(), len(numbers)) for field in fields[::columns]]
     return [np.array(slide, np.int32), *positions, *mpp]
 
 

@@ -28,12 +28,8 @@ def index_slide(path: str | Path, mpp: float | None = None) -> TileIndex:
     """Find the tiles of a slide: 8-bit RGB or YCbCr in JPEG or JPEG 2000 (Aperio 33003, 33005), in a tiled TIFF.
 
     `path` may be an fsspec URL; `mpp`, in micrometres per level-0 px, is used only when the slide does not say.
-
-    Raises:
-        SlideOpenError: if the file is missing, cut, or its levels make no sense; if it is of another kind, which
-            OpenSlide may read, UnsupportedTiles.
-        RemoteError: if the server cannot be read.
-        ValueError: if `mpp` is implausible.
+    SlideOpenError if the file is missing, cut, or its levels make no sense; UnsupportedTiles if it is of another kind,
+    which OpenSlide may read; RemoteError if the server cannot be read; ValueError if `mpp` is implausible.
     """
     check_user_mpp(path, mpp)
     tifffile = import_package("tifffile", "Slides need tifffile")

@@ -106,13 +106,7 @@ class TissueMask:
     def of_slide(cls, reader: SlideReader, rule: TissueRule) -> "TissueMask":
         """Mark the cells of which more than `rule.min_fraction` of the pixels are tissue."""
         tissue = TissueMap(reader, rule)
-        packed = np.packbits(tissue.cells > rule.min_fraction, axis=1)
-        return cls(packed, tissue.cells.shape[1], tissue.cell_px)
-
-    @property
-    def rows(self) -> int:
-        """Rows of cells."""
-        return len(self.packed)
+        return cls(np.packbits(tissue.cells > rule.min_fraction, axis=1), tissue.cells.shape[1], tissue.cell_px)
 
     def cells(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """uint8 (rows, columns), 1 where a cell of rows first to last - 1 is foreground, else 0."""
@@ -120,7 +114,7 @@ class TissueMask:
 
     def digest(self) -> str:
         """Identify the cells."""
-        shape = f"{self.rows} {self.columns} {self.cell_px!r}".encode()
+        shape = f"{len(self.packed)} {self.columns} {self.cell_px!r}".encode()
         return hashlib.blake2b(shape + self.packed.tobytes(), digest_size=16).hexdigest()
 
     def geojson(self) -> dict[str, Any]:

@@ -18,17 +18,15 @@ NAMES = "folder (with subfolders), glob or file; org/name[@revision] on the Hugg
 def open_storage(dataset: str, revision: str = "", retries: int = 8) -> Storage:
     """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `location`.
 
+    FileNotFoundError, PermissionError or RemoteError if there is no such dataset, it may not be read, or no answer;
+    ValueError if the name or the revision makes no sense; ImportError if the package for a scheme is not installed.
+
     Args:
         dataset: a local folder, glob or file, which wins over a hub id; org/name or
             hf://datasets/org/name[@revision][/folder, glob or file] on the Hugging Face hub; or an fsspec URL
             (s3://, gs://, https://, ...).
         revision: branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
         retries: how often each request is repeated at most.
-
-    Raises:
-        FileNotFoundError, PermissionError, RemoteError: if there is no such dataset, it may not be read, or no answer.
-        ValueError: if the name or the revision makes no sense.
-        ImportError: if the package for a scheme is not installed.
     """
     policy = Retries(retries)
     scheme, separator, path = dataset.partition("://") if "://" in dataset else ("", "", dataset)

@@ -51,8 +51,7 @@ class SubsetSource(DerivedSource):
     stored row. The fingerprint depends on the source and on which rows remain, not on why.
 
     Args:
-        source: where the rows are.
-        whole: which row groups remain whole, bool (G,).
+        whole: which row groups of the source remain whole, bool (G,).
         rows: of row groups that remain in part: the stored rows that do, ascending.
     """
 

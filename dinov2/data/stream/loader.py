@@ -34,23 +34,17 @@ class TrainLoader:
     """Endless iterable of one rank's batch dicts; leaving the iteration ends its threads and workers.
 
     Args:
-        source: the dataset.
         transform: called as transform(image uint8 (H, W, 3), g); its result becomes `Sample.crops`.
         collate: makes the batch dict of one rank from its consecutive samples.
         order: the order of samples; its number of read streams should be a multiple of the global batch.
         num_workers: worker processes; 0 decodes in this process.
-        prefetch_factor: batches that each worker prepares ahead.
-        pin_memory: whether batches lie in page-locked memory.
+        prefetch_factor: batches that each worker prepares ahead; with `pin_memory` they lie in page-locked memory.
         max_corrupt_fraction: fraction of this rank's samples, or of the first 10,000, that may be corrupt.
         start_method: how workers start. By default they are forked on Linux, which is safe since the reader's
             threads start later; loaders started while this one is being read should use "forkserver".
         **split: `global_batch`, `rank`, `world_size`, `start_sample` and `prefetch` of the `RankReader`.
 
-    Attributes:
-        stream_state: for the checkpoint: what must be equal for a resumed run to go on with the same samples.
-
-    Raises:
-        ValueError: if the batch cannot be split over the ranks or `start_sample` is negative.
+    `stream_state` is for the checkpoint: what must be equal for a resumed run to go on with the same samples.
     """
 
     def __init__(

@@ -71,19 +71,15 @@ def fit_lanes(
     limit_gib: float,
     most: int = 8,
 ) -> int:
-    """Choose V, the number of read streams.
+    """Choose V, the number of read streams; ValueError if it exceeds the rows, or what must be held the limit.
 
     Args:
-        make_order: makes the order for a number of read streams.
-        source: what they read.
+        make_order: makes the order of the `source` for a number of read streams.
         lanes: V as the user wants it; 0 takes the first that fits of `most`, 1/2, 1/4 ... of it times the batch.
             Whole multiples keep a stream on one process; below them several processes fetch the same row groups.
         global_batch, world_size: samples per step over all processes, and their number.
         limit_gib: most that the reader of one process may hold, in GiB.
         most: read streams per sample of the batch to begin with.
-
-    Raises:
-        ValueError: if `lanes` exceeds the rows, or what must be held exceeds the limit.
     """
     rows = int(source.group_rows.sum())
     if lanes > rows:

@@ -24,18 +24,15 @@ from dinov2.utils.seeding import hash_words
 
 
 class MixedOrder(SampleOrder):
-    """Order of a mixture.
+    """Order of a mixture; `lanes` and `block_rows` are V, of all datasets together, and R.
+
+    ValueError if a weight is not positive and finite, weights and datasets differ in number, there are fewer lanes than
+    datasets, a dataset holds no row, or a parameter is out of range.
 
     Args:
         group_rows: rows of each row group, for each dataset; row groups are numbered through, dataset by dataset.
         weights: fraction of the samples that each dataset gets, up to a common factor.
         seed: any integer in [0, 2**64); dataset d is ordered with hash_words(seed, d).
-        lanes: V, of all datasets together.
-        block_rows: R.
-
-    Raises:
-        ValueError: if a weight is not positive and finite, weights and datasets differ in number, there are fewer
-            lanes than datasets, a dataset holds no row, or a parameter is out of range.
     """
 
     def __init__(
@@ -89,11 +86,7 @@ class MixedOrder(SampleOrder):
 def make_order(
     sources: Sequence[Source], weights: Sequence[float], *, seed: int, lanes: int, block_rows: int
 ) -> SampleOrder:
-    """Order the rows of `make_source(sources)`; a single dataset is in `SampleOrder`, whatever its weight.
-
-    Raises:
-        ValueError: if the order is impossible, see `MixedOrder`.
-    """
+    """Order the rows of `make_source(sources)`, see `MixedOrder`; a single dataset is in `SampleOrder`."""
     group_rows = [source.group_rows for source in sources]
     if len(sources) == 1:
         (lanes,) = divide_lanes(weights, lanes)
@@ -113,8 +106,7 @@ def describe_fractions(order: SampleOrder, datasets: Sequence[str]) -> list[str]
 def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     """Divide read streams in proportion to weights, by largest remainder in exact arithmetic; each gets at least one.
 
-    Raises:
-        ValueError: if a weight is not positive and finite, or there are fewer streams than weights.
+    ValueError if a weight is not positive and finite, or there are fewer streams than weights.
     """
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
@@ -138,14 +130,11 @@ def divide_lanes(weights: Sequence[float], lanes: int) -> list[int]:
 
 
 def spread(counts: Sequence[int]) -> np.ndarray:
-    """Deal out sum(counts) slots so that the first t hold n*t/V of a dataset with n slots, rounded up or down.
+    """Deal out V = sum(counts) slots so that the first t hold n*t/V of a dataset with n slots, rounded up or down.
 
     A dataset's k-th slot lies between k*V/n rounded down and (k + 1)*V/n rounded up; of those whose turn has come
     the one that must come soonest is next. No deadline is missed: earliest deadline first is optimal for unit
-    jobs, and within any span the jobs that must be done in it are no more than its slots.
-
-    Returns:
-        Dataset of each slot, int64 (V,).
+    jobs, and the jobs that must be done within any span are no more than its slots. Gives each slot's dataset, (V,).
     """
     n = np.asarray(counts, np.int64)
     total = int(n.sum())

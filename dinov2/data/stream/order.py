@@ -46,12 +46,8 @@ class SampleOrder:
         lanes: V. A multiple of the global batch keeps each read stream on one rank, so that ranks share no row group.
         block_rows: R.
 
-    Attributes:
-        num_rows: rows of all row groups together.
-        parts: first row group and order of each dataset: this one alone, from row group 0.
-
-    Raises:
-        ValueError: if there is no row, or a parameter is out of range.
+    `num_rows` counts the rows of all row groups; `parts` are first row group and order of each dataset: this one alone,
+    from row group 0. ValueError if there is no row, or a parameter is out of range.
     """
 
     def __init__(self, group_rows: np.ndarray, *, seed: int, lanes: int, block_rows: int) -> None:
@@ -94,9 +90,7 @@ class SampleOrder:
         A read stream that has begun in an earlier row group runs into this one late in the epoch: its rows are chunk 0.
         Streams that begin inside the row group do so with the epoch: theirs are chunk 1. Fetched as one, the rows of
         chunk 0 would lie in memory for the length of a stream; fetched apart, each is read when its turn comes.
-
-        Returns:
-            Global sample indices and the rows they stand for, int64 (n,) each.
+        Gives global sample indices and the rows they stand for, int64 (n,) each.
         """
         start = self._permutation(epoch).starts[group]
         end = start + self._rows[group]

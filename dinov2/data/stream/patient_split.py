@@ -27,11 +27,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def read_exclusions(path: str | Path) -> list[str]:
     """Read the names of patients or slides from UTF-8 text, one per line, each once and in order.
 
-    Blank lines and those that begin with # are skipped; of a .csv or .tsv file the first column counts.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not text, or names nothing.
+    Blank and # lines are skipped; of .csv and .tsv the first column counts. ValueError if it is no text or names none.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,9 +53,7 @@ def in_validation(patient: str, fraction: float) -> bool:
     """Decide whether a patient is kept for validation, by the name alone: hash_name(patient) / 2**64 < fraction.
 
     So a patient is on the same side in every dataset, and a larger fraction keeps the patients of a smaller one.
-
-    Raises:
-        ValueError: if `fraction` is not in [0, 1).
+    ValueError if `fraction` is not in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction is {fraction}; at least 0 and less than 1 is expected")
@@ -108,16 +102,13 @@ def split_by_patient(
     """Split a dataset; a pure function of its slides, patients and sites, so that all ranks find the same.
 
     Looks up the origin of every row, which costs reads where the source's index does not know it. The patient is the
-    one that the source tells, else the slide's, see `dinov2.data.patients`.
+    one that the source tells, else the slide's. ValueError if nothing is left to train on.
 
     Args:
         source: the dataset, called ``dataset`` in messages.
         excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
         validation_fraction: of patients to keep for validation, see `in_validation`.
         excluded_sites: sites to leave out, where the source tells them.
-
-    Raises:
-        ValueError: if nothing is left to train on, or the fraction is not in [0, 1).
     """
     logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.group_rows), dataset)
     fates = Fates(excluded, validation_fraction, excluded_sites)
@@ -180,10 +171,8 @@ class Fates(dict[Origin, int]):
         in_validation("", validation_fraction)  # refuses a wrong one before any slide is read
         self.lines = {comparable(name): name for name in excluded}
         self.matched: set[str] = set()
-        self._fraction, self._sites = (
-            validation_fraction,
-            frozenset(excluded_sites) - {""},
-        )  # which is of rows that tell none
+        self._fraction = validation_fraction
+        self._sites = frozenset(excluded_sites) - {""}  # which is of rows that tell none
 
     def __missing__(self, origin: Origin) -> int:
         hits = [self.lines[name] for name in names_of(origin.slide, origin.patient) if name in self.lines]

@@ -21,16 +21,13 @@ _Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
 class RankReader:
     """Encoded rows of one rank, one list per step, without end.
 
-    Step s on rank k holds samples start_sample + s*B + k*B/world + [0, B/world), B the global batch. The object is
-    the DataLoader's batch sampler and the rows are its "indices": workers keep no state, so their number affects
-    neither order nor I/O.
+    Step s on rank k holds samples start_sample + s*B + k*B/world + [0, B/world), B the global batch. It is the
+    DataLoader's batch sampler, the rows its "indices": workers keep no state, their number affects no order and no I/O.
 
     Each chunk of a row group (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.
     Threads start at the first `next()`, when the DataLoader has already forked its workers, and end with the
-    iterator; what goes wrong in one is raised by `next()`.
-
-    Raises:
-        ValueError: if the batch cannot be split over the ranks or `start_sample` is negative.
+    iterator; what goes wrong in one is raised by `next()`. ValueError if the ranks cannot split the batch or
+    `start_sample` is negative.
     """
 
     def __init__(

@@ -10,16 +10,11 @@ Batch = dict[str, Any]
 
 
 def on_device(batches: Iterable[Batch], device: torch.device, prepare: Callable[[Batch], Batch]) -> Iterator[Batch]:
-    """Move batches to the device and prepare them there.
+    """Move the tensors of batches to the device, call `prepare` there, and yield what it returns.
 
     On a GPU both happen on a stream of their own. The host runs ahead of the device, so the copy of a batch and
     its preparation overlap with the step before; the step itself only waits for an event. Copies need no wait
     of the host where the batch lies in page-locked memory.
-
-    Args:
-        batches: batch dicts with tensors on the CPU; other values pass as they are.
-        device: target.
-        prepare: called with each moved batch; returns what is yielded.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in batches:

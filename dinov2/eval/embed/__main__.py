@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     description = "Embed images, Parquet datasets or slides with a teacher."
     parser = argparse.ArgumentParser(prog="python -m dinov2.eval.embed", description=description)
     add, grid = parser.add_argument, Grid()
-    cli.add_checkpoint(parser)
+    cli.add_options(parser, "--checkpoint")
     add(
         "--input", required=True, metavar="SRC",
         help="folder (with subfolders) of images, Parquet shards or slides; one of these; a .txt or .csv list of "
@@ -52,15 +52,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, type=Path, metavar="OUT", help="folder: new, empty, or of the same command")
     add("--kind", choices=KINDS, help="of the input; needed for files of TIFF alone")
     add("--format", choices=ENDINGS, default="parquet", help="of the files (%(default)s)")
-    cli.add_pooling(parser)
-    cli.add_dtype(parser)
+    cli.add_options(parser, "--pooling", "--dtype")
     add("--store", choices=STORED, help="of the embeddings (fp32 for HDF5 and --dtype fp32, else fp16)")
-    cli.add_device(parser)
-    add("--batch-size", type=int, default=64, help="tiles in a forward pass (%(default)s)")
-    cli.add_workers(parser, 8, "threads of each process that read")
-    add("--rows-per-file", type=int, default=2048, help="of images and Parquet rows (%(default)s)")
-    cli.add_image_size(parser, "scale the largest centred square to this side; default: cut to whole patches")
-    cli.add_colours(parser)
+    cli.add_options(parser, "--device")
+    add("--batch-size", type=cli.at_least(1), default=64, help="tiles in a forward pass (%(default)s)")
+    cli.add_options(parser, "--workers", default=8, help="threads of each process that read (%(default)s)")
+    add("--rows-per-file", type=cli.at_least(1), default=2048, help="of images and Parquet rows (%(default)s)")
+    about = "scale the largest centred square to this side; default: cut to whole patches"
+    cli.add_options(parser, "--image-size", help=about)
+    cli.add_options(parser, "--mean", "--std")
     add("--skip-damaged", action="store_true", help="leave out and count what cannot be read")
     slides = parser.add_argument_group("slides")
     add = slides.add_argument
@@ -68,12 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tile-size", type=int, default=grid.tile_size, help="side of a tile in px (%(default)s)")
     add("--stride", type=int, help="px from tile to tile (the tile size)")
     add("--min-tissue", type=float, default=grid.min_tissue, help="least fraction of tissue (%(default)s)")
-    cli.add_mpp_file(slides)
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "workers", "rows_per_file"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but it must be at least 1")
-    return args
+    cli.add_options(slides, "--mpp-file")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     description = "Probe a teacher's features on labelled tiles."
     parser = argparse.ArgumentParser(prog="python -m dinov2.eval.probe", description=description)
     default, add = Probing(), parser.add_argument
-    cli.add_checkpoint(parser)
+    cli.add_options(parser, "--checkpoint")
     add(
         "--compare", metavar="TEACHER",
         help="another teacher, on the same tiles and folds: adds its figures and the difference, --checkpoint less it",
@@ -68,12 +68,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--{name.replace('_', '-')}", type=_reader(option.default), default=option.default,
             help=f"{option.metadata['key'].doc} ({shown})",
         )  # fmt: skip
-    cli.add_pooling(parser)
-    cli.add_image_size(parser)
-    cli.add_colours(parser)
+    cli.add_options(parser, "--pooling", "--image-size", "--mean", "--std", "--device")
     add("--batch-size", type=int, default=64, help="tiles per forward pass (%(default)s)")
-    cli.add_dtype(parser, "fp32", "of the matmuls (%(default)s)")
-    cli.add_device(parser)
+    cli.add_options(parser, "--dtype", default="fp32", help="of the matmuls (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -60,8 +60,7 @@ def test_the_handler_of_sigterm_is_given_back():
 
 def test_older_spellings_of_options_stay_valid():
     parser = argparse.ArgumentParser()
-    for add in (cli.add_pooling, cli.add_dtype, cli.add_image_size, cli.add_device, cli.add_workers):
-        add(parser)
+    cli.add_options(parser, "--pooling", "--dtype", "--image-size", "--device", "--workers")
     old = parser.parse_args(["--output-tokens", "cls_mean", "--autocast", "bf16", "--size", "98", "--num-workers", "3"])
     new = parser.parse_args(["--pooling", "cls_mean", "--dtype", "bf16", "--image-size", "98", "--workers", "3"])
     assert old == new and vars(new) == {

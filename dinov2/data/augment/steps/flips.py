@@ -1,7 +1,5 @@
 """Mirrored views."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

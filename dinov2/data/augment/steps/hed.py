@@ -8,8 +8,6 @@ Definition of scikit-image >= 0.19 (Ruifrok and Johnston, 2001), with rgb in [0,
 One HED unit is therefore -ln(eps) = 13.8 nepers: tissue lies near 0.02-0.11, and a shift of 0.05 is strong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,17 +48,13 @@ class Hed(AugmentationStep):
 
 
 def perturb_stains(image: np.ndarray, scale: Sequence[float], shift: Sequence[float], clip: bool = True) -> np.ndarray:
-    """Change each stain's amount: ``hed' = scale * hed + shift`` (Tellez et al., arXiv:1808.05896).
+    """Change each stain's amount: ``hed' = scale * hed + shift`` (Tellez et al., arXiv:1808.05896), to 8 bits rounded.
 
     Args:
-        image: uint8 (H, W, 3) RGB.
+        image: uint8 (H, W, 3) RGB, as the result.
         scale: factor per stain (H, E, D), 0 or more; 1 leaves it.
         shift: amount added per stain, in scikit-image's HED units; 0 leaves it.
-        clip: whether ``hed'`` is clipped to [0, 1]. Without it a stain can be taken away where there is none, which
-            washes the image out.
-
-    Returns:
-        uint8 (H, W, 3) RGB, rounded to the nearest level.
+        clip: whether ``hed'`` is clipped to [0, 1]; else images wash out where a stain is taken that is not there.
     """
     scale, shift = np.array(scale, float), np.array(shift, float)
     unmix, mix = np.empty((3, 4)), np.empty((3, 4))

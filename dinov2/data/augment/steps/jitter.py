@@ -3,8 +3,6 @@
 Results differ from theirs by rounding; hue by several levels, as 8-bit HSV does between any two libraries.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import cv2

@@ -1,7 +1,5 @@
 """Views turned by multiples of 90 degrees: histology has no up."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2
@@ -16,8 +14,7 @@ _TURNS = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWIS
 class Rotate90(AugmentationStep):
     """Turn a view by 90, 180 or 270 degrees, each as often; pixels move and are not interpolated.
 
-    The published recipe does not. With the default probability and left-right mirrors at 0.5, all eight orientations
-    are alike.
+    The published recipe does not. With the defaults and left-right mirrors at 0.5 all eight orientations are alike.
     """
 
     before = "hed"
