@@ -4,18 +4,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.reader import SlideReader, opened_slide
+from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
 from dinov2.data.source import DecodeError, EncodedSample
 
 GROUP_LINES = 64
-_OPENING_THREADS = 16
+_OPEN_SLIDES, _OPENING_THREADS = 64, 16  # per process; each slide keeps a handle and a small tile cache
 _SAMPLE_BYTES = 80  # a reference, as it waits in the reader's queue
 
 
@@ -28,8 +30,9 @@ class SlideListSource:
     Args:
         list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
             a list of six columns the tile is cut at its mpp from the level that serves it best.
+        slide_root: see `locate_slide`.
         tile_size: side of a tile in px of its level, or of its mpp.
-        slide_root, mpp_file, columns: see `locate_slide`, `read_mpp_table` and `read_sample_list`.
+        mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
 
     FileNotFoundError if the list or a slide of it does not exist, SlideError if a slide cannot be opened for its mpp,
     ValueError if a line is malformed, there is none, or a list of six columns names a slide of unknown mpp.
@@ -58,6 +61,7 @@ class SlideListSource:
             self._mpp = self._given_mpp(mpp_file)
             given = json.dumps(sorted(self._mpp.items())).encode()
             self.fingerprint += f"-{hashlib.blake2b(given, digest_size=8).hexdigest()}"
+        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
 
     def _given_mpp(self, mpp_file: str | Path | None) -> dict[str, float]:
         """Take the mpp of the table, else of the list's description; every other slide must say its own."""
@@ -93,7 +97,7 @@ class SlideListSource:
         reference, size = sample.data.split(), self._tile_size
         x, y, level = map(int, reference[:3])
         try:
-            reader = opened_slide(self._paths[sample.slide], self._mpp.get(sample.slide))
+            reader = self._open(self._paths[sample.slide], self._mpp.get(sample.slide))
             if len(reference) == 4:
                 return reader.read_tile(x, y, size, float(reference[3]))
             return reader.read_region(level, *reader.snap(level, x, y), size, size)
@@ -110,3 +114,9 @@ class SlideListSource:
         """Name the slide of every line of a row group."""
         numbers = self._samples.slide[group * GROUP_LINES : (group + 1) * GROUP_LINES]
         return [self._samples.slides[number] for number in numbers.tolist()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_open": lru_cache(_OPEN_SLIDES)(SlideReader)}

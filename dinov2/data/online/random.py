@@ -22,7 +22,7 @@ from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import SlideBytes, is_remote
-from dinov2.data.slides.reader import opened_slide
+from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import CELL_RULE, TissueCache
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.storage.base import public_name
@@ -36,6 +36,7 @@ GROUP_TILES = 64
 ENDLESS_GROUPS = 1 << 24  # 2^30 tiles; only then do they come round again
 _STREAM = 1 << 33  # of the draws of a tile; others of the same key belong to augmentation and masks
 _PLANS_KEPT = 256  # slides whose mask and tile index a process keeps, 1 to 3 MB each
+_OPEN_SLIDES = 64
 _MAX_UNREADABLE = 0.05  # fraction of the slides that may be left out because they cannot be read
 _REQUESTS = 16  # slides on servers that one row group asks at a time
 _PICKLED_BYTES = 256  # that a tile takes beside its blocks on the way from reader to decoder, at most
@@ -157,7 +158,7 @@ class OnlineTileSource:
         region = Region(geometry.level, column, row, geometry.side, geometry.side)
         try:
             if slide.blocks is None:
-                pixels = opened_slide(slide.path).read_region(*region)
+                pixels = self._open(slide.path).read_region(*region)
             else:
                 pixels = assemble(slide.blocks, region, blocks)
         except SlideError as error:
@@ -204,9 +205,10 @@ class OnlineTileSource:
         self.group_bytes = np.broadcast_to(np.int64(GROUP_TILES * self._tile_bytes), groups)
         least = self._options.min_foreground
         self._plan = lru_cache(_PLANS_KEPT)(lambda slide: load_plan(self.slide_list[slide], least))
+        self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("group_rows", "group_bytes", "_plan")
+        made = ("group_rows", "group_bytes", "_plan", "_open")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

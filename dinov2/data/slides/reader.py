@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ class SlideReader:
     """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
 
     Blocks are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
-    forked or spawned process it opens the file again. Raises as `tiff.index_slide`; SlideOpenError if none can read it.
+    forked or spawned process it opens the file again.
 
     Args:
         path: a slide, or an fsspec URL of one whose blocks can be read from their bytes.
@@ -40,6 +39,9 @@ class SlideReader:
         level_dimensions, level_downsamples: (width, height) in px, and level-0 px per px, of each level.
         mpp, mpp_source: micrometres per level-0 px or None, and where it comes from: "slide", 10 / its objective
             power ("appmag"), "user", or "none".
+
+    Raises:
+        SlideOpenError, RemoteError, ValueError: as `tiff.index_slide` does; SlideOpenError also if OpenSlide cannot.
     """
 
     def __init__(
@@ -101,8 +103,11 @@ class SlideReader:
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
         """Read a region, in px of its level (0 is the finest): uint8 (height, width, 3) RGB, contiguous.
 
-        SlideRangeError if there is no such level or the region leaves it, SlideReadError if pixels are missing or
-        cannot be read, SlideOpenError if the file has changed since it was opened, RemoteError by a server.
+        Raises:
+            SlideRangeError: if there is no such level, or the region leaves it.
+            SlideReadError: if pixels are missing, or cannot be read or decoded.
+            SlideOpenError: if the file has changed since it was opened.
+            RemoteError: if the server cannot be read.
         """
         pixels, known = self.read_known(level, column, row, width, height)
         if not known.all():
@@ -149,9 +154,6 @@ class SlideReader:
             reason = f"the slide has levels 0 to {len(self.level_downsamples) - 1}"
             raise SlideRangeError(self.path, reason, f"level {level}")
         return self.level_downsamples[level]
-
-
-opened_slide = lru_cache(64)(SlideReader)  # those used last, of each process; each keeps a handle and a few blocks
 
 
 def _location(region: Region) -> str:
@@ -232,8 +234,8 @@ class TileReader:
 class OpenSlideReader:
     """One slide through OpenSlide, which keeps its handle until an error or a fork.
 
-    It places regions in whole level-0 pixels; where the downsample is not a whole number, it interpolates over an
-    offset of at most half a level-0 pixel.
+    OpenSlide places regions in whole level-0 pixels; where the downsample is not a whole number, it interpolates
+    over an offset of at most half a level-0 pixel.
     """
 
     def __init__(self, path: Path, mpp: float | None, cache_bytes: int) -> None:

@@ -1,7 +1,6 @@
 """Requests to a server, repeated while the reason of a failure may pass."""
 
 import errno
-import itertools
 import logging
 import os
 import re
@@ -36,7 +35,9 @@ _NO_ROUTE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNRE
 class RemoteError(OSError):
     """A server that cannot be read; its `errno` tells it from a corrupt file."""
 
-    errno = errno.EIO
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EIO
 
 
 class GivenUp(Exception):
@@ -110,29 +111,37 @@ class Retries:
         A 429 holds up all processes of this machine's user that ask the same server. The URL appears in messages, so
         it must be one without credentials. RemoteError if all retries failed; what cannot pass is raised as it comes.
         """
+        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+
         pause = SharedPause(urlsplit(url).netloc, self.longest_pause_s, self.pause_folder)
-        for retry in itertools.count(1):
+
+        def hold_up(state: RetryCallState) -> None:
             if remaining := pause.remaining_s():
                 self.sleep(remaining + self._jittered(self.first_wait_s))
-            try:
-                return request()
-            except Exception as error:
-                if not is_transient(error):
-                    raise
-                status, headers = answer(error)
-                is_limited = status == HTTPStatus.TOO_MANY_REQUESTS
-                asked = min(_asked_wait(status, headers), self.longest_pause_s)
-                doubled = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(retry - 1, 60))
-                seconds = asked + self._jittered(self.first_wait_s if asked else doubled)
-                # While a pause is in force every thread runs into it; one line tells of it.
-                is_news = not is_limited or pause.extend(seconds)
-                if retry > self.retries:
-                    advice = "set HF_TOKEN for a higher limit (Hugging Face)" if is_limited else "check the network"
-                    failure = f"'{url}' could not be read with {self.retries} retries ({reason(error)})"
-                    raise RemoteError(f"{failure}; {advice}, raise data.retries or train from a local copy") from error
-                values = url, reason(error), retry, self.retries, seconds
-                logger.log(logging.WARNING if is_news else logging.DEBUG, "%s: %s; retry %d of %d in %.1f s", *values)
-            self.sleep(seconds)
+
+        def wait(state: RetryCallState) -> float:
+            error, tried = state.outcome.exception(), state.attempt_number
+            status, headers = answer(error)
+            asked = min(_asked_wait(status, headers), self.longest_pause_s)
+            doubled = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(tried - 1, 60))
+            seconds = asked + self._jittered(self.first_wait_s if asked else doubled)
+            # While a pause is in force every thread runs into it; one line tells of it.
+            news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
+            if tried <= self.retries:
+                values = url, reason(error), tried, self.retries, seconds
+                logger.log(logging.WARNING if news else logging.DEBUG, "%s: %s; retry %d of %d in %.1f s", *values)
+            return seconds
+
+        def give_up(state: RetryCallState) -> None:
+            error = state.outcome.exception()
+            limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
+            advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
+            failure = f"'{url}' could not be read with {self.retries} retries ({reason(error)})"
+            raise RemoteError(f"{failure}; {advice}, raise data.retries or train from a local copy") from error
+
+        stop, retry = stop_after_attempt(self.retries + 1), retry_if_exception(is_transient)
+        hooks = {"before": hold_up, "retry_error_callback": give_up}
+        return Retrying(sleep=self.sleep, stop=stop, wait=wait, retry=retry, **hooks)(request)
 
     @staticmethod
     def _jittered(seconds: float) -> float:
