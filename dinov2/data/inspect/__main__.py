@@ -130,7 +130,7 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
             continue
         for row, data in enumerate(images):
             kind = "raw" if shard.raw_size else image_format(data)
-            kinds[kind.lower() if kind else "neither PNG nor JPEG"] += 1
+            kinds[kind.lower() or "unknown"] += 1
             try:
                 height, width, _ = decode_image(data, shard.raw_size).shape
                 sizes[f"{width}x{height}"] += 1
