@@ -58,16 +58,20 @@ class Training:
 
 def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
     """Read all footers, some images, and slide names where footers do not tell them; raises as `open_storage`."""
-    storage = open_storage(dataset)
+    storage = open_storage(dataset, train_only=True)
     files = storage.list_files()
     found = footer.read_footers(storage, files, partial(footer.describe_shard, storage))
     shards = [item for item in found if isinstance(item, Shard)]
+    beside = footer.Foreign if shards else ()  # the shards; alone they are what is wrong
     report: dict[str, Any] = {
         "place": storage.location,
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "unreadable": [item._asdict() for item in found if type(item) is footer.Unusable],
-        "wrong_schema": [item._asdict() for item in found if isinstance(item, footer.WrongSchema)],
+        "no_images": [item._asdict() for item in found if isinstance(item, beside)],
+        "wrong_schema": [
+            item._asdict() for item in found if isinstance(item, footer.WrongSchema) and not isinstance(item, beside)
+        ],
         "rows": sum(int(shard.rows.sum()) for shard in shards),
     }
     if report["rows"]:
@@ -124,7 +128,7 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
         try:
             with footer.as_corruption(), open_shard(storage, shard.file) as file:
                 batch = next(file.iter_batches(_SAMPLED_ROWS, [group], [shard.image], use_threads=False))
-                images = [value or b"" for value in batch[shard.image].to_pylist()]
+                images = [value or b"" for value in footer.image_values(batch, shard.image).to_pylist()]
         except footer.CorruptShard as error:
             corrupt.append(location | {"reason": str(error)})
             continue
@@ -319,7 +323,7 @@ def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The report as lines of text: what each is about, and what there is to say."""
     yield "dataset", report["place"]
     yield "files", f"{report['files']:,}, {_size(report['bytes'])}"
-    for kind in ("unreadable", "wrong_schema"):
+    for kind in ("unreadable", "no_images", "wrong_schema"):
         yield from ((f"  {kind.replace('_', ' ')}", f"{item['name']}: {item['reason']}") for item in report[kind])
     yield "rows", f"{report['rows']:,}"
     if report["rows"]:
