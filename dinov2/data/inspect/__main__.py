@@ -56,11 +56,11 @@ class Training:
     memory_gib: float = _option(16.0, 0, "most that the reader of one process may hold")
 
 
-def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
+def inspect_dataset(dataset: str, training: Training, image_column: str = "") -> dict[str, Any]:
     """Read all footers, some images, and slide names where footers do not tell them; raises as `open_storage`."""
     storage = open_storage(dataset, train_only=True)
     files = storage.list_files()
-    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage))
+    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage, named=image_column))
     shards = [item for item in found if isinstance(item, Shard)]
     beside = footer.Foreign if shards else ()  # the shards; alone they are what is wrong
     report: dict[str, Any] = {
@@ -289,6 +289,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help=NAMES)
     for option in fields(Training):
         parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
+    text = "name of the image column, where it is not a known one"
+    parser.add_argument("--image-column", metavar="NAME", default="", help=text)
     text = "write the report there as JSON, too; it must not exist; '-': JSON instead of text"
     parser.add_argument("--json", metavar="FILE", help=text)
     args = parser.parse_args(argv)
@@ -308,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         training = Training(**{option.name: getattr(args, option.name) for option in fields(Training)})
-        report = inspect_dataset(args.source, training)
+        report = inspect_dataset(args.source, training, args.image_column)
         text = json.dumps(report, indent=2) + "\n"
         lines = [f"{about:<16} {line}\n" for about, line in describe(report)]
         sys.stdout.writelines([text] if args.json == "-" else lines)

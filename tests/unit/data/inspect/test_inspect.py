@@ -279,7 +279,7 @@ def test_remote_datasets(
     (tmp_path / "z.parquet").write_bytes(b"PAR1")
     local = report(tmp_path)
     monkeypatch.setattr(
-        inspection, "open_storage", lambda dataset: RemoteFolder(tmp_path, f"remote://tiles@{'0' * 40}")
+        inspection, "open_storage", lambda *_, **__: RemoteFolder(tmp_path, f"remote://tiles@{'0' * 40}")
     )
     remote = report("org/name")
     assert remote["place"] == f"remote://tiles@{'0' * 40}"

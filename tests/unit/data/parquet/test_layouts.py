@@ -120,6 +120,12 @@ def test_inspect_and_repack_read_structs(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "new/a.parquet").equals(pq.read_table(folder / "a.parquet"))
 
 
+def test_inspect_takes_the_name_of_a_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", picture=IMAGES)
+    assert not inspect_dataset(str(path), Training(batch=2, ranks=1))["verdict"]["usable"]
+    assert inspect_dataset(str(path), Training(batch=2, ranks=1), "picture")["verdict"]["usable"]
+
+
 def test_webp_in_shards(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(tile(7)).save(buffer, "WEBP", lossless=True)
