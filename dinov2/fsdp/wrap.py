@@ -1,5 +1,7 @@
 """Shard a module with FSDP2 and move whole state dicts in and out of it."""
 
+from __future__ import annotations
+
 import functools
 import os
 import warnings
@@ -23,6 +25,7 @@ def shard(
     strategy: str,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
+    ranks_per_node: int | None = None,
     prefetch: int = 0,
 ) -> None:
     """Shard ``module`` in place; all ranks must call. The parameters stay fp32 between steps.
@@ -33,17 +36,18 @@ def shard(
     Args:
         units: submodules gathered one at a time (the transformer blocks), in the order in which they run.
         strategy: ``SHARD_GRAD_OP`` keeps gathered parameters until the backward, ``FULL_SHARD`` gathers those of
-            the units again, ``NO_SHARD`` replicates. ``HYBRID_SHARD`` shards among torchrun's ranks of a node as
+            the units again, ``NO_SHARD`` replicates. ``HYBRID_SHARD`` shards among the ranks of a node as
             ``SHARD_GRAD_OP`` and replicates over nodes: only gradients travel between nodes.
         param_dtype: dtype in which parameters are gathered and multiplied. The module's inputs keep theirs: the
             residual stream stays fp32 and autocast rounds at each product.
         reduce_dtype: dtype of the gradient average over ranks.
+        ranks_per_node: for ``HYBRID_SHARD``, a divisor of the number of ranks; by default torchrun's.
         prefetch: units gathered ahead of the one that runs, in forward and backward, each holding its gathered
             parameters meanwhile; 0 leaves the order to FSDP, whose host thread gathers one ahead.
     """
     # It warns that views of a module's output must not be changed in place, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    mesh = _mesh(dist.group.WORLD, device.type, _mesh_shape(strategy))
+    mesh = _mesh(dist.group.WORLD, device.type, _mesh_shape(strategy, ranks_per_node))
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     units = list(units)
     for unit in units:
@@ -65,14 +69,14 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", get_global_size()))
 
 
-def _mesh_shape(strategy: str) -> tuple[int, ...]:
+def _mesh_shape(strategy: str, ranks_per_node: int | None) -> tuple[int, ...]:
     """``(shard,)`` or ``(replicate, shard)``."""
     world = get_global_size()
     if strategy == "NO_SHARD":
         return world, 1
     if strategy != "HYBRID_SHARD":
         return (world,)
-    ranks = local_world_size()
+    ranks = ranks_per_node or local_world_size()
     if world % ranks:
         raise ValueError(
             f"sharding_strategy = 'HYBRID_SHARD' has {world} ranks for nodes of {ranks}; start equally many on every "

@@ -98,9 +98,10 @@ def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, g
 class KDE(LossTerm):
     """`kde_loss` of each global view's class tokens, summed over the views."""
 
-    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "dino.kde_loss_weight"} | {
-        option: f"dino.kde_{option}" for option in ("kappa", "reference_sign", "gather", "ramp_epochs")
-    }
+    meta_keys: ClassVar[Mapping[str, str]] = {
+        "weight": "dino.kde_loss_weight", "kappa": "dino.kde_kappa", "reference_sign": "dino.kde_reference_sign",
+        "gather": "dino.kde_gather", "ramp_epochs": "dino.kde_ramp_epochs",
+    }  # fmt: skip
 
     @dataclass(frozen=True)
     class Options(LossTerm.Options):

@@ -80,12 +80,12 @@ def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | Tile
     """
     evaluation = config.evaluation
     tasks: dict[str, LabelledTiles | TileImages] = {}
-    for name, open_benchmark in BENCHMARKS.items():
-        root = getattr(evaluation, f"{name}_root")
+    roots = {"bach": evaluation.bach_root, "breakhis": evaluation.breakhis_root, "pcam": evaluation.pcam_root}
+    for name, root in roots.items():
         if root and not Path(root).is_dir():
             logger.warning("evaluation.%s_root = %r is no folder; this benchmark is left out.", name, root)
         elif root:
-            tasks[name] = open_benchmark(root)
+            tasks[name] = BENCHMARKS[name](root)
     for entry in evaluation.labelled:
         name = entry.name or Path(entry.path).name
         if name in tasks or name == HELD_OUT:

@@ -16,11 +16,11 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 def faults(file: Path | None, *overrides: str) -> list[str]:
-    """Faults of a configuration, which are few words each and come within a second."""
-    start = time.perf_counter()
+    """Faults of a configuration, which are few words each and come at once: none may hang."""
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         validate(load_config(file, [DATA, *overrides]), world_size=8)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 10
     assert all(len(fault) < 600 and fault.endswith((".", "?")) for fault in caught.value.faults)
     return caught.value.faults
 
