@@ -7,17 +7,19 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.source import Origin, Source, SourceRequest
+from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, SourceRequest
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
@@ -28,6 +30,8 @@ from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
 
 _SHARED_MEMORY = "/dev/shm"
+_CHECKED_ROWS, _CHECKED_AFTER_A_FAULT = 12, 256  # of each dataset, by a dry run ...
+_CHECKED_BYTES = 1 << 28  # ... and of their row groups, where those come over a network
 
 
 class Workload(Protocol):
@@ -188,6 +192,26 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
     return "\n".join(lines)
 
 
+def check_rows(config: Config, data: OpenData) -> list[str]:
+    """Decode some rows of each dataset, spread over its shards; return a line for each that has a corrupt one.
+
+    After a first fault many more are looked at, since a single one is what training replaces. ValueError, with a row as
+    it is stored, if none can be decoded, or more than one and more than ``data.max_corrupt_fraction``.
+    """
+    lines = []
+    for name, source in zip(data.names, data.sources, strict=True):
+        seen, faults = _find_faults(source, _CHECKED_ROWS)
+        if faults:
+            seen, faults = _find_faults(source, _CHECKED_AFTER_A_FAULT)
+        if not faults:
+            continue
+        found = f"dataset '{name}': {len(faults)} of {seen} rows looked at cannot be decoded, the first is {faults[0]}"
+        if len(faults) == seen or len(faults) > max(1, config.data.max_corrupt_fraction * seen):
+            raise ValueError(f"{found}.")
+        lines.append(f"  warning   {found}")
+    return lines
+
+
 def build_loader(
     config: Config, plan: Workload, data: OpenData, start_sample: int, order: dict[str, int], device: torch.device
 ) -> TrainLoader:
@@ -210,6 +234,31 @@ def build_loader(
         pin_memory=device.type == "cuda",
         max_corrupt_fraction=config.data.max_corrupt_fraction,
     )
+
+
+def _find_faults(source: Source, count: int) -> tuple[int, list[str]]:
+    """Decode so many rows, evenly spread; give how many were read, and name those that cannot be decoded."""
+    if _is_endless(source):
+        located = source.order(seed=0, lanes=1, block_rows=1).locate(np.arange(count))
+        groups, rows = located.group, located.row
+    else:
+        chosen = np.unique(np.linspace(0, source.num_rows - 1, count).astype(np.int64))
+        ends = np.cumsum(source.group_rows)
+        groups = np.searchsorted(ends, chosen, side="right")
+        rows = chosen - ends[groups] + source.group_rows[groups]
+    seen, fetched, faults = 0, 0, []
+    for group, found in groupby(zip(groups.tolist(), rows.tolist(), strict=True), key=itemgetter(0)):
+        wanted = [row for _, row in found]
+        fetched += int(source.group_bytes[group])
+        if source.is_remote and seen and fetched > _CHECKED_BYTES:
+            break
+        seen += len(wanted)
+        for row, (slide, stored) in zip(wanted, source.read(group, wanted), strict=True):
+            try:
+                source.decode(EncodedSample(0, group, row, slide, stored))
+            except DecodeError as error:
+                faults.append(f"{source.describe(group, row)}: {error}")
+    return seen, faults
 
 
 def _datasets(config: Config) -> tuple[DatasetConfig, ...]:

@@ -92,6 +92,7 @@ class DataConfig:
     path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
     kind: str = key("auto", "parquet, sample_list, slides or a further one; auto: as it is recognised", **_KIND)
     revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
+    image_column: str = key("", "of Parquet shards, where images are in one of another name than those in data.md")
     datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dinov2.build.augmentation import device_batches
-from dinov2.build.data import build_loader, describe_stream, open_data, order_parameters
+from dinov2.build.data import build_loader, check_rows, describe_stream, open_data, order_parameters
 from dinov2.build.networks import load_starting_weights, starting_weights
 from dinov2.configs import Config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
@@ -233,7 +233,7 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
 
 
 def dry_run(config: Config, world_size: int) -> str:
-    """Check configuration and data, and describe the plan without allocating weights."""
+    """Check configuration and data, some rows of which are decoded; describe the plan without allocating weights."""
     validate(config, world_size)
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
@@ -245,6 +245,7 @@ def dry_run(config: Config, world_size: int) -> str:
     plan = make_plan(config, world_size, resolve_batch(config, memory, gpu.memory) * world_size)
     data = open_data(config)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
+    stream = "\n".join([stream, *check_rows(config, data)])
     open_tasks(config, data)
     starting_weights(config)
     return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"

@@ -56,18 +56,22 @@ class Training:
     memory_gib: float = _option(16.0, 0, "most that the reader of one process may hold")
 
 
-def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
+def inspect_dataset(dataset: str, training: Training, image_column: str = "") -> dict[str, Any]:
     """Read all footers, some images, and slide names where footers do not tell them; raises as `open_storage`."""
-    storage = open_storage(dataset)
+    storage = open_storage(dataset, train_only=True)
     files = storage.list_files()
-    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage))
+    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage, named=image_column))
     shards = [item for item in found if isinstance(item, Shard)]
+    beside = footer.Foreign if shards else ()  # the shards; alone they are what is wrong
     report: dict[str, Any] = {
         "place": storage.location,
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "unreadable": [item._asdict() for item in found if type(item) is footer.Unusable],
-        "wrong_schema": [item._asdict() for item in found if isinstance(item, footer.WrongSchema)],
+        "no_images": [item._asdict() for item in found if isinstance(item, beside)],
+        "wrong_schema": [
+            item._asdict() for item in found if isinstance(item, footer.WrongSchema) and not isinstance(item, beside)
+        ],
         "rows": sum(int(shard.rows.sum()) for shard in shards),
     }
     if report["rows"]:
@@ -124,13 +128,13 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
         try:
             with footer.as_corruption(), open_shard(storage, shard.file) as file:
                 batch = next(file.iter_batches(_SAMPLED_ROWS, [group], [shard.image], use_threads=False))
-                images = [value or b"" for value in batch[shard.image].to_pylist()]
+                images = [value or b"" for value in footer.image_values(batch, shard.image).to_pylist()]
         except footer.CorruptShard as error:
             corrupt.append(location | {"reason": str(error)})
             continue
         for row, data in enumerate(images):
             kind = "raw" if shard.raw_size else image_format(data)
-            kinds[kind.lower() if kind else "neither PNG nor JPEG"] += 1
+            kinds[kind.lower() or "unknown"] += 1
             try:
                 height, width, _ = decode_image(data, shard.raw_size).shape
                 sizes[f"{width}x{height}"] += 1
@@ -285,6 +289,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help=NAMES)
     for option in fields(Training):
         parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
+    text = "name of the image column, where it is not a known one"
+    parser.add_argument("--image-column", metavar="NAME", default="", help=text)
     text = "write the report there as JSON, too; it must not exist; '-': JSON instead of text"
     parser.add_argument("--json", metavar="FILE", help=text)
     args = parser.parse_args(argv)
@@ -304,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         training = Training(**{option.name: getattr(args, option.name) for option in fields(Training)})
-        report = inspect_dataset(args.source, training)
+        report = inspect_dataset(args.source, training, args.image_column)
         text = json.dumps(report, indent=2) + "\n"
         lines = [f"{about:<16} {line}\n" for about, line in describe(report)]
         sys.stdout.writelines([text] if args.json == "-" else lines)
@@ -319,7 +325,7 @@ def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The report as lines of text: what each is about, and what there is to say."""
     yield "dataset", report["place"]
     yield "files", f"{report['files']:,}, {_size(report['bytes'])}"
-    for kind in ("unreadable", "wrong_schema"):
+    for kind in ("unreadable", "no_images", "wrong_schema"):
         yield from ((f"  {kind.replace('_', ' ')}", f"{item['name']}: {item['reason']}") for item in report[kind])
     yield "rows", f"{report['rows']:,}"
     if report["rows"]:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dinov2.data.storage.train_split import CARD, find_train_files
+
 
 class StoredFile(NamedTuple):
     """One file of a dataset: its name below the dataset's location, its bytes, and what changes when they do."""
@@ -14,6 +16,11 @@ class StoredFile(NamedTuple):
     name: str
     size: int
     version: str
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is a Parquet one by its name."""
+    return name.lower().endswith((".parquet", ".pq"))
 
 
 class Storage(Protocol):
@@ -32,13 +39,18 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """The Parquet files of a folder (with its subfolders), of a glob, or one file, as a `Storage`; no hidden ones."""
+    """The Parquet files of a folder (with its subfolders), of a glob, or one file, as a `Storage`; no hidden ones.
 
-    def __init__(self, pattern: str) -> None:
+    With ``train_only`` a folder's are those of its training split, as `find_train_files` tells them.
+    """
+
+    def __init__(self, pattern: str, train_only: bool = False) -> None:
         self.pattern = pattern  # as the user named it
         path = os.path.expanduser(pattern)
-        if os.path.isdir(path):
-            self.location, self._inside = path, "**/*.parquet"
+        self._is_folder = os.path.isdir(path)
+        self._train_only = train_only and self._is_folder
+        if self._is_folder:
+            self.location, self._inside = path, "**/*"
         elif os.path.isfile(path):
             self.location, self._inside = os.path.dirname(path), glob.escape(os.path.basename(path))
         elif glob.has_magic(path):
@@ -51,7 +63,12 @@ class LocalStorage:
     def list_files(self) -> list[StoredFile]:
         """List files by name; see `Storage`."""
         found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
-        names = sorted(name for name in found if os.path.isfile(self.locate(name)))
+        shards = filter(is_shard, found) if self._is_folder else found
+        names = sorted(name for name in shards if os.path.isfile(self.locate(name)))
+        if self._train_only:
+            card = Path(self.locate(CARD))
+            text = card.read_text(errors="replace") if card.is_file() else ""
+            names = find_train_files(self.pattern, names, text, f"{self.pattern}/**/*.parquet")
         if not names:
             raise no_files(self.pattern)
         stats = [os.stat(self.locate(name)) for name in names]

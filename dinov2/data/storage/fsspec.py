@@ -16,16 +16,15 @@ from glob import has_magic
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from dinov2.data.storage.base import StoredFile, no_files, public_name
+from dinov2.data.storage.base import StoredFile, is_shard, no_files, public_name
 from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
-from dinov2.data.storage.train_split import find_train_files
+from dinov2.data.storage.train_split import CARD, find_train_files
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
 _VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONNECTIONS, _LISTING_THREADS = 64, 16  # of one process; botocore's own 10 connections would make readers wait
 _FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")  # stores that list a folder with its subfolders at once
-_CARD = "README.md"
 _Result = TypeVar("_Result")
 
 
@@ -66,13 +65,15 @@ class RemoteStorage:
 class ObjectStorage(RemoteStorage):
     """The Parquet files of a folder (with its subfolders), of a glob, or one .parquet file.
 
+    With ``train_only`` a folder's are those of its training split, as `find_train_files` tells them.
     Endpoints and credentials are those of the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
     ValueError if the scheme of the URL is unknown, ImportError if the package for it is not installed.
     """
 
-    def __init__(self, url: str, retries: Retries) -> None:
+    def __init__(self, url: str, retries: Retries, train_only: bool = False) -> None:
         self._url, self._retries = url.rstrip("/"), retries
         self._folder = _folder_of(self._url)
+        self._train_only = train_only and self._folder == self._url
         self.location = public_name(self._url)
         self._filesystem()
 
@@ -84,6 +85,12 @@ class ObjectStorage(RemoteStorage):
         found = self._ask(self.location, partial(self._find, fs, folder, pattern), self.location)
         inside = len(folder.rstrip("/")) + 1
         names = {path[inside:]: found[path] for path in _select(found, pattern, inside)}
+        if self._train_only:
+            stored = found.get(f"{folder.rstrip('/')}/{CARD}")
+            size = self._describe(CARD, stored).size if stored else 0
+            card = self.read_range(CARD, 0, size).decode(errors="replace")
+            chosen = find_train_files(self.location, list(names), card, f"{self.location}/**/*.parquet")
+            names = {name: names[name] for name in chosen}
         if not names:
             raise no_files(self.location)
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
@@ -98,7 +105,7 @@ class ObjectStorage(RemoteStorage):
 
     def _find(self, fs: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
         """Files at and below a folder, by path."""
-        if pattern.endswith(".parquet") and not has_magic(pattern):
+        if is_shard(pattern) and not has_magic(pattern):
             info = fs.info(pattern)
             if info["type"] == "file":
                 return {pattern: info}
@@ -160,7 +167,7 @@ class HubStorage(RemoteStorage):
         tree = {file.path: file for file in self._tree()}
         shards = _select(tree, self._path)
         if not self._path:
-            card = self.read_range(_CARD, 0, tree[_CARD].size if _CARD in tree else 0).decode(errors="replace")
+            card = self.read_range(CARD, 0, tree[CARD].size if CARD in tree else 0).decode(errors="replace")
             shards = find_train_files(self._repo, shards, card)
         if not shards:
             raise no_files(self.location)
@@ -242,7 +249,7 @@ def _endpoint() -> str:
 def _folder_of(path: str) -> str:
     """The folder that names are relative to: the path itself, or what stands before a glob or a .parquet."""
     parts = path.split("/")
-    ends = (i for i, part in enumerate(parts) if has_magic(part) or part.endswith(".parquet"))
+    ends = (i for i, part in enumerate(parts) if has_magic(part) or is_shard(part))
     return "/".join(parts[: next(ends, len(parts))])
 
 
@@ -252,7 +259,7 @@ def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
 
     folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
     chosen = re.compile(glob_translate(pattern) if has_magic(pattern) else folder if pattern else ".*")
-    shards = (path for path in paths if path.endswith(".parquet") and "/." not in f"/{path[inside:]}")
+    shards = (path for path in paths if is_shard(path) and "/." not in f"/{path[inside:]}")
     return sorted(filter(chosen.fullmatch, shards))
 
 

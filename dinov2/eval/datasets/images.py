@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, image_format, origins_of
+from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, origins_of
 
 logger = logging.getLogger("dinov2")
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".j2k"})
 
 
 class UnreadableImage(ValueError):
@@ -70,14 +69,10 @@ class ImageFiles:
         return str(self.root / self.names[index])
 
     def read(self, index: int) -> np.ndarray:
-        """Decode the file: PNG and JPEG as in training, the rest by Pillow."""
+        """Decode the file, as in training."""
         try:
-            path = self.root / self.names[index]
-            if image_format(data := path.read_bytes()):
-                return decode_image(data)
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for corrupt files
+            return decode_image((self.root / self.names[index]).read_bytes())
+        except (OSError, DecodeError) as error:
             raise UnreadableImage(f"Image '{self.name(index)}' cannot be read: {error}.") from error
 
 

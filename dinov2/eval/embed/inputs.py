@@ -33,7 +33,7 @@ from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, 
 _EITHER = IMAGE_SUFFIXES & SLIDE_SUFFIXES
 _ENDINGS = {
     "images": IMAGE_SUFFIXES - _EITHER,
-    "parquet": {".parquet"},
+    "parquet": {".parquet", ".pq"},
     "slides": (SLIDE_SUFFIXES - _EITHER) | {".txt", ".csv"},
 }
 KINDS = tuple(_ENDINGS)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from dinov2.data.source import EncodedSample, SourceRequest, decode_image
 from dinov2.train.plan.plan import make_plan
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
-from tests.helpers.shards import write_dataset
+from tests.helpers.shards import encode, tile, write_dataset, write_published
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +262,36 @@ def test_patients_of_a_column_are_kept_for_validation_whole(shards: Path, tmp_pa
     assert 0 < len(held) < 7
     assert data.held_out[0].num_rows == sum(name in held for name in rows)
     assert data.source.num_rows == sum(name not in held for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "verdict"),
+    [
+        (8, 0, "fine"),
+        (40, 1, "warned"),  # training replaces it
+        (40, 2, "refused"),
+        (0, 1, "refused"),
+        (0, 300, "refused"),
+    ],
+)
+def test_rows_are_decoded_before_a_run_is_approved(tmp_path: Path, good: int, bad: int, verdict: str) -> None:
+    rows = [encode(tile(number), "png") for number in range(good)] + [b"GIF89a"] * bad
+    write_published(tmp_path / "set/a.parquet", rows)
+    config = load_config(None, [*TINY, f"data.path={tmp_path / 'set'}"])
+    first_bad = f"row {good % 4} of row group {good // 4} of shard '{tmp_path}/set/a.parquet'"
+    if verdict == "refused":
+        with pytest.raises(ValueError, match=re.escape(first_bad)):
+            stream.check_rows(config, open_data(config))
+    else:
+        lines = stream.check_rows(config, open_data(config))
+        assert len(lines) == (verdict == "warned")
+        assert all(first_bad in line for line in lines)
+
+
+def test_each_dataset_of_a_mixture_is_decoded(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "good", [9, 0, 4])
+    write_published(tmp_path / "bad/a.parquet", [b"GIF89a"] * 3)
+    mixture = f"data.datasets=[{{path: {tmp_path}/good, weight: 1000}}, {{path: {tmp_path}/bad}}]"
+    config = load_config(None, [*TINY, mixture])
+    with pytest.raises(ValueError, match="3 of 3 rows"):
+        stream.check_rows(config, open_data(config))
