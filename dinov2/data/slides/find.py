@@ -15,6 +15,7 @@ from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number, read_
 logger = logging.getLogger(__name__)
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
+SLIDE_SUFFIXES |= {".btf", ".czi", ".qptiff"}
 
 
 @dataclass(frozen=True, order=True)

@@ -37,6 +37,7 @@ ADDED = {
     "mpp_source": pa.string(),
     "read_size": pa.int32(),
     "tissue_frac": pa.float32(),
+    "level_mpp": pa.float32(),
 }
 
 
