@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -198,11 +199,12 @@ def _open(path: Path | str, mpp: float | None, cache_bytes: int) -> "TileReader 
         reasons.append(error.reason)
     if is_remote(path):
         raise UnsupportedTiles(path, "; ".join(dict.fromkeys(reasons)))
-    for reader in (lambda: OpenSlideReader(path, mpp, cache_bytes), lambda: ImageReader(path, mpp)):
-        try:
-            return reader()
-        except UnsupportedTiles as error:
-            reasons.append(error.reason)
+    try:
+        return OpenSlideReader(path, mpp, cache_bytes)  # before images, since MIRAX begins as a JPEG image does
+    except UnsupportedTiles as error:
+        reasons.append(error.reason)
+    with suppress(UnsupportedTiles):
+        return ImageReader(path, mpp)
     accepted = "a TIFF pyramid, a format of OpenSlide's, or one image in PNG, JPEG or JPEG 2000 is expected"
     raise SlideOpenError(path, f"{'; '.join(dict.fromkeys(reasons))}; {accepted}")
 

@@ -114,3 +114,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match=r"The folder '.*locked' cannot be listed"):
         find_slides(tmp_path)
+
+
+def test_an_image_is_a_slide_where_it_is_named_and_not_where_a_folder_is_searched(tmp_path: Path) -> None:
+    for name in ("a.png", "b.svs", "c.czi"):
+        (tmp_path / name).touch()
+    assert [Path(row.path).name for row in find_slides(tmp_path).slides] == ["b.svs", "c.czi"]
+    assert [Path(row.path).name for row in find_slides(tmp_path / "a.png").slides] == ["a.png"]
