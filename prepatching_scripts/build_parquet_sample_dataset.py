@@ -113,7 +113,7 @@ class Build:
         }
         self.identity = {
             **self.metadata,
-            "mpp": _digest(mpps) if any(mpps) else None,
+            "mpp": _digest({"given": mpps}) if any(mpps) else None,
             **({} if tolerance == MPP_TOLERANCE else {"mpp_tolerance": tolerance}),
             "rows_per_shard": per_shard,
             "shuffle_seed": seed,

@@ -65,7 +65,8 @@ class SlideListSource:
         self._mpp_tolerance = read_list_description(list_path).get("mpp_tolerance", mpp_tolerance)
         if self._samples.mpp is not None:
             self._mpp = self._given_mpp(mpp_file)
-            given = json.dumps(sorted(self._mpp.items())).encode()
+            # Marked, since at earlier commits a slide's own mpp counted more.
+            given = json.dumps(["given", sorted(self._mpp.items())] if self._mpp else []).encode()
             self.fingerprint += f"-{hashlib.blake2b(given, digest_size=8).hexdigest()}"
         self._open = lru_cache(_OPEN_SLIDES)(SlideReader)
 

@@ -277,7 +277,7 @@ class SlideTiles(TileInput):
             for row in rows
         ]
         self.fingerprint = _fingerprint(
-            [[name, row.mpp, *_file_state(row.path)] for name, row in zip(inside, rows, strict=True)]
+            [[name, row.mpp and [row.mpp], *_file_state(row.path)] for name, row in zip(inside, rows, strict=True)]
         )
         # Names that two slides share get a digest of the path behind them.
         stems = [PurePosixPath(public_name(path)).stem.lstrip("._") or "slide" for path in inside]
