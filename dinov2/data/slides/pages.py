@@ -52,6 +52,10 @@ class PageLevel(TileLevel):
             plane = number if len(self.pages) == 1 else 0
             planes.append(_decode(key, tile, (plane * rows + block.row) * columns + block.column))
         pixels = planes[0] if len(planes) == 1 else np.concatenate(planes[:3], axis=2)
+        whole = self.tile_height, self.tile_width
+        cropped = self.height - block.row * self.tile_height, self.width - block.column * self.tile_width
+        if any(side not in sides for side, *sides in zip(pixels.shape, whole, cropped, strict=False)):
+            raise ValueError(f"the tile decodes to {pixels.shape[1]} x {pixels.shape[0]} px")
         if int(self.pages[0].keyframe.photometric) == _WHITE_IS_0:
             pixels = 255 - pixels
         colours = pixels[..., : 3 if pixels.shape[2] >= 3 else 1]  # without alpha

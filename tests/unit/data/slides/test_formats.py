@@ -94,6 +94,18 @@ def test_tile_index_holds_new_codecs_and_finds_their_damage(tmp_path: Path, pict
         SlideReader(path).read_region(0, 0, 0, 100, 100)
 
 
+@pytest.mark.parametrize("width", [120, 136])
+def test_tile_of_another_size_is_refused(tmp_path: Path, picture: np.ndarray, width: int) -> None:
+    path, grey = tmp_path / "slide.tif", picture[..., 0]
+    tiles = [imagecodecs.jpeg8_encode(np.ascontiguousarray(grey[:128, : width if n == 1 else 128])) for n in range(4)]
+    tifffile.imwrite(path, iter(tiles), shape=(256, 256), dtype=np.uint8, compression="jpeg", tile=(128, 128),
+                     photometric="minisblack", metadata=None)  # fmt: skip
+    reader = SlideReader(path)
+    assert reader.read_region(0, 0, 0, 128, 128).shape == (128, 128, 3)
+    with pytest.raises(SlideReadError):
+        reader.read_region(0, 100, 0, 128, 128)
+
+
 def test_garbage_in_any_codec_is_an_error(tmp_path: Path, picture: np.ndarray) -> None:
     for codec in ("zstd", "lzw", "deflate", "webp", "png", "jpeg2000"):
         path = tmp_path / f"{codec}.tif"
