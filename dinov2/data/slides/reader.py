@@ -184,7 +184,7 @@ def _open(path: Path | str, mpp: float | None, cache_bytes: int) -> "TileReader 
     """Choose the fastest of the readers that read a slide rightly.
 
     With equal caches blocks that are decoded here give more tiles per second of CPU than OpenSlide in every codec
-    (JPEG 2000 at level 0 1.2 times as many, deflate 3 times; docs/data.md), so it reads only what they cannot.
+    (JPEG 2000 at level 0 1.2 times as many, deflate 3 times; docs/slides.md), so it reads only what they cannot.
     """
     try:
         return TileReader(index_slide(path, mpp), cache_bytes)
