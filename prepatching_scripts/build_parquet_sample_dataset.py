@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from dinov2.data.prepare import shard as parquet
 from dinov2.data.prepare.cut import Cutting, Encoding, Tiles
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.resolution import read_mpp_table
+from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
 from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
@@ -74,7 +74,12 @@ class Build:
             )
         table = read_mpp_table(args.mpp_file) if args.mpp_file else None
         given = [table.get(name) if table else None for name in samples.slides]
-        mpps = [args.mpp if mpp is None else mpp for mpp in given]
+        listed = drawn.get("slide_mpp") or {}
+        given = [args.mpp if mpp is None else mpp for mpp in given]
+        mpps = [listed.get(name) if mpp is None else mpp for name, mpp in zip(samples.slides, given, strict=True)]
+        if told := sum(mpp is not None for mpp in mpps):
+            logger.info("%d of %d slides have a given mpp, which counts in place of their own.", told, len(mpps))
+        tolerance = drawn.get("mpp_tolerance", MPP_TOLERANCE) if args.mpp_tolerance is None else args.mpp_tolerance
         try:
             drawn_by = drawn.get("rule") or asdict(TissueRule())
             rule = TissueRule(tuple(drawn_by["lower"]), tuple(drawn_by["upper"]), drawn_by["min_fraction"])
@@ -85,7 +90,7 @@ class Build:
         paths = [locate_slide(name, args.slide_root, list_path) for name in samples.slides]
         encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
         self.args, self.tiles = args, Tiles(samples, paths, mpps)
-        self.cutting = Cutting(encoding, rule, tile_size, args.max_slide_failures)
+        self.cutting = Cutting(encoding, rule, tile_size, tolerance, args.max_slide_failures)
         per_shard = args.rows_per_shard
         if args.shuffle:
             per_shard = per_shard or SHUFFLED_ROWS_PER_SHARD
@@ -108,7 +113,8 @@ class Build:
         }
         self.identity = {
             **self.metadata,
-            "mpp": _digest(mpps) if any(mpps) else None,
+            "mpp": _digest({"given": mpps}) if any(mpps) else None,
+            **({} if tolerance == MPP_TOLERANCE else {"mpp_tolerance": tolerance}),
             "rows_per_shard": per_shard,
             "shuffle_seed": seed,
             "max_slide_failures": args.max_slide_failures,
@@ -230,8 +236,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--jpeg-quality", type=int, default=95, metavar="1..100")
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
-    add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
+    add(
+        "--mpp",
+        type=float,
+        help="um per level-0 px of slides not in --mpp-file, in place of what they say",
+    )
     add_options(parser, "--mpp-file")
+    add_options(
+        parser, "--mpp-tolerance", default=None, help="of slides that are coarser than the list asks (as it was drawn)"
+    )
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
     add("--shuffle", action="store_true", help="mix the slides; takes the dataset's disk space twice")
     add("--seed", type=int, default=0, help="of --shuffle (0)")

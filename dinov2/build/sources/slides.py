@@ -60,7 +60,7 @@ class Slides:
         return OnlineTileSource(
             kept,
             cache,
-            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground),
+            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground, data.mpp_tolerance),
             seed=request.config.train.seed,
             slide_fraction=online.slide_fraction,
             max_tiles=online.max_patches,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from dinov2.data.slides.image import IMAGE_SUFFIXES
 from dinov2.data.slides.index import TileIndexes, is_tile_index
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number, read_csv
@@ -15,6 +16,7 @@ from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number, read_
 logger = logging.getLogger(__name__)
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
+SLIDE_SUFFIXES |= {".btf", ".czi", ".qptiff"}
 
 
 @dataclass(frozen=True, order=True)
@@ -61,7 +63,7 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
     elif not path.is_file():
         wanted = "a folder of slides, a text or .csv file of paths, or one slide is expected"
         raise FileNotFoundError(f"'{source}' does not exist; {wanted}.")
-    elif ending in SLIDE_SUFFIXES:
+    elif ending in SLIDE_SUFFIXES | IMAGE_SUFFIXES:
         rows = [_row(os.path.abspath(path))]
     elif ending == ".csv":
         rows = _read_table(path, weight_column)

@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tile-size", type=int, default=grid.tile_size, help="side of a tile in px (%(default)s)")
     add("--stride", type=int, help="px from tile to tile (the tile size)")
     add("--min-tissue", type=float, default=grid.min_tissue, help="least fraction of tissue (%(default)s)")
-    cli.add_options(slides, "--mpp-file")
+    cli.add_options(slides, "--mpp-file", "--mpp-tolerance")
     return parser.parse_args(argv)
 
 
@@ -91,7 +91,7 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     if args.format == "hdf5":
         import_h5py()
     stride = args.tile_size if args.stride is None else args.stride
-    grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue)
+    grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue, args.mpp_tolerance)
     location, target = Path(args.input).expanduser().resolve(), args.output.resolve()
     if location.is_dir() and target.is_relative_to(location):
         raise ValueError(
@@ -123,7 +123,10 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     }  # fmt: skip
     if source.kind == "slides":
         rule = TissueRule()
-        identity |= asdict(grid) | {"tissue_hsv": [rule.lower, rule.upper]}
+        chosen = asdict(grid)
+        if grid.mpp_tolerance == Grid.mpp_tolerance:  # which folders that were begun before it do not name
+            del chosen["mpp_tolerance"]
+        identity |= chosen | {"tissue_hsv": [rule.lower, rule.upper]}
     else:
         identity["rows_per_file"] = args.rows_per_file
     output = Output(args.output, args.format, stored, width, json.loads(json.dumps(identity)))
