@@ -166,13 +166,17 @@ def _network_faults(config: Config) -> Iterator[str]:
                     f"{side * bottleneck:,} weights; at most {_MOST_WEIGHTS:,} are accepted."
                 )
     weights = {
-        "MODEL.WEIGHTS": config.MODEL.WEIGHTS,
-        "student.pretrained_weights": config.student.pretrained_weights,
-        "train.use_pretrained": config.train.use_pretrained,
+        f"MODEL.WEIGHTS = {config.MODEL.WEIGHTS} (a teacher export with its heads)": config.MODEL.WEIGHTS,
+        f"student.pretrained_weights = {config.student.pretrained_weights} (a backbone)": (
+            config.student.pretrained_weights
+        ),
+        "train.use_pretrained = true (Meta's published backbone)": config.train.use_pretrained,
     }
-    named = [f"{key} = {value}" for key, value in weights.items() if value]
-    if len(named) > 1:
-        yield f"{' and '.join(named)} name different starting weights; use one."
+    if len(named := [what for what, given in weights.items() if given]) > 1:
+        yield (
+            f"{' and '.join(named)} are different weights to start from; keep one, and give the others as '' (paths) "
+            "or false."
+        )
 
 
 def _precision_faults(config: Config) -> Iterator[str]:

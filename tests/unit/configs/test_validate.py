@@ -38,7 +38,7 @@ DATA = "data.path=shards"
         (["crops.local_crops_scale=[0,0.3]"], r"crops.local_crops_scale"),
         (["augmentation.blur_kernel_size=4"], r"blur_kernel_size = 4 is not an odd"),
         (["augmentation.hed_prob=2"], r"augmentation.hed_prob = 2 "),
-        (["train.use_pretrained=true", "student.pretrained_weights=w.pth"], r"name different starting weights"),
+        (["train.use_pretrained=true", "student.pretrained_weights=w.pth"], r"use_pretrained.* different weights"),
         (["compute_precision.student.backbone.sharding_strategy=NO_SHARD"], r"set NO_SHARD for both"),
         (["compute_precision.student.dino_head.sharding_strategy=HYBRID_SHARD"], r"set HYBRID_SHARD for both"),
         (["dino.loss_weight=0", "ibot.loss_weight=0"], r"nothing to learn"),
