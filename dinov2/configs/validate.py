@@ -131,13 +131,7 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
     batch, optim, epoch = config.train.batch_size_per_gpu, config.optim, config.train.OFFICIAL_EPOCH_LENGTH
     if batch != "auto" and batch % 2:
         yield (f"train.batch_size_per_gpu = {batch} is odd; masks are stratified over pairs of images, so it is even.")
-    if optim.early_stop is not None and optim.early_stop > optim.epochs:
-        yield (
-            f"optim.early_stop = {optim.early_stop} is not in (0, optim.epochs = {optim.epochs}]; null means epochs."
-        )
-    if optim.warmup_epochs > optim.epochs:
-        yield f"optim.warmup_epochs = {optim.warmup_epochs} exceeds optim.epochs = {optim.epochs}."
-    steps = (optim.epochs if optim.early_stop is None else optim.early_stop) * epoch
+    steps = min(optim.epochs, optim.early_stop or optim.epochs) * epoch
     images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
     if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
         yield (
