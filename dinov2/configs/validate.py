@@ -129,17 +129,36 @@ def _online_faults(config: Config) -> Iterator[str]:
 
 def _step_faults(config: Config, world_size: int) -> Iterator[str]:
     batch, optim, epoch = config.train.batch_size_per_gpu, config.optim, config.train.OFFICIAL_EPOCH_LENGTH
-    if batch != "auto" and batch % 2:
-        yield (f"train.batch_size_per_gpu = {batch} is odd; masks are stratified over pairs of images, so it is even.")
-    steps = min(optim.epochs, optim.early_stop or optim.epochs) * epoch
-    images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
-    if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
-        yield (
-            f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH = "
-            f"{epoch} make {steps:g} steps; at least one is expected, and {_MOST_STEPS:,} at most."
-        )
+    if optim.epochs != "auto":
+        steps = min(optim.epochs, optim.early_stop or optim.epochs) * epoch
+        images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
+        if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
+            yield (
+                f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH "
+                f"= {epoch} make {steps:g} steps; at least one is expected, and {_MOST_STEPS:,} at most."
+            )
+    if batch == 1:
+        yield from _single_image_faults(config, world_size)
     if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0 and not config.losses:
         yield "dino.loss_weight = 0 and ibot.loss_weight = 0 without losses leave nothing to learn; set one above 0."
+
+
+def _single_image_faults(config: Config, world_size: int) -> Iterator[str]:
+    """Losses of one image per process that need another one beside it."""
+    one = "train.batch_size_per_gpu = 1"
+    for name in ("koleo", "kde"):
+        weight, gather = (getattr(config.dino, f"{name}_{key}") for key in ("loss_weight", "gather"))
+        if weight > 0 and not (gather and world_size > 1):
+            remedy = f", or dino.{name}_gather = true" if world_size > 1 else ""
+            yield (
+                f"dino.{name}_loss_weight = {weight} needs another image to spread the class tokens from, while {one}; "
+                f"set it to 0{remedy}."
+            )
+    if config.train.centering == "sinkhorn_knopp" and world_size == 1:
+        yield (
+            f"train.centering = sinkhorn_knopp shares prototypes out over the images of a batch, while {one} in one "
+            "process, where the targets would tell nothing apart; set it to centering."
+        )
 
 
 def _range_faults(config: Config) -> Iterator[str]:
