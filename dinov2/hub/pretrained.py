@@ -78,10 +78,8 @@ def read_checkpoint(name: str) -> Any:
         path = local_weights(name)
         if not path.name.endswith(INDEX):
             return _read(path)
-        split = json.loads(path.read_text())["weight_map"]
-        return {
-            key: value for file in sorted(set(split.values())) for key, value in _read(path.with_name(file)).items()
-        }
+        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {key: value for part in parts for key, value in _read(path.with_name(part)).items()}
     except Exception as error:  # torch.load raises whatever the corrupt bytes lead to
         # What follows torch's first sentence is advice to load the file without its safeguard.
         detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
@@ -124,7 +122,6 @@ def backbone_prefix(state: Mapping[str, Tensor]) -> str | None:
     tokens = [key for key in state if key.rpartition(".")[2] == "cls_token"]
     prefixes = dict.fromkeys(key.removesuffix("cls_token").removesuffix("embeddings.") for key in tokens)
     whole = [p for p in prefixes if f"{p}patch_embed.proj.weight" in state or f"{p}embeddings.cls_token" in state]
-
     return min(whole or prefixes, key=_rank, default=None)
 
 
@@ -156,8 +153,9 @@ def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
 def head_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
     """The head of a name (``dino_head``, ``ibot_head``) beside the backbone of a checkpoint; empty without one."""
     state = tensors_of(checkpoint)
-    beside = f"{(backbone_prefix(state) or '').removesuffix('backbone.')}{name}."
-    return {key.removeprefix(beside): value for key, value in state.items() if key.startswith(beside)}
+    found = [re.match(rf"(.*\.)?{name}\.", key) for key in state]
+    beside = min((match[0] for match in found if match), key=_rank, default=None)
+    return {key.removeprefix(beside): value for key, value in state.items() if beside and key.startswith(beside)}
 
 
 def layout(state: Mapping[str, Tensor]) -> str:

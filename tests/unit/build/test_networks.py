@@ -47,6 +47,16 @@ def test_what_is_taken_from_an_export(key: str, positions: bool, export: tuple[P
         assert torch.equal(value, start[name] if kept else trained.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("wrapped", [{}, {"student": None}], ids=["teacher", "student before it"])
+def test_a_backbone_that_is_no_vit(wrapped: dict, tmp_path: Path):
+    overrides = ("student.arch=tests.helpers.toys:Patches", f"MODEL.WEIGHTS={tmp_path / 'teacher.pth'}")
+    trained, other, fresh = (network(tiny(*overrides), seed) for seed in (1, 2, 3))
+    saved = {name: other.state_dict() for name in wrapped} | {"teacher": trained.state_dict()}
+    torch.save(saved, tmp_path / "teacher.pth")
+    load_starting_weights(fresh, tiny(*overrides))
+    torch.testing.assert_close(fresh.state_dict(), trained.state_dict(), rtol=0, atol=0)
+
+
 def test_a_folder_of_transformers(tmp_path: Path):
     config = tiny(f"student.pretrained_weights={tmp_path}")
     trained, fresh = network(config, 1), network(config, 2)
