@@ -48,6 +48,22 @@ logger = logging.getLogger("build_parquet_sample_dataset")
 DESCRIPTION = "_build.json"
 SHUFFLED_ROWS_PER_SHARD = 20_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Options of OpenMidnight's command that decide nothing here, without and with a value; then those that are refused.
+_FLAGS = {
+    "--keep-order": "rows are in the order of the list, slide by slide, unless --shuffle is given",
+    "--shuffle-tasks": "the order in which shards are written does not matter; --shuffle mixes the slides",
+    "--resume": "the same command always goes on where it was stopped",
+}
+_SETTINGS = {
+    "--start-method": "workers are started as the platform needs it",
+    "--max-open-slides": "each worker opens one slide at a time",
+    "--log-level": "progress and failures are always told",
+}
+_ELSEWHERE = {
+    "--mode": "nothing is overwritten or added to; give --output a new folder",
+    "--task-chunk-size": "--rows-per-shard is the size of a shard",
+    "--parquet-compression": "images are compressed already; python -m dinov2.data.repack --compression does the rest",
+}
 _FAILURE = {"slide_path", "x", "y", "level", "reason"}
 
 
@@ -224,12 +240,32 @@ def _refuse_foreign_report(path: Path) -> None:
         raise FileExistsError(f"'{path}' was not made by this command; give another --output or move it away.")
 
 
+def _check_openmidnights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Take the list by either name, and say what has the place of options that OpenMidnight's command has."""
+    if (args.sample_list is None) == (args.spec_file is None):
+        parser.error("give the sample list once, as SAMPLE_LIST or by --spec-file")
+    args.sample_list = args.sample_list or args.spec_file
+    given = {option: getattr(args, option[2:].replace("-", "_")) for option in (*_FLAGS, *_SETTINGS, *_ELSEWHERE)}
+    for option, instead in _ELSEWHERE.items():
+        if given[option] not in (None, "none"):  # as no compression is told
+            parser.error(f"{option} {given[option]} is not available: {instead}")
+    for option, instead in (_FLAGS | _SETTINGS).items():
+        if given[option]:
+            logger.warning("%s has no effect: %s.", option, instead)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("sample_list", type=Path, help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them")
-    add("--output", type=Path, required=True, help="folder of the shards")
+    add(
+        "sample_list",
+        type=Path,
+        nargs="?",
+        help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them",
+    )
+    add("--spec-file", type=Path, help="the same")
+    add("--output", "--output-dir", type=Path, required=True, help="folder of the shards")
     add("--slide-root", type=Path, help="folder that holds the listed slides, if they have moved")
     add("--columns", type=int, choices=(4, 6), help="of a list without a .meta.json (4)")
     add("--encoding", choices=("png", "jpeg", "raw"), default="png")
@@ -254,7 +290,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_options(parser, "--workers")
     add("--max-slide-failures", type=int, default=100, help="undecodable tiles that give a slide up (100)")
     add("--max-failed-share", type=float, default=0.01, help="exit 1 if more tiles fail (0.01)")
+    for option in (*_FLAGS, *_SETTINGS, *_ELSEWHERE):
+        add(option, help=argparse.SUPPRESS, **({"action": "store_true"} if option in _FLAGS else {}))
     args = parser.parse_args(argv)
+    _check_openmidnights(parser, args)
     for name in ("tile_size", "rows_per_shard", "jpeg_quality", "num_parts", "max_slide_failures"):
         value = getattr(args, name)
         if value is not None and value < 1:

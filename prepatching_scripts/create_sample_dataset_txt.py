@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -164,6 +165,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add_options(parser, "--workers")
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.error(
+            "name the slides and the list, as in: create_sample_dataset_txt.py /data/TCGA --output sample_dataset.txt "
+            "(data_root, output_filename, patch_size and min_ratio of OpenMidnight's script are SLIDES, --output, "
+            "--tile-size and --min-tissue)"
+        )
     args = parser.parse_args(argv)
     for name in ("per_level", "per_mpp", "per_slide", "tile_size"):
         value = getattr(args, name)

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
@@ -30,6 +30,7 @@ from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
 
 _SHARED_MEMORY = "/dev/shm"
+_ABSURD_PASSES = 300
 _CHECKED_ROWS, _CHECKED_AFTER_A_FAULT = 12, 256  # of each dataset, by a dry run ...
 _CHECKED_BYTES = 1 << 28  # ... and of their row groups, where those come over a network
 
@@ -58,6 +59,11 @@ class OpenData:
     def source(self) -> Source:
         """All rows to train on."""
         return make_source(self.sources)
+
+    @property
+    def num_tiles(self) -> int | None:
+        """Number of their rows; None where they are drawn without end."""
+        return None if _is_endless(self.source) else self.source.num_rows
 
     def order(self, seed: int, lanes: int, block_rows: int) -> SampleOrder:
         """Their order."""
@@ -177,6 +183,7 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
             f"{source.group_rows.max()} rows",
             *(f"  {line}" for line in describe_fractions(sample_order, data.names)),
         ]
+        lines += [f"  warning   {line}" for line in _absurd_passes(plan, data)]
     lines += [f"  {line}" for line in data.report]
     held = f"{stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches"
     lines.append(f"  memory    up to {held} on each process")
@@ -190,6 +197,17 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
                 "raise it (docker run --shm-size) or lower train.num_workers or train.prefetch_factor"
             )
     return "\n".join(lines)
+
+
+def _absurd_passes(plan: Workload, data: OpenData) -> Iterator[str]:
+    """A sentence for each dataset that is seen so often that a student learns it by heart."""
+    for name, weight, source in zip(data.names, data.weights, data.sources, strict=True):
+        passes = plan.total_images * weight / sum(data.weights) / source.num_rows
+        if passes > _ABSURD_PASSES:
+            yield (
+                f"dataset '{name}': {passes:,.0f} passes over its {source.num_rows:,} tiles teach little more than "
+                "some hundred; optim.epochs = auto makes 100 at most"
+            )
 
 
 def check_rows(config: Config, data: OpenData) -> list[str]:

@@ -128,12 +128,12 @@ class OnlineConfig:
 class TrainConfig:
     """Batch, steps, checkpoints."""
 
-    batch_size_per_gpu: int | Auto = key(64, "images per process, even; auto: what the GPU holds", least=2, most=1e6)
+    batch_size_per_gpu: int | Auto = key(64, "images per process; auto: what the GPU holds", least=1, most=1e6)
     output_dir: str = key(".", "the run's folder where --output-dir is not given")
     seed: int = key(0, "of everything random", least=0, most=2**64 - 1)
     num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
     prefetch_factor: int = key(4, "batches that each worker prepares ahead", least=1, most=1024)
-    OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules", least=1, most=1e9)
+    OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules; not with epochs: auto", least=1, most=1e9)
     centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "teacher targets; centering: running mean")
     use_pretrained: bool = key(False, "start from Meta's published DINOv2 weights of this architecture")
     unfreeze_last_n_blocks: int = key(0, "n > 0: only the last n blocks, final norm and heads learn", **_TO_1000)
@@ -226,8 +226,8 @@ class StudentConfig:
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
     layerscale: float = key(1.0e-05, "initial gain of each residual branch", **_TO_1000)
     drop_path_uniform: bool = key(True, "false: the rate grows linearly from 0 in the first block")
-    pretrained_weights: str = key("", "path or URL of backbone weights to start from")
-    pretrained_pos_embed: bool = key(True, "take their position grid; false: start from noise")
+    pretrained_weights: str = key("", "backbone weights to start from: file, folder, hub id (org/name) or URL")
+    pretrained_pos_embed: bool = key(True, "take the position grid of weights to start from; false: noise")
     ffn_layer: FfnLayer = key("mlp", "swiglufused: two thirds as wide, as published")
     qkv_bias: bool = key(True, "bias of queries, keys and values")
     proj_bias: bool = key(True, "bias of the attention's output")
@@ -253,7 +253,9 @@ class TeacherConfig:
 class OptimConfig:
     """AdamW, its schedules and parameter groups. Epochs are of ``train.OFFICIAL_EPOCH_LENGTH`` steps."""
 
-    epochs: float = key(100.0, "span of the schedules, and of training", above=0, most=1e9)
+    epochs: float | Auto = key(
+        100.0, "span of the schedules and of training; auto: 100, by the number of tiles", above=0, most=1e9
+    )
     early_stop: float | None = key(None, "training ends here, same schedules; null: optim.epochs", above=0, most=1e9)
     weight_decay: float = key(0.04, "at the start of its cosine", **_TO_1000)
     weight_decay_end: float = key(0.4, "at the end", **_TO_1000)

@@ -84,7 +84,7 @@ _COLOUR = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
 _COLOUR["help"] = "to normalise images with (default: as trained, else ImageNet's)"
 # One name for each option, its older spellings in single commands, which stay valid, and what argparse is told of it.
 _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--checkpoint": ((), {"required": True, "help": "teacher: a file or URL that dinov2.hub.load_teacher opens"}),
+    "--checkpoint": ((), {"required": True, "help": "teacher: what dinov2.hub.load_teacher opens"}),
     "--pooling": (("--output-tokens", "--embedding"), {
         "choices": ("cls", "cls_mean"), "default": "cls",
         "help": "class token, or followed by the mean patch token (%(default)s)",

@@ -37,6 +37,12 @@ def described(shards: Path, *overrides: str) -> str:
     return stream.describe_stream(config, plan, data, stream.order_parameters(config, plan, data))
 
 
+def test_absurd_passes_are_warned_of(shards: Path) -> None:
+    # 90 tiles; an epoch is 32 images.
+    assert "warning   dataset" not in described(shards, "optim.epochs=840")  # 299 passes
+    assert "302 passes over its 90 tiles" in described(shards, "optim.epochs=850")
+
+
 def test_memory_of_batches_counts_every_one_in_flight(shards: Path) -> None:
     # Eight samples of 2 x 56 and 2 x 28 px; 60 x 40 batches are prepared and one is in use.
     gib = (60 * 40 + 1) * 8 * 3 * (2 * 56**2 + 2 * 28**2) / 2**30
