@@ -33,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import cpu_ms, describe_machine
 from dinov2.build.augmentation import build_augmentation
 from dinov2.configs import load_config
-from dinov2.data.parquet.index import load_index, write_sidecar
+from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import decode_image
 from dinov2.data.storage.base import LocalStorage, StoredFile
+from dinov2.data.storage.sidecar import write_sidecar
 from dinov2.data.stream.memory import GIB, Prefetch, memory_bound
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader

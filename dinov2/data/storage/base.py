@@ -80,7 +80,9 @@ class LocalStorage:
     def list_files(self) -> list[StoredFile]:
         """List files by name; see `Storage`."""
         if self._is_folder:
-            files = [StoredFile(f.name, f.size, str(f.modified_ns)) for f in scan_folder(self.location, self._files.fits)]
+            files = [
+                StoredFile(f.name, f.size, str(f.modified_ns)) for f in scan_folder(self.location, self._files.fits)
+            ]
         else:
             found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
             names = filter(self._files.fits, found) if self._files.is_tile else found
@@ -147,6 +149,10 @@ class RangedFile(io.RawIOBase):
 
     def readable(self) -> bool:
         """Say that it can be read, as `io` asks."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read here and there, as `io` asks."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

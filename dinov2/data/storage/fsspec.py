@@ -149,9 +149,7 @@ class HubStorage(RemoteStorage):
     if there is no such dataset or it may not be read, ValueError without the revision, RemoteError without an answer.
     """
 
-    def __init__(
-        self, repo: str, revision: str, path: str, retries: Retries, files: FileType = PARQUET
-    ) -> None:
+    def __init__(self, repo: str, revision: str, path: str, retries: Retries, files: FileType = PARQUET) -> None:
         self._repo, self._path, self._retries, self._files = repo, path.strip("/"), retries, files
         self._folder, self._revision = _folder_of(self._path, files), revision
         self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
