@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -256,6 +257,14 @@ def _open(
         return part.open(SourceRequest(dataset.path, commit or dataset.revision, config, options, cache, keep))
     except SlideError as error:
         raise ValueError(str(error)) from error
+    except FileNotFoundError as error:
+        other = kind
+        with suppress(ValueError, OSError):
+            other = recognise(dataset.path)
+        if other == kind:
+            raise
+        found = f"it is {SOURCES[other]().accepts}, data.kind {other} or auto"
+        raise FileNotFoundError(f"{error}; {found}, but data.kind is {kind}") from error
 
 
 def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:

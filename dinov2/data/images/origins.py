@@ -96,7 +96,7 @@ def read_origins(path: str | Path, files: pa.Array, members: pa.Array | None, pa
         by_slide = {row.slide: row for row in rows}
         return Origins(pattern, by_slide=by_slide)
     keys = pc.replace_substring(pc.utf8_ltrim(table[column], "./"), "\\", "/").cast(pa.large_binary())
-    full = files if members is None else pc.binary_join_element_wise(files, members, b"/")
+    full = files if members is None else pc.binary_join_element_wise(files, members, pa.scalar(b"/", pa.large_binary()))
     names = [full, files, *([] if members is None else [members]), pc.replace_substring_regex(full, "^.*/", "")]
     found = np.full(len(full), -1, np.int32)
     for candidates in names:

@@ -4,7 +4,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -114,7 +114,7 @@ class LocalStorage:
         return os.path.join(self.location, name)
 
 
-def train_names(dataset: str, names: Sequence[str], card: str, files: FileType) -> Collection[str]:
+def train_names(dataset: str, names: Sequence[str], card: str, files: FileType) -> set[str]:
     """The files of a folder's training split; those that are tiles each are told by the folders they lie in."""
     example = f"{dataset}/**/*{files.suffixes[0]}"
     if not files.is_tile:
@@ -123,7 +123,7 @@ def train_names(dataset: str, names: Sequence[str], card: str, files: FileType) 
     endings = {name.rpartition("/")[0]: os.path.splitext(name)[1] for name in reversed(names)}
     alone = {folder: f"{folder}/0{endings[folder]}".lstrip("/") for folder in sorted(endings)}
     chosen = set(find_train_files(dataset, list(alone.values()), card, example))
-    return names if len(chosen) == len(alone) else {name for name in names if alone[name.rpartition("/")[0]] in chosen}
+    return {name for name in names if alone[name.rpartition("/")[0]] in chosen}
 
 
 def no_files(dataset: str, files: FileType = PARQUET) -> FileNotFoundError:
