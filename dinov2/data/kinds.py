@@ -3,10 +3,14 @@
 import glob
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from dinov2.configs import load_config
+from dinov2.data.source import Source, SourceRequest
 from dinov2.extensions import SOURCES
 
 _MOST_FILES = 1_000_000
@@ -68,3 +72,19 @@ def _walk(folder: str) -> Iterator[str]:
         reached.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(location, name) for name in names if not name.startswith("."))
+
+
+def open_source(path: str, kind: str = "auto", **keys: Any) -> tuple[str, Source]:
+    """Open a dataset outside a run, with values of keys of section ``data``; gives its kind and source.
+
+    ValueError if it is drawn without end, and as `SourceKind.open` raises.
+    """
+    kind = recognise(path) if kind == "auto" else kind
+    config = load_config(None)
+    config = replace(config, data=replace(config.data, path=path, **keys))
+    part = SOURCES[kind]()
+    options = part.Options() if hasattr(part, "Options") else None
+    source = part.open(SourceRequest(path, "", config, options, None, lambda slide: True))
+    if getattr(source, "is_endless", False):
+        raise ValueError(f"'{path}' is of the kind '{kind}', which is drawn without end")
+    return kind, source

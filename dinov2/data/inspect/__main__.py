@@ -13,7 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.configs import Config, load_config
-from dinov2.data.kinds import recognise
+from dinov2.data.kinds import open_source, recognise
 from dinov2.data.parquet import footer
 from dinov2.data.parquet.footer import Shard, open_shard
 from dinov2.data.parquet.source import repack_advice
 from dinov2.data.patients import patient_of
-from dinov2.data.source import DecodeError, EncodedSample, Source, SourceRequest, decode_image, image_format, origins_of
+from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image, image_format, origins_of
 from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
@@ -62,16 +61,9 @@ class Training:
     memory_gib: float = _option(16.0, 0, "most that the reader of one process may hold")
 
 
-def inspect_source(dataset: str, kind: str, training: Training, config: Config) -> dict[str, Any]:
-    """Open a dataset of any kind, decode some images and name all slides; ValueError if it is drawn without end."""
-    part = SOURCES[kind]()
-    options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
-    source = part.open(SourceRequest(dataset, config.data.revision, config, options, None, lambda slide: True))
-    if getattr(source, "is_endless", False):
-        raise ValueError(
-            f"'{dataset}' is of the kind '{kind}', which is drawn without end; its slides are listed by "
-            "prepatching_scripts/index_slides.py"
-        )
+def inspect_source(dataset: str, kind: str, training: Training, **keys: str) -> dict[str, Any]:
+    """Open a dataset of any kind, decode some images and name all slides; as `open_source`, whose ``keys`` it takes."""
+    kind, source = open_source(dataset, kind, **keys)
     advice = getattr(source, "repack_advice", str)()
     spreads = {"rows": _spread_of(source.group_rows), "image_bytes": _spread_of(source.group_bytes)}
     report: dict[str, Any] = {
@@ -377,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         if kind == "parquet":
             report = inspect_dataset(args.source, training, args.image_column)
         else:
-            report = inspect_source(args.source, kind, training, _config(args))
+            keys = {name: getattr(args, name) for name in ("image_column", "groups_file", "patient_pattern")}
+            report = inspect_source(args.source, kind, training, **keys)
         text = json.dumps(report, indent=2) + "\n"
         lines = [f"{about:<16} {line}\n" for about, line in describe(report)]
         sys.stdout.writelines([text] if args.json == "-" else lines)
@@ -395,16 +388,6 @@ def _kind_of(path: str) -> str:
         if os.path.isdir(path) or os.path.isfile(path):
             raise
         return "parquet"  # whose storages say best what is wrong with a name
-
-
-def _config(args: argparse.Namespace) -> Config:
-    config = load_config(None)
-    names = {
-        "image_column": args.image_column,
-        "groups_file": args.groups_file,
-        "patient_pattern": args.patient_pattern,
-    }
-    return replace(config, data=replace(config.data, path=args.source, **names))
 
 
 def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
