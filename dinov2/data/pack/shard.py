@@ -32,9 +32,7 @@ class PackJob:
 def pack_shard(job: PackJob) -> dict[str, str]:
     """Write one shard; return why images that it lacks cannot be read, by name."""
     failed: dict[str, str] = {}
-    schema = _SCHEMA.with_metadata(
-        {SOURCE_KEY: job.identity, "image_encoding": "png"}
-    )  # each image's first bytes tell its own
+    schema = _SCHEMA.with_metadata({SOURCE_KEY: job.identity})
     options = {"compression": {"image_bytes": "none"}, "use_dictionary": ["slide_path", "patient", "site"]}
     options["write_statistics"] = ["slide_path", "patient", "site"]
     with replacing(job.path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
@@ -50,9 +48,8 @@ def pack_shard(job: PackJob) -> dict[str, str]:
                     failed[tile] = str(error)
             if packed:
                 columns = zip(zip(*packed, strict=True), _SCHEMA.types, strict=True)
-                writer.write_table(
-                    pa.table([pa.array(list(c), kind) for c, kind in columns], schema=schema), _GROUP_ROWS
-                )
+                arrays = [pa.array(list(values), kind) for values, kind in columns]
+                writer.write_table(pa.table(arrays, schema=schema), _GROUP_ROWS)
     return failed
 
 
