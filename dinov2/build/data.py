@@ -6,8 +6,9 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
+from dinov2.data.kinds import recognise
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, SourceRequest
 from dinov2.data.stream.derived import make_source
@@ -117,34 +119,13 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
         held_out.append(validation)
     if sites and not any(any(split.sites) for split in splits.values()):
         raise ValueError(
-            f"data.excluded_sites = {list(sites)} needs Parquet shards with a column 'site', but no dataset has one "
-            "that holds anything."
+            f"data.excluded_sites = {list(sites)} needs a column 'site', of Parquet shards, a list of images or "
+            "data.groups_file, but no dataset has one that holds anything."
         )
     if splits:
         unmatched = [replace(split, unmatched=split.unmatched - fates.matched) for split in splits.values()]
         report += describe_splits(unmatched, list(splits), excluded, sites)
     return OpenData(names, tuple(locations), weights, tuple(sources), tuple(held_out), tuple(report))
-
-
-def recognise(path: str) -> str:
-    """The kind of data that a path names, the first of `dinov2.extensions.SOURCES` that recognises it.
-
-    FileNotFoundError if there is no such path, ValueError if it is of no known kind.
-    """
-    for name, kind in SOURCES.items():
-        if kind().recognises(path):
-            return name
-    there = Path(path.removeprefix("file://")).expanduser()
-    known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
-    if there.is_dir():
-        files = sorted(file.name for file in islice(there.iterdir(), 1000))
-        seen = f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else "empty"
-    elif there.is_file():
-        with there.open("rb") as file:
-            seen = f"a file that begins with {file.read(20)!r}"
-    else:
-        raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
-    raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one.")
 
 
 def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int = 0) -> dict[str, int]:
@@ -294,6 +275,14 @@ def _open(
         return part.open(SourceRequest(dataset.path, commit or dataset.revision, config, options, cache, keep))
     except SlideError as error:
         raise ValueError(str(error)) from error
+    except FileNotFoundError as error:
+        other = kind
+        with suppress(ValueError, OSError):
+            other = recognise(dataset.path)
+        if other == kind:
+            raise
+        found = f"it is {SOURCES[other]().accepts}, data.kind {other} or auto"
+        raise FileNotFoundError(f"{error}; {found}, but data.kind is {kind}") from error
 
 
 def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:

@@ -90,13 +90,15 @@ class DataConfig:
     """The tiles that are trained on; see [data.md](data.md)."""
 
     path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
-    kind: str = key("auto", "parquet, sample_list, slides or a further one; auto: as it is recognised", **_KIND)
+    kind: str = key("auto", "one of those in data.md, or a further one; auto: as it is recognised", **_KIND)
     revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
-    image_column: str = key("", "of Parquet shards, where images are in one of another name than those in data.md")
+    image_column: str = key("", "column of images of Parquet shards, or of paths of a list; dataset of HDF5")
     datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
+    groups_file: str = key("", "CSV file,patient,slide,site of tiles in folders, archives and HDF5 files")
+    patient_pattern: str = key("", "of their names, with groups as in (?P<patient>..), slide, site")
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
-    excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site of Parquet shards")
+    excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
     mpp_file: str = key("", "CSV slide,mpp: um per level-0 px, in place of what slides say")

@@ -108,12 +108,23 @@ def _data_faults(config: Config) -> Iterator[str]:
         yield f"data.path = {shortened(data.path)} and data.datasets name different data; use one."
     if data.revision and data.datasets:
         yield f"data.revision = {shortened(data.revision)} does not reach data.datasets; give each entry its own."
+    if data.patient_pattern and (fault := _pattern_fault(data.patient_pattern)):
+        expected = "a regular expression with the groups patient, slide or site is expected"
+        yield f"data.patient_pattern = {shortened(data.patient_pattern)} {fault}; {expected}, as (?P<patient>P\\d+)."
     for number, dataset in enumerate(data.datasets):
         if not dataset.path:
             yield f"data.datasets[{number}].path is empty; give {expected}."
     for number, labelled in enumerate(config.evaluation.labelled):
         if not labelled.path:
             yield f"evaluation.labelled[{number}].path is empty; give a folder of labelled tiles."
+
+
+def _pattern_fault(pattern: str) -> str:
+    try:
+        groups = set(re.compile(pattern).groupindex)
+    except re.error as error:
+        return f"is none ({error})"
+    return "" if groups and groups <= {"patient", "slide", "site"} else f"has the groups {sorted(groups)}"
 
 
 def _online_faults(config: Config) -> Iterator[str]:

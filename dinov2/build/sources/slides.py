@@ -5,7 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from dinov2.build.sources import first_line, holds, is_url, refuse_revision
+from dinov2.build.sources import first_line, is_slide, is_url, refuse_revision
+from dinov2.data.kinds import endings
 from dinov2.data.source import Source, SourceRequest
 
 
@@ -19,13 +20,9 @@ class Slides:
 
     def recognises(self, path: str) -> bool:
         """Whether there are slides, or a list of them."""
-        from dinov2.data.slides.find import SLIDE_SUFFIXES
         from dinov2.data.slides.index import is_tile_index
 
-        def is_slide(name: str) -> bool:
-            return os.path.splitext(name.lower())[1] in SLIDE_SUFFIXES
-
-        if holds(path, is_slide) or (is_url(path) and is_slide(path)):
+        if any(is_slide(file) for file in endings(path).values()) or (is_url(path) and is_slide(path)):
             return True
         if os.path.isfile(path) and is_tile_index(Path(path)):
             return True

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from dinov2.data.parquet.footer import ORIGIN_COLUMNS, THREADS, CorruptShard, NoImages, describe_shard, read_footer
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
-from dinov2.utils.files import replacing
+from dinov2.data.storage.sidecar import load_sidecar, write_sidecar
 
 logger = logging.getLogger(__name__)
 _PER_GROUP = pa.list_(pa.int64())
@@ -51,7 +51,7 @@ def load_index(storage: Storage, sidecar: Path | None = None, image_column: str 
     one row per file, sorted by name (`_SCHEMA`); OSError if a shard cannot be read or there is none, ValueError if one
     has the wrong schema, no footer is readable, no file has images or all shards are empty.
     """
-    kept = _load_sidecar(sidecar) if sidecar else None
+    kept = load_sidecar(sidecar, _SCHEMA, _FORMAT) if sidecar else None
     location = {b"location": storage.location.encode()}
     named = {b"image_column": image_column.encode()}
     if kept is not None and not named.items() <= kept.schema.metadata.items():
@@ -132,25 +132,3 @@ def _build(storage: Storage, files: list[StoredFile], image_column: str) -> pa.T
     if not flatten(index["group_rows"]).any():
         raise ValueError(f"dataset '{storage.location}' holds 0 rows in {len(index)} shards; at least 1 is expected")
     return index
-
-
-def _load_sidecar(sidecar: Path) -> pa.Table | None:
-    try:
-        with pa.OSFile(str(sidecar)) as file:
-            index = pa.ipc.open_file(file).read_all()
-        index.validate(full=True)
-    except (pa.ArrowException, OSError):
-        return None
-    known = index.schema.equals(_SCHEMA) and _FORMAT.items() <= (index.schema.metadata or {}).items()
-    return index if known else None
-
-
-def write_sidecar(sidecar: Path, index: pa.Table) -> None:
-    """Keep an index for the next start; where that cannot be done, it is only logged."""
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    try:
-        sidecar.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(sidecar) as partial, pa.ipc.new_file(str(partial), index.schema, options=options) as file:
-            file.write_table(index)
-    except OSError as error:
-        logger.warning("the index of the dataset is not kept for the next start (%s)", error)

@@ -30,7 +30,7 @@ def find_train_files(dataset: str, names: Sequence[str], card: str, example: str
     )
     if chosen and (others := sorted(set(names) - set(chosen))):
         named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
-        counts = f"{len(chosen)} of {len(names)} Parquet files"
+        counts = f"{len(chosen)} of {len(names)} files"
         logger.warning("dataset '%s': %s are its split train; left out: %s", dataset, counts, named)
     return chosen
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from dinov2.data.images.files import IMAGES
 from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, origins_of
 
 logger = logging.getLogger("dinov2")
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".j2k"})
+IMAGE_SUFFIXES = frozenset(IMAGES.suffixes)
 
 
 class UnreadableImage(ValueError):
@@ -143,12 +144,3 @@ def visible_files(folder: Path) -> list[str]:
         inside = Path(location).relative_to(folder)
         found += [(inside / name).as_posix() for name in names if name[0] != "."]
     return sorted(found)
-
-
-def import_h5py() -> Any:
-    """The h5py module; ImportError says how to get it."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("HDF5 needs h5py, which is not installed: pip install 'path-fm[hdf5]'.") from error
-    return h5py

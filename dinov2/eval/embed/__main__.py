@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from dinov2.data.images.hdf5 import import_h5py
 from dinov2.data.slides.tissue import TissueRule
 from dinov2.distributed import destroy_process_group, get_global_rank, get_global_size, on_main_process, process_group
-from dinov2.eval.datasets.images import import_h5py
 from dinov2.eval.embed.files import ENDINGS, STORED
 from dinov2.eval.embed.inputs import KINDS, Grid, open_input
 from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts

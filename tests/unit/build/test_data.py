@@ -158,7 +158,7 @@ def locations(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "slides/sub").mkdir(parents=True)
     (tmp_path / "slides/sub/A.SVS").write_bytes(b"x")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/photo.bmp").write_bytes(b"BM")
+    (tmp_path / "other/notes.docx").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
     texts = {"list4.txt": "# made by\n/a b/s.svs 0 128 1\n", "list6.txt": "s.svs 0 128 1 0.5 0.5\n",
              "slides.txt": "/a b/s.svs\n", "slides.csv": "site, slide\nx,a.svs\n", "odd.csv": "a,b\n1,2\n",
@@ -184,7 +184,7 @@ def test_kinds_are_recognised(locations: dict[str, str], path: str, kind: str) -
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("other", "a folder that holds photo.bmp"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
+    [("other", "a folder that holds notes.docx"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
      ("notes.txt", "a file that begins with b'nothing of the kind"), ("toy", "b'toy tiles'")],
 )  # fmt: skip
 def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(locations: dict[str, str], name: str, words: str) -> None:
