@@ -36,7 +36,13 @@ PARTS_VERSION = 1  # of what a slide gives under given options; raise it when th
 
 
 def create_sample_list(
-    source: Path, output: Path, sampling: Sampling, workers: int, mpp_file: Path | None, preview: Path | None
+    source: Path,
+    output: Path,
+    sampling: Sampling,
+    workers: int,
+    mpp_file: Path | None,
+    preview: Path | None,
+    slide_root: Path | None = None,
 ) -> tuple[int, int]:
     """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`, and a PNG per slide into `preview`.
 
@@ -55,7 +61,8 @@ def create_sample_list(
     for path in (output, meta, failures):
         if path.exists() and not parts.is_dir():  # else an earlier run of this command was placing them
             raise FileExistsError(f"'{path}' exists already; give another --output or move it away.")
-    found = find_slides(source, mpp_table=None if mpp_file is None else read_mpp_table(mpp_file))
+    table = None if mpp_file is None else read_mpp_table(mpp_file)
+    found = find_slides(source, mpp_table=table, slide_root=slide_root)
     pictures = _pictures(found, preview)
     parts.mkdir(parents=True, exist_ok=True)
     finals = {output, meta, failures, *filter(None, pictures)}
@@ -151,7 +158,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--per-mpp", type=int, help="tiles per slide and mpp (500)")
     add("--per-slide", type=int, help="at most so many tiles per slide, shared over its levels or mpp")
     add("--tile-size", type=int, default=224, help="side of a tile in px of its level or mpp (224)")
-    add_options(parser, "--mpp-file")
+    add_options(parser, "--slide-root", "--mpp-file")
     add("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
     add("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
     add("--min-tissue", type=float, default=rule.min_fraction, help="fraction to exceed (0.6)")
@@ -187,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         per_target = args.per_mpp or args.per_level or 500
         sampling = Sampling(rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps)
         total, failed = create_sample_list(
-            args.slides, args.output, sampling, args.workers, args.mpp_file, args.preview
+            args.slides, args.output, sampling, args.workers, args.mpp_file, args.preview, args.slide_root
         )
         if failed <= args.max_failed_share * total:
             return DONE

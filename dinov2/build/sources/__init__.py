@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from itertools import islice
 
+from dinov2.data.slides.tables import decoded
 from dinov2.data.source import SourceRequest
+from dinov2.utils.walk import visible_files
 
 _MOST_FILES = 1_000_000
 
@@ -20,7 +22,7 @@ def holds(path: str, fits: Callable[[str], bool]) -> bool:
     """Whether a local folder (with its subfolders), a glob or a single path has a file whose name fits."""
     path = os.path.expanduser(path.removeprefix("file://"))
     if os.path.isdir(path):
-        files = (name for _, _, names in os.walk(path) for name in names if not name.startswith("."))
+        files = (file.name for file in visible_files(path))
     elif glob.has_magic(path) and not os.path.exists(path):
         files = glob.iglob(path, recursive=True)
     else:
@@ -34,7 +36,7 @@ def first_line(path: str) -> str:
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
-        text = file.read(1 << 16).decode("utf-8-sig", errors="surrogateescape")
+        text = decoded(file.read(1 << 16))
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#") and "\0" not in line), "")
 

@@ -17,7 +17,7 @@ from dinov2.data.slides.sample_list import SampleList
 from dinov2.data.slides.tissue import TissueRule
 
 ROWS_AT_ONCE = 1024  # encoded tiles held in memory, read in the order of the blocks below them
-IMAGE_COLUMN, REASON = "image_bytes", "reason"
+IMAGE_COLUMN, PATIENT_COLUMN, REASON = "image_bytes", "patient", "reason"
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of a list, with the path and the user's mpp (None: unknown) of each of its slides."""
+    """Tiles of a list, with path, the user's mpp (None: unknown) and told patient (or "") of each of its slides."""
 
     samples: SampleList
     paths: list[Path]
     mpps: list[float | None]
+    patients: list[str]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,7 +78,7 @@ class Tiles:
         mpp = None if samples.mpp is None else samples.mpp[rows]
         names, columns = [samples.slides[i] for i in used], (samples.x[rows], samples.y[rows], samples.level[rows])
         part = SampleList(names, slide.astype(np.int32), *columns, mpp)
-        return Tiles(part, [self.paths[i] for i in used], [self.mpps[i] for i in used])
+        return Tiles(part, *([column[i] for i in used] for column in (self.paths, self.mpps, self.patients)))
 
 
 def cut_tiles(tiles: Tiles, cutting: Cutting, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
@@ -126,7 +127,8 @@ class _Slides:
         location = {"slide_path": samples.slides[slide], "x": x, "y": y, "level": level}
         mpp = None if samples.mpp is None else float(samples.mpp[i])
         try:
-            return location | self._read(self._open(slide), x, y, level, mpp)
+            told = {PATIENT_COLUMN: self._tiles.patients[slide] or None}
+            return location | told | self._read(self._open(slide), x, y, level, mpp)
         except SlideError as error:
             if isinstance(error, SlideReadError):
                 self._failures[slide] += 1

@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tile-size", type=int, default=grid.tile_size, help="side of a tile in px (%(default)s)")
     add("--stride", type=int, help="px from tile to tile (the tile size)")
     add("--min-tissue", type=float, default=grid.min_tissue, help="least fraction of tissue (%(default)s)")
-    cli.add_options(slides, "--mpp-file")
+    cli.add_options(slides, "--slide-root", "--mpp-file")
     return parser.parse_args(argv)
 
 
@@ -97,7 +97,8 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(
             f"Output '{args.output}' lies in the input '{args.input}', which it would change; give another folder."
         )
-    source = on_main_process(lambda: open_input(args.input, args.kind, grid, args.rows_per_file, args.mpp_file))
+    tables = args.mpp_file, args.slide_root
+    source = on_main_process(lambda: open_input(args.input, args.kind, grid, args.rows_per_file, *tables))
     backbone = load_teacher(args.checkpoint).to(device)
     patch, width = backbone.patch_size, backbone.embed_dim * (2 if args.pooling == "cls_mean" else 1)
     fitting = Fitting(patch, args.image_size)

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.slides import identity
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.find import SLIDE_SUFFIXES, SlideRow, find_slides
+from dinov2.data.slides.find import LIST_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
 from dinov2.data.slides.tissue import TissueMap, TissueRule
@@ -34,7 +35,7 @@ _EITHER = IMAGE_SUFFIXES & SLIDE_SUFFIXES
 _ENDINGS = {
     "images": IMAGE_SUFFIXES - _EITHER,
     "parquet": {".parquet", ".pq"},
-    "slides": (SLIDE_SUFFIXES - _EITHER) | {".txt", ".csv"},
+    "slides": (SLIDE_SUFFIXES - _EITHER) | LIST_SUFFIXES,
 }
 KINDS = tuple(_ENDINGS)
 _COPIED = ("x", "y", "level", "mpp", "tile_size")
@@ -111,15 +112,17 @@ class Grid:
 
 
 def open_input(
-    source: str, kind: str | None, grid: Grid, rows_per_part: int, mpp_file: Path | None = None
-) -> TileInput:
+    source: str, kind: str | None, grid: Grid, rows_per_part: int, mpp_file: Path | None = None,
+    slide_root: Path | None = None,
+) -> TileInput:  # fmt: skip
     """Find the tiles of an input.
 
     Args:
         source: a folder (with subfolders) of images, of Parquet shards or of slides; one of these files; a glob, hub
             id or URL of Parquet shards; a text or CSV list of slides.
         kind: one of `KINDS`; None finds out.
-        grid, mpp_file: tiles of slides, and resolutions of those that do not say theirs.
+        grid, mpp_file, slide_root: tiles of slides, resolutions of those that do not say theirs, and the folder that
+            holds those of a list, if they have moved.
         rows_per_part: images or rows in a part.
 
     Raises FileNotFoundError if there is no such input, or nothing in it; ValueError if its kind cannot be told or is
@@ -133,7 +136,7 @@ def open_input(
         return ImageFolder(path, rows_per_part)
     table = read_mpp_table(mpp_file) if mpp_file is not None else None
     is_slide = path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
-    rows = sorted(find_slides(source if is_slide else path, mpp_table=table).slides)
+    rows = sorted(find_slides(source if is_slide else path, mpp_table=table, slide_root=slide_root).slides)
     return SlideTiles(rows, Path(os.path.abspath(path.parent if is_slide else path)), grid)
 
 
@@ -145,8 +148,9 @@ def _kind_of(source: str) -> str:
         if "://" in source or glob.has_magic(source) or is_hub_id:
             return "slides" if path.suffix.lower() in _ENDINGS["slides"] else "parquet"
         raise FileNotFoundError(f"Input '{source}' does not exist; images, Parquet shards or slides are expected.")
-    found = {Path(name).suffix.lower() for name in (images.visible_files(path) if path.is_dir() else [path])}
-    lists = {".txt", ".csv"} if path.is_dir() else set()  # beside the data
+    files = [path / name for name in images.visible_files(path)] if path.is_dir() else [path]
+    found = {file.suffix.lower() for file in set(files) - identity.companions(files)}
+    lists = LIST_SUFFIXES if path.is_dir() else set()  # beside the data
     kinds = [kind for kind in KINDS if _ENDINGS[kind] - lists & found]
     if len(kinds) == 1 and not (kinds == ["images"] and found & _EITHER):
         return kinds[0]

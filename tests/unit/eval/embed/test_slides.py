@@ -85,9 +85,9 @@ def test_folders_and_lists_of_slides(teacher, slides, tmp_path):
 
 
 def test_slides_of_one_name_and_without_tissue(teacher, slides, tmp_path, capsys):
-    for place in ("a", "b"):
+    for place, slide in (("a", "demo_holdout"), ("b", "demo_train")):
         (tmp_path / "in" / place).mkdir(parents=True)
-        os.link(slides / "demo_holdout.svs", tmp_path / "in" / place / "s.svs")
+        os.link(slides / f"{slide}.svs", tmp_path / "in" / place / "s.svs")
     output = embed(teacher, tmp_path / "in", tmp_path / "out", "--mpp", 1, "--tile-size", 56)
     names = sorted(path.stem for path in output.glob("*.parquet"))
     assert len(names) == 2 and all(name.startswith("s.") for name in names)
