@@ -39,7 +39,7 @@ from dinov2.data.slides.find import locate
 from dinov2.data.slides.identity import slides_and_patients
 from dinov2.data.slides.resolution import read_mpp_table
 from dinov2.data.slides.sample_list import read_list_description, read_sample_list
-from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
 from dinov2.utils.jobs import run_jobs
@@ -78,12 +78,13 @@ class Build:
         given = [table.get(name) if table else None for name in samples.slides]
         mpps = [args.mpp if mpp is None else mpp for mpp in given]
         try:
-            drawn_by = drawn.get("rule") or asdict(TissueRule())
-            rule = TissueRule(tuple(drawn_by["lower"]), tuple(drawn_by["upper"]), drawn_by["min_fraction"])
+            rule = TissueRule.described(drawn["rule"]) if "rule" in drawn and not args.tissue else TissueRule()
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
             ) from error
+        if args.tissue:
+            rule = rule_of_options(args)
         paths = [Path(locate(name, list_path, args.slide_root)) for name in samples.slides]
         encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
         told = slides_and_patients([str(path) for path in paths])
@@ -234,6 +235,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--jpeg-quality", type=int, default=95, metavar="1..100")
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
+    add_rule_options(parser, default=None)
     add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
     add_options(parser, "--slide-root", "--mpp-file")
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")

@@ -40,6 +40,7 @@ class Slides:
         from dinov2.data.online.random import OnlineTileSource
         from dinov2.data.slides.find import find_slides
         from dinov2.data.slides.resolution import read_mpp_table
+        from dinov2.data.slides.tissue import CELL_RULE, TissueRule
 
         refuse_revision(request)
         online, data = request.config.online, request.config.data
@@ -65,4 +66,5 @@ class Slides:
             slide_fraction=online.slide_fraction,
             max_tiles=online.max_patches,
             workers=os.cpu_count() or 1,
+            rule=TissueRule(online.tissue, online.tissue_options.get(online.tissue), CELL_RULE.min_fraction),
         )

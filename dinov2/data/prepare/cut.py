@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.prepare.draw import BLOCK_PX
+from dinov2.data.slides.coarse import Box, CoarseView
 from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideReadError
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import SampleList
@@ -102,7 +104,7 @@ class _Slides:
 
     def __init__(self, tiles: Tiles, cutting: Cutting) -> None:
         self._tiles, self._samples, self._cutting = tiles, tiles.samples, cutting
-        self._reader, self._slide = None, -1
+        self._reader, self._slide, self._rule = None, -1, None
         self._bad: dict[int, str] = {}  # slides given up, and why
         self._failures = [0] * len(tiles.paths)
 
@@ -143,12 +145,14 @@ class _Slides:
         if slide != self._slide:
             if self._reader is not None:
                 self._reader.close()
-            self._reader, self._slide = None, slide
+            self._reader, self._slide, self._rule = None, slide, None
             try:
                 self._reader = SlideReader(path, self._tiles.mpps[slide])
             except SlideError as error:
                 self._bad[slide] = error.detail
                 raise
+            with suppress(SlideError):  # `tissue_frac` is then unknown, but the tiles of the list are what is wanted
+                self._rule = self._cutting.rule.on(CoarseView(self._reader))
         return self._reader
 
     def _read(self, reader: SlideReader, x: int, y: int, level: int, mpp: float | None) -> dict[str, Any]:
@@ -162,6 +166,8 @@ class _Slides:
             downsample = reader.level_downsamples[level]
             read_size = round(size * mpp / (reader.mpp * downsample))
         row = {"level": level, "tile_size": size, "level_downsample": downsample, "image_dtype": "uint8"}
-        row |= {IMAGE_COLUMN: self._cutting.encoding.encode(image), "tissue_frac": self._cutting.rule.fraction(image)}
+        box = Box(x, y, read_size * downsample, read_size * downsample)
+        fraction = None if self._rule is None else self._rule.fraction(image, box)
+        row |= {IMAGE_COLUMN: self._cutting.encoding.encode(image), "tissue_frac": fraction}
         row |= {"slide_id": reader.path.stem, "mpp": mpp, "mpp_source": reader.mpp_source, "read_size": read_size}
         return row

@@ -24,7 +24,7 @@ from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import LIST_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
-from dinov2.data.slides.tissue import TissueMap, TissueRule
+from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.storage.base import RangedFile, public_name
 from dinov2.data.storage.locate import open_storage
@@ -79,7 +79,8 @@ class Grid:
     mpp: float = 0.5  # micrometres per px of a tile
     tile_size: int = 224  # side of a tile in px
     stride: int = 224  # px from one tile to the next
-    min_tissue: float = 0.4  # least fraction of tissue in a tile, estimated from the slide's coarsest level
+    min_tissue: float = 0.4  # least fraction of tissue in a tile, estimated from a coarse view of the slide
+    rule: TissueRule = field(default_factory=TissueRule)  # which pixels are tissue
 
     def __post_init__(self) -> None:
         if not PLAUSIBLE_MPP[0] <= self.mpp <= 100:
@@ -95,7 +96,7 @@ class Grid:
         Tile (i, j) begins at (i, j) times the stride, rounded to the nearest pixel of the level that is read.
 
         They are x and y in level-0 px, int64 (N,) each. SlideError: if the slide is coarser than the tiles, or its
-        coarsest level cannot be read.
+        tissue cannot be found.
         """
         level = reader.level_for(self.mpp)
         downsample, step = reader.level_downsamples[level], reader.tile_side(self.stride, self.mpp)
@@ -106,7 +107,9 @@ class Grid:
             axes.append(np.rint(starts[starts + side <= length] * downsample).astype(np.int64))
         y, x = (axis.ravel() for axis in np.meshgrid(axes[1], axes[0], indexing="ij"))
         if self.min_tissue > 0 and len(x):
-            chosen = TissueMap(reader, TissueRule()).fraction(x, y, side * downsample) >= self.min_tissue
+            tissue = TissueMap(reader, self.rule)
+            log_doubts([(public_name(reader.path), tissue.doubt)])
+            chosen = tissue.fraction(x, y, side * downsample) >= self.min_tissue
             x, y = x[chosen], y[chosen]
         return x, y
 
@@ -277,7 +280,10 @@ class SlideTiles(TileInput):
             for row in rows
         ]
         self.fingerprint = _fingerprint(
-            [[name, row.mpp, *_file_state(row.path)] for name, row in zip(inside, rows, strict=True)]
+            [
+                [name, row.mpp, *_file_state(row.path), *grid.rule.pixels.state(row.path)]
+                for name, row in zip(inside, rows, strict=True)
+            ]
         )
         # Names that two slides share get a digest of the path behind them.
         stems = [PurePosixPath(public_name(path)).stem.lstrip("._") or "slide" for path in inside]
