@@ -1,11 +1,14 @@
 """Coarse views of slides, the same for every pyramid: what rules of tissue look at."""
 
+import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from dinov2.data.slides.errors import SlideReadError
 from dinov2.data.slides.reader import SlideReader
 
 MAP_CELL_PX = 32  # side of a map cell in level-0 px
@@ -13,6 +16,7 @@ DOWNSAMPLE = 16  # level-0 px per px of the view, as far as whole pixels of a le
 _TOLERANCE = 1.01  # of levels that are 16.002 times smaller
 _MOST_PIXELS = 1 << 22  # of a level that is read although coarser ones would do
 _BLOCK = 128  # side in px of what is looked at at a time, which bounds the memory on slides without a pyramid
+_PIECE = 256  # side in px of the level of what is read alone where more cannot be decoded
 _MOST_KEPT = 1 << 23  # px of a view that is kept for a second look, 7 bytes each
 
 
@@ -60,9 +64,10 @@ class CoarseView:
         self.columns, self.rows = (-(-side // self._factor) for side in reader.level_dimensions[self._level])
 
     def blocks(self, read: bool = True, keep: bool = False) -> Iterator[Block]:
-        """Squares of whole map cells, row by row, black without `read`; SlideReadError if pixels cannot be read.
+        """Squares of whole map cells, row by row, black without `read`.
 
-        With `keep` they are not read again the next time, if that does not take too much memory.
+        Pixels that the file lacks or that cannot be decoded have no weight; SlideReadError if there are no others. With
+        `keep` they are not read again the next time, if that does not take too much memory.
         """
         if self._kept:
             yield from self._kept
@@ -79,7 +84,31 @@ class CoarseView:
             yield self._block(column * side, row * side, np.zeros((*shape, 3), np.uint8), np.ones(shape, np.float32))
 
     def _read(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        return self.reader.read_blocks(self._level, self._side * self._factor)
+        """As `SlideReader.read_blocks`, but what cannot be decoded is unknown; SlideReadError if that is everything."""
+        side, (width, height) = self._side * self._factor, self.reader.level_dimensions[self._level]
+        is_any, error = False, None
+        for row, column in np.ndindex(-(-height // side), -(-width // side)):
+            x, y = column * side, row * side
+            shape = min(side, height - y), min(side, width - x)
+            try:
+                pixels, known = self.reader.read_known(self._level, x, y, *shape[::-1])
+            except SlideReadError as raised:
+                error = raised
+                pixels, known = self._salvaged(x, y, shape)
+            is_any |= bool(known.any())
+            yield x, y, pixels, known
+        if error and not is_any:
+            raise error
+
+    def _salvaged(self, x: int, y: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read a square piece by piece."""
+        pixels, known = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
+        for top, left in itertools.product(range(0, shape[0], _PIECE), range(0, shape[1], _PIECE)):
+            piece = slice(top, top + _PIECE), slice(left, left + _PIECE)
+            size = known[piece].shape[::-1]
+            with suppress(SlideReadError):
+                pixels[piece], known[piece] = self.reader.read_known(self._level, x + left, y + top, *size)
+        return pixels, known
 
     def _block(self, column: int, row: int, image: np.ndarray, weight: np.ndarray) -> Block:
         height, width = (side * self.scale for side in weight.shape)

@@ -21,7 +21,7 @@ from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueCache, TissueMap, TissueRule, add_rule_options, rule_of_options
 from dinov2.data.slides.tissue_rules import Given, Hsv, Otsu
 from dinov2.extensions import TISSUE_RULES
-from tests.helpers.slides import MakeSlide
+from tests.helpers.slides import MakeSlide, damage_tile
 
 PINK, BROWN, GLASS, SALMON = (225, 150, 190), (150, 100, 50), (244, 242, 240), (230, 160, 140)
 
@@ -228,3 +228,14 @@ def test_flags_of_every_rule() -> None:
     for wrong in (["--tissue", "hvs"], ["--tissue", "mask"], ["--tissue", "otsu", "--otsu-floor", "300"]):
         with pytest.raises(ValueError):
             rule_of_options(parser.parse_args(wrong))
+
+
+def test_what_cannot_be_decoded_is_no_tissue_and_does_not_cost_the_slide(make_slide: MakeSlide, tmp_path: Path) -> None:
+    whole = make_slide("s.svs", image=np.full((1024, 1024, 3), PINK, np.uint8))
+    cells = TissueMap(SlideReader(damage_tile(whole, tmp_path / "bad.svs", 5, empty=False)), TissueRule()).cells
+    expected = np.ones((32, 32))
+    expected[8:16, 8:16] = 0  # tile 5 of 4 x 4
+    np.testing.assert_array_equal(cells, expected)
+    one = make_slide("one.svs", image=np.full((256, 256, 3), PINK, np.uint8))
+    with pytest.raises(SlideError):
+        TissueMap(SlideReader(damage_tile(one, tmp_path / "none.svs", 0, empty=False)), TissueRule())
