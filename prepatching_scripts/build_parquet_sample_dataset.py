@@ -37,7 +37,7 @@ from dinov2.data.prepare.cut import Cutting, Encoding, Tiles
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import locate
 from dinov2.data.slides.identity import slides_and_patients
-from dinov2.data.slides.resolution import read_mpp_table
+from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
 from dinov2.data.slides.sample_list import read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
@@ -76,7 +76,12 @@ class Build:
             )
         table = read_mpp_table(args.mpp_file) if args.mpp_file else None
         given = [table.get(name) if table else None for name in samples.slides]
-        mpps = [args.mpp if mpp is None else mpp for mpp in given]
+        listed = drawn.get("slide_mpp") or {}
+        given = [args.mpp if mpp is None else mpp for mpp in given]
+        mpps = [listed.get(name) if mpp is None else mpp for name, mpp in zip(samples.slides, given, strict=True)]
+        if told := sum(mpp is not None for mpp in mpps):
+            logger.info("%d of %d slides have a given mpp, which counts in place of their own.", told, len(mpps))
+        tolerance = drawn.get("mpp_tolerance", MPP_TOLERANCE) if args.mpp_tolerance is None else args.mpp_tolerance
         try:
             rule = TissueRule.described(drawn["rule"]) if "rule" in drawn and not args.tissue else TissueRule()
         except (ValueError, KeyError, TypeError) as error:
@@ -90,7 +95,7 @@ class Build:
         told = slides_and_patients([str(path) for path in paths])
         patients = [told[str(path)][1] for path in paths]
         self.args, self.tiles = args, Tiles(samples, paths, mpps, patients)
-        self.cutting = Cutting(encoding, rule, tile_size, args.max_slide_failures)
+        self.cutting = Cutting(encoding, rule, tile_size, tolerance, args.max_slide_failures)
         per_shard = args.rows_per_shard
         if args.shuffle:
             per_shard = per_shard or SHUFFLED_ROWS_PER_SHARD
@@ -114,7 +119,8 @@ class Build:
         }
         self.identity = {
             **self.metadata,
-            "mpp": _digest(mpps) if any(mpps) else None,
+            "mpp": _digest({"given": mpps}) if any(mpps) else None,
+            **({} if tolerance == MPP_TOLERANCE else {"mpp_tolerance": tolerance}),
             "rows_per_shard": per_shard,
             "shuffle_seed": seed,
             "max_slide_failures": args.max_slide_failures,
@@ -236,8 +242,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
     add_rule_options(parser, default=None)
-    add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
+    add("--mpp", type=float, help="um per level-0 px of slides not in --mpp-file, in place of what they say")
     add_options(parser, "--slide-root", "--mpp-file")
+    add_options(
+        parser, "--mpp-tolerance", default=None, help="of slides that are coarser than the list asks (as it was drawn)"
+    )
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
     add("--shuffle", action="store_true", help="mix the slides; takes the dataset's disk space twice")
     add("--seed", type=int, default=0, help="of --shuffle (0)")

@@ -23,7 +23,7 @@ from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
 from dinov2.data.prepare.parts import make_part
 from dinov2.data.prepare.preview import preview_mark
 from dinov2.data.slides.find import FoundSlides, find_slides
-from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
+from dinov2.data.slides.resolution import PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, log_doubts, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
@@ -80,6 +80,8 @@ def create_sample_list(
     if unseen:
         logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
 
+    log_notes(logger, ((row.path, draw.notes) for row, draw in zip(found.slides, made, strict=True)))
+
     digest = hashlib.sha256()
     lines, description = _lines(found, made, sampling, digest), _description(found, made, sampling, digest)
     write_new({output: lines, meta: description, failures: json_lines(_failures(found, made))})
@@ -127,7 +129,7 @@ def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, 
     """The `.meta.json`, once the lines have been written."""
     levels = Counter(level for draw in made for level in draw.rows[:, 2].tolist())
     mpps = Counter(mpp for draw in made for mpp in draw.mpp.tolist() if mpp)
-    given = zip(found.slides, made, strict=True)
+    given = list(zip(found.slides, made, strict=True))
     description = {
         "columns": COLUMNS if sampling.mpps else COLUMNS[:4],
         **asdict(sampling),
@@ -138,6 +140,8 @@ def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, 
         "num_patches": levels.total(),
         "num_patches_by_level": {str(level): n for level, n in sorted(levels.items())},
         "num_patches_by_mpp": {f"{mpp:g}": n for mpp, n in sorted(mpps.items())},
+        "level0_mpp": {row.path: draw.level0_mpp for row, draw in given if draw.level0_mpp},
+        "notes": {row.path: draw.notes for row, draw in given if draw.notes},
         # what slides were told their mpp to be, so that training needs no table
         "slide_mpp": {row.path: draw.given_mpp for row, draw in given if draw.given_mpp},
         "sha256": digest.hexdigest(),
@@ -158,7 +162,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--per-mpp", type=int, help="tiles per slide and mpp (500)")
     add("--per-slide", type=int, help="at most so many tiles per slide, shared over its levels or mpp")
     add("--tile-size", type=int, default=224, help="side of a tile in px of its level or mpp (224)")
-    add_options(parser, "--slide-root", "--mpp-file")
+    add_options(parser, "--slide-root", "--mpp-file", "--mpp-tolerance")
     add_rule_options(parser)
     add("--min-tissue", type=float, default=TissueRule().min_fraction, help="fraction to exceed (0.6)")
     add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
@@ -175,7 +179,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed {args.seed} and --levels {args.levels} must not be negative")
     args.mpp += [10 / power if power > 0 else power for power in args.magnification]
     if any(not PLAUSIBLE_MPP[0] <= mpp <= 100 for mpp in args.mpp):
-        parser.error(f"--mpp and 10 / --magnification are {args.mpp}, but must lie within 0.1 and 100")
+        parser.error(f"--mpp and 10 / --magnification are {args.mpp}, but must lie within {PLAUSIBLE_MPP[0]:g} and 100")
     if (args.mpp and (args.levels or args.per_level)) or (args.per_mpp and not args.mpp):
         parser.error("--levels and --per-level go without --mpp or --magnification, --per-mpp with them")
     return args
@@ -191,7 +195,9 @@ def main(argv: list[str] | None = None) -> int:
         levels = tuple(sorted(set(args.levels))) if args.levels else None
         mpps = tuple(sorted({float(f"{mpp:g}") for mpp in args.mpp}))  # rounded as the list writes them
         per_target = args.per_mpp or args.per_level or 500
-        sampling = Sampling(rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps)
+        sampling = Sampling(
+            rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps, args.mpp_tolerance
+        )
         total, failed = create_sample_list(
             args.slides, args.output, sampling, args.workers, args.mpp_file, args.preview, args.slide_root
         )

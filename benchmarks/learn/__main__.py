@@ -38,6 +38,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     budget.add_argument("--core-minutes", type=float, help="budget of each run in minutes of one core, data included")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="keys of the recipe, its variants and the peers"
+    )
+    parser.add_argument(
         "--variant",
         nargs="+",
         action="append",
@@ -52,6 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-root", type=Path, help="folder of the peers' clones and their venv")
     parser.add_argument("--held-out", type=float, default=0.0, help="fraction of the photographs that is only judged")
     parser.add_argument("--image-size", type=int, default=SIZE, help="side in px at which tiles are judged")
+    parser.add_argument("--bf16", action="store_true", help="judge in bf16, faster on CPUs with AMX")
     parser.add_argument("--exports", type=int, default=5, help="teachers judged over time, the last one among them")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     parser.add_argument("--output", type=Path, required=True, help="folder; finished runs in it are kept")
@@ -91,6 +95,7 @@ def run_all(runs: Sequence[Run], args: argparse.Namespace, commands: Commands) -
     judged = args.output.resolve() / "judged"
     options = ["--tiles", str(args.tiles.resolve()), "--output", str(judged)]
     options += ["--held-out", str(args.held_out), "--image-size", str(args.image_size)]
+    options += ["--bf16"] if args.bf16 else []
 
     def judge(teachers: Sequence[Path], log: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.learn.judge", *options, *map(str, teachers)]
@@ -128,10 +133,12 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> None:
     held_out = np.isin(groups, held_out_groups(groups, args.held_out))
     args.output.mkdir(parents=True, exist_ok=True)
     identity = {"tiles": args.tiles.name, "rows": len(groups), "held_out": args.held_out, "size": args.image_size}
+    identity |= {"set": args.set, "bf16": args.bf16}
     if not check_description(args.output / "build.json", identity):
         write_json(args.output / "build.json", {"build": identity})
     root = (args.peer_root or Path()).resolve()
-    sweep = Sweep(args.config_file, tiles_to_train_on(args, held_out), args.output.resolve(), root, args.exports)
+    tiles, output = tiles_to_train_on(args, held_out), args.output.resolve()
+    sweep = Sweep(args.config_file, tiles, output, root, args.exports, tuple(args.set))
     commands, runs = Commands(), []
     for model in wanted:
         images = args.images or 60 * args.core_minutes / sweep.seconds_per_image(model, commands)

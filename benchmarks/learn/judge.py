@@ -135,8 +135,8 @@ class Folds:
 class Judge:
     """Tiles, their grey copies and their folds."""
 
-    def __init__(self, tiles: Tiles, size: int = SIZE) -> None:
-        self.folds, self.size = Folds(tiles.labels, tiles.groups), size
+    def __init__(self, tiles: Tiles, size: int = SIZE, autocast: torch.dtype | None = None) -> None:
+        self.folds, self.size, self.autocast = Folds(tiles.labels, tiles.groups), size, autocast
         self.images = {"as_is": tiles.images, "grey": [flat_grey(image) for image in tiles.images]}
 
     def judge(self, describe: Callable[[list[np.ndarray]], np.ndarray], kinds: Sequence[str] = KINDS) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Judge:
     def teacher(self, checkpoint: str | Path) -> dict[str, Any]:
         """Judge a teacher that `load_teacher` opens."""
         mean, std, _ = normalisation(str(checkpoint))
-        model, embedding = load_teacher(checkpoint), Embedding("cls_mean", self.size, _BATCH, mean, std)
+        model, embedding = load_teacher(checkpoint), Embedding("cls_mean", self.size, _BATCH, mean, std, self.autocast)
 
         def describe(images: list[np.ndarray]) -> np.ndarray:
             batches = (images[first : first + _BATCH] for first in range(0, len(images), _BATCH))
@@ -193,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the judgements")
     parser.add_argument("--held-out", type=float, default=0.0, help="judge only this fraction of the photographs")
     parser.add_argument("--image-size", type=int, default=SIZE, help="side in px at which tiles are judged")
+    parser.add_argument("--bf16", action="store_true", help="compute features in bf16")
     args = parser.parse_args(argv)
     setup_logging()
     return run_command(lambda: _run(args), logger, resumable=True)
@@ -214,7 +215,7 @@ def _run(args: argparse.Namespace) -> None:
     if not wanted:
         return
     judged = held_out_groups(photographs(args.tiles), args.held_out) if args.held_out else None
-    judge = Judge(read_tiles(args.tiles, judged), args.image_size)
+    judge = Judge(read_tiles(args.tiles, judged), args.image_size, torch.bfloat16 if args.bf16 else None)
     for name, work in wanted.items():
         start = time.perf_counter()
         write_json(args.output / f"{name}.json", work(judge))

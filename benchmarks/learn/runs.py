@@ -183,6 +183,7 @@ class Sweep:
     output: Path
     peer_root: Path
     exports: int = 5  # teachers over time, the one at the end among them
+    overrides: tuple[str, ...] = ()  # of the configuration file
 
     def run(self, model: Model, seed: int, images: int, folder: Path | None = None) -> Run:
         """A run of about so many images, whose schedules end with it.
@@ -191,7 +192,7 @@ class Sweep:
             ValueError: if the configuration has faults, or leaves the batch to the GPU.
         """
         folder = (folder or self.output / "runs" / f"{model.name}-seed{seed}").resolve()
-        own = () if model.peer else model.overrides
+        own = self.keys(model)
         data = (f"data.path={self.tiles}", "data.kind=parquet", f"train.seed={seed}", "logging.wandb=false")
         recipe, batch = load_config(self.config_file, [*own, *data]), self.batch(model)
         steps = max(self.exports, round(images / batch))
@@ -219,9 +220,13 @@ class Sweep:
             spec = {}
         return Run(model, seed, folder, config, command, steps * batch, spec)
 
+    def keys(self, model: Model) -> tuple[str, ...]:
+        """What a model changes in the configuration file; the keys of a peer are for its own code."""
+        return self.overrides if model.peer else (*self.overrides, *model.overrides)
+
     def batch(self, model: Model) -> int:
         """Images per step; peers take the recipe's. Raises ValueError where it is left to the GPU."""
-        batch = load_config(self.config_file, () if model.peer else model.overrides).train.batch_size_per_gpu
+        batch = load_config(self.config_file, self.keys(model)).train.batch_size_per_gpu
         if batch == "auto":
             raise ValueError("train.batch_size_per_gpu is auto, but a budget in images needs a number.")
         return batch

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 _BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE | re.ASCII)
 _EXTENSIONS = re.compile(
-    r"(\.(svs|svslide|tiff?|ome|btf|ndpi|mrxs|scn|bif|vmu|vms|czi|isyntax|i2syntax|dcm|zarr|png|jpe?g|jp2|parquet))+\Z",
+    r"(\.(svs|svslide|tiff?|ome|btf|qptiff|ndpi|mrxs|scn|bif|vmu|vms|czi|isyntax|i2syntax|dcm|zarr"
+    r"|png|jpe?g|jp2|j2k|webp|bmp|parquet))+\Z",
     re.IGNORECASE,
 )
 

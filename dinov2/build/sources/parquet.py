@@ -8,7 +8,9 @@ from dinov2.data.source import Source, SourceRequest
 from dinov2.data.storage.base import is_shard
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[^/]+(/(convert|pr)/[^/]+)?)?")
-_OTHERS = re.compile(r"\.(tar|tgz|tar\.gz|zip|txt|csv|json|jpe?g|png|svs|ndpi|mrxs|tiff?)$", re.IGNORECASE)
+_OTHERS = re.compile(
+    r"\.(tar|tgz|tar\.gz|zip|txt|csv|json|jpe?g|png|svs|ndpi|mrxs|tiff?|btf|qptiff|czi|dcm)$", re.IGNORECASE
+)
 
 
 class ParquetShards:

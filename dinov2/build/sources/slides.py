@@ -18,12 +18,15 @@ class Slides:
 
     def recognises(self, path: str) -> bool:
         """Whether there are slides, or a list of them."""
-        from dinov2.data.slides.find import PATH_COLUMNS, SLIDE_SUFFIXES
+        from dinov2.data.slides.find import NAMED_SUFFIXES, PATH_COLUMNS, SLIDE_SUFFIXES
         from dinov2.data.slides.index import is_tile_index
         from dinov2.data.slides.tables import columns_of, unquoted
 
+        is_file = os.path.isfile(os.path.expanduser(path.removeprefix("file://")))
+        suffixes = NAMED_SUFFIXES if is_file else SLIDE_SUFFIXES
+
         def is_slide(name: str) -> bool:
-            return os.path.splitext(name.lower())[1] in SLIDE_SUFFIXES
+            return os.path.splitext(name.lower())[1] in suffixes
 
         if holds(path, is_slide) or (is_url(path) and is_slide(path)):
             return True
@@ -61,7 +64,7 @@ class Slides:
         return OnlineTileSource(
             kept,
             cache,
-            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground),
+            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground, data.mpp_tolerance),
             seed=request.config.train.seed,
             slide_fraction=online.slide_fraction,
             max_tiles=online.max_patches,

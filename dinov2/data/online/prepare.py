@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.index import TileIndexes, opened_index, write_tile_index
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.resolution import MppSource, coarsest_level
+from dinov2.data.slides.resolution import MPP_TOLERANCE, MppSource, Resolution, coarsest_level
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.slides.tissue import TissueCache, TissueMap, TissueMask
 from dinov2.data.storage.base import public_name
@@ -34,6 +34,8 @@ class TileOptions:
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
     tile_size: int = 224  # side of a tile in px
     min_foreground: float = 0.4  # least fraction of foreground in a tile
+    # Fraction by which slides may be coarser than `mpps`; no part of what identifies a run, as its geometries are.
+    mpp_tolerance: float = field(default=MPP_TOLERANCE, repr=False)
 
 
 def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:
@@ -49,6 +51,7 @@ class OnlineSlide:
     weight: float  # how often it is drawn, up to a common factor
     size: int  # bytes of the file
     mpp_source: MppSource
+    mpp_notes: tuple[str, ...]  # what a user should know of its resolution
     stem: Path  # of its files in the cache
     key: str  # of its counted positions among those files; identifies all that is known of the slide and its tissue
     geometries: tuple[Geometry, ...]  # one for each resolution that the slide can give
@@ -93,12 +96,13 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         raise  # the server's fault; a slide left out because of it would change the dataset
     except (SlideError, OSError) as error:
         return Dropped(name, getattr(error, "detail", str(error)), unreadable=True)
-    mpp, source = (facts["mpp"], facts["mpp_source"]) if facts["mpp"] else (row.mpp, "user")
+    resolution = Resolution(facts["mpp"], facts["mpp_source"], tuple(facts["notes"]), row.mpp)
+    mpp = resolution.mpp
     if mpp is None:
         return Dropped(name, "its resolution is unknown; give its mpp in a table")
     geometries, weights = [], []
     for wanted, weight in zip(options.mpps, options.weights, strict=True):
-        level = coarsest_level(facts["downsamples"], mpp, wanted)
+        level = coarsest_level(facts["downsamples"], mpp, wanted, options.mpp_tolerance)
         if level is not None:
             downsample = facts["downsamples"][level]
             side = max(1, round(options.tile_size * wanted / mpp / downsample))
@@ -119,8 +123,9 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
     longest = [_most_bytes(blocks, geometry) for geometry in geometries]
     return OnlineSlide(
-        row.path, row.weight, size, source, stem, key, tuple(geometries), tuple(weights), tuple(map(len, positions)),
-        blocks, row.tile_index, tile_bytes=float(np.average(longest, weights=weights)), doubt=facts["doubt"],
+        row.path, row.weight, size, resolution.source, resolution.notes, stem, key, tuple(geometries), tuple(weights),
+        tuple(map(len, positions)), blocks, row.tile_index,
+        tile_bytes=float(np.average(longest, weights=weights)), doubt=facts["doubt"],
     )  # fmt: skip
 
 
@@ -153,8 +158,8 @@ def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     reader = SlideReader(row.path, index=index)
     tissue = TissueMap(reader, cache.rule)
     mask = TissueMask.of_map(tissue)
-    own = reader.mpp_source in ("slide", "appmag")
-    facts = {"mpp": reader.mpp, "mpp_source": reader.mpp_source} if own else {"mpp": None, "mpp_source": "none"}
+    own = reader.resolution
+    facts = {"mpp": own.own, "mpp_source": own.own_source, "notes": own.own_notes}
     facts |= {"sizes": list(map(list, reader.level_dimensions)), "downsamples": list(reader.level_downsamples)}
     facts |= {"tiled": index is not None, "doubt": tissue.doubt}
     reader.close()

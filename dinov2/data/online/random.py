@@ -13,7 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from dinov2.data.online.positions import Geometry
@@ -22,7 +21,8 @@ from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import SlideBytes, is_remote
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import SlideReader, resized
+from dinov2.data.slides.resolution import log_notes
 from dinov2.data.slides.tissue import CELL_RULE, TissueCache, TissueRule, log_doubts
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.storage.base import public_name
@@ -103,6 +103,7 @@ class OnlineTileSource:
         self.dropped = [result for result in made if isinstance(result, Dropped)]
         log_doubts([(slide.path, slide.doubt) for slide in made])
         _check_dropped(self.dropped, len(kept))
+        log_notes(logger, ((slide.path, slide.mpp_notes) for slide in self.slide_list))
         self.is_remote = any(is_remote(slide.path) for slide in self.slide_list)
         self.num_rows = max_tiles or ENDLESS_GROUPS * GROUP_TILES
         weights = [slide.weight for slide in self.slide_list]
@@ -165,7 +166,7 @@ class OnlineTileSource:
                 pixels = assemble(slide.blocks, region, blocks)
         except SlideError as error:
             raise DecodeError(str(error)) from error
-        return pixels if geometry.side == size else cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+        return resized(pixels, size)
 
     def describe(self, group: int, row: int | None = None) -> str:
         """Name a row group, or one of its tiles, for a message to the user."""

@@ -58,6 +58,7 @@ class Cutting:
     encoding: Encoding
     rule: TissueRule  # for `tissue_frac`
     tile_size: int  # side of a tile in px
+    mpp_tolerance: float  # fraction by which slides may be coarser than the mpp of tiles
     max_slide_failures: int  # undecodable tiles of a slide at which the job that meets them gives the slide up
 
 
@@ -147,7 +148,7 @@ class _Slides:
                 self._reader.close()
             self._reader, self._slide, self._rule = None, slide, None
             try:
-                self._reader = SlideReader(path, self._tiles.mpps[slide])
+                self._reader = SlideReader(path, self._tiles.mpps[slide], mpp_tolerance=self._cutting.mpp_tolerance)
             except SlideError as error:
                 self._bad[slide] = error.detail
                 raise
@@ -160,14 +161,16 @@ class _Slides:
         if mpp is None:
             image = reader.read_region(level, *reader.snap(level, x, y), size, size)
             downsample = reader.level_downsamples[level]
-            mpp = None if reader.mpp is None else reader.mpp * downsample
+            mpp = level_mpp = None if reader.mpp is None else reader.mpp * downsample
         else:
             image, level = reader.read_tile(x, y, size, mpp), reader.level_for(mpp)
             downsample = reader.level_downsamples[level]
-            read_size = round(size * mpp / (reader.mpp * downsample))
+            level_mpp = reader.mpp * downsample
+            read_size = round(size * mpp / level_mpp)
         row = {"level": level, "tile_size": size, "level_downsample": downsample, "image_dtype": "uint8"}
         box = Box(x, y, read_size * downsample, read_size * downsample)
         fraction = None if self._rule is None else self._rule.fraction(image, box)
         row |= {IMAGE_COLUMN: self._cutting.encoding.encode(image), "tissue_frac": fraction}
         row |= {"slide_id": reader.path.stem, "mpp": mpp, "mpp_source": reader.mpp_source, "read_size": read_size}
+        row["level_mpp"] = level_mpp
         return row

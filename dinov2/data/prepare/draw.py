@@ -15,6 +15,7 @@ import numpy as np
 from dinov2.data.slides.coarse import Box
 from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.resolution import MPP_TOLERANCE
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 
 DRAWS_PER_ROUND, MAX_ROUNDS = 4096, 50
@@ -43,6 +44,7 @@ class Sampling:
     per_slide: int | None  # tiles per slide over all targets, divided evenly; None sets no limit
     tile_size: int  # side of a finished tile in px
     mpps: tuple[float, ...] = ()  # um per px of the tiles, each read from the level that serves it; () draws by level
+    mpp_tolerance: float = MPP_TOLERANCE  # fraction by which a slide may be coarser than these
 
     def targets(self, reader: SlideReader) -> tuple[list[Target], dict[float, str]]:
         """Targets that a slide can give, and why it cannot give the other mpp."""
@@ -71,7 +73,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SlideJob:
-    """One slide to draw from: its path, the name that keys its draws, what to draw, and its mpp if it says none."""
+    """One slide to draw from: its path, the name that keys its draws, what to draw, and its mpp if a user gave one."""
 
     path: str
     key: str
@@ -87,7 +89,9 @@ class SlideDraw:
     mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N,), um per px; 0 keeps the level's own
     failure: str = ""  # why it gave nothing
     skipped: dict[float, str] = field(default_factory=dict)  # mpp that it cannot give, with the reason
-    given_mpp: float | None = None  # the mpp of the job, if it was needed
+    given_mpp: float | None = None  # the mpp of the job, if there was one
+    level0_mpp: float | None = None  # um per level-0 px
+    notes: tuple[str, ...] = ()  # what a user should know of the slide's resolution
     preview_failure: str = ""  # why its preview is missing
     doubt: str = ""  # why the tissue rule may be wrong for it
 
@@ -97,7 +101,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     if "\n" in job.path or "\r" in job.path:
         return SlideDraw(failure="its path holds a line break, which a sample list cannot express")
     try:
-        reader = SlideReader(job.path, job.mpp)
+        reader = SlideReader(job.path, job.mpp, mpp_tolerance=job.sampling.mpp_tolerance)
         targets, skipped = job.sampling.targets(reader)
         if not targets:
             reasons = dict.fromkeys(skipped.values())  # one for all where the mpp is unknown
@@ -115,9 +119,9 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     mpp = [target.mpp for target, found in corners.items() for _ in found]
     if not rows:
         return SlideDraw(failure=NO_TISSUE, doubt=tissue.doubt)
-    given_mpp = job.mpp if reader.mpp_source == "user" else None
+    notes = (*reader.resolution.notes, *(note for target in corners if (note := reader.resampling(target.mpp))))
     drawn = np.array(rows, np.int32), np.array(mpp, np.float32)
-    return SlideDraw(*drawn, "", skipped, given_mpp, doubt=tissue.doubt)
+    return SlideDraw(*drawn, "", skipped, job.mpp, reader.mpp, notes, doubt=tissue.doubt)
 
 
 def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: SlideJob) -> Iterator[tuple[int, int]]:

@@ -30,6 +30,7 @@ SCHEMA = pa.schema([
     ("tile_size", _INTEGER), ("level_downsample", _FLOAT), ("image_dtype", _TEXT), (IMAGE_COLUMN, pa.binary()),
     ("slide_id", _TEXT), ("mpp", _FLOAT), ("mpp_source", _TEXT),  # mpp of the tile, null when unknown
     ("read_size", _INTEGER), ("tissue_frac", _FLOAT),  # px of the level that became tile_size px
+    ("level_mpp", _FLOAT),  # um per px of the level, before the tile was resampled to mpp; null when unknown
 ])  # fmt: skip
 TOLD_PATIENTS = "patient_column"  # key of the metadata of shards that have one more column
 _PATIENT = pa.field(PATIENT_COLUMN, _TEXT)

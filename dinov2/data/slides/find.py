@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dinov2.data.slides import identity
+from dinov2.data.slides.image import IMAGE_SUFFIXES
 from dinov2.data.slides.index import TileIndexes, is_tile_index
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number
@@ -22,6 +23,8 @@ from dinov2.utils.walk import visible_files
 logger = logging.getLogger(__name__)
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
+SLIDE_SUFFIXES |= {".btf", ".czi", ".qptiff"}
+NAMED_SUFFIXES = SLIDE_SUFFIXES | IMAGE_SUFFIXES  # of what is a slide where it is named
 PATH_COLUMNS = ("path", "slide", "wsi", "slide_path", "slide_id")  # of tables; TRIDENT's is wsi, CLAM's slide_id
 PATIENT_COLUMNS = ("patient", "case_id")
 _TABLE_SUFFIXES = {".csv", ".tsv"}
@@ -35,7 +38,7 @@ class SlideRow:
 
     path: str  # absolute, or a URL
     weight: float = 1.0  # how often it is drawn, up to a common factor
-    mpp: float | None = None  # micrometres per level-0 px where the slide itself does not say
+    mpp: float | None = None  # micrometres per level-0 px that the user gives, in place of what the slide says
     key: str = field(default="", compare=False)  # path below the folder that was searched, or the path's last part
     tile_index: str = field(default="", compare=False)  # file of `index_slides.py` that holds its tiles, if any
     patient: str = field(default="", compare=False)  # that a DICOM file or a table tells; empty: the path does
@@ -64,7 +67,7 @@ def find_slides(
             and one of `PATIENT_COLUMNS`; a tile index; one slide; or the URL of one. For the entries of lists see
             `tables.read_lines` and `locate`; one that is a folder stands for the slides in it.
         weight_column: column of a table with each slide's weight, 0 leaves it out; empty weighs all alike.
-        mpp_table: micrometres per level-0 px of slides that `source` has no number for.
+        mpp_table: micrometres per level-0 px that the user gives for slides that `source` has no number for.
         slide_root: folder that holds the slides of a list, if they have moved.
     """
     path = Path(source)
@@ -76,14 +79,13 @@ def find_slides(
         raise ValueError(f"Slides are weighed by column '{weight_column}', but '{source}' is no .csv file.")
     if is_remote(source):
         rows = [_row(str(source))]
-    elif path.is_dir() or path.suffix.lower() in SLIDE_SUFFIXES:
+    elif path.is_dir() or path.suffix.lower() in NAMED_SUFFIXES:
         rows = _rows_at(identity.with_companions(os.path.abspath(path)))
     elif is_table:
         rows = _read_table(path, weight_column, slide_root)
     elif is_tile_index(path):
         indexes = TileIndexes(path)
-        known = ((slide, indexes.outline(slide)) for slide in indexes)
-        mpps = {slide: index.mpp if index.mpp_source == "user" else None for slide, index in known}
+        mpps = {slide: indexes.outline(slide).resolution.user for slide in indexes}
         rows = [_row(slide, mpp=mpp, tile_index=os.path.abspath(path)) for slide, mpp in mpps.items()]
     else:
         _refuse_binary(path)
@@ -101,7 +103,7 @@ def is_slide_table(path: Path) -> bool:
     """Whether a local file is a table of slides by its ending, or a text whose first line names such columns."""
     if path.suffix.lower() in _TABLE_SUFFIXES:
         return True
-    if path.suffix.lower() in SLIDE_SUFFIXES:
+    if path.suffix.lower() in NAMED_SUFFIXES:
         return False
     with path.open("rb") as file:
         line = decoded(file.read(_LOOKED_AT)).partition("\n")[0]
@@ -124,7 +126,7 @@ def locate(name: str, listed_in: str | Path, slide_root: str | Path | None = Non
         parts = [part for part in re.split(r"[/\\]", name) if part]
         tails = [Path(slide_root, *parts[start:]) for start in range(len(parts))]
     candidates = [*tails, Path(listed_in).parent / name, Path(name)]
-    endings = [""] if Path(name).suffix.lower() in SLIDE_SUFFIXES else ["", *sorted(SLIDE_SUFFIXES)]
+    endings = [""] if Path(name).suffix.lower() in NAMED_SUFFIXES else ["", *sorted(SLIDE_SUFFIXES)]
     for ending in endings:
         for candidate in candidates:
             if os.path.exists(f"{candidate}{ending}"):
@@ -147,9 +149,11 @@ def _below(root: str, name: str) -> str:
 @lru_cache(4)
 def _slides_by_name(root: str) -> dict[str, list[str]]:
     names = defaultdict(list)
-    for row in _search(Path(root)):
-        names[os.path.basename(row.path)].append(row.path)
-        names[Path(row.path).stem].append(row.path)
+    for row in _search(Path(root), NAMED_SUFFIXES):
+        path = Path(row.path)
+        names[path.name].append(row.path)
+        if path.suffix.lower() in SLIDE_SUFFIXES:  # an image of a slide's name may be a picture of it
+            names[path.stem].append(row.path)
     return names
 
 
@@ -171,12 +175,12 @@ def _entry(name: str, listed_in: Path, slide_root: str | Path | None, **known: A
     return _rows_at(locate(name, listed_in, slide_root), **known)
 
 
-def _search(folder: Path) -> list[SlideRow]:
+def _search(folder: Path, suffixes: Set[str] = SLIDE_SUFFIXES) -> list[SlideRow]:
     def refuse(error: OSError) -> None:
         found = f"The folder '{error.filename}' cannot be listed ({error.strerror})"
         raise type(error)(f"{found}; it must be readable, since its slides would be missed.") from error
 
-    files = [file for file in visible_files(folder, refuse) if file.suffix.lower() in SLIDE_SUFFIXES]
+    files = [file for file in visible_files(folder, refuse) if file.suffix.lower() in suffixes]
     parts = identity.companions(files)
     rows = [
         SlideRow(identity.with_companions(os.path.abspath(file)), key=file.relative_to(folder).as_posix())
@@ -192,7 +196,7 @@ def _refuse_binary(path: Path) -> None:
     if "\0" in decoded(start):
         kind = f"a file of format '{path.suffix}'" if path.suffix else "neither a text nor a known format"
         raise ValueError(
-            f"'{path}' is {kind}, which is not read; {', '.join(sorted(SLIDE_SUFFIXES))}, or a text or .csv file of "
+            f"'{path}' is {kind}, which is not read; {', '.join(sorted(NAMED_SUFFIXES))}, or a text or .csv file of "
             "their paths is expected."
         )
 

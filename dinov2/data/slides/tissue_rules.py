@@ -1,6 +1,7 @@
 """Rules of which pixels are tissue, by the names that `dinov2.extensions.TISSUE_RULES` has for them."""
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,7 +169,9 @@ class Given(PixelRule):
         name = Path(slide).name
         stems = dict.fromkeys((Path(name).stem, name, name.partition(".")[0]))
         names = (form.format(stem) + ending for stem in stems for form in _MASK_NAMES for ending in _MASK_ENDINGS)
-        return next((path for path in (Path(self.options.folder, name) for name in names) if path.is_file()), None)
+        found = (path for path in (Path(self.options.folder, name) for name in names) if path.is_file())
+        itself = os.path.abspath(slide)  # an image can be a slide
+        return next((path for path in found if os.path.abspath(path) != itself), None)
 
 
 class _Picture:

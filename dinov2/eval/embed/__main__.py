@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stride", type=int, help="px from tile to tile (the tile size)")
     add("--min-tissue", type=float, default=grid.min_tissue, help="least fraction of tissue (%(default)s)")
     add_rule_options(slides)
-    cli.add_options(slides, "--slide-root", "--mpp-file")
+    cli.add_options(slides, "--slide-root", "--mpp-file", "--mpp-tolerance")
     return parser.parse_args(argv)
 
 
@@ -92,7 +92,7 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     if args.format == "hdf5":
         import_h5py()
     stride = args.tile_size if args.stride is None else args.stride
-    grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue, rule_of_options(args))
+    grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue, rule_of_options(args), args.mpp_tolerance)
     location, target = Path(args.input).expanduser().resolve(), args.output.resolve()
     if location.is_dir() and target.is_relative_to(location):
         raise ValueError(

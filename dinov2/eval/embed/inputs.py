@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,15 +22,17 @@ from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.slides import identity
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.find import LIST_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
+from dinov2.data.slides.find import LIST_SUFFIXES, NAMED_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
+from dinov2.data.slides.resolution import MPP_TOLERANCE, PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.storage.base import RangedFile, public_name
 from dinov2.data.storage.locate import open_storage
 from dinov2.eval.datasets import images
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, UnreadableImage
+
+logger = logging.getLogger(__name__)
 
 _EITHER = IMAGE_SUFFIXES & SLIDE_SUFFIXES
 _ENDINGS = {
@@ -81,6 +84,7 @@ class Grid:
     stride: int = 224  # px from one tile to the next
     min_tissue: float = 0.4  # least fraction of tissue in a tile, estimated from a coarse view of the slide
     rule: TissueRule = field(default_factory=TissueRule)  # which pixels are tissue
+    mpp_tolerance: float = MPP_TOLERANCE  # fraction by which a slide may be coarser than `mpp`
 
     def __post_init__(self) -> None:
         if not PLAUSIBLE_MPP[0] <= self.mpp <= 100:
@@ -124,7 +128,7 @@ def open_input(
         source: a folder (with subfolders) of images, of Parquet shards or of slides; one of these files; a glob, hub
             id or URL of Parquet shards; a text or CSV list of slides.
         kind: one of `KINDS`; None finds out.
-        grid, mpp_file, slide_root: tiles of slides, resolutions of those that do not say theirs, and the folder that
+        grid, mpp_file, slide_root: tiles of slides, resolutions given in place of what slides say, and the folder that
             holds those of a list, if they have moved.
         rows_per_part: images or rows in a part.
 
@@ -138,7 +142,7 @@ def open_input(
     if kind == "images":
         return ImageFolder(path, rows_per_part)
     table = read_mpp_table(mpp_file) if mpp_file is not None else None
-    is_slide = path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
+    is_slide = path.suffix.lower() in NAMED_SUFFIXES and not path.is_dir()
     rows = sorted(find_slides(source if is_slide else path, mpp_table=table, slide_root=slide_root).slides)
     return SlideTiles(rows, Path(os.path.abspath(path.parent if is_slide else path)), grid)
 
@@ -295,7 +299,7 @@ class SlideTiles(TileInput):
         """Open a slide and find its tiles; raises UnreadableImage where that cannot be done."""
         row, slide, grid = self._rows[number], self.parts[number], self._grid
         try:
-            reader = SlideReader(row.path, row.mpp, _CACHE_BYTES)
+            reader = SlideReader(row.path, row.mpp, _CACHE_BYTES, mpp_tolerance=grid.mpp_tolerance)
             if reader.mpp is None:
                 raise UnreadableImage(
                     f"Slide '{public_name(row.path)}' does not say its resolution; name it in a CSV of slide,mpp lines "
@@ -305,11 +309,14 @@ class SlideTiles(TileInput):
         except SlideError as error:
             raise UnreadableImage(str(error)) from error
         count, level = len(x), reader.level_for(grid.mpp)
+        notes = (*reader.resolution.notes, *filter(None, [reader.resampling(grid.mpp)]))
+        log_notes(logger, [(public_name(row.path), notes)])
         columns: dict[str, Sequence[Any]] = {"slide": [slide] * count, "x": x, "y": y, "level": [level] * count}
         columns |= {"mpp": [grid.mpp] * count, "tile_size": [grid.tile_size] * count}
         about = {
             "slide": slide, "path": public_name(reader.path), "slide_mpp": reader.mpp, "mpp_source": reader.mpp_source,
-            "level": level, "tile_size_level0": round(reader.tile_side(grid.tile_size, grid.mpp)), **asdict(grid),
+            "mpp_notes": notes, "level": level, "level_mpp": reader.mpp * reader.level_downsamples[level],
+            "tile_size_level0": round(reader.tile_side(grid.tile_size, grid.mpp)), **asdict(grid),
         }  # fmt: skip
         return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close)
 

@@ -175,6 +175,13 @@ def test_masks_of_the_users(make_slide: MakeSlide, tmp_path: Path, name: str, fo
     assert np.count_nonzero(tissue.rule.mask(np.zeros((8, 8, 3), np.uint8), Box(350, 450, 100, 100))) == 0
 
 
+def test_a_slide_in_one_piece_is_no_mask_of_itself(tmp_path: Path) -> None:
+    Image.new("RGB", (768, 1024), "white").save(tmp_path / "s.png")
+    write_mask(tmp_path, "s_mask.png", "white")
+    tissue = TissueMap(SlideReader(tmp_path / "s.png"), TissueRule("mask", Given.Options(str(tmp_path))))
+    assert tissue.cells.mean() == pytest.approx(drawn().mean(), abs=0.01)
+
+
 def test_masks_that_cannot_be_used_are_named(make_slide: MakeSlide, tmp_path: Path) -> None:
     slide, folder = make_slide("s.svs"), tmp_path / "masks"
     folder.mkdir()
