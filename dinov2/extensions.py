@@ -51,6 +51,17 @@ SOURCES = Registry(
 )
 """Kinds of data, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
 
+TISSUE_RULES = Registry(
+    "tissue rule",
+    {
+        "hsv": "dinov2.data.slides.tissue_rules:Hsv",
+        "otsu": "dinov2.data.slides.tissue_rules:Otsu",
+        "mask": "dinov2.data.slides.tissue_rules:Given",
+        "none": "dinov2.data.slides.tissue_rules:Everything",
+    },
+)
+"""Rules of which pixels of a slide are tissue: `dinov2.data.slides.tissue_rules.PixelRule`."""
+
 BACKBONES = Registry(
     "backbone",
     {

@@ -35,9 +35,11 @@ import pyarrow.parquet as pq
 from dinov2.data.prepare import shard as parquet
 from dinov2.data.prepare.cut import Cutting, Encoding, Tiles
 from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.find import locate
+from dinov2.data.slides.identity import slides_and_patients
 from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
-from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
-from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.slides.sample_list import read_list_description, read_sample_list
+from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
 from dinov2.utils.jobs import run_jobs
@@ -97,15 +99,18 @@ class Build:
             logger.info("%d of %d slides have a given mpp, which counts in place of their own.", told, len(mpps))
         tolerance = drawn.get("mpp_tolerance", MPP_TOLERANCE) if args.mpp_tolerance is None else args.mpp_tolerance
         try:
-            drawn_by = drawn.get("rule") or asdict(TissueRule())
-            rule = TissueRule(tuple(drawn_by["lower"]), tuple(drawn_by["upper"]), drawn_by["min_fraction"])
+            rule = TissueRule.described(drawn["rule"]) if "rule" in drawn and not args.tissue else TissueRule()
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
             ) from error
-        paths = [locate_slide(name, args.slide_root, list_path) for name in samples.slides]
+        if args.tissue:
+            rule = rule_of_options(args)
+        paths = [Path(locate(name, list_path, args.slide_root)) for name in samples.slides]
         encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
-        self.args, self.tiles = args, Tiles(samples, paths, mpps)
+        told = slides_and_patients([str(path) for path in paths])
+        patients = [told[str(path)][1] for path in paths]
+        self.args, self.tiles = args, Tiles(samples, paths, mpps, patients)
         self.cutting = Cutting(encoding, rule, tile_size, tolerance, args.max_slide_failures)
         per_shard = args.rows_per_shard
         if args.shuffle:
@@ -126,6 +131,7 @@ class Build:
             "sample_list": samples.digest(),
             "seed": str(drawn.get("seed", "")),
             "tissue_rule": json.dumps(asdict(rule)),
+            **({parquet.TOLD_PATIENTS: _digest(patients)} if any(patients) else {}),
         }
         self.identity = {
             **self.metadata,
@@ -266,18 +272,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--spec-file", type=Path, help="the same")
     add("--output", "--output-dir", type=Path, required=True, help="folder of the shards")
-    add("--slide-root", type=Path, help="folder that holds the listed slides, if they have moved")
     add("--columns", type=int, choices=(4, 6), help="of a list without a .meta.json (4)")
     add("--encoding", choices=("png", "jpeg", "raw"), default="png")
     add("--jpeg-quality", type=int, default=95, metavar="1..100")
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
-    add(
-        "--mpp",
-        type=float,
-        help="um per level-0 px of slides not in --mpp-file, in place of what they say",
-    )
-    add_options(parser, "--mpp-file")
+    add_rule_options(parser, default=None)
+    add("--mpp", type=float, help="um per level-0 px of slides not in --mpp-file, in place of what they say")
+    add_options(parser, "--slide-root", "--mpp-file")
     add_options(
         parser, "--mpp-tolerance", default=None, help="of slides that are coarser than the list asks (as it was drawn)"
     )

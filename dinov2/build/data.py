@@ -265,9 +265,7 @@ def _datasets(config: Config) -> tuple[DatasetConfig, ...]:
     return data.datasets or (DatasetConfig(data.path, data.kind, revision=data.revision),)
 
 
-def _open(
-    config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[[str], bool]
-) -> Source:
+def _open(config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[..., bool]) -> Source:
     kind = next((kind for kind in (dataset.kind, config.data.kind) if kind != "auto"), "") or recognise(dataset.path)
     part = SOURCES[kind]()
     options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
@@ -285,8 +283,8 @@ def _open(
         raise FileNotFoundError(f"{error}; {found}, but data.kind is {kind}") from error
 
 
-def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:
-    fate = fates[Origin(slide)]
+def _keep(fates: Fates, counts: Counter[int], slide: str, patient: str = "") -> bool:
+    fate = fates[Origin(slide, patient)]
     counts[fate] += 1
     return fate == Fate.TRAINING
 

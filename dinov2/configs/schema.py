@@ -121,6 +121,8 @@ class OnlineConfig:
     mpp_weights: tuple[float, ...] = key((), "how often each is drawn; empty: all alike", above=0, most=1e9)
     magnifications: tuple[float, ...] = key((), "in place of mpp: 10 / magnification", above=0, most=1e4)
     min_foreground: float = key(0.4, "least fraction of tissue in a tile", **_PROBABILITY)
+    tissue: str = key("hsv", "which pixels are tissue", registry="TISSUE_RULES")
+    tissue_options: Mapping[str, Any] = key({}, "options of these rules: {name: {...}}", registry="TISSUE_RULES")
     slide_fraction: float = key(1.0, "of the slides, chosen by hash of the seed", above=0, most=1)
     max_patches: int = key(0, "distinct tiles; 0: without end", least=0, most=2**30)
     cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder")

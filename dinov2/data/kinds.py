@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -12,6 +12,7 @@ from typing import Any
 from dinov2.configs import load_config
 from dinov2.data.source import Source, SourceRequest
 from dinov2.extensions import SOURCES
+from dinov2.utils.walk import visible_files
 
 _MOST_FILES = 1_000_000
 
@@ -48,7 +49,7 @@ def endings(path: str) -> Mapping[str, str]:
     """
     path = os.path.expanduser(path.removeprefix("file://"))
     if os.path.isdir(path):
-        files = _walk(path)
+        files = map(os.fspath, visible_files(path))
     elif glob.has_magic(path) and not os.path.exists(path):
         files = glob.iglob(path, recursive=True)
     else:
@@ -60,18 +61,6 @@ def endings(path: str) -> Mapping[str, str]:
         special = name == "metadata.parquet" or stem.endswith(".tar")
         found.setdefault((name if not stem.endswith(".tar") else f".tar{ending}") if special else ending, file)
     return found
-
-
-def _walk(folder: str) -> Iterator[str]:
-    reached: set[tuple[int, int]] = set()
-    for location, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(location)
-        if (status.st_dev, status.st_ino) in reached:  # by another link
-            folders.clear()
-            continue
-        reached.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(location, name) for name in names if not name.startswith("."))
 
 
 def open_source(path: str, kind: str = "auto", **keys: Any) -> tuple[str, Source]:

@@ -266,9 +266,10 @@ class SourceRequest:
     config: Config
     options: Any  # the kind's section in data.options, or its defaults; None where it has no Options
     cache: Path | None  # file that this dataset has to itself in the run's folder, for an index; None keeps none
-    # Whether a slide is trained on. A kind asks it of every slide, or, as most do, of none: the rows of patients that
-    # are excluded or kept for validation are then left out of what it opened.
-    keep: Callable[[str], bool]
+    # Whether a slide is trained on, by its name and, where that is told, its patient. A kind asks it of every slide, or
+    # of none, as most do: the rows of patients that are excluded or kept for validation are then left out of what it
+    # opened.
+    keep: Callable[..., bool]
 
 
 class SourceKind(Protocol):

@@ -101,6 +101,7 @@ _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "--workers": (("--num-workers",), {
         "type": at_least(1), "default": os.cpu_count() or 1, "help": "processes (%(default)s)",
     }),
+    "--slide-root": ((), {"type": Path, "help": "folder that holds the listed slides, if they have moved"}),
     "--mpp-file": ((), {"type": Path, "help": "CSV 'slide,mpp': um per level-0 px, in place of what slides say"}),
     "--mpp-tolerance": ((), {
         "type": at_least(0, float), "default": 0.2,

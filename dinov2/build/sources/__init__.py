@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 from dinov2.data.kinds import endings
+from dinov2.data.slides.tables import decoded
 from dinov2.data.source import SourceRequest
 
 _LARGEST_TILE = 4096  # px of a side; larger TIFF images are slides
@@ -21,18 +22,23 @@ def holds(path: str, fits: Callable[[str], bool]) -> bool:
     return any(map(fits, endings(path)))
 
 
-def is_slide(path: str) -> bool:
-    """Whether a file is a slide by its name and, if it is a TIFF file, by its first page."""
-    from dinov2.data.slides.find import SLIDE_SUFFIXES
+def is_slide(path: str, named: bool = False) -> bool:
+    """Whether a file is a slide by its name and, if it is an image of one piece, by its size.
+
+    With `named` the file itself is named, and may be an image such as PNG that is no slide where a folder is searched.
+    """
+    from dinov2.data.slides.find import NAMED_SUFFIXES, SLIDE_SUFFIXES
 
     ending = os.path.splitext(path)[1].lower()
-    if ending not in SLIDE_SUFFIXES or ending not in (".tif", ".tiff") or not os.path.isfile(path):
-        return ending in SLIDE_SUFFIXES
+    if ending not in (NAMED_SUFFIXES if named else SLIDE_SUFFIXES):
+        return False
+    if ending in SLIDE_SUFFIXES - {".tif", ".tiff"} or not os.path.isfile(path):
+        return True
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["TIFF"]) as image:
-            single = image.n_frames == 1 and _TILE_WIDTH not in image.tag_v2
+        with Image.open(path) as image:
+            single = getattr(image, "n_frames", 1) == 1 and _TILE_WIDTH not in getattr(image, "tag_v2", ())
             return not (single and max(image.size) <= _LARGEST_TILE)
     except Exception:  # whatever Pillow stumbles over is for the reader of slides to name
         return True
@@ -44,7 +50,7 @@ def first_line(path: str) -> str:
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
-        text = file.read(1 << 16).decode("utf-8-sig", errors="surrogateescape")
+        text = decoded(file.read(1 << 16))
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#") and "\0" not in line), "")
 

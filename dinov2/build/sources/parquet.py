@@ -11,7 +11,8 @@ from dinov2.data.storage.base import is_shard
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[^/]+(/(convert|pr)/[^/]+)?)?")
 _OTHERS = re.compile(
-    r"\.(tar|tgz|tar\.gz|zip|h5|hdf5|txt|csv|tsv|json|jpe?g|png|webp|bmp|jp2|svs|ndpi|mrxs|tiff?)$", re.IGNORECASE
+    r"\.(tar|tgz|tar\.gz|zip|h5|hdf5|txt|csv|tsv|json|jpe?g|png|webp|bmp|jp2|svs|ndpi|mrxs|tiff?|btf|qptiff|czi|dcm)$",
+    re.IGNORECASE,
 )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dinov2.data.slides import identity
 from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.find import locate
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
-from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
-from dinov2.data.source import DecodeError, EncodedSample
+from dinov2.data.slides.sample_list import read_list_description, read_sample_list
+from dinov2.data.source import DecodeError, EncodedSample, Origin, as_origins
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class SlideListSource:
     Args:
         list_path: `path x y level` lines; x, y are level-0 px and are snapped to the level's own pixel grid. In
             a list of six columns the tile is cut at its mpp from the level that serves it best.
-        slide_root: see `locate_slide`.
+        slide_root: see `locate`.
         tile_size: side of a tile in px of its level, or of its mpp.
         mpp_file, columns: see `read_mpp_table` and `read_sample_list`.
         mpp_tolerance: fraction by which slides may be coarser than the mpp of tiles, unless the list was drawn with
@@ -51,11 +53,17 @@ class SlideListSource:
     ) -> None:  # fmt: skip
         self._list_path, self._tile_size = Path(list_path), tile_size
         self._samples = read_sample_list(list_path, columns)
-        self._paths = {name: locate_slide(name, slide_root, list_path) for name in self._samples.slides}
+        self._paths = {name: Path(locate(name, list_path, slide_root)) for name in self._samples.slides}
         missing = [str(path) for path in self._paths.values() if not path.is_file()]
         if missing:
             lost = f"{len(missing)} of {len(self._paths)} slides of sample list '{list_path}' do not exist"
             raise FileNotFoundError(f"{lost}, the first is '{missing[0]}'; mount them or set data.slide_root.")
+        names = {str(path): name for name, path in reversed(self._paths.items())}
+        told = identity.slides_and_patients([str(path) for path in self._paths.values()])
+        # Under its first name where a list has several for one slide, or for the files of one.
+        self._origins = [
+            (names[slide], patient) for slide, patient in (told[str(path)] for path in self._paths.values())
+        ]
         self.num_rows = len(self._samples)
         starts = np.arange(0, self.num_rows, GROUP_LINES)
         self.group_rows = np.minimum(GROUP_LINES, self.num_rows - starts).astype(np.int64)
@@ -123,8 +131,12 @@ class SlideListSource:
 
     def slides(self, group: int) -> list[str]:
         """Name the slide of every line of a row group."""
+        return [origin.slide for origin in self.origins(group)]
+
+    def origins(self, group: int) -> list[Origin]:
+        """Slide of every line of a row group, and its patient where it is a DICOM file that tells one."""
         numbers = self._samples.slide[group * GROUP_LINES : (group + 1) * GROUP_LINES]
-        return [self._samples.slides[number] for number in numbers.tolist()]
+        return as_origins(*zip(*(self._origins[number] for number in numbers.tolist()), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}

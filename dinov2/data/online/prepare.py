@@ -19,7 +19,7 @@ from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MPP_TOLERANCE, MppSource, Resolution, coarsest_level
 from dinov2.data.slides.tiff import index_slide
-from dinov2.data.slides.tissue import TissueCache, TissueMask
+from dinov2.data.slides.tissue import TissueCache, TissueMap, TissueMask
 from dinov2.data.storage.base import public_name
 from dinov2.data.storage.fsspec import filesystem, version_of
 from dinov2.data.storage.retry import RemoteError, Retries
@@ -60,6 +60,7 @@ class OnlineSlide:
     blocks: TileIndex | None  # outline of the index of its blocks; None where only OpenSlide can read them
     tile_index: str  # file with the whole index if it is one of many slides; empty if it lies in the cache
     tile_bytes: float  # of blocks that a tile takes at most, on average over the geometries
+    doubt: str  # why the tissue rule may be wrong for it; empty where nothing speaks against it
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Dropped:
     path: str
     reason: str
     unreadable: bool = False
+    doubt: str = ""
 
 
 class DrawingPlan(NamedTuple):
@@ -117,12 +119,13 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         write_arrays(counted, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
         scarce = f"no tile of it is {options.min_foreground:.0%} tissue"
-        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue")
+        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue", doubt=facts["doubt"])
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
     longest = [_most_bytes(blocks, geometry) for geometry in geometries]
     return OnlineSlide(
         row.path, row.weight, size, resolution.source, resolution.notes, stem, key, tuple(geometries), tuple(weights),
-        tuple(map(len, positions)), blocks, row.tile_index, tile_bytes=float(np.average(longest, weights=weights)),
+        tuple(map(len, positions)), blocks, row.tile_index,
+        tile_bytes=float(np.average(longest, weights=weights)), doubt=facts["doubt"],
     )  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:
 
 def _recall(stem: Path, row: SlideRow, cache: TissueCache) -> _Known | None:
     found = cache.load(stem)
-    if found is None or "notes" not in found[1]:  # of an earlier commit, which took other resolutions for plausible
+    if found is None:
         return None
     try:
         return *found, _tile_indexes(stem, row.tile_index).outline(row.path) if found[1]["tiled"] else None
@@ -153,11 +156,12 @@ def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     except UnsupportedTiles:
         index = None
     reader = SlideReader(row.path, index=index)
-    mask = TissueMask.of_slide(reader, cache.rule)
+    tissue = TissueMap(reader, cache.rule)
+    mask = TissueMask.of_map(tissue)
     own = reader.resolution
     facts = {"mpp": own.own, "mpp_source": own.own_source, "notes": own.own_notes}
     facts |= {"sizes": list(map(list, reader.level_dimensions)), "downsamples": list(reader.level_downsamples)}
-    facts["tiled"] = index is not None
+    facts |= {"tiled": index is not None, "doubt": tissue.doubt}
     reader.close()
     cache.folder.mkdir(parents=True, exist_ok=True)
     if index is not None and not row.tile_index:

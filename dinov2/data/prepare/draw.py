@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov2.data.slides.coarse import Box
 from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import MPP_TOLERANCE
@@ -92,6 +93,7 @@ class SlideDraw:
     level0_mpp: float | None = None  # um per level-0 px
     notes: tuple[str, ...] = ()  # what a user should know of the slide's resolution
     preview_failure: str = ""  # why its preview is missing
+    doubt: str = ""  # why the tissue rule may be wrong for it
 
 
 def draw_from_slide(job: SlideJob) -> SlideDraw:
@@ -108,7 +110,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
         tissue, unreadable, corners = TissueMap(reader, job.sampling.rule), [], {}
         for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
             proposals = islice(_proposals(reader, tissue, target, job), quota * MAX_CHECKS_PER_TILE)
-            accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
+            accepted = _accepted(reader, proposals, target, quota, job.sampling, tissue.rule, unreadable)
             corners[target] = [reader.origin(target.level, *pixel) for pixel in accepted]  # level-0 x, y
     except (SlideError, OSError) as error:
         return SlideDraw(failure=getattr(error, "detail", str(error)))
@@ -116,9 +118,10 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     rows = [(*corner, target.level) for target, found in corners.items() for corner in found]
     mpp = [target.mpp for target, found in corners.items() for _ in found]
     if not rows:
-        return SlideDraw(failure=NO_TISSUE)
+        return SlideDraw(failure=NO_TISSUE, doubt=tissue.doubt)
     notes = (*reader.resolution.notes, *(note for target in corners if (note := reader.resampling(target.mpp))))
-    return SlideDraw(np.array(rows, np.int32), np.array(mpp, np.float32), "", skipped, job.mpp, reader.mpp, notes)
+    drawn = np.array(rows, np.int32), np.array(mpp, np.float32)
+    return SlideDraw(*drawn, "", skipped, job.mpp, reader.mpp, notes, doubt=tissue.doubt)
 
 
 def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: SlideJob) -> Iterator[tuple[int, int]]:
@@ -144,10 +147,11 @@ def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: Slid
 
 def _accepted(
     reader: SlideReader, proposals: Iterator[tuple[int, int]], target: Target, quota: int, sampling: Sampling,
-    unreadable: list[SlideReadError],
+    rule: TissueRule, unreadable: list[SlideReadError],
 ) -> list[tuple[int, int]]:  # fmt: skip
     """The first `quota` proposals whose pixels pass the rule; `unreadable` collects those that have none."""
     accepted: list[tuple[int, int]] = []
+    side = target.side * reader.level_downsamples[target.level]
     while len(accepted) < quota:
         batch = list(islice(proposals, (quota - len(accepted)) * 5 // 4 + 8))
         if not batch:
@@ -155,12 +159,12 @@ def _accepted(
         passed = set()
         for pixel in sorted(batch, key=lambda pixel: (pixel[1] // BLOCK_PX, pixel[0])):
             try:
+                corner = reader.origin(target.level, *pixel)
                 if target.mpp:
-                    corner = reader.origin(target.level, *pixel)
                     tile = reader.read_tile(*corner, sampling.tile_size, target.mpp)
                 else:
                     tile = reader.read_region(target.level, *pixel, sampling.tile_size, sampling.tile_size)
-                if sampling.rule.accepts(tile):
+                if rule.accepts(tile, Box(*corner, side, side)):
                     passed.add(pixel)
             except SlideReadError as error:
                 unreadable.append(error)

@@ -1,6 +1,5 @@
-"""Resolution of slides in micrometres per level-0 pixel (mpp), and tables of it for slides that do not say."""
+"""Resolution of slides in micrometres per level-0 pixel (mpp), and tables of it that users give."""
 
-import csv
 import logging
 import math
 import re
@@ -8,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
+
+from dinov2.data.slides.tables import read_csv
 
 Mpp = float | None  # None where it is unknown
 MppSource = Literal["slide", "appmag", "user", "none"]
@@ -130,15 +131,6 @@ def number(text: object) -> float | None:
         return float(text)
     except (TypeError, ValueError):
         return None
-
-
-def read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Read a CSV file with a header: its columns, and each row's line number and cells, blanks around them removed."""
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
-        rows = [(reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
-    return columns, rows
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Pixels of tiles: image files, or the rows of a Parquet dataset."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,6 +11,7 @@ import numpy as np
 
 from dinov2.data.images.files import IMAGES
 from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, origins_of
+from dinov2.utils import walk
 
 logger = logging.getLogger("dinov2")
 
@@ -138,9 +138,4 @@ def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]
 
 def visible_files(folder: Path) -> list[str]:
     """Paths below a folder of all files in it, sorted; hidden files and folders are left out."""
-    found = []
-    for location, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        inside = Path(location).relative_to(folder)
-        found += [(inside / name).as_posix() for name in names if name[0] != "."]
-    return sorted(found)
+    return sorted(file.relative_to(folder).as_posix() for file in walk.visible_files(folder))

@@ -79,8 +79,8 @@ def test_meta_tells_how_the_list_was_made(train_slide: Path, tmp_path: Path) -> 
     meta = meta_of(output)
     assert meta["columns"] == ["path", "x", "y", "level"]
     assert meta["seed"] == 7 and meta["tile_size"] == 224
-    assert meta["rule"] == {"lower": [100, 10, 90], "upper": [180, 255, 255], "min_fraction": 0.5,
-                            "reject_pen": False}  # fmt: skip
+    assert meta["rule"] == {"name": "hsv", "options": {"lower": [100, 10, 90], "upper": [180, 255, 255]},
+                            "min_fraction": 0.5, "reject_pen": False}  # fmt: skip
     assert meta["num_patches_by_level"] == {"1": 5, "2": 4} and meta["num_patches"] == 9
     assert (meta["num_slides"], meta["num_slides_failed"]) == (1, 0)
     assert meta["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()

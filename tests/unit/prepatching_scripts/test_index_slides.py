@@ -203,7 +203,7 @@ def test_faulty_calls_are_refused(folder: Path, tmp_path: Path, caplog: pytest.L
     assert run(tmp_path / "nowhere", tmp_path / "index") == 2
     assert "nowhere' does not exist" in caplog.text
     names = tmp_path / "names.txt"
-    (folder / "plain.svs").write_bytes((folder / "deep/plain.svs").read_bytes())
+    (folder / "plain.svs").write_bytes((folder / "train.svs").read_bytes())
     names.write_text(f"{folder}/plain.svs\n{folder}/deep/plain.svs\n")
     assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "none.csv")) == 2
     assert run(names, tmp_path / "index", "--zarr") == 2

@@ -23,8 +23,8 @@ def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
     make_slide: MakeSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slide, folder, examined = make_slide("a.svs", "|MPP = 0.25"), tmp_path / "cache", []
-    original = TissueMask.of_slide
-    monkeypatch.setattr(TissueMask, "of_slide", lambda *args: examined.append(1) or original(*args))
+    original = TissueMask.of_map
+    monkeypatch.setattr(TissueMask, "of_map", lambda *args: examined.append(1) or original(*args))
     first = prepare_slide(*job(slide, folder))
     assert isinstance(first, OnlineSlide) and prepare_slide(*job(slide, folder)).key == first.key and len(examined) == 1
     os.utime(slide, ns=(1, 1))
