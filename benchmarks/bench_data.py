@@ -259,6 +259,7 @@ def measure_images(folder: Path, count: int = 1_000_000, real: int = 20_000) -> 
 def measure_sources(folder: Path, tiles: list[bytes], seconds: float) -> dict[str, float]:
     """CPU milliseconds to read an image from each kind of collection, without decoding it."""
     files = {f"{number:06d}.jpg": tiles[number % len(tiles)] for number in range(2_560)}
+    folder.mkdir()
     result = {}
     for kind, form in {
         "parquet": "parquet",
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         results["transform_ms"] = measure_transforms(args.seconds)
         results["reader"] = measure_reader(shards, args.seconds)
         results["images"] = measure_images(folder, 1_000_000 // scale, 20_000 // scale)
-        results["read_ms"] = measure_sources(folder, jpegs, args.seconds)
+        results["read_ms"] = measure_sources(folder / "kinds", jpegs, args.seconds)
         results["seek"] = measure_seek(folder, shards=12_000 // scale)
     results["mixing"] = {name: measure_mixing(rows // scale) for name, rows in COLLECTIONS.items()}
     results["memory_gib"] = {name: compute_memory(rows // scale) for name, rows in COLLECTIONS.items()}
