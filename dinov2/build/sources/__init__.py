@@ -23,22 +23,20 @@ def holds(path: str, fits: Callable[[str], bool]) -> bool:
 
 
 def is_slide(path: str, named: bool = False) -> bool:
-    """Whether a file is a slide by its name and, if it is an image of one piece, by its size.
+    """Whether a file is a slide by its name and, if it is a TIFF file, by its first page.
 
-    With `named` the file itself is named, and may be an image such as PNG that is no slide where a folder is searched.
+    One that is itself `named` is no tile among others, and may be an image in one piece, such as PNG.
     """
     from dinov2.data.slides.find import NAMED_SUFFIXES, SLIDE_SUFFIXES
 
     ending = os.path.splitext(path)[1].lower()
-    if ending not in (NAMED_SUFFIXES if named else SLIDE_SUFFIXES):
-        return False
-    if ending in SLIDE_SUFFIXES - {".tif", ".tiff"} or not os.path.isfile(path):
-        return True
+    if named or ending not in (".tif", ".tiff") or not os.path.isfile(path):
+        return ending in (NAMED_SUFFIXES if named else SLIDE_SUFFIXES)
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            single = getattr(image, "n_frames", 1) == 1 and _TILE_WIDTH not in getattr(image, "tag_v2", ())
+        with Image.open(path, formats=["TIFF"]) as image:
+            single = image.n_frames == 1 and _TILE_WIDTH not in image.tag_v2
             return not (single and max(image.size) <= _LARGEST_TILE)
     except Exception:  # whatever Pillow stumbles over is for the reader of slides to name
         return True

@@ -24,8 +24,7 @@ class Slides:
         from dinov2.data.slides.tables import columns_of, unquoted
 
         local = os.path.expanduser(path.removeprefix("file://"))
-        files = [path] if is_url(path) else endings(path).values()
-        if any(is_slide(file, named=file == local) for file in files):
+        if is_slide(path) if is_url(path) else any(is_slide(file, file == local) for file in endings(path).values()):
             return True
         if os.path.isfile(path) and is_tile_index(Path(path)):
             return True
