@@ -23,23 +23,24 @@ def holds(path: str, fits: Callable[[str], bool]) -> bool:
 
 
 def is_slide(path: str, named: bool = False) -> bool:
-    """Whether a file is a slide by its name and, if it is a TIFF file, by its first page.
+    """Whether a file is a slide by its name and, where tiles are of such files too, by its size.
 
-    One that is itself `named` is no tile among others, and may be an image in one piece, such as PNG.
+    One that is itself `named` may be an image in one piece, such as PNG; where a folder is searched these are tiles.
     """
-    from dinov2.data.slides.find import NAMED_SUFFIXES, SLIDE_SUFFIXES
+    from dinov2.data.slides.find import IMAGE_SUFFIXES, NAMED_SUFFIXES, SLIDE_SUFFIXES
 
     ending = os.path.splitext(path)[1].lower()
-    if named or ending not in (".tif", ".tiff") or not os.path.isfile(path):
+    if ending not in IMAGE_SUFFIXES | {".tif", ".tiff"} or not os.path.isfile(path):
         return ending in (NAMED_SUFFIXES if named else SLIDE_SUFFIXES)
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["TIFF"]) as image:
-            single = image.n_frames == 1 and _TILE_WIDTH not in image.tag_v2
-            return not (single and max(image.size) <= _LARGEST_TILE)
+        with Image.open(path) as image:
+            in_one_piece = getattr(image, "n_frames", 1) == 1 and _TILE_WIDTH not in getattr(image, "tag_v2", ())
+            large = max(image.size) > _LARGEST_TILE
     except Exception:  # whatever Pillow stumbles over is for the reader of slides to name
-        return True
+        in_one_piece, large = False, True
+    return (large and named) or (ending not in IMAGE_SUFFIXES and (large or not in_one_piece))
 
 
 def first_line(path: str) -> str:

@@ -160,6 +160,9 @@ def locations(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.docx").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "scans").mkdir()
+    for name, width in {"wide.bmp": 5000, "tile.bmp": 64}.items():
+        cv2.imwrite(str(tmp_path / "scans" / name), np.zeros((8, width, 3), np.uint8))
     texts = {"list4.txt": "# made by\n/a b/s.svs 0 128 1\n", "list6.txt": "s.svs 0 128 1 0.5 0.5\n",
              "slides.txt": "/a b/s.svs\n", "slides.csv": "site, slide\nx,a.svs\n", "odd.csv": "a,b\n1,2\n",
              "images.txt": "a b.png\n", "notes.txt": "nothing of the kind\n", "toy": "toy tiles"}  # fmt: skip
@@ -174,7 +177,8 @@ def locations(tmp_path: Path) -> dict[str, str]:
      ("{shards}/shard-00000.parquet", "parquet"), ("org/name", "parquet"), ("org/name@v1", "parquet"),
      ("hf://datasets/org/name/train", "parquet"), ("s3://bucket/tiles", "parquet"), ("{slides}", "slides"),
      ("{list4.txt}", "sample_list"), ("{list6.txt}", "sample_list"), ("{slides.txt}", "slides"),
-     ("{slides.csv}", "slides"), ("{images.txt}", "slides"), ("{other}/photo.bmp", "slides"),
+     ("{slides.csv}", "slides"), ("{images.txt}", "slides"), ("{scans}/wide.bmp", "slides"),
+     ("{scans}/tile.bmp", "images"), ("{scans}", "images"),
      ("{slides}/sub/A.SVS", "slides"), ("https://host/a.btf", "slides"), ("https://host/a%20b.svs", "slides")],
 )  # fmt: skip
 def test_kinds_are_recognised(locations: dict[str, str], path: str, kind: str) -> None:
