@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import pickle
 import statistics
 import sys
 import tempfile
@@ -33,13 +34,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import cpu_ms, describe_machine
 from dinov2.build.augmentation import build_augmentation
 from dinov2.configs import load_config
-from dinov2.data.parquet.index import load_index, write_sidecar
+from dinov2.data.images.container import Contents, Member
+from dinov2.data.images.files import IMAGES
+from dinov2.data.images.index import load_index as load_images
+from dinov2.data.images.source import ImageSource
+from dinov2.data.images.tar import TarShards
+from dinov2.data.kinds import open_source
+from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import decode_image
 from dinov2.data.storage.base import LocalStorage, StoredFile
+from dinov2.data.storage.sidecar import write_sidecar
 from dinov2.data.stream.memory import GIB, Prefetch, memory_bound
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader
+from tests.helpers.collections import SLIDES, write_collection
 from tests.helpers.reference_transforms import reference_crops
 
 SIZE = 224
@@ -208,9 +217,81 @@ def measure_seek(folder: Path, shards: int = 12_000, rows: int = 9_500) -> dict[
     }
 
 
+class SyntheticShards:
+    """Tar shards that are not there, of 10,000 images each."""
+
+    files = TarShards.files
+
+    def contents(self, storage: ListedStorage, file: StoredFile) -> Contents:
+        """Names and places as those of a real shard."""
+        stem = Path(file.name).stem
+        return Contents([Member(f"{stem}/{n:09d}.jpg", 30_720 * n + 512, 30_000, 30_000) for n in range(10_000)])
+
+
+def measure_images(folder: Path, count: int = 1_000_000, real: int = 20_000) -> dict[str, Any]:
+    """CPU seconds to open a million images, as loose files and in tar shards whose index is kept, and MB they take.
+
+    ``real`` files are made and listed, too, and the seconds of that given per million.
+    """
+    (folder / "real").mkdir()
+    for number in range(real):
+        (folder / f"real/tile_{number:09d}.png").touch()
+    start = time.process_time()
+    found = LocalStorage(str(folder / "real"), files=IMAGES).list_files()
+    result: dict[str, Any] = {"images": count, "list_s_per_million": (time.process_time() - start) * 1e6 / len(found)}
+    loose = [StoredFile(f"slide_{n // 2500:05d}/tile_{n:09d}.png", 30_000, "1") for n in range(count)]
+    shards = [StoredFile(f"shard-{n:05d}.tar", 307_200_000, "1") for n in range(max(1, count // 10_000))]
+    for name, files, container in (("loose", loose, None), ("tar", shards, SyntheticShards())):
+        storage, sidecar = ListedStorage(files), folder / name
+        if container:
+            load_images(storage, container, files, sidecar)
+        start = time.process_time()
+        source = ImageSource(storage, load_images(storage, container, files, sidecar), container)
+        result[f"{name}_open_s"] = time.process_time() - start
+        result[f"{name}_mb"] = len(pickle.dumps(source)) / 1e6
+        start = time.process_time()
+        for group in range(0, len(source.group_rows), 10):
+            source.origins(group)
+        result[f"{name}_origins_s_per_million"] = 10 * (time.process_time() - start) * 1e6 / source.num_rows
+    return result
+
+
+def measure_sources(folder: Path, tiles: list[bytes], seconds: float) -> dict[str, float]:
+    """CPU milliseconds to read an image from each kind of collection, without decoding it."""
+    files = {f"{number:06d}.jpg": tiles[number % len(tiles)] for number in range(2_560)}
+    folder.mkdir()
+    result = {}
+    for kind, form in {
+        "parquet": "parquet",
+        "images": "images",
+        "tar": "tar",
+        "zip": "zip",
+        "hdf5": "hdf5-files",
+    }.items():
+        if kind == "parquet":
+            path = str(write_shards(folder / kind, list(files.values()), 1, len(files)))
+        else:
+            path = write_collection(form, folder / kind, {f"{slide_name(n)}/{n}": data for n, data in files.items()})
+        source = open_source(path, kind)[1]
+        groups = iter(range(10**9))
+        rows = range(64)
+
+        def read(source: Any = source, groups: Any = groups, rows: range = rows) -> None:
+            source.read(next(groups) % (len(source.group_rows) - 1), rows)
+
+        result[kind] = cpu_ms(read, seconds) / len(rows)
+    return result
+
+
+def slide_name(name: str) -> str:
+    """One of the slides that the collections of the tests have, 512 tiles each."""
+    return SLIDES[int(Path(name).stem) // 512]
+
+
 def table(results: dict[str, Any]) -> str:
     """The figures that have a target, as Markdown."""
     transform, reader, seek = (results[key] for key in ("transform_ms", "reader", "seek"))
+    images = results["images"]
     mixing, memory = results["mixing"]["29_m_rows"], results["memory_gib"]["29_m_rows"]
     decode_png, augment = transform["decode_png"], transform["augment_fast"]
     ratio = transform["augment_reference"] / augment
@@ -225,6 +306,18 @@ def table(results: dict[str, Any]) -> str:
             f"open {seek['rows']:,} rows in {seek['row_groups']:,} row groups and seek",
             f"{seek['open_s'] + seek['seek_s']:.2f} s",
             "0.5 s",
+        ),
+        (
+            f"open {images['images']:,} loose images: list, index; memory",
+            f"{images['list_s_per_million'] * images['images'] / 1e6:.1f} + {images['loose_open_s']:.1f} s; "
+            f"{images['loose_mb']:.0f} MB",
+            "",
+        ),
+        ("as many in tar shards, from the kept index", f"{images['tar_open_s']:.1f} s; {images['tar_mb']:.0f} MB", ""),
+        (
+            "read an image, CPU: " + ", ".join(results["read_ms"]),
+            ", ".join(f"{v:.3f}" for v in results["read_ms"].values()) + " ms",
+            "",
         ),
         ("distinct slides in a batch of 384", f"{mixing['slides_in_1_steps']:.0f}", "370"),
         ("in 100 batches", f"{mixing['slides_in_100_steps']:.0f}", "2,800"),
@@ -261,6 +354,8 @@ def main(argv: list[str] | None = None) -> int:
         shards = write_shards(folder / "shards", jpegs, shards=8 if args.tiny else 40, rows=640)
         results["transform_ms"] = measure_transforms(args.seconds)
         results["reader"] = measure_reader(shards, args.seconds)
+        results["images"] = measure_images(folder, 1_000_000 // scale, 20_000 // scale)
+        results["read_ms"] = measure_sources(folder / "kinds", jpegs, args.seconds)
         results["seek"] = measure_seek(folder, shards=12_000 // scale)
     results["mixing"] = {name: measure_mixing(rows // scale) for name, rows in COLLECTIONS.items()}
     results["memory_gib"] = {name: compute_memory(rows // scale) for name, rows in COLLECTIONS.items()}

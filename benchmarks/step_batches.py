@@ -142,7 +142,7 @@ def _masks(config: Config, images: int, seed: int) -> Batch:
     pairs = [draw(pair) for pair in range(images // 2)]
     masks = np.concatenate(pairs).swapaxes(0, 1).reshape(2 * images, side**2)  # view-major
     positions = np.flatnonzero(masks)
-    padded = images // 2 * draw.max_masked
+    padded = draw.bound(images)
     indices, weight = np.zeros(padded, np.int64), np.zeros(padded, np.float32)
     indices[: len(positions)] = positions
     weight[: len(positions)] = 1 / masks.sum(1)[positions // side**2]

@@ -41,10 +41,26 @@ SOURCES = Registry(
     {
         "parquet": "dinov2.build.sources.parquet:ParquetShards",
         "sample_list": "dinov2.build.sources.sample_list:SampleList",
+        "image_list": "dinov2.build.sources.images:ImageList",
         "slides": "dinov2.build.sources.slides:Slides",
+        "tar": "dinov2.build.sources.images:TarFiles",
+        "zip": "dinov2.build.sources.images:ZipFiles",
+        "hdf5": "dinov2.build.sources.images:Hdf5Files",
+        "images": "dinov2.build.sources.images:ImageFolder",
     },
 )
 """Kinds of data, in the order in which a path is recognised: `dinov2.data.source.SourceKind`."""
+
+TISSUE_RULES = Registry(
+    "tissue rule",
+    {
+        "hsv": "dinov2.data.slides.tissue_rules:Hsv",
+        "otsu": "dinov2.data.slides.tissue_rules:Otsu",
+        "mask": "dinov2.data.slides.tissue_rules:Given",
+        "none": "dinov2.data.slides.tissue_rules:Everything",
+    },
+)
+"""Rules of which pixels of a slide are tissue: `dinov2.data.slides.tissue_rules.PixelRule`."""
 
 BACKBONES = Registry(
     "backbone",

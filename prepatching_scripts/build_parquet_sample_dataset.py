@@ -35,9 +35,11 @@ import pyarrow.parquet as pq
 from dinov2.data.prepare import shard as parquet
 from dinov2.data.prepare.cut import Cutting, Encoding, Tiles
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.resolution import read_mpp_table
-from dinov2.data.slides.sample_list import locate_slide, read_list_description, read_sample_list
-from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.slides.find import locate
+from dinov2.data.slides.identity import slides_and_patients
+from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
+from dinov2.data.slides.sample_list import read_list_description, read_sample_list
+from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
 from dinov2.utils.jobs import run_jobs
@@ -48,6 +50,22 @@ logger = logging.getLogger("build_parquet_sample_dataset")
 DESCRIPTION = "_build.json"
 SHUFFLED_ROWS_PER_SHARD = 20_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Options of OpenMidnight's command that decide nothing here, without and with a value; then those that are refused.
+_FLAGS = {
+    "--keep-order": "rows are in the order of the list, slide by slide, unless --shuffle is given",
+    "--shuffle-tasks": "the order in which shards are written does not matter; --shuffle mixes the slides",
+    "--resume": "the same command always goes on where it was stopped",
+}
+_SETTINGS = {
+    "--start-method": "workers are started as the platform needs it",
+    "--max-open-slides": "each worker opens one slide at a time",
+    "--log-level": "progress and failures are always told",
+}
+_ELSEWHERE = {
+    "--mode": "nothing is overwritten or added to; give --output a new folder",
+    "--task-chunk-size": "--rows-per-shard is the size of a shard",
+    "--parquet-compression": "images are compressed already; python -m dinov2.data.repack --compression does the rest",
+}
 _FAILURE = {"slide_path", "x", "y", "level", "reason"}
 
 
@@ -74,18 +92,26 @@ class Build:
             )
         table = read_mpp_table(args.mpp_file) if args.mpp_file else None
         given = [table.get(name) if table else None for name in samples.slides]
-        mpps = [args.mpp if mpp is None else mpp for mpp in given]
+        listed = drawn.get("slide_mpp") or {}
+        given = [args.mpp if mpp is None else mpp for mpp in given]
+        mpps = [listed.get(name) if mpp is None else mpp for name, mpp in zip(samples.slides, given, strict=True)]
+        if told := sum(mpp is not None for mpp in mpps):
+            logger.info("%d of %d slides have a given mpp, which counts in place of their own.", told, len(mpps))
+        tolerance = drawn.get("mpp_tolerance", MPP_TOLERANCE) if args.mpp_tolerance is None else args.mpp_tolerance
         try:
-            drawn_by = drawn.get("rule") or asdict(TissueRule())
-            rule = TissueRule(tuple(drawn_by["lower"]), tuple(drawn_by["upper"]), drawn_by["min_fraction"])
+            rule = TissueRule.described(drawn["rule"]) if "rule" in drawn and not args.tissue else TissueRule()
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{list_path}.meta.json' does not describe a sample list ({error!r}); move it away."
             ) from error
-        paths = [locate_slide(name, args.slide_root, list_path) for name in samples.slides]
+        if args.tissue:
+            rule = rule_of_options(args)
+        paths = [Path(locate(name, list_path, args.slide_root)) for name in samples.slides]
         encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
-        self.args, self.tiles = args, Tiles(samples, paths, mpps)
-        self.cutting = Cutting(encoding, rule, tile_size, args.max_slide_failures)
+        told = slides_and_patients([str(path) for path in paths])
+        patients = [told[str(path)][1] for path in paths]
+        self.args, self.tiles = args, Tiles(samples, paths, mpps, patients)
+        self.cutting = Cutting(encoding, rule, tile_size, tolerance, args.max_slide_failures)
         per_shard = args.rows_per_shard
         if args.shuffle:
             per_shard = per_shard or SHUFFLED_ROWS_PER_SHARD
@@ -105,10 +131,12 @@ class Build:
             "sample_list": samples.digest(),
             "seed": str(drawn.get("seed", "")),
             "tissue_rule": json.dumps(asdict(rule)),
+            **({parquet.TOLD_PATIENTS: _digest(patients)} if any(patients) else {}),
         }
         self.identity = {
             **self.metadata,
-            "mpp": _digest(mpps) if any(mpps) else None,
+            "mpp": _digest({"given": mpps}) if any(mpps) else None,
+            **({} if tolerance == MPP_TOLERANCE else {"mpp_tolerance": tolerance}),
             "rows_per_shard": per_shard,
             "shuffle_seed": seed,
             "max_slide_failures": args.max_slide_failures,
@@ -218,20 +246,43 @@ def _refuse_foreign_report(path: Path) -> None:
         raise FileExistsError(f"'{path}' was not made by this command; give another --output or move it away.")
 
 
+def _check_openmidnights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Take the list by either name, and say what has the place of options that OpenMidnight's command has."""
+    if (args.sample_list is None) == (args.spec_file is None):
+        parser.error("give the sample list once, as SAMPLE_LIST or by --spec-file")
+    args.sample_list = args.sample_list or args.spec_file
+    given = {option: getattr(args, option[2:].replace("-", "_")) for option in (*_FLAGS, *_SETTINGS, *_ELSEWHERE)}
+    for option, instead in _ELSEWHERE.items():
+        if given[option] not in (None, "none"):  # as no compression is told
+            parser.error(f"{option} {given[option]} is not available: {instead}")
+    for option, instead in (_FLAGS | _SETTINGS).items():
+        if given[option]:
+            logger.warning("%s has no effect: %s.", option, instead)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("sample_list", type=Path, help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them")
-    add("--output", type=Path, required=True, help="folder of the shards")
-    add("--slide-root", type=Path, help="folder that holds the listed slides, if they have moved")
+    add(
+        "sample_list",
+        type=Path,
+        nargs="?",
+        help="text file of 'path x y level' lines, or with 'mpp_x mpp_y' after them",
+    )
+    add("--spec-file", type=Path, help="the same")
+    add("--output", "--output-dir", type=Path, required=True, help="folder of the shards")
     add("--columns", type=int, choices=(4, 6), help="of a list without a .meta.json (4)")
     add("--encoding", choices=("png", "jpeg", "raw"), default="png")
     add("--jpeg-quality", type=int, default=95, metavar="1..100")
     add("--jpeg-subsampling", choices=("4:2:0", "4:2:2", "4:4:4"), default="4:2:0")
     add("--tile-size", type=int, default=224, help="side of a tile in px (224)")
-    add("--mpp", type=float, help="um per level-0 px of slides that neither say it nor are in --mpp-file")
-    add_options(parser, "--mpp-file")
+    add_rule_options(parser, default=None)
+    add("--mpp", type=float, help="um per level-0 px of slides not in --mpp-file, in place of what they say")
+    add_options(parser, "--slide-root", "--mpp-file")
+    add_options(
+        parser, "--mpp-tolerance", default=None, help="of slides that are coarser than the list asks (as it was drawn)"
+    )
     add("--rows-per-shard", type=int, help="default: one shard per slide, or 20,000 rows with --shuffle")
     add("--shuffle", action="store_true", help="mix the slides; takes the dataset's disk space twice")
     add("--seed", type=int, default=0, help="of --shuffle (0)")
@@ -241,7 +292,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_options(parser, "--workers")
     add("--max-slide-failures", type=int, default=100, help="undecodable tiles that give a slide up (100)")
     add("--max-failed-share", type=float, default=0.01, help="exit 1 if more tiles fail (0.01)")
+    for option in (*_FLAGS, *_SETTINGS, *_ELSEWHERE):
+        add(option, help=argparse.SUPPRESS, **({"action": "store_true"} if option in _FLAGS else {}))
     args = parser.parse_args(argv)
+    _check_openmidnights(parser, args)
     for name in ("tile_size", "rows_per_shard", "jpeg_quality", "num_parts", "max_slide_failures"):
         value = getattr(args, name)
         if value is not None and value < 1:

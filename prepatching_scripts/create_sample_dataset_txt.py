@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,20 +24,26 @@ from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
 from dinov2.data.prepare.parts import make_part
 from dinov2.data.prepare.preview import preview_mark
 from dinov2.data.slides.find import FoundSlides, find_slides
-from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
+from dinov2.data.slides.resolution import PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
-from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.slides.tissue import TissueRule, add_rule_options, log_doubts, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import json_lines, leftovers, write_new
 from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("create_sample_dataset_txt")
 
-PARTS_VERSION = 1  # of what a slide gives under given options; raise it when that changes
+PARTS_VERSION = 2  # of what a slide gives under given options; raise it when that changes
 
 
 def create_sample_list(
-    source: Path, output: Path, sampling: Sampling, workers: int, mpp_file: Path | None, preview: Path | None
+    source: Path,
+    output: Path,
+    sampling: Sampling,
+    workers: int,
+    mpp_file: Path | None,
+    preview: Path | None,
+    slide_root: Path | None = None,
 ) -> tuple[int, int]:
     """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`, and a PNG per slide into `preview`.
 
@@ -55,7 +62,8 @@ def create_sample_list(
     for path in (output, meta, failures):
         if path.exists() and not parts.is_dir():  # else an earlier run of this command was placing them
             raise FileExistsError(f"'{path}' exists already; give another --output or move it away.")
-    found = find_slides(source, mpp_table=None if mpp_file is None else read_mpp_table(mpp_file))
+    table = None if mpp_file is None else read_mpp_table(mpp_file)
+    found = find_slides(source, mpp_table=table, slide_root=slide_root)
     pictures = _pictures(found, preview)
     parts.mkdir(parents=True, exist_ok=True)
     finals = {output, meta, failures, *filter(None, pictures)}
@@ -68,9 +76,12 @@ def create_sample_list(
         for row, picture in zip(found.slides, pictures, strict=True)
     ]
     made = [draw for _, draw in sorted(run_jobs(make_part, jobs, workers, "slide"), key=itemgetter(0))]
+    log_doubts((row.path, draw.doubt) for row, draw in zip(found.slides, made, strict=True))
     unseen = [draw.preview_failure for draw in made if draw.preview_failure]
     if unseen:
         logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
+
+    log_notes(logger, ((row.path, draw.notes) for row, draw in zip(found.slides, made, strict=True)))
 
     digest = hashlib.sha256()
     lines, description = _lines(found, made, sampling, digest), _description(found, made, sampling, digest)
@@ -119,7 +130,7 @@ def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, 
     """The `.meta.json`, once the lines have been written."""
     levels = Counter(level for draw in made for level in draw.rows[:, 2].tolist())
     mpps = Counter(mpp for draw in made for mpp in draw.mpp.tolist() if mpp)
-    given = zip(found.slides, made, strict=True)
+    given = list(zip(found.slides, made, strict=True))
     description = {
         "columns": COLUMNS if sampling.mpps else COLUMNS[:4],
         **asdict(sampling),
@@ -130,6 +141,8 @@ def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, 
         "num_patches": levels.total(),
         "num_patches_by_level": {str(level): n for level, n in sorted(levels.items())},
         "num_patches_by_mpp": {f"{mpp:g}": n for mpp, n in sorted(mpps.items())},
+        "level0_mpp": {row.path: draw.level0_mpp for row, draw in given if draw.level0_mpp},
+        "notes": {row.path: draw.notes for row, draw in given if draw.notes},
         # what slides were told their mpp to be, so that training needs no table
         "slide_mpp": {row.path: draw.given_mpp for row, draw in given if draw.given_mpp},
         "sha256": digest.hexdigest(),
@@ -139,7 +152,6 @@ def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    rule = TissueRule()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("slides", type=Path, help="folder (with subfolders), text or .csv file of paths, or one slide")
@@ -151,15 +163,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--per-mpp", type=int, help="tiles per slide and mpp (500)")
     add("--per-slide", type=int, help="at most so many tiles per slide, shared over its levels or mpp")
     add("--tile-size", type=int, default=224, help="side of a tile in px of its level or mpp (224)")
-    add_options(parser, "--mpp-file")
-    add("--hsv-lower", type=int, nargs=3, default=rule.lower, help="OpenCV HSV (90 8 103)")
-    add("--hsv-upper", type=int, nargs=3, default=rule.upper, help="OpenCV HSV (180 255 255)")
-    add("--min-tissue", type=float, default=rule.min_fraction, help="fraction to exceed (0.6)")
+    add_options(parser, "--slide-root", "--mpp-file", "--mpp-tolerance")
+    add_rule_options(parser)
+    add("--min-tissue", type=float, default=TissueRule().min_fraction, help="fraction to exceed (0.6)")
     add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
     add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and tiles")
     add("--seed", type=int, default=0)
     add_options(parser, "--workers")
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.error(
+            "name the slides and the list, as in: create_sample_dataset_txt.py /data/TCGA --output sample_dataset.txt "
+            "(data_root, output_filename, patch_size and min_ratio of OpenMidnight's script are SLIDES, --output, "
+            "--tile-size and --min-tissue)"
+        )
     args = parser.parse_args(argv)
     for name in ("per_level", "per_mpp", "per_slide", "tile_size"):
         value = getattr(args, name)
@@ -169,7 +186,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed {args.seed} and --levels {args.levels} must not be negative")
     args.mpp += [10 / power if power > 0 else power for power in args.magnification]
     if any(not PLAUSIBLE_MPP[0] <= mpp <= 100 for mpp in args.mpp):
-        parser.error(f"--mpp and 10 / --magnification are {args.mpp}, but must lie within 0.1 and 100")
+        parser.error(f"--mpp and 10 / --magnification are {args.mpp}, but must lie within {PLAUSIBLE_MPP[0]:g} and 100")
     if (args.mpp and (args.levels or args.per_level)) or (args.per_mpp and not args.mpp):
         parser.error("--levels and --per-level go without --mpp or --magnification, --per-mpp with them")
     return args
@@ -181,13 +198,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:
-        rule = TissueRule(tuple(args.hsv_lower), tuple(args.hsv_upper), args.min_tissue, args.reject_pen)
+        rule = rule_of_options(args, args.min_tissue, args.reject_pen)
         levels = tuple(sorted(set(args.levels))) if args.levels else None
         mpps = tuple(sorted({float(f"{mpp:g}") for mpp in args.mpp}))  # rounded as the list writes them
         per_target = args.per_mpp or args.per_level or 500
-        sampling = Sampling(rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps)
+        sampling = Sampling(
+            rule, args.seed, levels, per_target, args.per_slide, args.tile_size, mpps, args.mpp_tolerance
+        )
         total, failed = create_sample_list(
-            args.slides, args.output, sampling, args.workers, args.mpp_file, args.preview
+            args.slides, args.output, sampling, args.workers, args.mpp_file, args.preview, args.slide_root
         )
         if failed <= args.max_failed_share * total:
             return DONE

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dinov2.data.slides.find import find_slides
 from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
-from dinov2.data.slides.resolution import MppTable, read_mpp_table
+from dinov2.data.slides.resolution import MppTable, log_notes, read_mpp_table
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
 from dinov2.utils.files import json_lines, write_text
 from dinov2.utils.jobs import run_jobs
@@ -23,7 +23,9 @@ logger = logging.getLogger("index_slides")
 INDEX_NAME, FAILURES_NAME = "tiles.index", "failures.jsonl"
 
 
-def index_collection(source: str, output: Path, table: MppTable | None, workers: int, zarr: bool) -> tuple[int, int]:
+def index_collection(
+    source: str, output: Path, table: MppTable | None, root: Path | None, workers: int, zarr: bool
+) -> tuple[int, int]:
     """Write or complete the index of a collection in a folder, `failures.jsonl`, and Zarr references if asked for.
 
     Returns:
@@ -33,7 +35,7 @@ def index_collection(source: str, output: Path, table: MppTable | None, workers:
         FileNotFoundError: if there is no such source.
         ValueError: if it holds no slide, or two slides would share one Zarr file.
     """
-    rows = find_slides(source, mpp_table=table).slides
+    rows = find_slides(source, mpp_table=table, slide_root=root).slides
     keys = {row.path: row.key for row in rows}
     if zarr and len(set(keys.values())) < len(keys):
         twice = Counter(keys.values()).most_common(1)[0][0]
@@ -47,6 +49,8 @@ def index_collection(source: str, output: Path, table: MppTable | None, workers:
         for number, reason in run_jobs(partial(write_zarr, index), jobs, workers, "file"):
             if reason:
                 failures[jobs[number][0]] = reason
+    indexes = TileIndexes(index)
+    log_notes(logger, ((slide, indexes.outline(slide).resolution.notes) for slide in indexes if slide in fresh))
     records = [{"slide": slide, "reason": failures[slide]} for slide in keys if slide in failures]
     write_text(output / FAILURES_NAME, json_lines(records))
     logger.info("%d of %d slides are in %s", len(keys) - len(records), len(keys), index)
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slides", help="folder (with subfolders), text or .csv file of paths or URLs, slide, or URL")
     parser.add_argument("--output", type=Path, required=True, help=f"folder of {INDEX_NAME}")
-    add_options(parser, "--mpp-file")
+    add_options(parser, "--slide-root", "--mpp-file")
     parser.add_argument("--zarr", action="store_true", help="write fsspec references that open slides as Zarr")
     add_options(parser, "--workers")
     parser.add_argument(
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         table = read_mpp_table(args.mpp_file) if args.mpp_file else None
-        total, failed = index_collection(args.slides, args.output, table, args.workers, args.zarr)
+        total, failed = index_collection(args.slides, args.output, table, args.slide_root, args.workers, args.zarr)
         if failed <= args.max_failed_share * total:
             return DONE
         logger.error("%d of %d slides failed, see %s.", failed, total, args.output / FAILURES_NAME)

@@ -5,19 +5,23 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
+from dinov2.data.kinds import recognise
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.source import Origin, Source, SourceRequest
+from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, SourceRequest
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
@@ -28,6 +32,9 @@ from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
 
 _SHARED_MEMORY = "/dev/shm"
+_ABSURD_PASSES = 300
+_CHECKED_ROWS, _CHECKED_AFTER_A_FAULT = 12, 256  # of each dataset, by a dry run ...
+_CHECKED_BYTES = 1 << 28  # ... and of their row groups, where those come over a network
 
 
 class Workload(Protocol):
@@ -54,6 +61,11 @@ class OpenData:
     def source(self) -> Source:
         """All rows to train on."""
         return make_source(self.sources)
+
+    @property
+    def num_tiles(self) -> int | None:
+        """Number of their rows; None where they are drawn without end."""
+        return None if _is_endless(self.source) else self.source.num_rows
 
     def order(self, seed: int, lanes: int, block_rows: int) -> SampleOrder:
         """Their order."""
@@ -107,34 +119,13 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
         held_out.append(validation)
     if sites and not any(any(split.sites) for split in splits.values()):
         raise ValueError(
-            f"data.excluded_sites = {list(sites)} needs Parquet shards with a column 'site', but no dataset has one "
-            "that holds anything."
+            f"data.excluded_sites = {list(sites)} needs a column 'site', of Parquet shards, a list of images or "
+            "data.groups_file, but no dataset has one that holds anything."
         )
     if splits:
         unmatched = [replace(split, unmatched=split.unmatched - fates.matched) for split in splits.values()]
         report += describe_splits(unmatched, list(splits), excluded, sites)
     return OpenData(names, tuple(locations), weights, tuple(sources), tuple(held_out), tuple(report))
-
-
-def recognise(path: str) -> str:
-    """The kind of data that a path names, the first of `dinov2.extensions.SOURCES` that recognises it.
-
-    FileNotFoundError if there is no such path, ValueError if it is of no known kind.
-    """
-    for name, kind in SOURCES.items():
-        if kind().recognises(path):
-            return name
-    there = Path(path.removeprefix("file://")).expanduser()
-    known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
-    if there.is_dir():
-        files = sorted(file.name for file in islice(there.iterdir(), 1000))
-        seen = f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else "empty"
-    elif there.is_file():
-        with there.open("rb") as file:
-            seen = f"a file that begins with {file.read(20)!r}"
-    else:
-        raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
-    raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one.")
 
 
 def order_parameters(config: Config, plan: Workload, data: OpenData, lanes: int = 0) -> dict[str, int]:
@@ -173,6 +164,7 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
             f"{source.group_rows.max()} rows",
             *(f"  {line}" for line in describe_fractions(sample_order, data.names)),
         ]
+        lines += [f"  warning   {line}" for line in _absurd_passes(plan, data)]
     lines += [f"  {line}" for line in data.report]
     held = f"{stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches"
     lines.append(f"  memory    up to {held} on each process")
@@ -186,6 +178,37 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
                 "raise it (docker run --shm-size) or lower train.num_workers or train.prefetch_factor"
             )
     return "\n".join(lines)
+
+
+def _absurd_passes(plan: Workload, data: OpenData) -> Iterator[str]:
+    """A sentence for each dataset that is seen so often that a student learns it by heart."""
+    for name, weight, source in zip(data.names, data.weights, data.sources, strict=True):
+        passes = plan.total_images * weight / sum(data.weights) / source.num_rows
+        if passes > _ABSURD_PASSES:
+            yield (
+                f"dataset '{name}': {passes:,.0f} passes over its {source.num_rows:,} tiles teach little more than "
+                "some hundred; optim.epochs = auto makes 100 at most"
+            )
+
+
+def check_rows(config: Config, data: OpenData) -> list[str]:
+    """Decode some rows of each dataset, spread over its shards; return a line for each that has a corrupt one.
+
+    After a first fault many more are looked at, since a single one is what training replaces. ValueError, with a row as
+    it is stored, if none can be decoded, or more than one and more than ``data.max_corrupt_fraction``.
+    """
+    lines = []
+    for name, source in zip(data.names, data.sources, strict=True):
+        seen, faults = _find_faults(source, _CHECKED_ROWS)
+        if faults:
+            seen, faults = _find_faults(source, _CHECKED_AFTER_A_FAULT)
+        if not faults:
+            continue
+        found = f"dataset '{name}': {len(faults)} of {seen} rows looked at cannot be decoded, the first is {faults[0]}"
+        if len(faults) == seen or len(faults) > max(1, config.data.max_corrupt_fraction * seen):
+            raise ValueError(f"{found}.")
+        lines.append(f"  warning   {found}")
+    return lines
 
 
 def build_loader(
@@ -212,14 +235,37 @@ def build_loader(
     )
 
 
+def _find_faults(source: Source, count: int) -> tuple[int, list[str]]:
+    """Decode so many rows, evenly spread; give how many were read, and name those that cannot be decoded."""
+    if _is_endless(source):
+        located = source.order(seed=0, lanes=1, block_rows=1).locate(np.arange(count))
+        groups, rows = located.group, located.row
+    else:
+        chosen = np.unique(np.linspace(0, source.num_rows - 1, count).astype(np.int64))
+        ends = np.cumsum(source.group_rows)
+        groups = np.searchsorted(ends, chosen, side="right")
+        rows = chosen - ends[groups] + source.group_rows[groups]
+    seen, fetched, faults = 0, 0, []
+    for group, found in groupby(zip(groups.tolist(), rows.tolist(), strict=True), key=itemgetter(0)):
+        wanted = [row for _, row in found]
+        fetched += int(source.group_bytes[group])
+        if source.is_remote and seen and fetched > _CHECKED_BYTES:
+            break
+        seen += len(wanted)
+        for row, (slide, stored) in zip(wanted, source.read(group, wanted), strict=True):
+            try:
+                source.decode(EncodedSample(0, group, row, slide, stored))
+            except DecodeError as error:
+                faults.append(f"{source.describe(group, row)}: {error}")
+    return seen, faults
+
+
 def _datasets(config: Config) -> tuple[DatasetConfig, ...]:
     data = config.data
     return data.datasets or (DatasetConfig(data.path, data.kind, revision=data.revision),)
 
 
-def _open(
-    config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[[str], bool]
-) -> Source:
+def _open(config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[..., bool]) -> Source:
     kind = next((kind for kind in (dataset.kind, config.data.kind) if kind != "auto"), "") or recognise(dataset.path)
     part = SOURCES[kind]()
     options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
@@ -227,10 +273,18 @@ def _open(
         return part.open(SourceRequest(dataset.path, commit or dataset.revision, config, options, cache, keep))
     except SlideError as error:
         raise ValueError(str(error)) from error
+    except FileNotFoundError as error:
+        other = kind
+        with suppress(ValueError, OSError):
+            other = recognise(dataset.path)
+        if other == kind:
+            raise
+        found = f"it is {SOURCES[other]().accepts}, data.kind {other} or auto"
+        raise FileNotFoundError(f"{error}; {found}, but data.kind is {kind}") from error
 
 
-def _keep(fates: Fates, counts: Counter[int], slide: str) -> bool:
-    fate = fates[Origin(slide)]
+def _keep(fates: Fates, counts: Counter[int], slide: str, patient: str = "") -> bool:
+    fate = fates[Origin(slide, patient)]
     counts[fate] += 1
     return fate == Fate.TRAINING
 

@@ -1,12 +1,12 @@
 """Starting weights of a network from a configuration."""
 
 import logging
-from pathlib import Path
 
 from torch import nn
 
 from dinov2.configs import Config
-from dinov2.hub.pretrained import load_pretrained, published_url, read_checkpoint
+from dinov2.hub.locate import hub_id, weights_path
+from dinov2.hub.pretrained import check_finite, head_state_dict, load_pretrained, published_url
 
 logger = logging.getLogger("dinov2")
 
@@ -15,19 +15,20 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
     """Fill a network, whole ``backbone`` and heads, from the weights that the configuration names, if any.
 
     ``MODEL.WEIGHTS`` is a teacher export, of which the backbone and each head that it holds are taken; otherwise
-    ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone. Raises
-    as `starting_weights`, and ValueError if they do not fit.
+    ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone. The
+    position grid stays as it starts without ``student.pretrained_pos_embed``. Raises as `starting_weights`, and
+    ValueError if they do not fit or are not finite.
     """
     path = starting_weights(config)
     if not path:
         return
-    load_pretrained(network.backbone, path, bool(config.MODEL.WEIGHTS) or config.student.pretrained_pos_embed)
-    teacher = read_checkpoint(path).get("teacher", {}) if config.MODEL.WEIGHTS else {}
-    loaded = ["backbone"]
-    for name in ("dino_head", "ibot_head"):
-        head = {key.removeprefix(f"{name}."): value for key, value in teacher.items() if key.startswith(f"{name}.")}
+    checkpoint = load_pretrained(network.backbone, path, config.student.pretrained_pos_embed)
+    loaded = ["backbone" if config.student.pretrained_pos_embed else "backbone but its position grid"]
+    for name in ("dino_head", "ibot_head") if config.MODEL.WEIGHTS else ():
+        head = head_state_dict(checkpoint, name)
         if not head or name not in network:
             continue
+        check_finite({f"{name}.{key}": value for key, value in head.items()}, path)
         try:
             network[name].load_state_dict(head)
         except RuntimeError as error:
@@ -38,14 +39,17 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
 
 
 def starting_weights(config: Config) -> str:
-    """Path or URL of the weights that the configuration names, or an empty text.
+    """Path, id on the hub or URL of the weights that the configuration names, or an empty text.
 
-    FileNotFoundError if there is no such file, ValueError if none are published for this architecture.
+    FileNotFoundError or IsADirectoryError if there is no such file here, ValueError if none are published for this
+    architecture.
     """
     student, export = config.student, config.MODEL.WEIGHTS
     if config.train.use_pretrained:
         return published_url(student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer)
     for key, weights in (("MODEL.WEIGHTS", export), ("student.pretrained_weights", student.pretrained_weights)):
-        if weights and "://" not in weights and not Path(weights).is_file():
-            raise FileNotFoundError(f"{key} = {weights!r} is no file; give the path or URL of a .pth file.")
+        if weights and "://" not in weights and not hub_id(weights) and not weights_path(weights).is_file():
+            raise FileNotFoundError(
+                f"{key} = {weights!r} is no file; give a file, a folder, an id on the Hugging Face hub or a URL."
+            )
     return export or student.pretrained_weights

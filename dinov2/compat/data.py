@@ -1,12 +1,11 @@
 """Meta's augmentation, mask generator and collate function on top of ours; randomness follows torch's generator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dinov2.build.augmentation import build_steps
 from dinov2.configs.schema import AugmentationConfig
@@ -86,7 +85,7 @@ class MaskingGenerator:
 
 
 def collate_data_and_cast(
-    samples_list: Sequence[tuple[dict[str, list[Tensor]], Any]],
+    samples_list: Sequence[tuple[Any, Any]],
     mask_ratio_tuple: tuple[float, float],
     mask_probability: float,
     dtype: torch.dtype,
@@ -97,16 +96,20 @@ def collate_data_and_cast(
 
     Of 2B global crops int(mask_probability * 2B) are masked; the masked fractions of their patches are drawn one from
     each equal part of ``mask_ratio_tuple``. ``mask_generator`` maps a patch count to a bool mask of ``n_tokens``
-    patches, as a ``MaskingGenerator`` does. Targets are ignored.
+    patches, as a ``MaskingGenerator`` does. Targets are ignored. Samples of OpenMidnight's datasets, ``((views,
+    target), index)``, are taken too.
 
     Returns:
         ``collated_global_crops``, ``collated_local_crops``, ``collated_masks`` bool (2B, N), ``mask_indices_list``
-        int64 (M,), ``masks_weight`` float32 (M,), ``upperbound`` int >= M, ``n_masked_patches`` int64 (1,).
+        int64 (M,), ``masks_weight`` float32 (M,), ``upperbound`` int >= M, ``n_masked_patches`` int64 (1,);
+        of samples with an index ``indexes``, a list of them.
     """
     if n_tokens is None or mask_generator is None:
         raise ValueError(f"n_tokens is {n_tokens} and mask_generator {mask_generator}; both are needed.")
+    indexed = bool(samples_list) and not isinstance(samples_list[0][0], Mapping)
+    views = [sample[0][0] if indexed else sample[0] for sample in samples_list]
     global_crops, local_crops = (
-        view_major([torch.stack(views[key]) for views, _ in samples_list]) for key in ("global_crops", "local_crops")
+        view_major([torch.stack(crops[key]) for crops in views]) for key in ("global_crops", "local_crops")
     )
     rng = fresh_rng()
     edges = np.linspace(*mask_ratio_tuple, int(len(global_crops) * mask_probability) + 1)
@@ -122,4 +125,5 @@ def collate_data_and_cast(
         "mask_indices_list": index["mask_indices"], "masks_weight": index["mask_weight"],
         "upperbound": sum(int(n_tokens * edge) for edge in edges[1:]),
         "n_masked_patches": torch.tensor([n_masked]),
+        **({"indexes": [index for _, index in samples_list]} if indexed else {}),
     }  # fmt: skip

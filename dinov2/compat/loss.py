@@ -33,6 +33,13 @@ class _TeacherCentering(Centering):
         """`Centering.probs`."""
         return self.probs(teacher_output, teacher_temp)
 
+    def reduce_center_update(self, teacher_output: Tensor) -> None:
+        """`Centering.update_center`, which Meta's code begins here and ends in `apply_center_update`."""
+        self.update_center(teacher_output)
+
+    def apply_center_update(self) -> None:
+        """Nothing is left to do: `update_center` has moved the centre."""
+
 
 class DINOLoss(_TeacherCentering):
     """Teacher targets and cross-entropy for class tokens; ``out_dim`` is K, ``center_momentum`` that of `Centering`."""
@@ -94,11 +101,13 @@ class iBOTPatchLoss(_TeacherCentering):
         """`ibot_loss` from the outputs for masked patches, in the order of ``student_masks_flat``, bool (C, N).
 
         Args:
-            student_patch_tokens_masked, teacher_patch_tokens_masked: (M, K) logits, and probabilities.
+            student_patch_tokens_masked, teacher_patch_tokens_masked: (M, K) logits, and probabilities, or (1, M, K).
             n_masked_patches: rows from this number on are padding; None when ``masks_weight`` says so.
             masks_weight: 1/|M_c| of the row's crop, for all M rows (padding 0) or those before the padding;
                 None derives it from the masks.
         """
+        rows = student_patch_tokens_masked, teacher_patch_tokens_masked
+        student_patch_tokens_masked, teacher_patch_tokens_masked = (t.flatten(0, -2) for t in rows)
         if masks_weight is None:
             counts = student_masks_flat.sum(1)
             ends = counts.cumsum(0)

@@ -1,5 +1,6 @@
 """Keys of Meta's, OpenMidnight's and older Path-FM files, and what has taken their place."""
 
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,11 +98,21 @@ class OlderKeys:
         elif names_data and self._chosen:
             _put(layer, "data.kind", "auto")
             self._chosen = False
+        self._rename_arch(layer.get("student"))
         if layer.get("precision") in ("bf16", "fp16", "fp32"):
             for network, module in MODULES:
                 key = f"compute_precision.{network}.{module}.mixed_precision.param_dtype"
                 _put(layer, key, layer["precision"])
         return layer
+
+    def _rename_arch(self, student: Any) -> None:
+        arch = student.get("arch") if isinstance(student, dict) else None
+        if isinstance(arch, str) and (named := re.fullmatch(r"(vit_\w+)_memeff", arch)):
+            student["arch"] = named[1]
+            self.notices.append(
+                f"student.arch = {arch} is {student['arch']}: attention always spares memory, and "
+                "student.attention_backend picks its kernel."
+            )
 
     def _choose_data(self, layer: dict[str, Any], given: dict[str, Any]) -> None:
         """Set data.kind and data.path as the switches say, from the older keys of this layer and those before."""

@@ -90,15 +90,19 @@ class DataConfig:
     """The tiles that are trained on; see [data.md](data.md)."""
 
     path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
-    kind: str = key("auto", "parquet, sample_list, slides or a further one; auto: as it is recognised", **_KIND)
+    kind: str = key("auto", "one of those in data.md, or a further one; auto: as it is recognised", **_KIND)
     revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
+    image_column: str = key("", "column of images of Parquet shards, or of paths of a list; dataset of HDF5")
     datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
+    groups_file: str = key("", "CSV file,patient,slide,site of tiles in folders, archives and HDF5 files")
+    patient_pattern: str = key("", "of their names, with groups as in (?P<patient>..), slide, site")
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
-    excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site of Parquet shards")
+    excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
-    mpp_file: str = key("", "CSV slide,mpp for slides that do not say theirs")
+    mpp_file: str = key("", "CSV slide,mpp: um per level-0 px, in place of what slides say")
+    mpp_tolerance: float = key(0.2, "fraction by which slides may be coarser than what is asked", least=0, most=1)
     slide_root: str = key("", "where a sample list's slides were moved; empty: as listed")
     sample_list_columns: Literal[0, 4, 6] = key(0, "of a sample list; 0: as its .meta.json says, else 4")
     lanes: int = key(0, "V, interleaved read streams; 0: 8 x global batch or fewer", least=0, most=1e8)
@@ -117,6 +121,8 @@ class OnlineConfig:
     mpp_weights: tuple[float, ...] = key((), "how often each is drawn; empty: all alike", above=0, most=1e9)
     magnifications: tuple[float, ...] = key((), "in place of mpp: 10 / magnification", above=0, most=1e4)
     min_foreground: float = key(0.4, "least fraction of tissue in a tile", **_PROBABILITY)
+    tissue: str = key("hsv", "which pixels are tissue", registry="TISSUE_RULES")
+    tissue_options: Mapping[str, Any] = key({}, "options of these rules: {name: {...}}", registry="TISSUE_RULES")
     slide_fraction: float = key(1.0, "of the slides, chosen by hash of the seed", above=0, most=1)
     max_patches: int = key(0, "distinct tiles; 0: without end", least=0, most=2**30)
     cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder")
@@ -126,12 +132,12 @@ class OnlineConfig:
 class TrainConfig:
     """Batch, steps, checkpoints."""
 
-    batch_size_per_gpu: int | Auto = key(64, "images per process, even; auto: what the GPU holds", least=2, most=1e6)
+    batch_size_per_gpu: int | Auto = key(64, "images per process; auto: what the GPU holds", least=1, most=1e6)
     output_dir: str = key(".", "the run's folder where --output-dir is not given")
     seed: int = key(0, "of everything random", least=0, most=2**64 - 1)
     num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
     prefetch_factor: int = key(4, "batches that each worker prepares ahead", least=1, most=1024)
-    OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules", least=1, most=1e9)
+    OFFICIAL_EPOCH_LENGTH: int = key(1250, "steps per epoch of the schedules; not with epochs: auto", least=1, most=1e9)
     centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "teacher targets; centering: running mean")
     use_pretrained: bool = key(False, "start from Meta's published DINOv2 weights of this architecture")
     unfreeze_last_n_blocks: int = key(0, "n > 0: only the last n blocks, final norm and heads learn", **_TO_1000)
@@ -224,8 +230,8 @@ class StudentConfig:
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
     layerscale: float = key(1.0e-05, "initial gain of each residual branch", **_TO_1000)
     drop_path_uniform: bool = key(True, "false: the rate grows linearly from 0 in the first block")
-    pretrained_weights: str = key("", "path or URL of backbone weights to start from")
-    pretrained_pos_embed: bool = key(True, "take their position grid; false: start from noise")
+    pretrained_weights: str = key("", "backbone weights to start from: file, folder, hub id (org/name) or URL")
+    pretrained_pos_embed: bool = key(True, "take the position grid of weights to start from; false: noise")
     ffn_layer: FfnLayer = key("mlp", "swiglufused: two thirds as wide, as published")
     qkv_bias: bool = key(True, "bias of queries, keys and values")
     proj_bias: bool = key(True, "bias of the attention's output")
@@ -251,7 +257,9 @@ class TeacherConfig:
 class OptimConfig:
     """AdamW, its schedules and parameter groups. Epochs are of ``train.OFFICIAL_EPOCH_LENGTH`` steps."""
 
-    epochs: float = key(100.0, "span of the schedules, and of training", above=0, most=1e9)
+    epochs: float | Auto = key(
+        100.0, "span of the schedules and of training; auto: 100, by the number of tiles", above=0, most=1e9
+    )
     early_stop: float | None = key(None, "training ends here, same schedules; null: optim.epochs", above=0, most=1e9)
     weight_decay: float = key(0.04, "at the start of its cosine", **_TO_1000)
     weight_decay_end: float = key(0.4, "at the end", **_TO_1000)

@@ -108,12 +108,23 @@ def _data_faults(config: Config) -> Iterator[str]:
         yield f"data.path = {shortened(data.path)} and data.datasets name different data; use one."
     if data.revision and data.datasets:
         yield f"data.revision = {shortened(data.revision)} does not reach data.datasets; give each entry its own."
+    if data.patient_pattern and (fault := _pattern_fault(data.patient_pattern)):
+        expected = "a regular expression with the groups patient, slide or site is expected"
+        yield f"data.patient_pattern = {shortened(data.patient_pattern)} {fault}; {expected}, as (?P<patient>P\\d+)."
     for number, dataset in enumerate(data.datasets):
         if not dataset.path:
             yield f"data.datasets[{number}].path is empty; give {expected}."
     for number, labelled in enumerate(config.evaluation.labelled):
         if not labelled.path:
             yield f"evaluation.labelled[{number}].path is empty; give a folder of labelled tiles."
+
+
+def _pattern_fault(pattern: str) -> str:
+    try:
+        groups = set(re.compile(pattern).groupindex)
+    except re.error as error:
+        return f"is none ({error})"
+    return "" if groups and groups <= {"patient", "slide", "site"} else f"has the groups {sorted(groups)}"
 
 
 def _online_faults(config: Config) -> Iterator[str]:
@@ -129,23 +140,36 @@ def _online_faults(config: Config) -> Iterator[str]:
 
 def _step_faults(config: Config, world_size: int) -> Iterator[str]:
     batch, optim, epoch = config.train.batch_size_per_gpu, config.optim, config.train.OFFICIAL_EPOCH_LENGTH
-    if batch != "auto" and batch % 2:
-        yield (f"train.batch_size_per_gpu = {batch} is odd; masks are stratified over pairs of images, so it is even.")
-    if optim.early_stop is not None and optim.early_stop > optim.epochs:
-        yield (
-            f"optim.early_stop = {optim.early_stop} is not in (0, optim.epochs = {optim.epochs}]; null means epochs."
-        )
-    if optim.warmup_epochs > optim.epochs:
-        yield f"optim.warmup_epochs = {optim.warmup_epochs} exceeds optim.epochs = {optim.epochs}."
-    steps = (optim.epochs if optim.early_stop is None else optim.early_stop) * epoch
-    images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
-    if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
-        yield (
-            f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH = "
-            f"{epoch} make {steps:g} steps; at least one is expected, and {_MOST_STEPS:,} at most."
-        )
+    if optim.epochs != "auto":
+        steps = min(optim.epochs, optim.early_stop or optim.epochs) * epoch
+        images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
+        if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
+            yield (
+                f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH "
+                f"= {epoch} make {steps:g} steps; at least one is expected, and {_MOST_STEPS:,} at most."
+            )
+    if batch == 1:
+        yield from _single_image_faults(config, world_size)
     if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0 and not config.losses:
         yield "dino.loss_weight = 0 and ibot.loss_weight = 0 without losses leave nothing to learn; set one above 0."
+
+
+def _single_image_faults(config: Config, world_size: int) -> Iterator[str]:
+    """Losses of one image per process that need another one beside it."""
+    one = "train.batch_size_per_gpu = 1"
+    for name in ("koleo", "kde"):
+        weight, gather = (getattr(config.dino, f"{name}_{key}") for key in ("loss_weight", "gather"))
+        if weight > 0 and not (gather and world_size > 1):
+            remedy = f", or dino.{name}_gather = true" if world_size > 1 else ""
+            yield (
+                f"dino.{name}_loss_weight = {weight} needs another image to spread the class tokens from, while {one}; "
+                f"set it to 0{remedy}."
+            )
+    if config.train.centering == "sinkhorn_knopp" and world_size == 1:
+        yield (
+            f"train.centering = sinkhorn_knopp shares prototypes out over the images of a batch, while {one} in one "
+            "process, where the targets would tell nothing apart; set it to centering."
+        )
 
 
 def _range_faults(config: Config) -> Iterator[str]:
@@ -166,13 +190,17 @@ def _network_faults(config: Config) -> Iterator[str]:
                     f"{side * bottleneck:,} weights; at most {_MOST_WEIGHTS:,} are accepted."
                 )
     weights = {
-        "MODEL.WEIGHTS": config.MODEL.WEIGHTS,
-        "student.pretrained_weights": config.student.pretrained_weights,
-        "train.use_pretrained": config.train.use_pretrained,
+        f"MODEL.WEIGHTS = {config.MODEL.WEIGHTS} (a teacher export with its heads)": config.MODEL.WEIGHTS,
+        f"student.pretrained_weights = {config.student.pretrained_weights} (a backbone)": (
+            config.student.pretrained_weights
+        ),
+        "train.use_pretrained = true (Meta's published backbone)": config.train.use_pretrained,
     }
-    named = [f"{key} = {value}" for key, value in weights.items() if value]
-    if len(named) > 1:
-        yield f"{' and '.join(named)} name different starting weights; use one."
+    if len(named := [what for what, given in weights.items() if given]) > 1:
+        yield (
+            f"{' and '.join(named)} are different weights to start from; keep one, and give the others as '' (paths) "
+            "or false."
+        )
 
 
 def _precision_faults(config: Config) -> Iterator[str]:

@@ -10,20 +10,21 @@ from collections.abc import Iterable
 
 _BARCODE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE | re.ASCII)
 _EXTENSIONS = re.compile(
-    r"(\.(svs|svslide|tiff?|ome|btf|ndpi|mrxs|scn|bif|vmu|vms|czi|isyntax|i2syntax|dcm|zarr|png|jpe?g|jp2|parquet))+\Z",
+    r"(\.(svs|svslide|tiff?|ome|btf|qptiff|ndpi|mrxs|scn|bif|vmu|vms|czi|isyntax|i2syntax|dcm|zarr"
+    r"|png|jpe?g|jp2|j2k|webp|bmp|parquet))+\Z",
     re.IGNORECASE,
 )
 
 
 def patient_of(slide: str, told: str = "") -> str:
     """Name the patient of a slide: the one told, else its TCGA barcode, else its file name without .ome.tiff etc."""
-    return comparable(told) or _barcode(slide) or _stem(_components(slide)[-1])
+    return comparable(told) or barcode_of(slide) or _stem(_components(slide)[-1])
 
 
 def patients_of(slides: Iterable[str]) -> tuple[str, ...] | None:
     """Name the patient of each slide, where paths tell patients at all: None if none of them has a barcode."""
     slides = tuple(slides)
-    return tuple(map(patient_of, slides)) if any(map(_barcode, slides)) else None
+    return tuple(map(patient_of, slides)) if any(map(barcode_of, slides)) else None
 
 
 def names_of(slide: str, told: str = "") -> set[str]:
@@ -43,7 +44,8 @@ def comparable(name: str) -> str:
     return name.upper() if _BARCODE.match(_components(name)[-1]) else name
 
 
-def _barcode(slide: str) -> str:
+def barcode_of(slide: str) -> str:
+    """The TCGA barcode that a file name, or else the nearest of its folders, begins with; empty without one."""
     matches = filter(None, map(_BARCODE.match, reversed(_components(slide))))
     return next((match[0].upper() for match in matches), "")
 

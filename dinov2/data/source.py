@@ -1,5 +1,6 @@
 """Sources of tiles: their protocol, the rows they hand out, and the decoding of stored bytes."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +8,27 @@ from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov2.configs import Config
 
-_MARKS = {  # format: first bytes, last bytes
-    "JPEG": (b"\xff\xd8\xff", b"\xff\xd9"),
-    "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"),
-}
-_TAIL = 256  # bytes in which to look for the end mark, since some writers pad their files
+_JPEG_2000_SIZES = b"\xff\x4f\xff\x51"  # begins the codestream
+_STARTS = (  # first bytes of a file, its format
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    *((start, "TIFF") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    (b"BM", "BMP"),
+    *((start, "JPEG 2000") for start in (b"\0\0\0\x0cjP  \r\n\x87\n", _JPEG_2000_SIZES)),
+)
+FORMATS = ("JPEG", "PNG", "TIFF", "WebP", "BMP", "JPEG 2000")
+_PNG_END, _JPEG_SCAN, _JPEG_END = b"IEND\xaeB`\x82", b"\xff\xda", b"\xff\xd9"
+_TIFF_BITS, _TIFF_CODEC = 258, 259  # tags
+_PILLOW_TIFF_CODECS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)  # none, CCITT, LZW, JPEG, PackBits, deflate
+_TIFFFILE_COLOURS = ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR")
+_TAIL = 256  # bytes in which an end mark is looked for first, since most files end with it
+_SCALED_BITS = (
+    15  # that the largest of 16-bit samples needs; tissue has no tile whose brightest pixel is below a quarter
+)
 
 
 class DecodeError(ValueError):
@@ -98,19 +112,22 @@ def origins_of(source: Source, group: int) -> list[Origin]:
 
 
 def image_format(data: bytes) -> str:
-    """Tell PNG from JPEG by the first bytes; empty if they are neither."""
-    return next((name for name, (start, _) in _MARKS.items() if data.startswith(start)), "")
+    """One of `FORMATS` by the first bytes; empty if it is none of them."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    return next((name for start, name in _STARTS if data.startswith(start)), "")
 
 
 def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
     """Decode one tile to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
-    Grey and palette images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, and EXIF
-    orientation is ignored. DecodeError if `data` is no such image, or is cut short.
+    Grey, palette and CMYK images become RGB, alpha is dropped, 16-bit samples keep their upper 8 bits, EXIF orientation
+    is applied, of several pages the first is taken. Bytes after the image do not matter. DecodeError if `data` is no
+    such image, is cut short, or has samples whose scale is unknown.
 
     Args:
-        data: a whole PNG or JPEG file, told apart by their first bytes, or raw pixels.
-        raw_size: side in pixels of a raw uint8 RGB tile; 0 if `data` is a PNG or JPEG file.
+        data: a whole file of one of `FORMATS`, told apart by their first bytes, or raw pixels.
+        raw_size: side in pixels of a raw uint8 RGB tile; 0 if `data` is a file.
     """
     if raw_size:
         if len(data) != raw_size * raw_size * 3:
@@ -119,18 +136,125 @@ def decode_image(data: bytes, raw_size: int = 0) -> np.ndarray:
         return np.frombuffer(data, np.uint8).reshape(raw_size, raw_size, 3).copy()
     name = image_format(data)
     if not name:
-        raise DecodeError(f"{len(data)} bytes beginning {data[:8]!r} are neither PNG nor JPEG")
-    # OpenCV and libjpeg fill in what is missing from a truncated file, some versions silently.
-    if _MARKS[name][1] not in data[-_TAIL:]:
-        raise DecodeError(f"a {name} file of {len(data)} bytes is cut short")
+        accepted = f"{', '.join(FORMATS[:-1])} and {FORMATS[-1]} are accepted"
+        raise DecodeError(f"{len(data)} bytes beginning {data[:8]!r} are no image that is known; {accepted}")
+    if name == "JPEG":
+        return _by_opencv(name, _whole_jpeg(data), cv2.IMREAD_COLOR)
+    if name != "PNG":
+        return _by_pillow(name, data)
+    # OpenCV and libpng fill in what is missing from a truncated file, some versions silently.
+    if _PNG_END not in data[-_TAIL:] and _PNG_END not in data:
+        raise _cut_short(name, data)
+    if data[24:25] == b"\x10":  # bits of a sample
+        return _upper_8_bits(name, _by_opencv(name, data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH))
+    return _by_opencv(name, data, cv2.IMREAD_COLOR)
+
+
+def _by_opencv(name: str, data: bytes, flags: int) -> np.ndarray:
     refused = f"OpenCV cannot decode a {name} file of {len(data)} bytes"
+    if name == "JPEG":
+        refused += "; 8-bit samples, baseline or progressive, are accepted"
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise DecodeError(f"{refused} ({error.err})") from error
     if image is None:
         raise DecodeError(refused)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _by_pillow(name: str, data: bytes) -> np.ndarray:
+    """Decode a file of a format that Pillow tells from a truncated one; of TIFF, what it reads rightly."""
+    try:
+        with Image.open(io.BytesIO(data), formats=[name.replace(" ", "")]) as image:
+            tags = getattr(image, "tag_v2", {})
+            # Pillow takes some codecs for uncompressed data, and 16 bits for 8.
+            if max(tags.get(_TIFF_BITS, (1,))) <= 8 and tags.get(_TIFF_CODEC, 1) in _PILLOW_TIFF_CODECS:
+                if name != "JPEG 2000" or (bits := _jpeg_2000_bits(data)) <= 8:
+                    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                if image.mode.startswith("I;16"):  # scaled to 16 bits
+                    return _upper_8_bits(name, np.asarray(image))
+                # In colours Pillow rounds 255.5 to 0.
+                samples = _by_opencv(name, data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+                return _upper_8_bits(name, samples << (16 - bits))
+        return _by_tifffile(data)
+    except DecodeError:
+        raise
+    except UnidentifiedImageError as error:
+        if name == "TIFF":
+            return _by_tifffile(data)
+        raise DecodeError(f"Pillow cannot decode a {name} file of {len(data)} bytes") from error
+    except Exception as error:  # its parsers let through whatever corrupt bytes make them stumble over
+        raise DecodeError(f"Pillow cannot decode a {name} file of {len(data)} bytes ({error})") from error
+
+
+def _jpeg_2000_bits(data: bytes) -> int:
+    """Bits of a sample, from the byte for the first component in the codestream's header."""
+    return data[data.index(_JPEG_2000_SIZES) + 42] % 128 + 1
+
+
+def _by_tifffile(data: bytes) -> np.ndarray:
+    """Decode a TIFF file of 16-bit samples or of a recent codec."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise DecodeError("this kind of TIFF file needs tifffile: pip install 'path-fm[slides]'") from error
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            page = tiff.pages[0]
+            samples, axes = page.asarray(), page.axes
+            kind, bits = tifffile.PHOTOMETRIC(page.photometric).name, page.bitspersample
+            turned = page.tags.valueof("Orientation", 1) != 1
+    except Exception as error:  # as in `_by_pillow`
+        raise DecodeError(f"tifffile cannot decode a TIFF file of {len(data)} bytes ({error})") from error
+    if samples.dtype not in (np.uint8, np.uint16) or kind not in _TIFFFILE_COLOURS or turned:
+        found = f"a TIFF file of {samples.dtype} samples, colours {kind}" + ", to be turned" * turned
+        raise DecodeError(f"{found}; uint8 and uint16, {', '.join(_TIFFFILE_COLOURS)}, upright, are accepted")
+    if axes[0] == "S":
+        samples = np.moveaxis(samples, 0, 2)
+    if kind == "MINISWHITE":
+        samples = (1 << bits) - 1 - samples
+    samples = np.atleast_3d(samples)
+    colours = samples[..., : 3 if samples.shape[2] >= 3 else 1]
+    if samples.dtype == np.uint8:
+        return np.array(np.broadcast_to(colours, (*colours.shape[:2], 3)), order="C")
+    return _upper_8_bits("TIFF", colours << (16 - bits))
+
+
+def _upper_8_bits(name: str, samples: np.ndarray) -> np.ndarray:
+    """Samples uint16 (H, W) or (H, W, 3) as uint8 RGB; DecodeError where they seem to be of fewer bits, not scaled."""
+    bits = (largest := int(samples.max())).bit_length()
+    if 0 < bits < _SCALED_BITS:
+        found = f"a {name} file of 16-bit samples up to {largest}, as of {bits} bits that are not scaled"
+        raise DecodeError(f"{found}; 8-bit samples, or 16-bit ones that reach up to 65535, are accepted")
+    return np.array(np.broadcast_to(np.atleast_3d(samples >> 8), (*samples.shape[:2], 3)), np.uint8, order="C")
+
+
+def _whole_jpeg(data: bytes) -> bytes:
+    """Return a JPEG file, ended where only its end mark is missing; DecodeError if it is cut short.
+
+    OpenCV and libjpeg fill in what is missing from a truncated file, some versions silently. The data of a scan hold no
+    mark, so an end mark behind the last scan's beginning is the image's own, whatever follows it.
+    """
+    if _JPEG_END in data[-_TAIL:] or data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN):
+        return data
+    padded = data.rstrip(b"\0")
+    if padded.endswith(b"\xff"):  # in a scan a byte of 255 is stored with a zero after it
+        padded = data[: len(padded) + 1]
+    kept = padded.rstrip(b"\xff")  # half an end mark
+    # If the only scan is whole, no pixel depends on what follows it. Pillow, since libjpeg would write to stderr.
+    ends = (kept + filler * 64 + _JPEG_END for filler in (b"\x55", b"\xaa"))
+    try:
+        first, second = (Image.open(io.BytesIO(end), formats=["JPEG"]).tobytes() for end in ends)
+    except Exception as error:  # as in `_by_pillow`
+        raise _cut_short("JPEG", data) from error
+    if first != second or data.count(_JPEG_SCAN) != 1:
+        raise _cut_short("JPEG", data)
+    return kept + _JPEG_END
+
+
+def _cut_short(name: str, data: bytes) -> DecodeError:
+    return DecodeError(f"a {name} file of {len(data)} bytes is cut short")
 
 
 @dataclass(frozen=True)
@@ -142,9 +266,10 @@ class SourceRequest:
     config: Config
     options: Any  # the kind's section in data.options, or its defaults; None where it has no Options
     cache: Path | None  # file that this dataset has to itself in the run's folder, for an index; None keeps none
-    # Whether a slide is trained on. A kind asks it of every slide, or, as most do, of none: the rows of patients that
-    # are excluded or kept for validation are then left out of what it opened.
-    keep: Callable[[str], bool]
+    # Whether a slide is trained on, by its name and, where that is told, its patient. A kind asks it of every slide, or
+    # of none, as most do: the rows of patients that are excluded or kept for validation are then left out of what it
+    # opened.
+    keep: Callable[..., bool]
 
 
 class SourceKind(Protocol):

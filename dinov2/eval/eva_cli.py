@@ -65,7 +65,7 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
         if value not in POOLINGS or value != pooling:
             raise ValueError(f"{name}={value} is not {' or '.join(POOLINGS)}, or not the same as POOLING.")
     width = load_teacher(path).embed_dim
-    path = path if "://" in path else str(Path(path).resolve())
+    path = str(Path(path).resolve()) if Path(path).exists() else path  # others are ids on the hub, or URLs
     environment.setdefault("MODEL_EXTRA_KWARGS", json.dumps({"checkpoint_path": path, "pooling": pooling}))
     environment.setdefault("IN_FEATURES", str(width * (2 if pooling == "cls_mean" else 1)))
     environment.setdefault("MAP_FEATURES", str(width))

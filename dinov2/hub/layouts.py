@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from dinov2.layers.ffn import gated_width
 from dinov2.models.vision_transformer import DinoVisionTransformer, resample_positions
 
-HEADS = {128: 4, 192: 3, 256: 4, 384: 6, 768: 12, 1024: 16, 1536: 24}
+HEADS = {128: 4, 192: 3, 256: 4, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 """Attention heads by width: the one figure that no tensor's shape tells."""
+
+LAYER_NORM_EPS = 1e-6
+"""Of DINOv2's layer norms."""
 
 _DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3}
 
@@ -34,8 +37,15 @@ _MODULES = {
     "mlp.w3": "mlp.weights_out",
 }
 _QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
-# Modules of transformers 5 in memory.
-_IN_MEMORY = {"attention.o_proj": "attn.proj", "mlp.down_proj": "mlp.w3"}
+# Modules of transformers 5 in memory, and of its plain ViT, by whose names no DINOv2 is written.
+_READ_ONLY = {
+    "attention.o_proj": "attn.proj",
+    "mlp.down_proj": "mlp.w3",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
 # Parts of a joint module, in its order.
 _JOINT = {
     _QKV: "attn.qkv",
@@ -59,8 +69,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "register_tokens" in renamed:
         zero = torch.zeros_like(renamed["pos_embed"][:, :1])
         renamed["pos_embed"] = torch.cat([zero, renamed["pos_embed"]], dim=1)
-    renamed["mask_token"] = torch.zeros_like(renamed["cls_token"][0])
-    return renamed
+    return _with_mask_token(renamed)
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,12 +91,12 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where the file has no mask token it is zero.
     """
-    modules = {theirs: ours for ours, theirs in _MODULES.items()} | _IN_MEMORY
+    modules = {theirs: ours for ours, theirs in _MODULES.items()} | _READ_ONLY
     part_of = {part: (joint, i) for parts, joint in _JOINT.items() for i, part in enumerate(parts)}
     renamed: dict[str, Tensor] = {}
     joints: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():
-        _, layer, name = re.match(r"(encoder\.layer\.(\d+\.))?(.*)", key, re.DOTALL).groups(default="")
+        _, layer, name = re.match(r"((?:encoder\.layer|layers)\.(\d+\.))?(.*)", key, re.DOTALL).groups(default="")
         block = f"blocks.{layer}" if layer else ""
         module, _, kind = name.rpartition(".")
         if module in part_of:
@@ -97,8 +106,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[block + _rename(name, modules)] = tensor
     for key, parts in joints.items():
         renamed[key] = torch.cat([parts[i] for i in sorted(parts)])
-    renamed.setdefault("mask_token", torch.zeros_like(renamed["cls_token"][0]))
-    return renamed
+    return _with_mask_token(renamed)
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,8 +136,32 @@ def is_vit(model: nn.Module) -> bool:
 
 
 def from_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename ``blocks.<chunk>.<i>.`` of sharded training to ``blocks.<i>.``."""
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    """Rename ``blocks.<chunk>.<i>.`` of sharded training to ``blocks.<i>.``; a ViT's absent mask token is zero."""
+    renamed = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    return _with_mask_token(renamed) if "cls_token" in renamed else renamed
+
+
+def _with_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"mask_token": torch.zeros_like(state["cls_token"][0]), **state}
+
+
+def traits(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Sizes and kinds of layers of a ViT in words, as its weights tell them; nothing of other networks."""
+    if "cls_token" not in state or "patch_embed.proj.weight" not in state:
+        return {}
+    layers = {"MLP": state.get("blocks.0.mlp.fc1.weight"), "SwiGLU": state.get("blocks.0.mlp.w12.weight")}
+    return {
+        "width": f"width {state['cls_token'].shape[-1]}",
+        "depth": f"{_depth(state)} blocks",
+        "patch": f"patches of {state['patch_embed.proj.weight'].shape[-1]} px",
+        "registers": f"{num_registers(state)} registers",
+        "gains": f"{'' if 'blocks.0.ls1.gamma' in state else 'no '}LayerScale",
+        "ffn": " and ".join(f"{kind} of width {len(w)}" for kind, w in layers.items() if w is not None) or "no FFN",
+    }
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
 
 
 def num_registers(state: Mapping[str, Tensor]) -> int:
@@ -180,6 +212,10 @@ def vit_arguments(model: nn.Module) -> dict[str, Any]:
     """Constructor keywords that a ViT's function and weights depend on; raises ValueError for another backbone."""
     if not is_vit(model):
         raise ValueError(f"The backbone is a {type(model).__name__}; a DINOv2 ViT is expected.")
+    if model.norm.eps != LAYER_NORM_EPS:
+        raise ValueError(
+            f"The backbone's layer norms have eps = {model.norm.eps}; files of a DINOv2 ViT stand for {LAYER_NORM_EPS}."
+        )
     return _arguments(model.state_dict()) | {
         "num_heads": model.num_heads,
         "interpolate_antialias": model.interpolate_antialias,
@@ -188,7 +224,6 @@ def vit_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     ffn_layer, hidden_over_width = "identity", 4.0
     if "blocks.0.mlp.fc1.weight" in state:
@@ -204,7 +239,7 @@ def _arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "in_chans": state["patch_embed.proj.weight"].shape[1],
         "embed_dim": width,
-        "depth": max(blocks, default=-1) + 1,
+        "depth": _depth(state),
         "mlp_ratio": hidden_over_width,
         "ffn_layer": ffn_layer,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,

@@ -1,5 +1,8 @@
 """Published weights and teacher exports into a backbone, by name."""
 
+import argparse
+import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.hub import layouts
+from dinov2.hub.locate import INDEX, weights_path
+
+logger = logging.getLogger("dinov2")
 
 _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
-# In the order in which they nest; the last two are those of transformers' models with heads.
-_PREFIXES = ("module.", "teacher.", "backbone.", "dinov2.", "dinov2_with_registers.")
 _SHOWN = 6  # keys named in an error
+# What libraries put around modules of a network, anywhere in a name.
+_AROUND = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Parts of a network beside its backbone, which no token passes.
+_BESIDE = re.compile(r"(\w*heads?|\w*head_\w+|classifier|fc|linear|pooler|projector|predictor|decoder)\.")
+# Outer names of a backbone whose own names are unknown, in the order in which they nest.
+_OUTER = ("model_state_dict.", "model.", "state_dict.", "teacher.", "module.", "model.", "teacher.", "backbone.")
 
 
 def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
@@ -50,48 +60,102 @@ def local_weights(path_or_url: str) -> Path:
     return Path(paths.get_local_path(path_or_url, cache_dir=str(cache)))
 
 
-def read_checkpoint(path_or_url: str) -> Any:
-    """Read a weights file on the CPU, see `local_weights`. Only tensors and plain data load.
+def read_checkpoint(name: str) -> Any:
+    """Read weights on the CPU, see `weights_path` and `local_weights`. Only tensors and plain data load.
 
-    Raises FileNotFoundError or IsADirectoryError if there is no such file, or it is a folder; ValueError if the file
-    holds something else, or is corrupt; or the address cannot be read.
+    Raises FileNotFoundError or IsADirectoryError if there is no such file, or a folder holds not one; ValueError if the
+    file holds something else, or is corrupt; or the address cannot be read.
     """
-    if not re.match(r"(https?|file)://", path_or_url):
-        if Path(path_or_url).is_dir():
-            raise IsADirectoryError(f"{path_or_url!r} is a folder; name the .pth or .safetensors file in it.")
-        if not Path(path_or_url).is_file():
-            raise FileNotFoundError(f"Weights file {path_or_url!r} does not exist; give a .pth file or a URL.")
+    if not is_url(name):
+        path = weights_path(name)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Weights file {name!r} does not exist; give a .pth or .safetensors file, a folder of timm or "
+                "transformers, org/name on the Hugging Face hub, or a URL."
+            )
+        name = str(path)
     try:
-        path = local_weights(path_or_url)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        path = local_weights(name)
+        if not path.name.endswith(INDEX):
+            return _read(path)
+        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {key: value for part in parts for key, value in _read(path.with_name(part)).items()}
     except Exception as error:  # torch.load raises whatever the corrupt bytes lead to
         # What follows torch's first sentence is advice to load the file without its safeguard.
         detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
         raise ValueError(
-            f"Weights {path_or_url!r} cannot be read ({detail}); a PyTorch .pth or a .safetensors file is expected."
+            f"Weights {name!r} cannot be read ({detail}); a PyTorch .pth or a .safetensors file is expected."
         ) from error
 
 
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of DINO's and iBOT's runs
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is an address and no path."""
+    return re.match(r"(https?|file)://", name) is not None
+
+
+def tensors_of(checkpoint: Any, path: str = "") -> dict[str, Tensor]:
+    """All tensors in nested mappings, by their keys joined with dots."""
+    if isinstance(checkpoint, Tensor):
+        return {_AROUND.sub("", path): checkpoint} if path else {}
+    found: dict[str, Tensor] = {}
+    if isinstance(checkpoint, Mapping):
+        for key, value in checkpoint.items():
+            if isinstance(key, str):
+                found |= tensors_of(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def backbone_prefix(state: Mapping[str, Tensor]) -> str | None:
+    """What stands before the names of a ViT, by its class token and patch embedding; None where there is no ViT.
+
+    Of several ViTs a teacher (or EMA) is taken before others, and a student last.
+    """
+    tokens = [key for key in state if key.rpartition(".")[2] == "cls_token"]
+    prefixes = dict.fromkeys(key.removesuffix("cls_token").removesuffix("embeddings.") for key in tokens)
+    whole = [p for p in prefixes if f"{p}patch_embed.proj.weight" in state or f"{p}embeddings.cls_token" in state]
+    return min(whole or prefixes, key=_rank, default=None)
+
+
+def _rank(prefix: str) -> int:
+    words = set(re.split(r"[._]", prefix))
+    return 0 if words & {"teacher", "ema"} else 2 if "student" in words else 1
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors under a prefix without it and without heads."""
+    inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in inner.items() if not _BESIDE.match(key)}
+
+
 def unwrapped(checkpoint: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint without wrappers (``teacher``, ``model``, ``state_dict``) and prefixes
-    (``module.``, ``teacher.``, ``backbone.``, transformers' names of a backbone); keys without the prefix go.
+    """The backbone's tensors in a checkpoint, without whatever stands before their names; heads beside it go.
 
     Where nothing of the kind is found the result is empty, or all there is.
     """
-    state = checkpoint
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping):
-        return {}
-    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)} or state
+    state = tensors_of(checkpoint)
+    prefix = backbone_prefix(state)
+    if prefix is not None:
+        return _below(state, prefix)
+    for outer in _OUTER:
+        state = {key.removeprefix(outer): value for key, value in state.items() if key.startswith(outer)} or state
     return state
+
+
+def head_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
+    """The head of a name (``dino_head``, ``ibot_head``) beside the backbone of a checkpoint; empty without one."""
+    state = tensors_of(checkpoint)
+    found = [re.match(rf"(.*\.)?{name}\.", key) for key in state]
+    beside = min((match[0] for match in found if match), key=_rank, default=None)
+    return {key.removeprefix(beside): value for key, value in state.items() if beside and key.startswith(beside)}
 
 
 def layout(state: Mapping[str, Tensor]) -> str:
@@ -105,11 +169,11 @@ def layout(state: Mapping[str, Tensor]) -> str:
 
 
 def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
-    """Find the backbone in a checkpoint and give it Meta's names.
+    """Find the backbone in a checkpoint and give it Meta's names; a mask token that it has not is zero.
 
-    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, with
-    or without wrappers (see `unwrapped`) and chunked block names. Where nothing of the kind is found the result is
-    empty or fits no model.
+    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, in any
+    wrappers and with any heads beside them (see `unwrapped`), and chunked block names. Where nothing of the kind is
+    found the result is empty or fits no model.
     """
     state = unwrapped(checkpoint)
     by_layout = {"transformers": layouts.from_transformers, "timm": layouts.from_timm, "meta": layouts.from_chunks}
@@ -118,40 +182,66 @@ def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
 
 def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
     """Find the backbone in a checkpoint under the names of a model: as they are where they fit, else Meta's."""
-    state = unwrapped(checkpoint)
-    return state if state.keys() == model.state_dict().keys() else backbone_state_dict(checkpoint)
+    state, names = tensors_of(checkpoint), list(model.state_dict())
+    prefixes = dict.fromkeys(key.removesuffix(names[0]) for key in state if key.endswith(names[0]))
+    whole = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+    return _below(state, min(whole, key=_rank)) if whole else backbone_state_dict(checkpoint)
 
 
-def load_pretrained(model: nn.Module, path_or_url: str, positions: bool = True) -> None:
-    """Fill a backbone from a file, its position grid resampled (bicubic, antialiased, exact sides) to the model's.
+def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
+    """Fill a backbone from weights, their position grid resampled (bicubic, antialiased, exact sides) to the model's.
 
-    Without ``positions`` the model keeps its own grid. Raises as `read_checkpoint` and `check_fit` do.
+    Without ``positions`` the model keeps its own grid. Weights without LayerScale are those of gains of one. Returns
+    the checkpoint; raises as `read_checkpoint` and `check_fit` do.
     """
-    state = layouts.with_grid_of(model, weights_for(model, read_checkpoint(path_or_url)), own=not positions)
-    check_fit(model, state, path_or_url)
+    checkpoint = read_checkpoint(name)
+    state = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions)
+    gains = {key: value for key, value in model.state_dict().items() if layouts.is_vit(model) and ".ls" in key}
+    if gains and not gains.keys() & state.keys():
+        logger.info("Weights %r have no LayerScale: its gains start at one, which leaves their function.", name)
+        state |= {key: torch.ones_like(value) for key, value in gains.items()}
+    check_fit(model, state, name)
     model.load_state_dict(state)
+    return checkpoint
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Make sure that a state dict has exactly the keys and shapes of a model; raises ValueError, which names misfits.
+    """Make sure that a state dict has exactly the keys and shapes of a model, and finite weights.
 
+    Raises ValueError, which says both sizes where a ViT's differ, else names misfits, or tensors that are not finite.
     Weights with another number of registers are refused too: registers take part in every attention, so neither
     fresh ones nor their absence would leave the features as they were trained.
     """
     own = model.state_dict()
-    registers = [layouts.num_registers(state), layouts.num_registers(own)]
-    misfits = {
-        "missing": own.keys() - state.keys(),
-        "unknown": state.keys() - own.keys(),
-        "of another shape": {
-            f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        },
-    }
-    faults = [] if registers[0] == registers[1] else ["they have {} registers and the model {}".format(*registers)]
-    for what, found in misfits.items():
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        faults += [f"{what}: {', '.join(sorted(found)[:_SHOWN])}{more}"] if found else []
+    theirs, ours = layouts.traits(state), layouts.traits(own)
+    faults = []
+    if unequal := [what for what in theirs if what in ours and theirs[what] != ours[what]]:
+        their, our = (", ".join(traits[what] for what in unequal) for traits in (theirs, ours))
+        faults = [f"they have {their}, the model {our}"]
+    else:
+        misfits = {
+            "missing": own.keys() - state.keys(),
+            "unknown": state.keys() - own.keys(),
+            "of another shape": {
+                f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+                for key in own.keys() & state.keys()
+                if state[key].shape != own[key].shape
+            },
+        }
+        for what, found in misfits.items():
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            faults += [f"{what}: {', '.join(sorted(found)[:_SHOWN])}{more}"] if found else []
     if faults:
         raise ValueError(f"Weights {source!r} do not fit the model: {'; '.join(faults)}.")
+    check_finite({name: state[name] for name, _ in model.named_parameters()}, source)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that weights are finite; raises ValueError, which names those that are not."""
+    broken = [key for key, tensor in state.items() if not tensor.float().isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - _SHOWN} more tensors" if len(broken) > _SHOWN else ""
+        raise ValueError(
+            f"Weights {source!r} hold values that are not finite in {', '.join(broken[:_SHOWN])}{more}; a run that "
+            "diverged saves such: take an earlier checkpoint."
+        )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.hub.locate import INDEX, weights_path
 
 _LOCATIONS = {
     "step": ("step",),
@@ -13,11 +14,20 @@ _LOCATIONS = {
     "mean": ("config", "augmentation", "normalize_mean"),
     "std": ("config", "augmentation", "normalize_std"),
 }
+# Where the files of transformers and timm state the normalisation of images.
+_OTHERS = {
+    "preprocessor_config.json": {"mean": ("image_mean",), "std": ("image_std",)},
+    "config.json": {"mean": ("pretrained_cfg", "mean"), "std": ("pretrained_cfg", "std")},
+}
 
 
 def read_record(checkpoint: str) -> Any:
-    """Content of the JSON of a teacher's name; None where there is none. Raises ValueError."""
-    beside = Path(checkpoint).with_suffix(".json")
+    """Content of the JSON of a teacher's name; None where there is none. Raises ValueError, or as `weights_path`."""
+    file = weights_path(checkpoint)
+    return None if file.name.endswith(INDEX) else _read(file.with_suffix(".json"))
+
+
+def _read(beside: Path) -> Any:
     if not beside.is_file():
         return None
     try:
@@ -28,8 +38,17 @@ def read_record(checkpoint: str) -> Any:
 
 def trained_with(checkpoint: str) -> dict[str, Any]:
     """``step``, ``size`` of global crops in px, ``mean`` and ``std`` of the normalisation; what is unknown left out."""
-    record, found = read_record(checkpoint), {}
-    for name, location in _LOCATIONS.items():
+    found = _found(read_record(checkpoint), _LOCATIONS)
+    file = weights_path(checkpoint)
+    if not found and (file.suffix in (".safetensors", ".bin") or file.name.endswith(INDEX)):
+        for name, locations in _OTHERS.items():
+            found = _found(_read(file.with_name(name)), locations) | found
+    return found
+
+
+def _found(record: Any, locations: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    found = {}
+    for name, location in locations.items():
         value = record
         for key in location:
             value = value.get(key) if isinstance(value, Mapping) else None

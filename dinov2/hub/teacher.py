@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from dinov2.extensions import BACKBONES
 from dinov2.hub import layouts, pretrained
+from dinov2.hub.locate import weights_path
 from dinov2.hub.record import read_record
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 POOLINGS = ("cls", "cls_mean")
 """Poolings, or what a teacher returns per image: the class token, or it and the mean patch token."""
-
-_TRANSFORMERS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}  # settings that the backbone shares
 
 
 class _Around(nn.Module):
@@ -59,15 +58,17 @@ def load_teacher(
     as they come.
 
     Args:
-        path: file, or a URL, which goes through torch.hub's cache.
+        path: file, folder or id on the hub, see `weights_path`; or a URL, which goes through torch.hub's cache.
         feature_map: return a `FeatureMap` of the backbone.
         output: an older name of ``pooling``.
         checkpoint_path: another name of ``path``.
         pooling: "cls" (the default), or "cls_mean" for a `ClassAndMean`.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: if there is no such file, or it is a folder.
-        ValueError: if it cannot be read, holds no backbone, or does not fit the architecture; or for wrong arguments.
+        FileNotFoundError, IsADirectoryError: if there is no such file, or a folder does not hold one.
+        ValueError: if it cannot be read, holds no backbone, does not fit the architecture or is not finite; or for
+            wrong arguments.
+        ImportError: if the backbone is of a module that cannot be imported.
     """
     if (path is None) == (checkpoint_path is None):
         raise ValueError(f"path is {path!r} and checkpoint_path {checkpoint_path!r}; one of them is expected.")
@@ -77,6 +78,7 @@ def load_teacher(
     if feature_map and pooling != "cls":
         raise ValueError(f"A feature map has no class token; pooling = {pooling!r} goes with feature_map = False.")
     path = str(checkpoint_path if path is None else path)
+    path = path if pretrained.is_url(path) else str(weights_path(path))
     checkpoint = pretrained.read_checkpoint(path)
     model = stated_backbone(path)
     if model is None:
@@ -114,16 +116,24 @@ def description(path: str) -> dict[str, Any]:
 
 def stated_backbone(path: str) -> nn.Module | None:
     """Build the backbone that the JSON beside a file states, a ViT without weights; None where nothing is stated."""
-    arguments = description(path).get("architecture")
+    described = description(path)
+    arguments = described.get("architecture")
     if arguments is None:
         return None
     arch = arguments.pop("arch", None)
     if arch is None and "embed_dim" in arguments:
         make = DinoVisionTransformer
-    elif arch in BACKBONES:
-        make = BACKBONES[arch]
     else:
-        raise ValueError(f"The JSON beside {path!r} names no arch out of {', '.join(BACKBONES)}.")
+        if (
+            arch not in BACKBONES
+        ):  # a name that the backbone gives itself; what trained it is in the run's configuration
+            arch = _trained_arch(described) or arch
+        if arch not in BACKBONES:
+            raise ValueError(
+                f"The JSON beside {path!r} names arch {arch!r}; one of {', '.join(BACKBONES)} is expected, or "
+                "package.module:Name."
+            )
+        make = BACKBONES[arch]
     try:
         with torch.device("meta"):
             model = make(**arguments)
@@ -135,20 +145,31 @@ def stated_backbone(path: str) -> nn.Module | None:
         ) from error
 
 
+def _trained_arch(described: Mapping[str, Any]) -> str | None:
+    try:
+        return described["config"]["student"]["arch"]
+    except (KeyError, TypeError):
+        return None
+
+
 def inferred_backbone(path: str, state: Mapping[str, Tensor], layout: str) -> nn.Module:
     """Build, without weights, the ViT that tensors under Meta's names are of; a ``config.json`` may tell its heads."""
     layouts.require_vit(path, state)
-    beside, heads = Path(path).with_name("config.json"), None
+    beside, heads, eps = Path(path).with_name("config.json"), None, layouts.LAYER_NORM_EPS
     if layout != "meta" and beside.is_file():
         try:
             config = json.loads(beside.read_text())
-            other = {key: config[key] for key, ours in _TRANSFORMERS.items() if config.get(key, ours) != ours}
             heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
-        except (ValueError, AttributeError) as error:
+            activation, eps = config.get("hidden_act", "gelu"), float(config.get("layer_norm_eps", eps))
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{str(beside)!r} does not describe a model ({error!r}); mend or remove it.") from error
-        if other:
-            raise ValueError(f"{str(beside)!r} has {other}, but a DINOv2 ViT has {_TRANSFORMERS}.")
+        if activation != "gelu":
+            raise ValueError(f"{str(beside)!r} has hidden_act = {activation!r}, but a DINOv2 ViT has 'gelu'.")
         if heads is not None and not (isinstance(heads, int) and heads > 0):
             raise ValueError(f"{str(beside)!r} has {heads!r} attention heads; a positive number is expected.")
     with torch.device("meta"):
-        return layouts.vit_from_shapes(path, state, layout, heads)
+        model = layouts.vit_from_shapes(path, state, layout, heads)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+    return model

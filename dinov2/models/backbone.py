@@ -94,7 +94,8 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
     Raises ValueError if the architecture is unknown, or cannot be built with these settings.
     """
     student = cfg.student
-    if student.arch not in BACKBONES:
+    arch = re.sub(r"^(vit_\w+)_memeff$", r"\1", student.arch)  # Meta's name of another implementation of attention
+    if arch not in BACKBONES:
         raise ValueError(f"student.arch = {student.arch!r}: {BACKBONES.problem(student.arch)}")
     settings = {
         **{name: getattr(student, name) for name in _VIT_SETTINGS},
@@ -104,7 +105,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
         "inverse_gather": cfg.debug.inverse_gather if hasattr(cfg, "debug") else True,
     }
     drop_path = {"drop_path_rate": student.drop_path_rate, "drop_path_uniform": student.drop_path_uniform}
-    make, options = BACKBONES[student.arch], dict(getattr(student, "options", {}))
+    make, options = BACKBONES[arch], dict(getattr(student, "options", {}))
     try:
         teacher = make(**_accepted(make, settings) | options)
         if only_teacher:

@@ -122,7 +122,7 @@ class DinoVisionTransformer(Backbone):
     def describe(self) -> dict[str, Any]:
         """As of `Backbone`; the sizes only where no name stands for them."""
         return {
-            "arch": self.arch or f"{__name__}:{DinoVisionTransformer.__name__}",
+            "arch": self.arch or f"{type(self).__module__}:{type(self).__qualname__}",
             **({} if self.arch else self._sizes),
             **self._options,
             "img_size": math.isqrt(self.pos_embed.shape[1] - 1) * self.patch_size,

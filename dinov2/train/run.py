@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dinov2.build.augmentation import device_batches
-from dinov2.build.data import build_loader, describe_stream, open_data, order_parameters
+from dinov2.build.data import OpenData, build_loader, check_rows, describe_stream, open_data, order_parameters
 from dinov2.build.networks import load_starting_weights, starting_weights
 from dinov2.configs import Config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
@@ -54,9 +54,10 @@ class Run:
         if not eval_only:
             self.performance = resolve_performance(config, device)
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
-            self.plan = self._make_plan(saved)
+            data = self._open_data(saved)
+            self.plan = self._make_plan(saved, data.num_tiles)
         self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
-        self.loader = None if eval_only else self._open_stream(saved)
+        self.loader = None if eval_only else self._open_stream(saved, data)
         built = config if eval_only else self.performance.applied(config)
         self.arch = build_arch(built, device, from_checkpoint=saved is not None)
         betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
@@ -90,7 +91,7 @@ class Run:
         if config.logging.samples:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step)
-        schedules = Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps)
+        schedules = Schedules(config.optim, config.teacher, plan)
         sinks: list[Sink] = []
         if is_main_process():
             watch = chance_watch(schedules, self.state, plan.total_steps, config.logging.period_iterations)
@@ -127,14 +128,14 @@ class Run:
         on_main_process(partial(save_teacher, path, modules, metadata))
         logger.info("Exported the teacher to %s.", path)
 
-    def _make_plan(self, saved: dict[str, Any] | None) -> RunPlan:
+    def _make_plan(self, saved: dict[str, Any] | None, num_tiles: int | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
         world, free = get_global_size(), free_memory(self.device)
         memory = MemoryModel(self.costs, world, local_world_size())
 
         def plan() -> RunPlan:
             batch = saved["global_batch"] if saved else resolve_batch(self.config, memory, free) * world
-            plan = make_plan(self.config, world, batch)
+            plan = make_plan(self.config, world, batch, num_tiles)
             if free and (warning := check_fits(plan.local_batch, memory, free)):
                 logger.warning("%s", warning)
             return plan
@@ -149,11 +150,14 @@ class Run:
         check_resumable(saved, self.config)
         return saved
 
-    def _open_stream(self, saved: dict[str, Any] | None) -> TrainLoader:
+    def _open_data(self, saved: dict[str, Any] | None) -> OpenData:
         # Rank 0 lists files and reads footers, once for all.
         data = on_main_process(partial(open_data, self.config, self.output_dir / "stream_index", saved))
         self._locations = data.locations
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
+        return data
+
+    def _open_stream(self, saved: dict[str, Any] | None, data: OpenData) -> TrainLoader:
         lanes = saved["stream"]["lanes"] if saved else 0
         order = on_main_process(partial(order_parameters, self.config, self.plan, data, lanes))
         loader = build_loader(self.config, self.plan, data, self.state.samples, order, self.device)
@@ -233,7 +237,7 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
 
 
 def dry_run(config: Config, world_size: int) -> str:
-    """Check configuration and data, and describe the plan without allocating weights."""
+    """Check configuration and data, some rows of which are decoded; describe the plan without allocating weights."""
     validate(config, world_size)
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
@@ -242,9 +246,10 @@ def dry_run(config: Config, world_size: int) -> str:
     costs = StepCosts(config, compiled)
     memory = MemoryModel(costs, world_size, local_world_size())
     gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
-    plan = make_plan(config, world_size, resolve_batch(config, memory, gpu.memory) * world_size)
-    data = open_data(config)
+    batch, data = resolve_batch(config, memory, gpu.memory), open_data(config)
+    plan = make_plan(config, world_size, batch * world_size, data.num_tiles)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
+    stream = "\n".join([stream, *check_rows(config, data)])
     open_tasks(config, data)
     starting_weights(config)
     return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"

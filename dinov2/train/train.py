@@ -30,9 +30,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="DINOv2 self-distillation on pathology tiles.")
     parser.add_argument("--config-file", help="YAML file, merged over ssl_default_config.yaml")
-    parser.add_argument("--output-dir", help="the run's folder; train.output_dir where left out")
+    parser.add_argument("--output-dir", "--output_dir", help="the run's folder; train.output_dir where left out")
     parser.add_argument("--no-resume", action="store_true", help="start anew; refused where the folder holds a run")
     parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop")
+    parser.add_argument("--eval", metavar="TYPE", help=argparse.SUPPRESS)  # of Meta's command, which reads it nowhere
     parser.add_argument("--dry-run", action="store_true", help="check configuration and data, show the plan and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override configuration values")
     return parser.parse_intermixed_args(argv)  # overrides may stand before, between and after flags
@@ -49,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.eval:
+        logger.warning(
+            "--eval %s has no effect: --eval-only exports the teacher, and python -m dinov2.eval.probe judges it.",
+            args.eval,
+        )
     if args.dry_run:
         config = load_config(args.config_file, args.overrides)
         sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")

@@ -84,7 +84,7 @@ _COLOUR = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
 _COLOUR["help"] = "to normalise images with (default: as trained, else ImageNet's)"
 # One name for each option, its older spellings in single commands, which stay valid, and what argparse is told of it.
 _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--checkpoint": ((), {"required": True, "help": "teacher: a file or URL that dinov2.hub.load_teacher opens"}),
+    "--checkpoint": ((), {"required": True, "help": "teacher: what dinov2.hub.load_teacher opens"}),
     "--pooling": (("--output-tokens", "--embedding"), {
         "choices": ("cls", "cls_mean"), "default": "cls",
         "help": "class token, or followed by the mean patch token (%(default)s)",
@@ -101,7 +101,12 @@ _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "--workers": (("--num-workers",), {
         "type": at_least(1), "default": os.cpu_count() or 1, "help": "processes (%(default)s)",
     }),
-    "--mpp-file": ((), {"type": Path, "help": "CSV 'slide,mpp': um per level-0 px of slides that do not say theirs"}),
+    "--slide-root": ((), {"type": Path, "help": "folder that holds the listed slides, if they have moved"}),
+    "--mpp-file": ((), {"type": Path, "help": "CSV 'slide,mpp': um per level-0 px, in place of what slides say"}),
+    "--mpp-tolerance": ((), {
+        "type": at_least(0, float), "default": 0.2,
+        "help": "fraction by which slides may be coarser than what is asked, to which they are resampled (%(default)s)",
+    }),
 }  # fmt: skip
 
 

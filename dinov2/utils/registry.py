@@ -19,11 +19,22 @@ class Registry(Mapping[str, Any]):
         self._targets = dict(targets)
 
     def __getitem__(self, name: str) -> Any:
-        """Import and return a part; raises KeyError, with `problem`, where there is none of the name."""
+        """Import and return a part.
+
+        Raises KeyError, with `problem`, where there is none of the name; ImportError where its module is missing.
+        """
         if self.problem(name):
             raise KeyError(self.problem(name))
         module, _, attribute = self._targets.get(name, name).partition(":")
-        return getattr(import_module(module), attribute)
+        try:
+            return getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if name in self._targets:
+                raise
+            missing = f"module {error.name!r} is not there to be imported; install it or add its folder to PYTHONPATH"
+            raise ImportError(f"The {self.kind} {name!r} cannot be loaded: {missing}.", name=error.name) from error
+        except AttributeError as error:
+            raise ImportError(f"The {self.kind} {name!r} cannot be loaded ({error}).", name=module) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)

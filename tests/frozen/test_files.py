@@ -35,7 +35,7 @@ METRICS = {
 SHARD = {
     "task_id": "string", "slide_path": "string", "x": "int32", "y": "int32", "level": "int32", "tile_size": "int32",
     "level_downsample": "float", "image_dtype": "string", "image_bytes": "binary", "slide_id": "string", "mpp": "float",
-    "mpp_source": "string", "read_size": "int32", "tissue_frac": "float",
+    "mpp_source": "string", "read_size": "int32", "tissue_frac": "float", "level_mpp": "float",
 }  # fmt: skip
 EMBEDDED = ["name", "slide", "x", "y", "level", "mpp", "tile_size", "embedding"]
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: dataset information, file tree, and file contents by ranges.
+"""A stand-in for the Hugging Face hub: information, file tree, and file contents by ranges, of datasets and models.
 
 with HubServer() as hub:
     hub.push("org/tiles", folder)
@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-_API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<path>/.*)?)?")
-_FILE = re.compile(r"/(?P<what>datasets|cdn)/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
+_API = re.compile(
+    r"/api/(?:datasets|models)/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<path>/.*)?)?"
+)
+_FILE = re.compile(r"/(?:(?P<what>datasets|cdn)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
 
 
 class Fault(NamedTuple):
@@ -127,6 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not found:
             return self._error(404, "", "Not found")
         what = {"datasets": "resolve", "cdn": "cdn", "tree": "tree"}.get(found["what"], "info")
+        what = "resolve" if found.re is _FILE and not found["what"] else what
         repo, path = found["repo"], unquote(found["path"] or "").strip("/")
         token = self.headers.get("authorization", "").removeprefix("Bearer ")
         fault = self.hub.begin(what, token)
@@ -141,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         commit, folder = place
         if what == "info":
-            return self._json({"id": repo, "sha": commit, "siblings": []})
+            files = [{"rfilename": str(item.relative_to(folder))} for item in folder.rglob("*") if item.is_file()]
+            return self._json({"id": repo, "sha": commit, "siblings": files})
         if what == "tree":
             return self._tree(folder, path, parse_qs(address.query), address.path)
         if not (folder / path).is_file():
@@ -149,7 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "resolve" and path.endswith(".parquet"):
             target = f"/cdn/{repo}/resolve/{commit}/{quote(path)}?Signature=secret"
             return self._send(302, b"", {"Location": target, "X-Repo-Commit": commit})
-        return self._content((folder / path).read_bytes(), fault)
+        return self._content((folder / path).read_bytes(), fault, {"X-Repo-Commit": commit})
+
+    do_HEAD = do_GET
 
     def _refused(self, repo: str, what: str, token: str) -> tuple[int, str, str] | None:
         hub, wrong = self.hub, "Invalid username or password."
@@ -182,8 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Link": f'<{self.hub.url}{route}?recursive=true&cursor={end}>; rel="next"'}
         return self._json(entries[start:end], headers)
 
-    def _content(self, content: bytes, fault: Fault | None) -> None:
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+    def _content(self, content: bytes, fault: Fault | None, more: dict[str, str]) -> None:
+        headers = {**more, "ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
         status, total = 200, len(content)
         if asked and not self.hub.ignores_ranges:
@@ -209,7 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body if cut is None else body[:cut])
+        if self.command != "HEAD":
+            self.wfile.write(body if cut is None else body[:cut])
         self.close_connection = self.close_connection or cut is not None
 
 

@@ -99,12 +99,12 @@ def write_encoded(path: Path, tiles: Iterable[bytes], compression: int, descript
 
 @pytest.fixture
 def openslide_only(tmp_path: Path) -> tuple[Path, np.ndarray]:
-    """A slide of two levels that only OpenSlide reads (LZW tiles), 0.5 um/px, and the pixels of its first level."""
-    path, image = tmp_path / "lzw.tif", np.random.default_rng(0).integers(0, 256, (600, 500, 3), np.uint8)
+    """A slide of two levels that only OpenSlide reads (16 bits), 0.5 um/px, and its first level in 8 bits."""
+    path, image = tmp_path / "16_bits.tif", np.random.default_rng(0).integers(0, 256, (600, 500, 3), np.uint8)
     plain = {"tile": (256, 256), "compression": "lzw", "photometric": "rgb", "metadata": None}
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(image, resolution=(20000, 20000), resolutionunit="CENTIMETER", **plain)
-        tiff.write(image[::2, ::2].copy(), subfiletype=1, **plain)
+        tiff.write(image.astype(np.uint16) * 257, resolution=(20000, 20000), resolutionunit="CENTIMETER", **plain)
+        tiff.write(image[::2, ::2].astype(np.uint16) * 257, subfiletype=1, **plain)
     return path, image
 
 

@@ -62,7 +62,7 @@ def make_trainer(
     performance = resolve_performance(config, CPU)
     return Trainer(
         training_step=build_training_step(arch, optimizer, scaler, performance, plan.global_batch),
-        schedules=Schedules(config.optim, config.teacher, peak_lr=plan.peak_lr, epoch_steps=plan.epoch_steps),
+        schedules=Schedules(config.optim, config.teacher, plan),
         plan=plan,
         state=state,
         batches=batches,

@@ -15,7 +15,7 @@ def test_bench_data(tmp_path: Path, capsys) -> None:
         assert all(value > 0 for value in results[section].values()), section
     assert results["seek"]["rows"] == 12 * 9500
     assert results["mixing"]["29_m_rows"]["slides_in_1_steps"] <= 384
-    assert capsys.readouterr().out.count("\n") == 13  # a table of eleven figures
+    assert capsys.readouterr().out.count("\n") == 16  # a table of fourteen figures
 
 
 def test_bench_slides(tmp_path: Path, capsys) -> None:

@@ -139,7 +139,7 @@ def test_impossible_streams(
 
 def test_schemas_that_cannot_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tables = {
-        "'image_bytes' or 'jpeg' is expected": pa.table({"picture": [b"x"]}),
+        "data.image_column": pa.table({"picture": [b"x"]}),
         "binary is expected": pa.table({"jpeg": [[1, 2]]}),
         "holds 0 rows": pa.table({"jpeg": pa.array([], pa.binary())}),
     }

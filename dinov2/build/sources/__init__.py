@@ -1,14 +1,15 @@
 """Kinds of data, each recognised by what is at a path, and opened with its section of the configuration."""
 
-import glob
 import os
 import re
 from collections.abc import Callable
-from itertools import islice
 
+from dinov2.data.kinds import endings
+from dinov2.data.slides.tables import decoded
 from dinov2.data.source import SourceRequest
 
-_MOST_FILES = 1_000_000
+_LARGEST_TILE = 4096  # px of a side; larger TIFF images are slides
+_TILE_WIDTH = 322  # tag of a TIFF image that is stored in blocks, as slides are
 
 
 def is_url(path: str) -> bool:
@@ -17,15 +18,29 @@ def is_url(path: str) -> bool:
 
 
 def holds(path: str, fits: Callable[[str], bool]) -> bool:
-    """Whether a local folder (with its subfolders), a glob or a single path has a file whose name fits."""
-    path = os.path.expanduser(path.removeprefix("file://"))
-    if os.path.isdir(path):
-        files = (name for _, _, names in os.walk(path) for name in names if not name.startswith("."))
-    elif glob.has_magic(path) and not os.path.exists(path):
-        files = glob.iglob(path, recursive=True)
-    else:
-        files = iter([path] if os.path.isfile(path) else [])
-    return any(fits(name.lower()) for name in islice(files, _MOST_FILES))
+    """Whether a local folder (with its subfolders), a glob or a single path has a file whose ending fits."""
+    return any(map(fits, endings(path)))
+
+
+def is_slide(path: str, named: bool = False) -> bool:
+    """Whether a file is a slide by its name and, where tiles are of such files too, by its size.
+
+    One that is itself `named` may be an image in one piece, such as PNG; where a folder is searched these are tiles.
+    """
+    from dinov2.data.slides.find import IMAGE_SUFFIXES, NAMED_SUFFIXES, SLIDE_SUFFIXES
+
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in IMAGE_SUFFIXES | {".tif", ".tiff"} or not os.path.isfile(path):
+        return ending in (NAMED_SUFFIXES if named else SLIDE_SUFFIXES)
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            in_one_piece = getattr(image, "n_frames", 1) == 1 and _TILE_WIDTH not in getattr(image, "tag_v2", ())
+            large = max(image.size) > _LARGEST_TILE
+    except Exception:  # whatever Pillow stumbles over is for the reader of slides to name
+        in_one_piece, large = False, True
+    return (large and named) or (ending not in IMAGE_SUFFIXES and (large or not in_one_piece))
 
 
 def first_line(path: str) -> str:
@@ -34,7 +49,7 @@ def first_line(path: str) -> str:
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
-        text = file.read(1 << 16).decode("utf-8-sig", errors="surrogateescape")
+        text = decoded(file.read(1 << 16))
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#") and "\0" not in line), "")
 

@@ -29,4 +29,5 @@ class SampleList:
             data.tile_size,
             columns=data.sample_list_columns or None,
             mpp_file=data.mpp_file or None,
+            mpp_tolerance=data.mpp_tolerance,
         )

@@ -1,11 +1,11 @@
 """Tiles cut from slides at random positions while training, as section ``online`` says."""
 
-import csv
 import os
 import tempfile
 from pathlib import Path
 
-from dinov2.build.sources import first_line, holds, is_url, refuse_revision
+from dinov2.build.sources import first_line, is_slide, is_url, refuse_revision
+from dinov2.data.kinds import endings
 from dinov2.data.source import Source, SourceRequest
 
 
@@ -13,26 +13,25 @@ class Slides:
     """Whole-slide images; what is drawn from them has no end, unless ``online.max_patches`` says how many."""
 
     accepts = (
-        "slides (a folder of them, one slide or its URL, a text file of paths, a CSV with a column 'path' or 'slide', "
-        "or a tile index)"
+        "slides (a folder of them, one slide or its URL, a text file of paths, a CSV with a column 'path', 'slide', "
+        "'wsi' or 'slide_id', or a tile index)"
     )
 
     def recognises(self, path: str) -> bool:
         """Whether there are slides, or a list of them."""
-        from dinov2.data.slides.find import SLIDE_SUFFIXES
+        from dinov2.data.slides.find import PATH_COLUMNS
         from dinov2.data.slides.index import is_tile_index
+        from dinov2.data.slides.tables import columns_of, unquoted
 
-        def is_slide(name: str) -> bool:
-            return os.path.splitext(name.lower())[1] in SLIDE_SUFFIXES
-
-        if holds(path, is_slide) or (is_url(path) and is_slide(path)):
+        local = os.path.expanduser(path.removeprefix("file://"))
+        if is_slide(path) if is_url(path) else any(is_slide(file, file == local) for file in endings(path).values()):
             return True
         if os.path.isfile(path) and is_tile_index(Path(path)):
             return True
         line = first_line(path)
-        if path.lower().endswith(".csv"):
-            return not {"path", "slide"}.isdisjoint(next(csv.reader([line], skipinitialspace=True), []))
-        return is_slide(line)
+        columns = columns_of(line)
+        is_table = len(columns) > 1 or path.lower().endswith((".csv", ".tsv"))
+        return is_slide(unquoted(line), named=True) or (is_table and not set(PATH_COLUMNS).isdisjoint(columns))
 
     def open(self, request: SourceRequest) -> Source:
         """Make the slides ready, which takes a while at the first start and nothing later."""
@@ -40,6 +39,7 @@ class Slides:
         from dinov2.data.online.random import OnlineTileSource
         from dinov2.data.slides.find import find_slides
         from dinov2.data.slides.resolution import read_mpp_table
+        from dinov2.data.slides.tissue import CELL_RULE, TissueRule
 
         refuse_revision(request)
         online, data = request.config.online, request.config.data
@@ -50,8 +50,8 @@ class Slides:
         mpps = mpps_of(online.magnifications) if online.magnifications else online.mpp
         weights = online.mpp_weights or (1.0,) * len(mpps)
         table = read_mpp_table(data.mpp_file) if data.mpp_file else None
-        rows = find_slides(request.path, online.weight_column, mpp_table=table).slides
-        kept = [row for row in rows if request.keep(row.path)]
+        rows = find_slides(request.path, online.weight_column, table, data.slide_root or None).slides
+        kept = [row for row in rows if request.keep(row.path, row.patient)]
         if not kept:
             raise ValueError(
                 f"Of the {len(rows)} slides of '{request.path}' all are excluded or kept for validation; at least 1 "
@@ -60,9 +60,10 @@ class Slides:
         return OnlineTileSource(
             kept,
             cache,
-            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground),
+            options=TileOptions(mpps, weights, data.tile_size, online.min_foreground, data.mpp_tolerance),
             seed=request.config.train.seed,
             slide_fraction=online.slide_fraction,
             max_tiles=online.max_patches,
             workers=os.cpu_count() or 1,
+            rule=TissueRule(online.tissue, online.tissue_options.get(online.tissue), CELL_RULE.min_fraction),
         )

@@ -1,5 +1,6 @@
 """Samples and batches: views stacked view-major, masks, and the index of what is masked."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class Sample:
 
 
 class MultiCropCollate:
-    """Collate function for whole pairs of consecutive samples; equal for every split of the stream over ranks.
+    """Collate function for consecutive samples; equal for every split of the stream over ranks.
 
     Masks are drawn by `StratifiedMasks`, on a grid of N = (global_crops_size / patch_size)^2 patches; sizes in pixels.
     ValueError if the crop is no multiple of the patch, or a fraction lies outside [0, 1].
@@ -49,10 +50,10 @@ class MultiCropCollate:
 
     def max_masked(self, batch_size: int) -> int:
         """M, the length of the masked-patch index of a batch of ``batch_size`` samples."""
-        return batch_size // 2 * self._masks.max_masked
+        return self._masks.bound(batch_size)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Collate B samples whose indices come in whole pairs (2k, 2k + 1), else ValueError.
+        """Collate B samples whose indices are consecutive, or in whole pairs (2k, 2k + 1); else ValueError.
 
         Returns:
             ``global_crops`` uint8 (2B, 3, S, S), all first views, then all second; ``local_crops`` uint8
@@ -62,13 +63,15 @@ class MultiCropCollate:
             (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each; ``replaced`` int.
         """
         indices = [sample.index for sample in samples]
-        pairs = [first // 2 for first in indices[::2]]
-        if not indices or indices != [index for pair in pairs for index in (2 * pair, 2 * pair + 1)]:
+        numbers = Counter(index // 2 for index in indices)
+        halves = sum(number % 2 for number in numbers.values())
+        if not indices or len({*indices}) < len(indices) or halves != len(indices) % 2:
             raise ValueError(
-                f"A batch with sample indices {indices} cannot be masked; whole pairs (2k, 2k + 1) are "
-                "needed, so the batch of each process must be even."
+                f"A batch with sample indices {indices} cannot be masked; consecutive ones are needed, or whole pairs "
+                "(2k, 2k + 1)."
             )
-        masks = view_major([torch.from_numpy(views) for pair in pairs for views in self._masks(pair)])
+        of_pairs = {pair: self._masks(pair) for pair in numbers}
+        masks = view_major([torch.from_numpy(of_pairs[index // 2][index % 2]) for index in indices])
         return {
             "global_crops": view_major([sample.crops.global_crops for sample in samples]),
             "local_crops": view_major([sample.crops.local_crops for sample in samples]),

@@ -55,7 +55,7 @@ class StratifiedMasks:
 
     n = round(4 * mask_probability) of the four are masked. Their ratios are drawn one from each of n equal parts of
     ``mask_ratio_min_max``, the range of the fraction of a masked crop's patches, so that one bound on the masked
-    patches, `max_masked`, holds for every pair; which crop gets which ratio is drawn as well. ``seed`` is in [0, 2^64),
+    patches, `bound`, holds for all batches; which crop gets which ratio is drawn as well. ``seed`` is in [0, 2^64),
     ``grid_size`` (rows, columns) of a global crop's N patches. ValueError if a fraction is outside [0, 1].
     """
 
@@ -69,7 +69,14 @@ class StratifiedMasks:
             raise ValueError(f"mask_ratio_min_max is {low, high}; 0 <= min <= max <= 1 is needed.")
         self.seed, self.grid_size, self.num_patches = seed, grid_size, math.prod(grid_size)
         self.ratio_edges = np.linspace(low, high, round(4 * mask_probability) + 1)
-        self.max_masked = sum(int(self.num_patches * edge) for edge in self.ratio_edges[1:])
+
+    def bound(self, images: int) -> int:
+        """The most patches that are masked in a batch of consecutive samples.
+
+        Of an odd number one is half of a pair, and its two crops may be those with the most.
+        """
+        counts = [int(self.num_patches * edge) for edge in self.ratio_edges[1:]]  # ascending
+        return images // 2 * sum(counts) + images % 2 * sum(counts[-2:])
 
     def __call__(self, pair: int) -> np.ndarray:
         """Masks of samples 2 * pair and 2 * pair + 1: bool (2 samples, 2 views, N)."""

@@ -1,5 +1,6 @@
-"""Look at a Parquet dataset before training on it: files, row groups, images, slides, how well the sample order would
-mix them, and a verdict. Reads all footers, some images, and slide names where footers do not tell them.
+"""Look at a dataset before training on it: files, row groups, images, slides, how well the sample order would mix them,
+and a verdict. Of Parquet shards it reads all footers, some images, and slide names where footers do not tell them; of
+other kinds what a run reads to open them, and some images.
 
     python -m dinov2.data.inspect SRC
 """
@@ -8,6 +9,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,14 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from dinov2.data.kinds import open_source, recognise
 from dinov2.data.parquet import footer
 from dinov2.data.parquet.footer import Shard, open_shard
 from dinov2.data.parquet.source import repack_advice
-from dinov2.data.source import DecodeError, decode_image, image_format
+from dinov2.data.patients import patient_of
+from dinov2.data.source import DecodeError, EncodedSample, Source, decode_image, image_format, origins_of
 from dinov2.data.storage.base import LocalStorage, Storage
 from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.order import SampleOrder
+from dinov2.extensions import SOURCES
 from dinov2.utils.cli import DONE, FAILURES, at_least, run_command
 from dinov2.utils.files import write_text
 
@@ -56,18 +61,47 @@ class Training:
     memory_gib: float = _option(16.0, 0, "most that the reader of one process may hold")
 
 
-def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
+def inspect_source(dataset: str, kind: str, training: Training, **keys: str) -> dict[str, Any]:
+    """Open a dataset of any kind, decode some images and name all slides; as `open_source`, whose ``keys`` it takes."""
+    kind, source = open_source(dataset, kind, **keys)
+    advice = getattr(source, "repack_advice", str)()
+    spreads = {"rows": _spread_of(source.group_rows), "image_bytes": _spread_of(source.group_bytes)}
+    report: dict[str, Any] = {
+        "place": getattr(source, "location", dataset),
+        "kind": kind,
+        "rows": source.num_rows,
+        "row_groups": {"count": len(source.group_rows)} | spreads | {"repack": advice},
+        "images": _sample_source(source),
+    }
+    numbers, patients = {}, set()
+    slides, mixed, first = np.empty(source.num_rows, np.int32), 0, 0
+    for group in range(len(source.group_rows)):
+        origins = origins_of(source, group)
+        own = [numbers.setdefault(origin.slide, len(numbers)) for origin in origins]
+        slides[first : first + len(own)] = own
+        patients.update(patient_of(*origin[:2]) for origin in set(origins))
+        mixed, first = mixed + (len(set(own)) > 1), first + len(own)
+    report["slides"] = {"distinct": len(numbers), "patients": len(patients), "mixed_row_groups": mixed}
+    report["stream"] = _judge_stream(source, slides, training)
+    return report | _verdict(report, training)
+
+
+def inspect_dataset(dataset: str, training: Training, image_column: str = "") -> dict[str, Any]:
     """Read all footers, some images, and slide names where footers do not tell them; raises as `open_storage`."""
-    storage = open_storage(dataset)
+    storage = open_storage(dataset, train_only=True)
     files = storage.list_files()
-    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage))
+    found = footer.read_footers(storage, files, partial(footer.describe_shard, storage, named=image_column))
     shards = [item for item in found if isinstance(item, Shard)]
+    beside = footer.Foreign if shards else ()  # the shards; alone they are what is wrong
     report: dict[str, Any] = {
         "place": storage.location,
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "unreadable": [item._asdict() for item in found if type(item) is footer.Unusable],
-        "wrong_schema": [item._asdict() for item in found if isinstance(item, footer.WrongSchema)],
+        "no_images": [item._asdict() for item in found if isinstance(item, beside)],
+        "wrong_schema": [
+            item._asdict() for item in found if isinstance(item, footer.WrongSchema) and not isinstance(item, beside)
+        ],
         "rows": sum(int(shard.rows.sum()) for shard in shards),
     }
     if report["rows"]:
@@ -89,9 +123,13 @@ def inspect_dataset(dataset: str, training: Training) -> dict[str, Any]:
         slides, report["slides"] = _find_slides(storage, shards)
         groups = SimpleNamespace(group_rows=rows, group_bytes=sizes, is_remote=not isinstance(storage, LocalStorage))
         report["stream"] = _judge_stream(groups, slides, training)
+    return report | _verdict(report, training)
+
+
+def _verdict(report: dict[str, Any], training: Training) -> dict[str, Any]:
     findings = _reasons(report), _advice(report, training.batch) if report["rows"] else ()
     reasons, advice = ([{"code": code, "text": text} for code, text in some] for some in findings)
-    return report | {"verdict": {"usable": not reasons, "reasons": reasons, "advice": advice}}
+    return {"verdict": {"usable": not reasons, "reasons": reasons, "advice": advice}}
 
 
 def distinct_if_uniform(slide_rows: np.ndarray, samples: int) -> float:
@@ -124,18 +162,35 @@ def _sample_images(storage: Storage, shards: Sequence[Shard]) -> dict[str, Any]:
         try:
             with footer.as_corruption(), open_shard(storage, shard.file) as file:
                 batch = next(file.iter_batches(_SAMPLED_ROWS, [group], [shard.image], use_threads=False))
-                images = [value or b"" for value in batch[shard.image].to_pylist()]
+                images = [value or b"" for value in footer.image_values(batch, shard.image).to_pylist()]
         except footer.CorruptShard as error:
             corrupt.append(location | {"reason": str(error)})
             continue
         for row, data in enumerate(images):
             kind = "raw" if shard.raw_size else image_format(data)
-            kinds[kind.lower() if kind else "neither PNG nor JPEG"] += 1
+            kinds[kind.lower() or "unknown"] += 1
             try:
                 height, width, _ = decode_image(data, shard.raw_size).shape
                 sizes[f"{width}x{height}"] += 1
             except DecodeError as error:
                 corrupt.append(location | {"row": row, "reason": str(error)})
+    return {"sampled": kinds.total(), "kinds": dict(kinds), "sizes": dict(sizes), "corrupt": corrupt}
+
+
+def _sample_source(source: Source) -> dict[str, Any]:
+    """As `_sample_images`, of any source."""
+    groups = np.flatnonzero(source.group_rows)
+    chosen = groups[np.unique(np.linspace(0, len(groups) - 1, _SAMPLED_GROUPS).astype(int))].tolist()
+    kinds, sizes, corrupt = Counter(), Counter(), []
+    for group in chosen:
+        rows = range(min(_SAMPLED_ROWS, int(source.group_rows[group])))
+        for row, (slide, data) in zip(rows, source.read(group, rows), strict=True):
+            try:
+                height, width, _ = source.decode(EncodedSample(0, group, row, slide, data)).shape
+                sizes[f"{width}x{height}"] += 1
+            except DecodeError as error:
+                corrupt.append({"file": source.describe(group, row), "reason": str(error)})
+            kinds[image_format(data).lower() or "raw"] += 1
     return {"sampled": kinds.total(), "kinds": dict(kinds), "sizes": dict(sizes), "corrupt": corrupt}
 
 
@@ -180,7 +235,7 @@ def _read_slides(storage: Storage, shard: Shard, group: int) -> list[str]:
     return [footer.slide_of(name or "", shard.image) for name in names]
 
 
-def _judge_stream(groups: SimpleNamespace, slides: np.ndarray, training: Training) -> dict[str, Any]:
+def _judge_stream(groups: Any, slides: np.ndarray, training: Training) -> dict[str, Any]:
     """Lanes, memory and mixing of the order that training would use."""
     sharing = {"global_batch": training.batch, "world_size": training.ranks}
 
@@ -216,10 +271,10 @@ def _spread_of(values: np.ndarray) -> dict[str, float]:
 
 def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
     """Reasons why training cannot use the dataset."""
-    wrong, unreadable = report["wrong_schema"], report["unreadable"]
+    wrong, unreadable = report.get("wrong_schema"), report.get("unreadable", ())
     if wrong:
         yield "wrong_schema", f"{len(wrong)} files have a wrong schema: {_named(wrong)}; take them away"
-    if len(unreadable) == report["files"]:
+    if unreadable and len(unreadable) == report["files"]:
         yield "no_readable_file", f"no file has a readable footer: {_named(unreadable)}"
     elif not report["rows"]:
         yield "no_rows", f"there are 0 rows in {report['files']} files"
@@ -234,8 +289,8 @@ def _reasons(report: dict[str, Any]) -> Iterator[Finding]:
 
 def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
     """Warnings, and what else is good to know."""
-    groups, stored, images, stream = (report[key] for key in ("row_groups", "stored", "images", "stream"))
-    unreadable, corrupt = report["unreadable"], images["corrupt"]
+    groups, images, stream = (report[key] for key in ("row_groups", "images", "stream"))
+    unreadable, corrupt = report.get("unreadable"), images["corrupt"]
     if unreadable:
         yield "corrupt_files", f"{len(unreadable)} files cannot be read and would be left out: {_named(unreadable)}"
     if corrupt and images["sizes"]:
@@ -243,8 +298,8 @@ def _advice(report: dict[str, Any], batch: int) -> Iterator[Finding]:
         yield "corrupt_images", f"{text}; training stops above data.max_corrupt_fraction"
     if groups["repack"]:
         yield "repack", groups["repack"]
-    if set(stored["compression"]) - {"UNCOMPRESSED"} and "raw" not in images["kinds"]:
-        codecs = ", ".join(stored["compression"])
+    codecs = ", ".join(report.get("stored", {}).get("compression", ()))
+    if codecs not in ("", "UNCOMPRESSED") and "raw" not in images["kinds"]:
         text = f"the image column is compressed ({codecs}), which costs time and makes PNG and JPEG no smaller"
         yield "compression", text
     yield from _mixing_advice(stream, report["rows"], groups["count"], batch)
@@ -285,6 +340,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SRC", help=NAMES)
     for option in fields(Training):
         parser.add_argument("--" + option.name.replace("_", "-"), default=option.default, **option.metadata)
+    text = "what SRC is, where it is not recognised"
+    parser.add_argument("--kind", choices=("auto", *SOURCES), default="auto", help=text)
+    parser.add_argument("--groups-file", metavar="FILE", default="", help="as data.groups_file")
+    parser.add_argument("--patient-pattern", metavar="REGEX", default="", help="as data.patient_pattern")
+    text = "name of the image column, where it is not a known one"
+    parser.add_argument("--image-column", metavar="NAME", default="", help=text)
     text = "write the report there as JSON, too; it must not exist; '-': JSON instead of text"
     parser.add_argument("--json", metavar="FILE", help=text)
     args = parser.parse_args(argv)
@@ -304,7 +365,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         training = Training(**{option.name: getattr(args, option.name) for option in fields(Training)})
-        report = inspect_dataset(args.source, training)
+        kind = args.kind if args.kind != "auto" else _kind_of(args.source)
+        if kind == "parquet":
+            report = inspect_dataset(args.source, training, args.image_column)
+        else:
+            keys = {name: getattr(args, name) for name in ("image_column", "groups_file", "patient_pattern")}
+            report = inspect_source(args.source, kind, training, **keys)
         text = json.dumps(report, indent=2) + "\n"
         lines = [f"{about:<16} {line}\n" for about, line in describe(report)]
         sys.stdout.writelines([text] if args.json == "-" else lines)
@@ -315,12 +381,26 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(body, logger)
 
 
+def _kind_of(path: str) -> str:
+    try:
+        return recognise(path)
+    except (ValueError, FileNotFoundError):
+        if os.path.isdir(path) or os.path.isfile(path):
+            raise
+        return "parquet"  # whose storages say best what is wrong with a name
+
+
 def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The report as lines of text: what each is about, and what there is to say."""
     yield "dataset", report["place"]
-    yield "files", f"{report['files']:,}, {_size(report['bytes'])}"
-    for kind in ("unreadable", "wrong_schema"):
-        yield from ((f"  {kind.replace('_', ' ')}", f"{item['name']}: {item['reason']}") for item in report[kind])
+    if "kind" in report:
+        yield "kind", report["kind"]
+    else:
+        yield "files", f"{report['files']:,}, {_size(report['bytes'])}"
+    for kind in ("unreadable", "no_images", "wrong_schema"):
+        yield from (
+            (f"  {kind.replace('_', ' ')}", f"{item['name']}: {item['reason']}") for item in report.get(kind, ())
+        )
     yield "rows", f"{report['rows']:,}"
     if report["rows"]:
         yield from _describe_layout(report)
@@ -339,9 +419,27 @@ def describe(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _describe_layout(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    groups, stored, images, slides = (report[key] for key in ("row_groups", "stored", "images", "slides"))
+    groups, images, slides = (report[key] for key in ("row_groups", "images", "slides"))
     yield "row groups", f"{groups['count']:,} of {_show_spread(groups['rows'])} rows"
     yield "  images", f"{_show_spread(groups['image_bytes'], _size)} before compression"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in (images["kinds"] | images["sizes"]).items())
+    if "stored" in report:
+        yield from _describe_columns(report, kinds)
+    else:
+        yield "images", f"sampled: {kinds}"
+    if images["corrupt"]:
+        yield "  corrupt", f"{len(images['corrupt'])} of these or their row groups"
+    if "per_file" in slides:
+        unknown = slides["unknown_row_groups"]
+        guess = f"; {unknown:,} row groups of unknown slides count as one each" if unknown else ""
+        yield "slides", f"{slides['distinct']:,}, {_show_spread(slides['per_file'])} per file{guess}"
+    else:
+        yield "slides", f"{slides['distinct']:,} of {slides['patients']:,} patients"
+    yield "  mixed", f"{slides['mixed_row_groups']:,} of {groups['count']:,} row groups"
+
+
+def _describe_columns(report: dict[str, Any], kinds: str) -> Iterator[tuple[str, str]]:
+    groups, stored = report["row_groups"], report["stored"]
     for schema in report["schemas"]:
         columns = ", ".join(f"{name} {kind}" for name, kind in schema["columns"].items())
         yield "columns", f"{columns} ({schema['files']:,} files)"
@@ -350,14 +448,7 @@ def _describe_layout(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"  {key}", ", ".join(f"{name} ({count:,} row groups)" for name, count in stored[key].items())
     for key in ("dictionary", "page_index"):
         yield f"  {key.replace('_', ' ')}", f"{stored[f'with_{key}']:,} of {groups['count']:,} row groups"
-    kinds = ", ".join(f"{count} {kind}" for kind, count in (images["kinds"] | images["sizes"]).items())
     yield "images", f"about {_size(stored['bytes_per_image'])} each; sampled: {kinds or 'none'}"
-    if images["corrupt"]:
-        yield "  corrupt", f"{len(images['corrupt'])} of these or their row groups"
-    unknown = slides["unknown_row_groups"]
-    guess = f"; {unknown:,} row groups of unknown slides count as one each" if unknown else ""
-    yield "slides", f"{slides['distinct']:,}, {_show_spread(slides['per_file'])} per file{guess}"
-    yield "  mixed", f"{slides['mixed_row_groups']:,} of {groups['count']:,} row groups"
 
 
 def _show_spread(values: dict[str, float], show: Any = "{:,.0f}".format) -> str:

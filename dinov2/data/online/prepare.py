@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.index import TileIndexes, opened_index, write_tile_index
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.resolution import MppSource, coarsest_level
+from dinov2.data.slides.resolution import MPP_TOLERANCE, MppSource, Resolution, coarsest_level
 from dinov2.data.slides.tiff import index_slide
-from dinov2.data.slides.tissue import TissueCache, TissueMask
+from dinov2.data.slides.tissue import TissueCache, TissueMap, TissueMask
 from dinov2.data.storage.base import public_name
 from dinov2.data.storage.fsspec import filesystem, version_of
 from dinov2.data.storage.retry import RemoteError, Retries
@@ -34,6 +34,8 @@ class TileOptions:
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # how often each is drawn, up to a common factor
     tile_size: int = 224  # side of a tile in px
     min_foreground: float = 0.4  # least fraction of foreground in a tile
+    # Fraction by which slides may be coarser than `mpps`; no part of what identifies a run, as its geometries are.
+    mpp_tolerance: float = field(default=MPP_TOLERANCE, repr=False)
 
 
 def mpps_of(magnifications: tuple[float, ...]) -> tuple[float, ...]:
@@ -49,6 +51,7 @@ class OnlineSlide:
     weight: float  # how often it is drawn, up to a common factor
     size: int  # bytes of the file
     mpp_source: MppSource
+    mpp_notes: tuple[str, ...]  # what a user should know of its resolution
     stem: Path  # of its files in the cache
     key: str  # of its counted positions among those files; identifies all that is known of the slide and its tissue
     geometries: tuple[Geometry, ...]  # one for each resolution that the slide can give
@@ -57,6 +60,7 @@ class OnlineSlide:
     blocks: TileIndex | None  # outline of the index of its blocks; None where only OpenSlide can read them
     tile_index: str  # file with the whole index if it is one of many slides; empty if it lies in the cache
     tile_bytes: float  # of blocks that a tile takes at most, on average over the geometries
+    doubt: str  # why the tissue rule may be wrong for it; empty where nothing speaks against it
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Dropped:
     path: str
     reason: str
     unreadable: bool = False
+    doubt: str = ""
 
 
 class DrawingPlan(NamedTuple):
@@ -91,12 +96,13 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         raise  # the server's fault; a slide left out because of it would change the dataset
     except (SlideError, OSError) as error:
         return Dropped(name, getattr(error, "detail", str(error)), unreadable=True)
-    mpp, source = (facts["mpp"], facts["mpp_source"]) if facts["mpp"] else (row.mpp, "user")
+    resolution = Resolution(facts["mpp"], facts["mpp_source"], tuple(facts["notes"]), row.mpp)
+    mpp = resolution.mpp
     if mpp is None:
         return Dropped(name, "its resolution is unknown; give its mpp in a table")
     geometries, weights = [], []
     for wanted, weight in zip(options.mpps, options.weights, strict=True):
-        level = coarsest_level(facts["downsamples"], mpp, wanted)
+        level = coarsest_level(facts["downsamples"], mpp, wanted, options.mpp_tolerance)
         if level is not None:
             downsample = facts["downsamples"][level]
             side = max(1, round(options.tile_size * wanted / mpp / downsample))
@@ -113,12 +119,13 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         write_arrays(counted, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
         scarce = f"no tile of it is {options.min_foreground:.0%} tissue"
-        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue")
+        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue", doubt=facts["doubt"])
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
     longest = [_most_bytes(blocks, geometry) for geometry in geometries]
     return OnlineSlide(
-        row.path, row.weight, size, source, stem, key, tuple(geometries), tuple(weights), tuple(map(len, positions)),
-        blocks, row.tile_index, tile_bytes=float(np.average(longest, weights=weights)),
+        row.path, row.weight, size, resolution.source, resolution.notes, stem, key, tuple(geometries), tuple(weights),
+        tuple(map(len, positions)), blocks, row.tile_index,
+        tile_bytes=float(np.average(longest, weights=weights)), doubt=facts["doubt"],
     )  # fmt: skip
 
 
@@ -149,11 +156,12 @@ def _examine(stem: Path, row: SlideRow, cache: TissueCache) -> _Known:
     except UnsupportedTiles:
         index = None
     reader = SlideReader(row.path, index=index)
-    mask = TissueMask.of_slide(reader, cache.rule)
-    own = reader.mpp_source in ("slide", "appmag")
-    facts = {"mpp": reader.mpp, "mpp_source": reader.mpp_source} if own else {"mpp": None, "mpp_source": "none"}
+    tissue = TissueMap(reader, cache.rule)
+    mask = TissueMask.of_map(tissue)
+    own = reader.resolution
+    facts = {"mpp": own.own, "mpp_source": own.own_source, "notes": own.own_notes}
     facts |= {"sizes": list(map(list, reader.level_dimensions)), "downsamples": list(reader.level_downsamples)}
-    facts["tiled"] = index is not None
+    facts |= {"tiled": index is not None, "doubt": tissue.doubt}
     reader.close()
     cache.folder.mkdir(parents=True, exist_ok=True)
     if index is not None and not row.tile_index:

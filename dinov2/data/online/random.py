@@ -13,7 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from dinov2.data.online.positions import Geometry
@@ -22,8 +21,9 @@ from dinov2.data.slides.blocks import Region, assemble, ranges
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.ranges import SlideBytes, is_remote
-from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.tissue import CELL_RULE, TissueCache
+from dinov2.data.slides.reader import SlideReader, resized
+from dinov2.data.slides.resolution import log_notes
+from dinov2.data.slides.tissue import CELL_RULE, TissueCache, TissueRule, log_doubts
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.storage.base import public_name
 from dinov2.data.stream.order import Locations, SampleOrder
@@ -88,19 +88,22 @@ class OnlineTileSource:
         seed: of the draws, in [0, 2^64).
         slide_fraction: fraction of the slides to use, see `take_fraction`.
         max_tiles: number of distinct tiles; 0 draws without end (2^30).
+        rule: of the tissue; `min_fraction` is that of a cell.
     """
 
     def __init__(
         self, rows: Sequence[SlideRow], cache_folder: str | Path, *, options: TileOptions, seed: int,
-        slide_fraction: float = 1.0, max_tiles: int = 0, workers: int = 1,
+        slide_fraction: float = 1.0, max_tiles: int = 0, workers: int = 1, rule: TissueRule = CELL_RULE,
     ) -> None:  # fmt: skip
         self._options, self._seed = options, seed
         kept = take_fraction(sorted(rows), slide_fraction, seed)
-        prepare = partial(prepare_slide, TissueCache(cache_folder), options)
+        prepare = partial(prepare_slide, TissueCache(cache_folder, rule), options)
         made = [result for _, result in sorted(run_jobs(prepare, kept, workers, "slide"), key=itemgetter(0))]
         self.slide_list = [result for result in made if isinstance(result, OnlineSlide)]
         self.dropped = [result for result in made if isinstance(result, Dropped)]
+        log_doubts([(slide.path, slide.doubt) for slide in made])
         _check_dropped(self.dropped, len(kept))
+        log_notes(logger, ((slide.path, slide.mpp_notes) for slide in self.slide_list))
         self.is_remote = any(is_remote(slide.path) for slide in self.slide_list)
         self.num_rows = max_tiles or ENDLESS_GROUPS * GROUP_TILES
         weights = [slide.weight for slide in self.slide_list]
@@ -112,7 +115,7 @@ class OnlineTileSource:
         dropped = [Path(slide.path).name for slide in self.dropped]
         # Under the name that the options had when the runs began that are to be resumed.
         named = repr(options).replace(TileOptions.__name__, "PatchOptions")
-        state = [named, repr(CELL_RULE), seed, max_tiles, used, dropped]
+        state = [named, repr(rule), seed, max_tiles, used, dropped]
         self.fingerprint = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
         self.is_endless = max_tiles == 0
         drawn = "tiles without end" if self.is_endless else f"{self.num_rows:,} tiles"
@@ -163,7 +166,7 @@ class OnlineTileSource:
                 pixels = assemble(slide.blocks, region, blocks)
         except SlideError as error:
             raise DecodeError(str(error)) from error
-        return pixels if geometry.side == size else cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+        return resized(pixels, size)
 
     def describe(self, group: int, row: int | None = None) -> str:
         """Name a row group, or one of its tiles, for a message to the user."""

@@ -9,17 +9,21 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dinov2.data.storage.base import LocalStorage, RangedFile, Storage, StoredFile
 from dinov2.data.storage.retry import RemoteError
 
-SLIDE_COLUMN = {"image_bytes": "slide_path", "jpeg": "path"}  # image column: column that names the slide
+PUBLISHED, NANOPATH = "image_bytes", "jpeg"  # image columns that tell the two schemas
+IMAGE_COLUMNS = (PUBLISHED, NANOPATH, "image", "bytes", "jpg", "png", "img_bytes")
+SLIDE_COLUMNS = ("slide_path", "slide", "slide_id")
 ORIGIN_COLUMNS = ("patient", "site")  # that tell it apart from the slide's name, where a shard has them
 PAGE_BUFFER = 1 << 20  # pyarrow then reads page by page, not whole column chunks ...
 _REMOTE_PAGE_BUFFER = 1 << 24  # ... and so over a network, in fewer requests
 THREADS = 32  # that read footers
 _TAIL = 1 << 16  # bytes read from the end of a shard; a longer footer takes a second read
+_ENCODINGS = ("png", "jpeg", "jpg", "tiff", "tif", "webp", "bmp", "jp2", "jpeg2000")  # each row's bytes tell which
 _TILE_SUFFIXES = (".jpg", ".jpeg", ".png")
 Result = TypeVar("Result")
 
@@ -39,6 +43,14 @@ class WrongSchema(Unusable):
     """A readable file that training refuses, and why."""
 
 
+class NoImages(ValueError):
+    """A readable file has no column that could hold images, so that it is no shard."""
+
+
+class Foreign(WrongSchema):
+    """A readable file that is no shard, and why."""
+
+
 class Footer(NamedTuple):
     """The last bytes of a file, their digest, and what they say."""
 
@@ -53,7 +65,7 @@ class Shard(NamedTuple):
 
     file: StoredFile
     columns: dict[str, str]  # type of each
-    image: str  # name of the image column
+    image: str  # path of the image column: its name, or name.bytes in a struct
     slide: str | None  # name of the column that tells the slide; None if there is none or it is all null
     raw_size: int  # side in pixels of raw tiles, 0 for PNG and JPEG
     rows: np.ndarray  # of each row group, int64 (G,)
@@ -96,6 +108,8 @@ def read_footers(
             raise
         except (CorruptShard, OSError) as error:
             return Unusable(file.name, _in_one_line(error))
+        except NoImages as error:
+            return Foreign(file.name, _in_one_line(error))
         except ValueError as error:
             return WrongSchema(file.name, _in_one_line(error))
 
@@ -110,15 +124,14 @@ def parse_footer(data: bytes) -> pq.FileMetaData:
         return pq.read_metadata(pa.BufferReader(data))
 
 
-def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
-    """Find the columns of a shard; CorruptShard where its footer is wrong, ValueError where columns or types are."""
+def describe_shard(storage: Storage, file: StoredFile, footer: Footer, named: str = "") -> Shard:
+    """Find the columns of a shard; CorruptShard where its footer is wrong, ValueError where columns or types are.
+
+    ``named`` is a name of the image column besides `IMAGE_COLUMNS`, see `image_column`.
+    """
     path, metadata, schema = storage.locate(file.name), footer.metadata, footer.schema
-    image = image_column(path, schema)
-    slide: str | None = SLIDE_COLUMN[image]
-    if slide not in schema.names or pa.types.is_null(schema.field(slide).type):
-        slide = None
-    else:
-        require_type(path, schema.field(slide), "string")
+    image = image_column(path, schema, named)
+    slide = _slide_column(path, schema, image)
     raw_size = _raw_size(path, metadata.metadata or {})
     with as_corruption():
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
@@ -126,7 +139,8 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer) -> Shard:
         images = [group.column(leaves.index(image)) for group in groups]
         names = [group.column(leaves.index(slide)) for group in groups] if slide else []
         # A shard without the column is one slide; nulls are of one that has no name.
-        alone = "" if SLIDE_COLUMN[image] in leaves else file.name
+        nulls = (name for name in leaves if name in _slide_columns(image) and pa.types.is_null(schema.field(name).type))
+        alone = "" if any(nulls) else file.name
         slides = [_single_slide(chunk, image) for chunk in names] if slide else [alone] * len(groups)
         for chunk in (*images, *names):
             start, length = extent(chunk)
@@ -152,19 +166,58 @@ def extent(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return (first if first and 0 < first < data else data), chunk.total_compressed_size
 
 
-def image_column(path: str, schema: pa.Schema) -> str:
-    """Name the column that holds the images; ValueError where there is none or it is not binary."""
-    for image in SLIDE_COLUMN:
-        if image in schema.names:
-            require_type(path, schema.field(image), "binary", ", an image file in each row")
+def image_column(path: str, schema: pa.Schema, named: str = "") -> str:
+    """Path of the column that holds the images: ``named``, where a shard has it, or the first of `IMAGE_COLUMNS`.
+
+    It is binary, or a struct whose field ``bytes`` is, as `datasets` has them. NoImages where nothing of the kind is
+    there, ValueError where it has an unknown name, or one of the two published names and another type.
+    """
+    known = [name for name in dict.fromkeys((named, *IMAGE_COLUMNS)) if name in schema.names]
+    for name in known:
+        if image := _image_path(schema.field(name)):
             return image
-    columns = ", ".join(schema.names) or "none"
-    raise ValueError(f"shard '{path}' has columns {columns}; 'image_bytes' or 'jpeg' is expected")
+        if name in (named, PUBLISHED, NANOPATH):
+            require_type(path, schema.field(name), "binary", ", an image file in each row")
+    found = f"shard '{path}' has columns {', '.join(schema.names) or 'none'}"
+    expected = f"a binary column of images ({', '.join(filter(None, (named, *IMAGE_COLUMNS)))}) is expected"
+    if others := [field.name for field in schema if _image_path(field)]:
+        raise ValueError(f"{found}; {expected}, or another's name as data.image_column, perhaps '{others[0]}'")
+    raise NoImages(f"{found}; {expected}")
+
+
+def image_values(table: pa.RecordBatch | pa.Table, image: str) -> pa.Array | pa.ChunkedArray:
+    """The column with the path ``image``, which may lie in a struct."""
+    if image in table.schema.names:
+        return table[image]
+    return pc.struct_field(table[image.rpartition(".")[0]], "bytes")
 
 
 def slide_of(name: str, image: str) -> str:
-    """The slide of a row: the name in the published schema, the folder of slide/x_y_level.jpg in nanopath's."""
-    return name.rpartition("/")[0] if image == "jpeg" else name
+    """The slide of a row: the name as it is stored, or the folder of slide/x_y_level.jpg in nanopath's schema."""
+    return name.rpartition("/")[0] if image == NANOPATH else name
+
+
+def _image_path(field: pa.Field) -> str:
+    """Path of the images of a column of bytes; empty where it has none."""
+    if _is_of(field.type, "binary"):
+        return field.name
+    inside = field.type.get_field_index("bytes") if pa.types.is_struct(field.type) else -1
+    return f"{field.name}.bytes" if inside >= 0 and _is_of(field.type.field(inside).type, "binary") else ""
+
+
+def _slide_columns(image: str) -> tuple[str, ...]:
+    return ("path",) if image == NANOPATH else SLIDE_COLUMNS
+
+
+def _slide_column(path: str, schema: pa.Schema, image: str) -> str | None:
+    """Name of the column that tells the slide; None if there is none or it is all null."""
+    for name in _slide_columns(image):
+        if name in schema.names and not pa.types.is_null(schema.field(name).type):
+            if name == _slide_columns(image)[0]:
+                require_type(path, schema.field(name), "string")
+            if _is_of(schema.field(name).type, "string"):
+                return name
+    return None
 
 
 def open_shard(storage: Storage, file: StoredFile) -> pq.ParquetFile:
@@ -193,10 +246,10 @@ def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
     """Read the tile side of a shard of raw pixels from its schema metadata; 0 for PNG and JPEG shards."""
     texts = {key: value.decode(errors="replace") for key, value in metadata.items()}
     encoding = texts.get(b"image_encoding", "png")
-    if encoding in ("png", "jpeg"):
+    if encoding.lower() in _ENCODINGS:
         return 0
     if encoding != "raw":
-        raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; png, jpeg or raw is expected")
+        raise ValueError(f"shard '{path}' has image_encoding '{encoding}'; {', '.join(_ENCODINGS)} or raw is expected")
     size, dtype = texts.get(b"tile_size", ""), texts.get(b"image_dtype", "uint8")
     if not size.isdecimal() or int(size) == 0 or dtype != "uint8":
         found = f"raw shard '{path}' has tile_size '{size}' and image_dtype '{dtype}' in its schema metadata"
@@ -206,9 +259,13 @@ def _raw_size(path: str, metadata: dict[bytes, bytes]) -> int:
 
 def require_type(path: str, field: pa.Field, kind: str, meaning: str = "") -> None:
     """Raise ValueError where a column, dictionary-encoded or not, is not of a kind: string or binary."""
-    inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if str(inner) not in (kind, f"large_{kind}", f"{kind}_view"):
+    if not _is_of(field.type, kind):
         raise ValueError(f"column '{field.name}' of shard '{path}' has type {field.type}; {kind} is expected{meaning}")
+
+
+def _is_of(kind: pa.DataType, name: str) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return str(inner) in (name, f"large_{name}", f"{name}_view")
 
 
 def only_value(column: pq.ColumnChunkMetaData) -> str | None:
@@ -224,7 +281,7 @@ def _single_slide(column: pq.ColumnChunkMetaData, image: str) -> str | None:
     """Name the slide of a row group if the statistics of the column prove that there is one only."""
     ends = _bounds(column)
     # Some writers shorten bounds, which may cut off a tile's name and part of its slide's.
-    if not ends or (image == "jpeg" and not all(end.lower().endswith(_TILE_SUFFIXES) for end in ends)):
+    if not ends or (image == NANOPATH and not all(end.lower().endswith(_TILE_SUFFIXES) for end in ends)):
         return None
     first, last = (slide_of(end, image) for end in ends)
     return first if first == last else None

@@ -29,22 +29,21 @@ _FOOTERS_KEPT = 16  # of each process; matters for datasets of few large files, 
 
 
 class ParquetSource:
-    """Rows of Parquet shards, in the published (`image_bytes`) or the nanopath (`jpeg`) schema; see `Source`.
+    """Rows of Parquet shards with a column of images, see `footer.image_column`; see `Source`.
 
-    Row groups are numbered shard by shard. ``dataset``, ``revision`` and ``retries`` are as for
-    `open_storage`, or a storage; ``sidecar`` is where to keep the index for the next start, see `load_index`.
+    Row groups are numbered shard by shard. ``dataset`` is as for `open_storage`, or a storage; ``sidecar`` is where to
+    keep the index for the next start, and ``image_column`` a further name of that column, see `load_index`.
     """
 
-    def __init__(
-        self, dataset: str | Storage, sidecar: Path | None = None, revision: str = "", retries: int = 8
-    ) -> None:
-        storage = open_storage(dataset, revision, retries) if isinstance(dataset, str) else dataset
-        index = load_index(storage, sidecar)
+    def __init__(self, dataset: str | Storage, sidecar: Path | None = None, image_column: str = "") -> None:
+        storage = open_storage(dataset) if isinstance(dataset, str) else dataset
+        index = load_index(storage, sidecar, image_column)
         self.location, self.is_remote = storage.location, not isinstance(storage, LocalStorage)  # with a hub's commit
         self._storage = storage
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
+        self._slide_columns = index["slide_column"].to_pylist()
         self._origin_columns = index["origin_columns"].to_pylist()
         # Where each shard's row groups and slides begin.
         first = (np.from_dlpack(in_one(index[name]).offsets)[:-1] for name in ("group_rows", "slides"))
@@ -57,18 +56,18 @@ class ParquetSource:
 
     def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """As in `Source`; nulls, and rows that corruption hides, come as empty bytes."""
-        slide, image = self._slide_and_image(group)
+        slide, named, image = self._slide_and_image(group)
         if slide is not None:
             return [(slide, data) for data in self._columns(group, rows, [image])[0]]
-        names, images = self._columns(group, rows, [footer.SLIDE_COLUMN[image], image])
+        names, images = self._columns(group, rows, [named, image])
         return list(zip(_slide_names(names, image), images, strict=True))
 
     def slides(self, group: int) -> list[str]:
         """Name the slide of every row of a row group."""
-        (slide, image), rows = self._slide_and_image(group), range(int(self.group_rows[group]))
+        (slide, named, image), rows = self._slide_and_image(group), range(int(self.group_rows[group]))
         if slide is not None:
             return [slide] * len(rows)
-        return _slide_names(self._columns(group, rows, [footer.SLIDE_COLUMN[image]])[0], image)
+        return _slide_names(self._columns(group, rows, [named])[0], image)
 
     def origins(self, group: int) -> list[Origin]:
         """Slide, and patient and site where the shard has such columns, of every row of a row group.
@@ -80,8 +79,7 @@ class ParquetSource:
         if not self._origin_columns[shard]:
             return as_origins(self.slides(group))
         leaves, stored = _origin_leaves(self, shard), self._row_group(group)
-        slide, image = self._slide_and_image(group)
-        named = footer.SLIDE_COLUMN[image]
+        slide, named, image = self._slide_and_image(group)
         only = {named: slide} | dict.fromkeys(footer.ORIGIN_COLUMNS, "")
         only |= {name: footer.only_value(stored.column(leaf)) for name, leaf in leaves.items()}
         unknown, rows = [name for name, value in only.items() if value is None], range(stored.num_rows)
@@ -113,11 +111,11 @@ class ParquetSource:
         shard = int(np.searchsorted(self._first_group, group, side="right")) - 1
         return shard, int(group - self._first_group[shard])
 
-    def _slide_and_image(self, group: int) -> tuple[str | None, str]:
-        """The only slide of a row group, or None where its column must be read, and the column of images."""
+    def _slide_and_image(self, group: int) -> tuple[str | None, str, str]:
+        """The only slide of a row group, or None where its column must be read, that column, and that of images."""
         shard, number = self._find(group)[0], int(self._group_slide[group])
         slide = self._slides[int(self._first_slide[shard]) + number].as_py() if number >= 0 else None
-        return slide, self._images[shard]
+        return slide, self._slide_columns[shard], self._images[shard]
 
     def _row_group(self, group: int) -> pq.RowGroupMetaData:
         shard, number = self._find(group)
@@ -229,7 +227,8 @@ def _read_rows(file: _ShardFile, opened: pq.ParquetFile, group: int, column: str
     found, first = dict.fromkeys(rows, b""), 0
     try:
         for batch in opened.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
-            values = batch[0].dictionary_decode() if pa.types.is_dictionary(batch[0].type) else batch[0]
+            values = footer.image_values(batch, column)
+            values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
             if pa.types.is_integer(values.type):
                 values = values.cast(pa.string())
             if not pa.types.is_binary(values.type):

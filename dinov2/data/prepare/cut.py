@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.prepare.draw import BLOCK_PX
+from dinov2.data.slides.coarse import Box, CoarseView
 from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideReadError
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import SampleList
 from dinov2.data.slides.tissue import TissueRule
 
 ROWS_AT_ONCE = 1024  # encoded tiles held in memory, read in the order of the blocks below them
-IMAGE_COLUMN, REASON = "image_bytes", "reason"
+IMAGE_COLUMN, PATIENT_COLUMN, REASON = "image_bytes", "patient", "reason"
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,18 @@ class Cutting:
     encoding: Encoding
     rule: TissueRule  # for `tissue_frac`
     tile_size: int  # side of a tile in px
+    mpp_tolerance: float  # fraction by which slides may be coarser than the mpp of tiles
     max_slide_failures: int  # undecodable tiles of a slide at which the job that meets them gives the slide up
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of a list, with the path and the user's mpp (None: unknown) of each of its slides."""
+    """Tiles of a list, with path, the user's mpp (None: unknown) and told patient (or "") of each of its slides."""
 
     samples: SampleList
     paths: list[Path]
     mpps: list[float | None]
+    patients: list[str]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,7 +81,7 @@ class Tiles:
         mpp = None if samples.mpp is None else samples.mpp[rows]
         names, columns = [samples.slides[i] for i in used], (samples.x[rows], samples.y[rows], samples.level[rows])
         part = SampleList(names, slide.astype(np.int32), *columns, mpp)
-        return Tiles(part, [self.paths[i] for i in used], [self.mpps[i] for i in used])
+        return Tiles(part, *([column[i] for i in used] for column in (self.paths, self.mpps, self.patients)))
 
 
 def cut_tiles(tiles: Tiles, cutting: Cutting, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
@@ -101,7 +105,7 @@ class _Slides:
 
     def __init__(self, tiles: Tiles, cutting: Cutting) -> None:
         self._tiles, self._samples, self._cutting = tiles, tiles.samples, cutting
-        self._reader, self._slide = None, -1
+        self._reader, self._slide, self._rule = None, -1, None
         self._bad: dict[int, str] = {}  # slides given up, and why
         self._failures = [0] * len(tiles.paths)
 
@@ -126,7 +130,8 @@ class _Slides:
         location = {"slide_path": samples.slides[slide], "x": x, "y": y, "level": level}
         mpp = None if samples.mpp is None else float(samples.mpp[i])
         try:
-            return location | self._read(self._open(slide), x, y, level, mpp)
+            told = {PATIENT_COLUMN: self._tiles.patients[slide] or None}
+            return location | told | self._read(self._open(slide), x, y, level, mpp)
         except SlideError as error:
             if isinstance(error, SlideReadError):
                 self._failures[slide] += 1
@@ -141,12 +146,14 @@ class _Slides:
         if slide != self._slide:
             if self._reader is not None:
                 self._reader.close()
-            self._reader, self._slide = None, slide
+            self._reader, self._slide, self._rule = None, slide, None
             try:
-                self._reader = SlideReader(path, self._tiles.mpps[slide])
+                self._reader = SlideReader(path, self._tiles.mpps[slide], mpp_tolerance=self._cutting.mpp_tolerance)
             except SlideError as error:
                 self._bad[slide] = error.detail
                 raise
+            with suppress(SlideError):  # `tissue_frac` is then unknown, but the tiles of the list are what is wanted
+                self._rule = self._cutting.rule.on(CoarseView(self._reader))
         return self._reader
 
     def _read(self, reader: SlideReader, x: int, y: int, level: int, mpp: float | None) -> dict[str, Any]:
@@ -154,12 +161,16 @@ class _Slides:
         if mpp is None:
             image = reader.read_region(level, *reader.snap(level, x, y), size, size)
             downsample = reader.level_downsamples[level]
-            mpp = None if reader.mpp is None else reader.mpp * downsample
+            mpp = level_mpp = None if reader.mpp is None else reader.mpp * downsample
         else:
             image, level = reader.read_tile(x, y, size, mpp), reader.level_for(mpp)
             downsample = reader.level_downsamples[level]
-            read_size = round(size * mpp / (reader.mpp * downsample))
+            level_mpp = reader.mpp * downsample
+            read_size = round(size * mpp / level_mpp)
         row = {"level": level, "tile_size": size, "level_downsample": downsample, "image_dtype": "uint8"}
-        row |= {IMAGE_COLUMN: self._cutting.encoding.encode(image), "tissue_frac": self._cutting.rule.fraction(image)}
+        box = Box(x, y, read_size * downsample, read_size * downsample)
+        fraction = None if self._rule is None else self._rule.fraction(image, box)
+        row |= {IMAGE_COLUMN: self._cutting.encoding.encode(image), "tissue_frac": fraction}
         row |= {"slide_id": reader.path.stem, "mpp": mpp, "mpp_source": reader.mpp_source, "read_size": read_size}
+        row["level_mpp"] = level_mpp
         return row

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov2.data.slides.coarse import Box
 from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError
 from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.resolution import MPP_TOLERANCE
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 
 DRAWS_PER_ROUND, MAX_ROUNDS = 4096, 50
@@ -42,6 +44,7 @@ class Sampling:
     per_slide: int | None  # tiles per slide over all targets, divided evenly; None sets no limit
     tile_size: int  # side of a finished tile in px
     mpps: tuple[float, ...] = ()  # um per px of the tiles, each read from the level that serves it; () draws by level
+    mpp_tolerance: float = MPP_TOLERANCE  # fraction by which a slide may be coarser than these
 
     def targets(self, reader: SlideReader) -> tuple[list[Target], dict[float, str]]:
         """Targets that a slide can give, and why it cannot give the other mpp."""
@@ -70,7 +73,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SlideJob:
-    """One slide to draw from: its path, the name that keys its draws, what to draw, and its mpp if it says none."""
+    """One slide to draw from: its path, the name that keys its draws, what to draw, and its mpp if a user gave one."""
 
     path: str
     key: str
@@ -86,8 +89,11 @@ class SlideDraw:
     mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N,), um per px; 0 keeps the level's own
     failure: str = ""  # why it gave nothing
     skipped: dict[float, str] = field(default_factory=dict)  # mpp that it cannot give, with the reason
-    given_mpp: float | None = None  # the mpp of the job, if it was needed
+    given_mpp: float | None = None  # the mpp of the job, if there was one
+    level0_mpp: float | None = None  # um per level-0 px
+    notes: tuple[str, ...] = ()  # what a user should know of the slide's resolution
     preview_failure: str = ""  # why its preview is missing
+    doubt: str = ""  # why the tissue rule may be wrong for it
 
 
 def draw_from_slide(job: SlideJob) -> SlideDraw:
@@ -95,7 +101,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     if "\n" in job.path or "\r" in job.path:
         return SlideDraw(failure="its path holds a line break, which a sample list cannot express")
     try:
-        reader = SlideReader(job.path, job.mpp)
+        reader = SlideReader(job.path, job.mpp, mpp_tolerance=job.sampling.mpp_tolerance)
         targets, skipped = job.sampling.targets(reader)
         if not targets:
             reasons = dict.fromkeys(skipped.values())  # one for all where the mpp is unknown
@@ -104,7 +110,7 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
         tissue, unreadable, corners = TissueMap(reader, job.sampling.rule), [], {}
         for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
             proposals = islice(_proposals(reader, tissue, target, job), quota * MAX_CHECKS_PER_TILE)
-            accepted = _accepted(reader, proposals, target, quota, job.sampling, unreadable)
+            accepted = _accepted(reader, proposals, target, quota, job.sampling, tissue.rule, unreadable)
             corners[target] = [reader.origin(target.level, *pixel) for pixel in accepted]  # level-0 x, y
     except (SlideError, OSError) as error:
         return SlideDraw(failure=getattr(error, "detail", str(error)))
@@ -112,9 +118,10 @@ def draw_from_slide(job: SlideJob) -> SlideDraw:
     rows = [(*corner, target.level) for target, found in corners.items() for corner in found]
     mpp = [target.mpp for target, found in corners.items() for _ in found]
     if not rows:
-        return SlideDraw(failure=NO_TISSUE)
-    given_mpp = job.mpp if reader.mpp_source == "user" else None
-    return SlideDraw(np.array(rows, np.int32), np.array(mpp, np.float32), "", skipped, given_mpp)
+        return SlideDraw(failure=NO_TISSUE, doubt=tissue.doubt)
+    notes = (*reader.resolution.notes, *(note for target in corners if (note := reader.resampling(target.mpp))))
+    drawn = np.array(rows, np.int32), np.array(mpp, np.float32)
+    return SlideDraw(*drawn, "", skipped, job.mpp, reader.mpp, notes, doubt=tissue.doubt)
 
 
 def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: SlideJob) -> Iterator[tuple[int, int]]:
@@ -140,10 +147,11 @@ def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: Slid
 
 def _accepted(
     reader: SlideReader, proposals: Iterator[tuple[int, int]], target: Target, quota: int, sampling: Sampling,
-    unreadable: list[SlideReadError],
+    rule: TissueRule, unreadable: list[SlideReadError],
 ) -> list[tuple[int, int]]:  # fmt: skip
     """The first `quota` proposals whose pixels pass the rule; `unreadable` collects those that have none."""
     accepted: list[tuple[int, int]] = []
+    side = target.side * reader.level_downsamples[target.level]
     while len(accepted) < quota:
         batch = list(islice(proposals, (quota - len(accepted)) * 5 // 4 + 8))
         if not batch:
@@ -151,12 +159,12 @@ def _accepted(
         passed = set()
         for pixel in sorted(batch, key=lambda pixel: (pixel[1] // BLOCK_PX, pixel[0])):
             try:
+                corner = reader.origin(target.level, *pixel)
                 if target.mpp:
-                    corner = reader.origin(target.level, *pixel)
                     tile = reader.read_tile(*corner, sampling.tile_size, target.mpp)
                 else:
                     tile = reader.read_region(target.level, *pixel, sampling.tile_size, sampling.tile_size)
-                if sampling.rule.accepts(tile):
+                if rule.accepts(tile, Box(*corner, side, side)):
                     passed.add(pixel)
             except SlideReadError as error:
                 unreadable.append(error)

@@ -24,15 +24,17 @@ def make_part(job: tuple[SlideJob, Path, Path | None]) -> SlideDraw:
         status = os.stat(slide.path)
         state = [status.st_size, status.st_mtime_ns]
     # The name stands for the slide's file, as it is now, and for what its draws hang on besides the options.
-    identity = json.dumps([slide.path, slide.key, slide.mpp, *state])
+    identity = json.dumps([slide.path, slide.key, slide.mpp, *state, *slide.sampling.rule.pixels.state(slide.path)])
     name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     path = folder / f"{name}.npz"
     if stored := read_arrays(path, "rows", "mpp", "words"):
         words = json.loads(str(stored[2]))
-        draw = SlideDraw(*stored[:2], words["failure"], dict(words["skipped"]), words["given_mpp"])
+        known = words["given_mpp"], words["level0_mpp"], tuple(words["notes"])
+        draw = SlideDraw(*stored[:2], words["failure"], dict(words["skipped"]), *known, doubt=words["doubt"])
     else:
         draw = draw_from_slide(slide)
         words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
+        words |= {"level0_mpp": draw.level0_mpp, "notes": draw.notes, "doubt": draw.doubt}
         if draw.failure in ("", NO_TISSUE):
             write_arrays(path, rows=draw.rows, mpp=draw.mpp, words=json.dumps(words))
     if preview is not None and draw.failure in ("", NO_TISSUE):

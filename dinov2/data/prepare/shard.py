@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.prepare.cut import IMAGE_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Tiles, cut_tiles
+from dinov2.data.prepare.cut import IMAGE_COLUMN, PATIENT_COLUMN, REASON, ROWS_AT_ONCE, Cutting, Tiles, cut_tiles
 from dinov2.utils.files import commit, leftovers, replacing, unfinished, write_json
 from dinov2.utils.jobs import run_jobs
 
@@ -30,9 +30,12 @@ SCHEMA = pa.schema([
     ("tile_size", _INTEGER), ("level_downsample", _FLOAT), ("image_dtype", _TEXT), (IMAGE_COLUMN, pa.binary()),
     ("slide_id", _TEXT), ("mpp", _FLOAT), ("mpp_source", _TEXT),  # mpp of the tile, null when unknown
     ("read_size", _INTEGER), ("tissue_frac", _FLOAT),  # px of the level that became tile_size px
+    ("level_mpp", _FLOAT),  # um per px of the level, before the tile was resampled to mpp; null when unknown
 ])  # fmt: skip
+TOLD_PATIENTS = "patient_column"  # key of the metadata of shards that have one more column
+_PATIENT = pa.field(PATIENT_COLUMN, _TEXT)
 _POSITION = "position"
-_ROWS = pa.schema([(_POSITION, pa.int64()), *list(SCHEMA)[1:], (REASON, pa.string())])
+_ROWS = pa.schema([(_POSITION, pa.int64()), *list(SCHEMA)[1:], _PATIENT, (REASON, pa.string())])
 _RUNS_PER_WORKER = 4  # at least, so that workers end at about the same time
 _PLAN = "plan.json"
 Failures = list[dict[str, Any]]  # slide_path, x, y, level and reason of the rows without an image
@@ -70,17 +73,18 @@ class ShardWriter:
     def flush(self) -> None:
         """Write the rows that wait as a row group."""
         if self._waiting:
-            self._writer.write_table(pa.Table.from_pylist(self._waiting, SCHEMA))
+            self._writer.write_table(pa.Table.from_pylist(self._waiting, self._writer.schema))
         self._waiting = []
 
 
 @contextmanager
 def new_shard(shard: Path, metadata: dict[str, str]) -> Iterator[ShardWriter]:
     """Write `shard`, which appears when the block ends well and holds at least one row."""
-    plain = [name for name in SCHEMA.names if name != IMAGE_COLUMN]
+    schema = SCHEMA.append(_PATIENT) if TOLD_PATIENTS in metadata else SCHEMA
+    plain = [name for name in schema.names if name != IMAGE_COLUMN]
     options = {"compression": "none", "use_dictionary": plain, "write_statistics": plain}
     with unfinished(shard) as temporary:
-        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), **options) as writer:
+        with pq.ParquetWriter(temporary, schema.with_metadata(metadata), **options) as writer:
             rows = ShardWriter(writer, shard.stem)
             yield rows
             rows.flush()

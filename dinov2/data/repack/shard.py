@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.data.parquet.footer import PAGE_BUFFER, CorruptShard, as_corruption, open_shard
+from dinov2.data.parquet.footer import PAGE_BUFFER, CorruptShard, as_corruption, image_values, open_shard
 from dinov2.data.storage.base import Storage, StoredFile
 from dinov2.utils.files import commit, unfinished
 
@@ -49,7 +49,7 @@ def repack_shard(job: RepackJob) -> str:
         digest = hashlib.sha256()
         with pq.ParquetFile(partial, pre_buffer=False, buffer_size=PAGE_BUFFER) as file:
             for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[job.image], use_threads=False):
-                _hash_images(digest, batch[job.image])
+                _hash_images(digest, image_values(batch, job.image))
         if digest.hexdigest() != written:
             raise OSError(f"'{partial}' does not read back as it was written; check the disk and the memory")
         commit(partial, job.destination)
@@ -69,7 +69,7 @@ def _rewrite(job: RepackJob, partial: Path) -> str:
     options |= {"write_page_index": True, "write_batch_size": _ROWS_PER_BATCH}
     with file, pq.ParquetWriter(partial, schema.with_metadata(metadata), **options) as writer:
         for table in _groups(file, job.row_group_rows):
-            _hash_images(digest, table[job.image])
+            _hash_images(digest, image_values(table, job.image))
             rows += len(table)
             writer.write_table(table)
     if rows != job.rows:

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dinov2.data.slides.errors import SlideOpenError, SlideReadError, import_package
-from dinov2.data.slides.resolution import MppSource
+from dinov2.data.slides.resolution import Mpp, MppSource, Resolution
 
 # Says how colours are stored; without it decoders take three components for YCbCr, which RGB tiles are not.
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # and 0 for RGB, 1 for YCbCr
-# JPEG 2000 has no checks of its own. Runs of zeros are short, unless a block of the disk was never written.
+# Most codecs have no checks of their own. Runs of zeros are short, unless a block of the disk was never written.
 _HOLE = bytes(512)
 _J2K_START, _J2K_TILE_PART, _J2K_END = b"\xff\x4f\xff\x51", b"\xff\x90", b"\xff\xd9"
 
@@ -45,14 +45,32 @@ class TileLevel:
     tile_height: int
     offsets: np.ndarray  # int64 (rows, columns), first byte of each tile in the file
     lengths: np.ndarray  # int32 (rows, columns), bytes of each tile; 0 where the file holds none
-    compression: Literal["jpeg", "j2k"]  # j2k: a JPEG 2000 codestream
+    compression: Literal["jpeg", "j2k", "webp", "png", "jxl", "other"]  # j2k: a JPEG 2000 codestream
     photometric: Literal["rgb", "ycbcr"]  # how the stored components are meant
     jpeg_tables: bytes  # JPEG segments that all tiles share, b"" if none
+
+    def segments(self, block: "Block") -> list[tuple[int, int]]:
+        """(offset, length) in the file of the bytes that make one of its tiles."""
+        return [(int(self.offsets[block]), int(self.lengths[block]))]
+
+    @property
+    def last_byte(self) -> int:
+        """End of the last tile in the file."""
+        return int(np.max(self.offsets + self.lengths))
+
+    def join(self, block: "Block", data: Sequence[bytes]) -> np.ndarray:
+        """Decode what `segments` named; as `decode`."""
+        return self.decode(data[0])
 
     def decode(self, tile: bytes) -> np.ndarray:
         """Decode one of its tiles: uint8 (tile_height, tile_width, 3) RGB; ValueError if it is cut or corrupt."""
         try:
-            pixels = self._jpeg(tile) if self.compression == "jpeg" else self._jpeg2000(tile)
+            if self.compression == "jpeg":
+                pixels = decode_jpeg(tile, self.jpeg_tables, self.photometric)
+            elif self.compression == "j2k":
+                pixels = self._jpeg2000(tile)
+            else:
+                pixels = self._other(tile)
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         shape = self.tile_height, self.tile_width, 3
@@ -60,21 +78,37 @@ class TileLevel:
             raise ValueError(f"the tile decodes to {pixels.dtype} {pixels.shape}, not uint8 {shape}")
         return pixels
 
-    def _jpeg(self, tile: bytes) -> np.ndarray:
-        # It refuses damage that other decoders hide behind grey.
-        simplejpeg = import_package("simplejpeg", "JPEG slides need simplejpeg")
-        start, rest = tile[:2], _without_applications(tile[2:])
-        if start != b"\xff\xd8":
-            raise ValueError("the tile is no JPEG")
-        tables = _without_applications(self.jpeg_tables[2:-2])
-        colours = _ADOBE + bytes([self.photometric == "ycbcr"])
-        return simplejpeg.decode_jpeg(b"".join((start, tables, colours, rest)), strict=True)
-
     def _jpeg2000(self, tile: bytes) -> np.ndarray:
         imagecodecs = import_package("imagecodecs", "JPEG 2000 slides need imagecodecs")
-        _check_codestream(tile)
+        check_codestream(tile)
         pixels = imagecodecs.jpeg2k_decode(tile)
         return _rgb_of_ycbcr(pixels) if self.photometric == "ycbcr" and pixels.ndim == 3 else pixels
+
+    def _other(self, tile: bytes) -> np.ndarray:
+        imagecodecs = import_package("imagecodecs", f"Slides of {self.compression} tiles need imagecodecs")
+        if self.compression == "png":  # has checksums
+            return imagecodecs.png_decode(tile)
+        if _HOLE in tile:
+            raise ValueError("the tile has a hole of zeros")
+        return imagecodecs.webp_decode(tile) if self.compression == "webp" else imagecodecs.jpegxl_decode(tile)
+
+
+def decode_jpeg(tile: bytes, tables: bytes, photometric: Literal["rgb", "ycbcr", "grey"]) -> np.ndarray:
+    """Decode a JPEG tile: uint8 (H, W, 3) RGB, of grey (H, W, 1); ValueError if it is cut or corrupt.
+
+    Args:
+        tile: what the file holds.
+        tables: JPEG segments that tiles share, b"" if none.
+        photometric: what the components stand for; what the tile says of it does not count.
+    """
+    # It refuses damage that other decoders hide behind grey.
+    simplejpeg = import_package("simplejpeg", "JPEG slides need simplejpeg")
+    start, rest = tile[:2], _without_applications(tile[2:])
+    if start != b"\xff\xd8":
+        raise ValueError("the tile is no JPEG")
+    colours = b"" if photometric == "grey" else _ADOBE + bytes([photometric == "ycbcr"])
+    whole = b"".join((start, _without_applications(tables[2:-2]), colours, rest))
+    return simplejpeg.decode_jpeg(whole, "GRAY" if photometric == "grey" else "RGB", strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +119,39 @@ class TileIndex:
     size: int  # of the file in bytes
     levels: tuple[TileLevel, ...]  # finest first
     downsamples: tuple[float, ...]  # level-0 px per px of each level
-    mpp: float | None  # micrometres per level-0 px
-    mpp_source: MppSource  # see `resolution.resolve_mpp`
+    resolution: Resolution
+
+    @property
+    def mpp(self) -> Mpp:
+        """Micrometres per level-0 px."""
+        return self.resolution.mpp
+
+    @property
+    def mpp_source(self) -> MppSource:
+        """Where it comes from."""
+        return self.resolution.source
 
     def __post_init__(self) -> None:
         check_pyramid(self.path, [(level.width, level.height) for level in self.levels])
         for number, level in enumerate(self.levels):
-            last = int(np.max(level.offsets + level.lengths))
+            last = level.last_byte
             if last > self.size or int(np.min(level.offsets)) < 0 or int(np.min(level.lengths)) < 0:
                 reason = f"not a whole slide, its tiles reach to byte {last} of {self.size}"
                 raise SlideOpenError(self.path, reason, f"level {number}")
 
 
+def falling(sizes: Sequence[tuple[int, int]]) -> int:
+    """Number of (width, height) from the first on of which each is smaller in both than the one before.
+
+    Some writers go on until the last levels are equal; those do not count.
+    """
+    stalls = (number for number, (a, b) in enumerate(pairwise(sizes), 1) if b[0] >= a[0] or b[1] >= a[1])
+    return next(stalls, len(sizes))
+
+
 def check_pyramid(path: str | Path, sizes: Sequence[tuple[int, int]]) -> None:
-    """Raise SlideOpenError unless (width, height) of levels are positive and fall."""
-    falling = all(b[0] < a[0] and b[1] < a[1] for a, b in pairwise(sizes))
-    if not sizes or min(map(min, sizes)) < 1 or not falling:
+    """Raise SlideOpenError unless there are levels whose (width, height) are positive and fall."""
+    if not sizes or min(map(min, sizes)) < 1 or falling(sizes) < len(sizes):
         raise SlideOpenError(path, f"its levels {tuple(sizes)} are not a pyramid of falling sizes")
 
 
@@ -150,7 +201,7 @@ def _without_applications(segments: bytes) -> bytes:
     return segments[position:]
 
 
-def _check_codestream(tile: bytes) -> None:
+def check_codestream(tile: bytes) -> None:
     """Walk a codestream's parts to its end marker: the decoder itself fills what is missing."""
     if tile[:4] != _J2K_START:
         raise ValueError("the tile is no JPEG 2000 codestream")

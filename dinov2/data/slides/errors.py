@@ -27,7 +27,7 @@ class SlideOpenError(SlideError):
 
 
 class UnsupportedTiles(SlideOpenError):
-    """The file's tiles cannot be read from their bytes; OpenSlide may still read it."""
+    """The file cannot be read in this way; another may still read it."""
 
 
 class SlideRangeError(SlideError, ValueError):

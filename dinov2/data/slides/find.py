@@ -3,18 +3,33 @@
 import logging
 import math
 import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from dinov2.data.slides import identity
+from dinov2.data.slides.image import IMAGE_SUFFIXES
 from dinov2.data.slides.index import TileIndexes, is_tile_index
 from dinov2.data.slides.ranges import is_remote
-from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number, read_csv
+from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number
+from dinov2.data.slides.tables import columns_of, decoded, read_csv, read_lines
+from dinov2.utils.walk import visible_files
 
 logger = logging.getLogger(__name__)
 
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
+SLIDE_SUFFIXES |= {".btf", ".czi", ".qptiff"}
+NAMED_SUFFIXES = SLIDE_SUFFIXES | IMAGE_SUFFIXES  # of what is a slide where it is named
+PATH_COLUMNS = ("path", "slide", "wsi", "slide_path", "slide_id")  # of tables; TRIDENT's is wsi, CLAM's slide_id
+PATIENT_COLUMNS = ("patient", "case_id")
+_TABLE_SUFFIXES = {".csv", ".tsv"}
+LIST_SUFFIXES = {".txt", *_TABLE_SUFFIXES}
+_LOOKED_AT = 1 << 16  # bytes of a file that tell whether it is a text
 
 
 @dataclass(frozen=True, order=True)
@@ -23,9 +38,10 @@ class SlideRow:
 
     path: str  # absolute, or a URL
     weight: float = 1.0  # how often it is drawn, up to a common factor
-    mpp: float | None = None  # micrometres per level-0 px where the slide itself does not say
+    mpp: float | None = None  # micrometres per level-0 px that the user gives, in place of what the slide says
     key: str = field(default="", compare=False)  # path below the folder that was searched, or the path's last part
     tile_index: str = field(default="", compare=False)  # file of `index_slides.py` that holds its tiles, if any
+    patient: str = field(default="", compare=False)  # that a DICOM file or a table tells; empty: the path does
 
 
 class FoundSlides(NamedTuple):
@@ -35,45 +51,45 @@ class FoundSlides(NamedTuple):
     duplicates: list[tuple[str, str]]
 
 
-def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable | None = None) -> FoundSlides:
-    """Find slides, each file once: of several paths that lead to one file the first counts.
+def find_slides(
+    source: str | Path, weight_column: str = "", mpp_table: MppTable | None = None,
+    slide_root: str | Path | None = None,
+) -> FoundSlides:  # fmt: skip
+    """Find slides, each once: of several paths that lead to one slide (see `identity`) the first counts.
 
     They are sorted by key in a folder, and in the given order in a list. FileNotFoundError if there is no such path,
-    OSError if a folder cannot be listed, ValueError if there is no slide, one has two weights, a column is missing, or
-    a value is out of range.
+    OSError if a folder cannot be listed, ValueError if there is no slide, one has two weights, a column is missing, a
+    value is out of range, or the file is neither a slide nor a list.
 
     Args:
-        source: a folder, searched with its subfolders but without hidden files and folders (links to folders are
-            not followed); a text file with one path or URL per line (blank lines and `#` lines are skipped); a .csv
-            file with a header, a column `path` or `slide`, and perhaps `mpp`; a tile index; one slide; or the URL of
-            one. For relative paths in a file see `locate`.
-        weight_column: column of a CSV file with each slide's weight, 0 leaves it out; empty weighs all alike.
-        mpp_table: micrometres per level-0 px of slides that `source` has no number for.
+        source: a folder, searched with its subfolders and linked folders but without hidden files and folders; a text
+            file with one path or URL per line; a table with a header, a column of `PATH_COLUMNS`, and perhaps `mpp`
+            and one of `PATIENT_COLUMNS`; a tile index; one slide; or the URL of one. For the entries of lists see
+            `tables.read_lines` and `locate`; one that is a folder stands for the slides in it.
+        weight_column: column of a table with each slide's weight, 0 leaves it out; empty weighs all alike.
+        mpp_table: micrometres per level-0 px that the user gives for slides that `source` has no number for.
+        slide_root: folder that holds the slides of a list, if they have moved.
     """
     path = Path(source)
-    ending = path.suffix.lower()
-    if weight_column and ending != ".csv":
+    if not is_remote(source) and not path.exists():
+        wanted = "a folder of slides, a text or .csv file of paths, or one slide is expected"
+        raise FileNotFoundError(f"'{source}' does not exist; {wanted}.")
+    is_table = path.is_file() and is_slide_table(path)
+    if weight_column and not is_table:
         raise ValueError(f"Slides are weighed by column '{weight_column}', but '{source}' is no .csv file.")
     if is_remote(source):
         rows = [_row(str(source))]
-    elif path.is_dir():
-        rows = _search(path)
-    elif not path.is_file():
-        wanted = "a folder of slides, a text or .csv file of paths, or one slide is expected"
-        raise FileNotFoundError(f"'{source}' does not exist; {wanted}.")
-    elif ending in SLIDE_SUFFIXES:
-        rows = [_row(os.path.abspath(path))]
-    elif ending == ".csv":
-        rows = _read_table(path, weight_column)
+    elif path.is_dir() or path.suffix.lower() in NAMED_SUFFIXES:
+        rows = _rows_at(identity.with_companions(os.path.abspath(path)))
+    elif is_table:
+        rows = _read_table(path, weight_column, slide_root)
     elif is_tile_index(path):
         indexes = TileIndexes(path)
-        known = ((slide, indexes.outline(slide)) for slide in indexes)
-        mpps = {slide: index.mpp if index.mpp_source == "user" else None for slide, index in known}
+        mpps = {slide: indexes.outline(slide).resolution.user for slide in indexes}
         rows = [_row(slide, mpp=mpp, tile_index=os.path.abspath(path)) for slide, mpp in mpps.items()]
     else:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        names = (line.strip() for line in lines)
-        rows = [_row(locate(name, path)) for name in names if name and not name.startswith("#")]
+        _refuse_binary(path)
+        rows = [row for name in read_lines(path) for row in _entry(name, path, slide_root)]
     if not rows:
         raise ValueError(f"'{source}' holds no slide; at least one {', '.join(sorted(SLIDE_SUFFIXES))} is expected.")
     found = _each_once(rows, source)
@@ -83,37 +99,114 @@ def find_slides(source: str | Path, weight_column: str = "", mpp_table: MppTable
     return found
 
 
-def locate(name: str, listed_in: Path) -> str:
-    """Find the file or URL that a list names: beside the list, or in the current directory if only that one exists."""
+def is_slide_table(path: Path) -> bool:
+    """Whether a local file is a table of slides by its ending, or a text whose first line names such columns."""
+    if path.suffix.lower() in _TABLE_SUFFIXES:
+        return True
+    if path.suffix.lower() in NAMED_SUFFIXES:
+        return False
+    with path.open("rb") as file:
+        line = decoded(file.read(_LOOKED_AT)).partition("\n")[0]
+    columns = columns_of(line) if "\0" not in line else []
+    return len(columns) > 1 and not set(PATH_COLUMNS).isdisjoint(columns)
+
+
+def locate(name: str, listed_in: str | Path, slide_root: str | Path | None = None) -> str:
+    """Find the file, folder or URL that a list names, as an absolute path.
+
+    With a `slide_root`, the longest tail of the name that exists below it is taken; then what lies beside the list,
+    then in the current directory; then the one slide below the root that is called so. A name without the ending of a
+    slide also stands for a slide of that name. What is nowhere is located below the root, or else beside the list.
+    """
+    name = os.path.expanduser(name.removeprefix("file://"))
     if is_remote(name):
         return name
-    path = listed_in.parent / name
-    return os.path.abspath(name if os.path.exists(name) and not path.exists() else path)
+    tails = []
+    if slide_root is not None:
+        parts = [part for part in re.split(r"[/\\]", name) if part]
+        tails = [Path(slide_root, *parts[start:]) for start in range(len(parts))]
+    candidates = [*tails, Path(listed_in).parent / name, Path(name)]
+    endings = [""] if Path(name).suffix.lower() in NAMED_SUFFIXES else ["", *sorted(SLIDE_SUFFIXES)]
+    for ending in endings:
+        for candidate in candidates:
+            if os.path.exists(f"{candidate}{ending}"):
+                return identity.with_companions(os.path.abspath(f"{candidate}{ending}"))
+    if slide_root is not None and (found := _below(str(slide_root), tails[-1].name)):
+        return found
+    return os.path.abspath(candidates[0])
+
+
+def _below(root: str, name: str) -> str:
+    """The one slide of a name, with or without its ending, below a folder; empty if there is none."""
+    found = _slides_by_name(root).get(name, [])
+    distinct = list(dict.fromkeys(identity.same_slides(found).values()))
+    if len(distinct) > 1:
+        several = f"The slide '{name}' lies at {len(distinct)} paths below '{root}', '{distinct[0]}' among them"
+        raise ValueError(f"{several}; list more of its path, so that one is meant.")
+    return distinct[0] if distinct else ""
+
+
+@lru_cache(4)
+def _slides_by_name(root: str) -> dict[str, list[str]]:
+    names = defaultdict(list)
+    for row in _search(Path(root), NAMED_SUFFIXES):
+        path = Path(row.path)
+        names[path.name].append(row.path)
+        if path.suffix.lower() in SLIDE_SUFFIXES:  # an image of a slide's name may be a picture of it
+            names[path.stem].append(row.path)
+    return names
 
 
 def _row(path: str, **known: Any) -> SlideRow:
     return SlideRow(path, key=Path(urlsplit(path).path if is_remote(path) else path).name, **known)
 
 
-def _search(folder: Path) -> list[SlideRow]:
+def _rows_at(path: str, **known: Any) -> list[SlideRow]:
+    """The slides at a path, which may be a folder."""
+    if not is_remote(path) and os.path.isdir(path):
+        return [replace(row, **known) for row in _search(Path(path))]
+    return [_row(path, **known)]
+
+
+def _entry(name: str, listed_in: Path, slide_root: str | Path | None, **known: Any) -> list[SlideRow]:
+    """The slides that an entry of a list stands for: none for `._x`, which macOS leaves beside x on foreign disks."""
+    if re.split(r"[/\\]", name)[-1].startswith("._"):
+        return []
+    return _rows_at(locate(name, listed_in, slide_root), **known)
+
+
+def _search(folder: Path, suffixes: Set[str] = SLIDE_SUFFIXES) -> list[SlideRow]:
     def refuse(error: OSError) -> None:
         found = f"The folder '{error.filename}' cannot be listed ({error.strerror})"
         raise type(error)(f"{found}; it must be readable, since its slides would be missed.") from error
 
-    rows = []
-    for location, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = (name for name in folders if not name.startswith("."))
-        for file in (Path(location, name) for name in names if not name.startswith(".")):
-            if file.suffix.lower() in SLIDE_SUFFIXES:
-                rows.append(SlideRow(os.path.abspath(file), key=file.relative_to(folder).as_posix()))
+    files = [file for file in visible_files(folder, refuse) if file.suffix.lower() in suffixes]
+    parts = identity.companions(files)
+    rows = [
+        SlideRow(identity.with_companions(os.path.abspath(file)), key=file.relative_to(folder).as_posix())
+        for file in files
+        if file not in parts
+    ]
     return sorted(rows, key=lambda row: row.key)
 
 
-def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
+def _refuse_binary(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(_LOOKED_AT)
+    if "\0" in decoded(start):
+        kind = f"a file of format '{path.suffix}'" if path.suffix else "neither a text nor a known format"
+        raise ValueError(
+            f"'{path}' is {kind}, which is not read; {', '.join(sorted(NAMED_SUFFIXES))}, or a text or .csv file of "
+            "their paths is expected."
+        )
+
+
+def _read_table(path: Path, weight_column: str, slide_root: str | Path | None) -> list[SlideRow]:
     columns, cells = read_csv(path)
-    path_column = next((column for column in ("path", "slide") if column in columns), None)
+    path_column, patient_column = (_first_of(names, columns) for names in (PATH_COLUMNS, PATIENT_COLUMNS))
     if path_column is None or (weight_column and weight_column not in columns):
-        wanted = "'path' or 'slide'" if path_column is None else f"'{weight_column}'"
+        one_of = " or ".join(map(repr, PATH_COLUMNS))
+        wanted = one_of if path_column is None else f"'{weight_column}'"
         raise ValueError(f"'{path}' has the columns {', '.join(columns) or 'none'}; {wanted} is expected.")
     rows = []
     for line, row in cells:
@@ -121,10 +214,16 @@ def _read_table(path: Path, weight_column: str) -> list[SlideRow]:
             empty = f"The column '{path_column}' is empty in line {line} of '{path}'"
             raise ValueError(f"{empty}; a path or URL is expected.")
         weight = _number(row[weight_column], 0, math.inf, line, path) if weight_column else 1.0
-        mpp = _number(row["mpp"], *PLAUSIBLE_MPP, line, path) if row.get("mpp") else None
+        known = {"mpp": _number(row["mpp"], *PLAUSIBLE_MPP, line, path) if row.get("mpp") else None}
+        if patient_column and row[patient_column]:
+            known["patient"] = row[patient_column]
         if weight > 0:
-            rows.append(_row(locate(row[path_column], path), weight=weight, mpp=mpp))
+            rows += _entry(row[path_column], path, slide_root, weight=weight, **known)
     return rows
+
+
+def _first_of(names: Iterable[str], columns: list[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
 def _number(text: str, least: float, most: float, line: int, path: Path) -> float:
@@ -136,16 +235,28 @@ def _number(text: str, least: float, most: float, line: int, path: Path) -> floa
 
 
 def _each_once(rows: list[SlideRow], source: str | Path) -> FoundSlides:
-    first, found = {}, FoundSlides([], [])
+    """Leave one row for each slide, at the place of its first path."""
+    chosen, patients, foreign = identity.dicom_slides([row.path for row in rows])
+    if foreign:
+        logger.warning("%d DICOM files are no whole slides and are left out, such as '%s'.", len(foreign), foreign[0])
+        left_out = set(foreign)
+        rows = [row for row in rows if row.path not in left_out]
+    same = identity.same_slides([row.path for row in rows])
+    first: dict[str, SlideRow] = {}
+    found, keys = FoundSlides([], []), {row.path: row.key for row in reversed(rows)}
     for row in rows:
-        known = first.setdefault(row.path if is_remote(row.path) else os.path.realpath(row.path), row)
-        if known is row:
-            found.slides.append(row)
+        path = chosen.get(same[row.path], same[row.path])
+        known = first.get(path)
+        if known is None:
+            first[path] = replace(row, path=path, key=keys[path], patient=row.patient or patients.get(path, ""))
         elif (known.weight, known.mpp) != (row.weight, row.mpp):
             raise ValueError(f"'{source}' lists slide '{row.path}' twice, with different weights or mpp.")
-        else:
-            found.duplicates.append((row.path, known.path))
+        elif row.path not in chosen or os.path.dirname(row.path) != os.path.dirname(path):
+            found.duplicates.append((row.path, path))
+    found.slides.extend(first.values())
+    if not found.slides:
+        raise ValueError(f"'{source}' holds no slide; its DICOM files are pictures of another kind.")
     if found.duplicates:
-        words = "%d paths lead to slides that count already; the first is '%s', the same file as '%s'."
+        words = "%d paths lead to slides that count already; the first is '%s', the same slide as '%s'."
         logger.warning(words, len(found.duplicates), *found.duplicates[0])
     return found

@@ -13,6 +13,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +23,19 @@ import numpy as np
 from dinov2.data.slides.blocks import TileIndex, TileLevel
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.slides.ranges import is_remote
+from dinov2.data.slides.resolution import Resolution
 from dinov2.data.slides.tiff import index_slide
 from dinov2.utils.files import commit, replacing, write_text
 from dinov2.utils.jobs import run_jobs
 
-_MAGIC = b"PFTILES2"
+_MAGIC = b"PFTILES3"
 _HEADER = struct.Struct("<QQQ")
-_INDEX_FIELDS = ("path", "size", "downsamples", "mpp", "mpp_source")
+_INDEX_FIELDS = ("path", "size", "downsamples")
 _LEVEL_FIELDS = ("width", "height", "tile_width", "tile_height", "compression", "photometric")
+_ZARR_CODECS = {
+    "jpeg": "imagecodecs_jpeg", "j2k": "imagecodecs_jpeg2k", "webp": "imagecodecs_webp", "png": "imagecodecs_png",
+    "jxl": "imagecodecs_jpegxl",
+}  # fmt: skip
 _ZARR_COLOURS = {"rgb": 2, "ycbcr": 3}  # libjpeg's numbers of colour spaces
 
 
@@ -96,7 +102,7 @@ def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: i
     partial = path.with_name(f"{path.name}.part")
     starts, end = {}, 0
     for start, end, index in _whole_records(partial):  # noqa: B007
-        if _still_holds(index, mpps):
+        if _still_holds(index, mpps) and index.resolution.user == mpps[index.path]:
             starts[index.path] = start
     fresh, failures = set(starts), {}
     with partial.open("r+b" if end else "wb") as file:
@@ -106,7 +112,10 @@ def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: i
             file.write(_MAGIC)
         for _, _, index in _whole_records(path):
             if index.path not in starts and _still_holds(index, mpps):
-                starts[index.path] = _append(file, index)
+                given = index.resolution.given(mpps[index.path])
+                if given != index.resolution:
+                    fresh.add(index.path)
+                starts[index.path] = _append(file, replace(index, resolution=given))
         jobs = [job for job in mpps.items() if job[0] not in starts]
         for number, result in run_jobs(parse_slide, jobs, workers, "slide"):
             if isinstance(result, str):
@@ -122,9 +131,8 @@ def complete_tile_index(path: Path, mpps: Mapping[str, float | None], workers: i
 def _still_holds(index: TileIndex, mpps: Mapping[str, float | None]) -> bool:
     if index.path not in mpps:
         return False
-    same_mpp = index.mpp_source in ("slide", "appmag") or index.mpp == mpps[index.path]
     try:
-        return same_mpp and (is_remote(index.path) or os.stat(index.path).st_size == index.size)
+        return is_remote(index.path) or os.stat(index.path).st_size == index.size
     except OSError:
         return False
 
@@ -135,7 +143,8 @@ def _append(file: BinaryIO, index: TileIndex) -> int:
     for level in index.levels:
         fields = {name: getattr(level, name) for name in _LEVEL_FIELDS} | {"shape": level.offsets.shape}
         levels.append(fields | {"longest": int(level.lengths.max()), "jpeg_tables": level.jpeg_tables.hex()})
-    words = _json({name: getattr(index, name) for name in _INDEX_FIELDS} | {"levels": levels})
+    fields = {name: getattr(index, name) for name in _INDEX_FIELDS}
+    words = _json(fields | {"resolution": asdict(index.resolution), "levels": levels})
     stored = (array for level in index.levels for array in (level.offsets.astype("<i8"), level.lengths.astype("<i4")))
     arrays = b"".join(array.tobytes() + bytes(-array.nbytes % 8) for array in stored)
     start = file.tell()
@@ -191,6 +200,8 @@ def _index_at(data: np.ndarray, start: int, *, outline: bool = False) -> TileInd
                 position += size + -size % 8
         levels.append(TileLevel(**level, offsets=arrays[0], lengths=arrays[1], jpeg_tables=bytes.fromhex(tables)))
     fields["downsamples"] = tuple(fields["downsamples"])
+    said = fields.pop("resolution")
+    fields["resolution"] = Resolution(**said | {"own_notes": tuple(said["own_notes"])})
     return TileIndex(**fields, levels=tuple(levels))
 
 
@@ -220,11 +231,11 @@ def zarr_references(index: TileIndex) -> dict[str, Any]:
     attributes = {"multiscales": multiscales, "mpp": index.mpp, "mpp_source": index.mpp_source}
     refs: dict[str, Any] = {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": json.dumps(attributes)}
     for number, level in enumerate(index.levels):
-        codec: dict[str, Any] = {"id": "imagecodecs_jpeg2k"}
+        codec: dict[str, Any] = {"id": _ZARR_CODECS[level.compression]}
         if level.compression == "jpeg":
             tables = base64.b64encode(level.jpeg_tables).decode() if level.jpeg_tables else None
             colours = {"colorspace_data": _ZARR_COLOURS["rgb"], "colorspace_jpeg": _ZARR_COLOURS[level.photometric]}
-            codec = {"id": "imagecodecs_jpeg", "tables": tables, **colours}
+            codec |= {"tables": tables, **colours}
         elif level.photometric != "rgb":
             raise ValueError(f"Slide '{index.path}' has YCbCr tiles in JPEG 2000, which Zarr codecs leave as they are.")
         shape, chunks = [level.height, level.width, 3], [level.tile_height, level.tile_width, 3]

@@ -3,7 +3,9 @@
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import cv2
 import numpy as np
 
 from dinov2.data.slides import errors
-from dinov2.data.slides.blocks import Block, Region, TileIndex, check_pyramid, covering, paste
+from dinov2.data.slides.blocks import Block, Region, TileIndex, check_pyramid, covering, falling, paste
 from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideRangeError, SlideReadError, UnsupportedTiles
+from dinov2.data.slides.image import ImageReader
+from dinov2.data.slides.pages import index_pages
 from dinov2.data.slides.ranges import SlideBytes, is_remote
-from dinov2.data.slides.resolution import check_user_mpp, coarsest_level, number, resolve_mpp
+from dinov2.data.slides.resolution import LIKE, MPP_TOLERANCE, check_user_mpp, coarsest_level, number, resolve_mpp
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.retry import RemoteError
 
@@ -25,40 +29,42 @@ _ROUNDING_PX = 2  # px by which rounding may push a tile at the slide's border o
 class SlideReader:
     """One slide that is parsed once and reads regions at whole pixels of a level's own grid.
 
-    Blocks are read from their bytes where possible, else OpenSlide reads the slide. Threads may share a reader; in a
+    Blocks are read from their bytes where possible, else tifffile decodes them or OpenSlide reads the slide; see
+    `_open`. Threads may share a reader; in a
     forked or spawned process it opens the file again.
 
     Args:
         path: a slide, or an fsspec URL of one whose blocks can be read from their bytes.
-        mpp: micrometres per level-0 px, used only when the slide does not say.
+        mpp: micrometres per level-0 px, in place of what the slide says.
         cache_bytes: decoded blocks of this slide that may be kept.
         index: of this slide, wherever it lay when it was indexed; it is then not parsed.
+        mpp_tolerance: fraction by which level 0 may be coarser than a resolution that is asked for.
 
     Attributes:
         path: the file, text where it is a URL.
         level_dimensions, level_downsamples: (width, height) in px, and level-0 px per px, of each level.
         mpp, mpp_source: micrometres per level-0 px or None, and where it comes from: "slide", 10 / its objective
             power ("appmag"), "user", or "none".
+        resolution: both, with what a user should know of them.
 
     Raises:
         SlideOpenError, RemoteError, ValueError: as `tiff.index_slide` does; SlideOpenError also if OpenSlide cannot.
     """
 
     def __init__(
-        self, path: str | Path, mpp: float | None = None, cache_bytes: int = 8 << 20, index: TileIndex | None = None
-    ) -> None:
+        self, path: str | Path, mpp: float | None = None, cache_bytes: int = 8 << 20, index: TileIndex | None = None,
+        mpp_tolerance: float = MPP_TOLERANCE,
+    ) -> None:  # fmt: skip
         check_user_mpp(path, mpp)
         self.path = str(path) if is_remote(path) else Path(path)
-        try:
-            index = replace(index, path=str(path)) if index else index_slide(path, mpp)
-            self._pixels = TileReader(index, cache_bytes)
-        except UnsupportedTiles:
-            if is_remote(path):
-                raise
-            self._pixels = OpenSlideReader(self.path, mpp, cache_bytes)
-        self.mpp, self.mpp_source = self._pixels.mpp, self._pixels.mpp_source
-        if mpp is not None and self.mpp_source in ("user", "none"):  # an index may hold another of the user's
-            self.mpp, self.mpp_source = mpp, "user"
+        self.mpp_tolerance = mpp_tolerance
+        if index is None:
+            self._pixels = _open(self.path, mpp, cache_bytes)
+        else:
+            self._pixels = TileReader(replace(index, path=str(path)), cache_bytes)
+        # An index may hold another of the user's.
+        self.resolution = self._pixels.resolution if mpp is None else self._pixels.resolution.given(mpp)
+        self.mpp, self.mpp_source = self.resolution.mpp, self.resolution.source
         self.level_dimensions: tuple[tuple[int, int], ...] = self._pixels.level_dimensions
         self.level_downsamples: tuple[float, ...] = self._pixels.level_downsamples
 
@@ -73,20 +79,30 @@ class SlideReader:
         return round(column * downsample), round(row * downsample)
 
     def level_for(self, target_mpp: float) -> int:
-        """The coarsest level at most 1 % coarser than a resolution in um/px; SlideRangeError without one or an mpp."""
+        """The coarsest level at most 1 % coarser than a resolution in um/px, else level 0 within `mpp_tolerance`.
+
+        SlideRangeError without one or an mpp.
+        """
         finest = self._known_mpp()
-        level = coarsest_level(self.level_downsamples, finest, target_mpp)
+        level = coarsest_level(self.level_downsamples, finest, target_mpp, self.mpp_tolerance)
         if level is None:
-            reason = f"level 0 has {finest:g} um/px, which is coarser than the {target_mpp:g} um/px asked for"
+            limit = f"{target_mpp:g} um/px asked for by more than {self.mpp_tolerance:.0%}"
+            reason = f"level 0 has {finest:g} um/px, which is coarser than the {limit}"
             raise SlideRangeError(self.path, reason)
         return level
+
+    def resampling(self, target_mpp: float) -> str:
+        """What to say of a resolution that is finer than level 0, "" where it is not."""
+        if self.mpp is None or not 0 < target_mpp * LIKE < self.mpp:
+            return ""
+        return f"level 0 of {self.mpp:g} um/px is resampled to the {target_mpp:g} um/px asked for"
 
     def tile_side(self, size: int, target_mpp: float) -> float:
         """Side in level-0 px of a tile that shows `size` px of `target_mpp` um; SlideRangeError without an mpp."""
         return size * target_mpp / self._known_mpp()
 
     def read_tile(self, x: int, y: int, size: int, target_mpp: float) -> np.ndarray:
-        """Read a tile of `size` px at a resolution in um/px, resized from the coarsest level that is fine enough.
+        """Read a tile of `size` px at a resolution in um/px, resized from the level that `level_for` gives.
 
         Its upper left corner in level-0 px is snapped to the level's grid; a tile that only rounding takes over the
         slide's border is moved back on it. Gives uint8 (size, size, 3) RGB; raises as `level_for` and `read_region`.
@@ -98,7 +114,7 @@ class SlideReader:
             last = length - side
             corner.append(last if 0 <= last < first <= last + _ROUNDING_PX else first)
         tile = self.read_region(level, *corner, side, side)
-        return tile if side == size else cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA)
+        return resized(tile, size)
 
     def read_region(self, level: int, column: int, row: int, width: int, height: int) -> np.ndarray:
         """Read a region, in px of its level (0 is the finest): uint8 (height, width, 3) RGB, contiguous.
@@ -156,6 +172,43 @@ class SlideReader:
         return self.level_downsamples[level]
 
 
+def resized(tile: np.ndarray, size: int) -> np.ndarray:
+    """Resize a square RGB tile to a side in px, by area to fewer pixels and by cubic splines to more."""
+    side = len(tile)
+    if side == size:
+        return tile
+    return cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+
+
+def _open(path: Path | str, mpp: float | None, cache_bytes: int) -> "TileReader | OpenSlideReader | ImageReader":
+    """Choose the fastest of the readers that read a slide rightly.
+
+    With equal caches blocks that are decoded here give more tiles per second of CPU than OpenSlide in every codec
+    (JPEG 2000 at level 0 1.2 times as many, deflate 3 times; docs/slides.md), so it reads only what they cannot.
+    """
+    try:
+        return TileReader(index_slide(path, mpp), cache_bytes)
+    except UnsupportedTiles as error:
+        reasons = [error.reason]
+    try:
+        index = index_pages(path, mpp)
+        if index.levels[0].is_tiled or is_remote(path):
+            return TileReader(index, cache_bytes)
+        return ImageReader(Path(path), mpp, index)
+    except UnsupportedTiles as error:
+        reasons.append(error.reason)
+    if is_remote(path):
+        raise UnsupportedTiles(path, "; ".join(dict.fromkeys(reasons)))
+    try:
+        return OpenSlideReader(path, mpp, cache_bytes)  # before images, since MIRAX begins as a JPEG image does
+    except UnsupportedTiles as error:
+        reasons.append(error.reason)
+    with suppress(UnsupportedTiles):
+        return ImageReader(path, mpp)
+    accepted = "a TIFF pyramid, a format of OpenSlide's, or one image in PNG, JPEG or JPEG 2000 is expected"
+    raise SlideOpenError(path, f"{'; '.join(dict.fromkeys(reasons))}; {accepted}")
+
+
 def _location(region: Region) -> str:
     return f"level {region.level}, column {region.column}, row {region.row}, {region.width}x{region.height} px"
 
@@ -171,7 +224,7 @@ class TileReader:
         self._capacity = cache_bytes // max(3 * level.tile_width * level.tile_height for level in index.levels)
         self._cache: dict[tuple[int, Block], np.ndarray] = {}
         self.level_dimensions = tuple((level.width, level.height) for level in index.levels)
-        self.level_downsamples, self.mpp, self.mpp_source = index.downsamples, index.mpp, index.mpp_source
+        self.level_downsamples, self.resolution = index.downsamples, index.resolution
 
     def read(self, region: Region) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of a region, uint8 (H, W, 3), 0 where the file has no block, and which the file holds, bool (H, W)."""
@@ -200,11 +253,11 @@ class TileReader:
             tiles[block] = tile = self._cache.pop((region.level, block), None)
             if tile is not None:
                 self._cache[region.level, block] = tile  # now the youngest
-        wanted = [block for block, tile in tiles.items() if tile is None and level.lengths[block]]
-        data = self._read_ranges([(int(level.offsets[block]), int(level.lengths[block])) for block in wanted])
-        for block, tile in zip(wanted, data, strict=True):
+        wanted = {block: level.segments(block) for block in tiles if tiles[block] is None and level.lengths[block]}
+        data = iter(self._read_ranges(list(chain.from_iterable(wanted.values()))))
+        for block, segments in wanted.items():
             try:
-                tiles[block] = level.decode(tile)
+                tiles[block] = level.join(block, list(islice(data, len(segments))))
             except ValueError as error:
                 raise ValueError(f"tile row {block.row}, tile column {block.column}: {error}") from error
             # Single operations on a dict are safe in threads; a lock would be lost in a fork.
@@ -242,13 +295,15 @@ class OpenSlideReader:
         self._path, self._cache_bytes = path, cache_bytes
         self._handle, self._pid = None, -1
         handle = self._opened()
-        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
-        self.level_downsamples: tuple[float, ...] = handle.level_downsamples
+        levels = falling(handle.level_dimensions)
+        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions[:levels]
+        self.level_downsamples: tuple[float, ...] = handle.level_downsamples[:levels]
         check_pyramid(path, self.level_dimensions)
         said = handle.properties
         power = number(said.get("openslide.objective-power")) or number(said.get("aperio.AppMag"))
         sides = [number(said.get(f"openslide.mpp-{axis}")) for axis in "xy"]
-        self.mpp, self.mpp_source = resolve_mpp(sides, power, mpp)
+        explicit = said.get("openslide.vendor") != "generic-tiff"  # which has nothing but the tags
+        self.resolution = resolve_mpp(sides, power, explicit=explicit).given(mpp)
 
     def read(self, region: Region) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of a region, and which of them the file holds; ValueError if they cannot be decoded."""
@@ -284,7 +339,7 @@ class OpenSlideReader:
             handle = openslide.OpenSlide(self._path)
         except openslide.OpenSlideError as error:
             reason = f"not a whole slide in a format of OpenSlide's ({self._path.stat().st_size} bytes; {error})"
-            raise SlideOpenError(self._path, reason) from error
+            raise UnsupportedTiles(self._path, reason) from error
         handle.set_cache(openslide.OpenSlideCache(self._cache_bytes))
         self._handle, self._pid = handle, os.getpid()
         return handle

@@ -1,15 +1,59 @@
-"""Resolution of slides in micrometres per level-0 pixel (mpp), and tables of it for slides that do not say."""
+"""Resolution of slides in micrometres per level-0 pixel (mpp), and tables of it that users give."""
 
-import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from dinov2.data.slides.tables import read_csv
+
 Mpp = float | None  # None where it is unknown
 MppSource = Literal["slide", "appmag", "user", "none"]
-PLAUSIBLE_MPP = (0.1, 4.0)  # outside lie resolution tags meant for screens and print (72 dpi is 353 um)
-_TOLERANCE = 1.01  # a level this much coarser than the target still serves it
+PLAUSIBLE_MPP = (0.02, 20.0)  # outside lie resolution tags meant for screens and print (72 dpi is 353 um)
+MPP_TOLERANCE = 0.2  # by which a slide may be coarser than what is asked: 20x, 0.5 um, takes slides up to 0.6 um
+LIKE = 1.01  # a level this much coarser than the target is as good as it
+_UM_PER_UNIT = {
+    "": 1.0, "u": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0,
+    "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6, "å": 1e-4, "in": 25400.0, "inch": 25400.0,
+}  # fmt: skip
+# U+00B5 and U+03BC, each also as UTF-8 that was read as Latin-1, as an escape, and lost.
+_MICRO = re.compile(r"\u00c2?\u00b5|\u00ce\u00bc|\u03bc|\\u00b5|\\u03bc|&(#181|#956|micro|mu);|\ufffd+", re.I)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A slide's resolution in micrometres per level-0 px: its own, and the user's, who has the last word."""
+
+    own: Mpp = None  # what the slide says
+    own_source: MppSource = "none"  # "slide", 10 / its objective power ("appmag"), or "none"
+    own_notes: tuple[str, ...] = ()  # what a user should know of it, as ends of sentences about the slide
+    user: Mpp = None  # given for this slide
+
+    def given(self, mpp: Mpp) -> "Resolution":
+        """Let the value of a user, or None, take the place of another one."""
+        return replace(self, user=mpp)
+
+    @property
+    def mpp(self) -> Mpp:
+        """What counts."""
+        return self.own if self.user is None else self.user
+
+    @property
+    def source(self) -> MppSource:
+        """Where that comes from."""
+        return self.own_source if self.user is None else "user"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All that a user should know."""
+        if self.user is None:
+            return self.own_notes
+        if self.own is None or math.isclose(self.user, self.own, rel_tol=1e-3):
+            return ()
+        return (f"the given {self.user:g} um/px counts, not its own {self.own:g}",)
 
 
 def is_plausible(mpp: float | None) -> bool:
@@ -23,19 +67,62 @@ def check_user_mpp(slide: str | Path, mpp: float | None) -> None:
         raise ValueError(f"The mpp given for slide '{slide}' is {mpp}, but it must lie within {PLAUSIBLE_MPP}.")
 
 
-def resolve_mpp(sides: Sequence[Mpp], power: float | None, user_mpp: Mpp) -> tuple[Mpp, MppSource]:
-    """Choose a slide's mpp: its own (mean of `sides`, along x and y), else 10 / objective power, else the user's."""
-    if all(map(is_plausible, sides)):
-        return sum(sides) / len(sides), "slide"
-    if power and is_plausible(10 / power):
-        return 10 / power, "appmag"
-    return (user_mpp, "user") if user_mpp is not None else (None, "none")
+def resolve_mpp(
+    sides: Sequence[Mpp], power: float | None, *, explicit: bool = True, notes: tuple[str, ...] = ()
+) -> Resolution:
+    """Choose a slide's own mpp: the mean of what it says along x and y, else 10 / its objective power.
+
+    Args:
+        sides: um per level-0 px along x and y, None where the slide does not say.
+        power: of the objective; 20 for 20x.
+        explicit: whether `sides` are meant for this; TIFF's tags of resolution often are for print or screens, and are
+            left out without a word where they are not plausible.
+        notes: what else a user should know.
+    """
+    known, notes = [side for side in sides if side is not None], list(notes)
+    mpp, source = None, "none"
+    if known and all(map(is_plausible, known)):
+        mpp, source = sum(known) / len(known), "slide"
+        if max(known) > LIKE * min(known):
+            notes.append(f"its pixels are {' x '.join(f'{side:g}' for side in sides)} um; their mean counts")
+    elif power and is_plausible(10 / power):
+        mpp, source = 10 / power, "appmag"
+    if known and explicit and source != "slide":
+        said = " x ".join(f"{side:g}" for side in known)
+        instead = f"10 / its objective power {power:g} counts" if mpp else "it does not count"
+        notes.append(f"it says {said} um/px, outside {PLAUSIBLE_MPP[0]:g} to {PLAUSIBLE_MPP[1]:g}; {instead}")
+    return Resolution(mpp, source, tuple(notes))
 
 
-def coarsest_level(downsamples: Sequence[float], slide_mpp: float, mpp: float) -> int | None:
-    """Choose the coarsest level that is at most 1 % coarser than `mpp`; None where even level 0 is coarser."""
-    fine = [level for level, d in enumerate(downsamples) if slide_mpp * d <= mpp * _TOLERANCE]
-    return fine[-1] if fine else None
+def log_notes(logger: logging.Logger, notes: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Say what a user should know of the resolution of slides (path, notes), each kind in one line."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for slide, note in ((slide, note) for slide, several in notes for note in several):
+        kinds.setdefault(re.sub(r"[\d.e+-]+", "", note), []).append((slide, note))
+    for found in kinds.values():
+        slide, note = found[0]
+        others = f" ({len(found) - 1} other slides alike)" if len(found) > 1 else ""
+        logger.warning("Slide '%s': %s%s.", slide, note, others)
+
+
+def coarsest_level(
+    downsamples: Sequence[float], slide_mpp: float, mpp: float, tolerance: float = MPP_TOLERANCE
+) -> int | None:
+    """Choose the coarsest level that is at most 1 % coarser than `mpp`, else level 0 within the tolerance, or None."""
+    fine = [level for level, d in enumerate(downsamples) if slide_mpp * d <= mpp * LIKE]
+    if fine:
+        return fine[-1]
+    return 0 if slide_mpp <= mpp * (1 + tolerance) * (1 + 1e-9) else None
+
+
+def micrometres(value: object, unit: str | None) -> float | None:
+    """Convert a length to micrometres; None if it is no number above 0 or has no unit of length (pixel).
+
+    The sign of micro is understood in every encoding that files have it in.
+    """
+    name = _MICRO.sub("u", unit or "").strip().lower()
+    scale, length = _UM_PER_UNIT.get(name), number(value)
+    return length * scale if scale and length and math.isfinite(length) and length > 0 else None
 
 
 def number(text: object) -> float | None:
@@ -44,15 +131,6 @@ def number(text: object) -> float | None:
         return float(text)
     except (TypeError, ValueError):
         return None
-
-
-def read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Read a CSV file with a header: its columns, and each row's line number and cells, blanks around them removed."""
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
-        rows = [(reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
-    return columns, rows
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.slides.find import locate
+from dinov2.data.slides.tables import unquoted
 
 COLUMNS = ("path", "x", "y", "level", "mpp_x", "mpp_y")  # the last two only in lists of six columns
 _LINES_AT_ONCE = 1 << 14  # keeps what is not yet packed within a few MB
@@ -57,8 +58,9 @@ def read_list_description(path: str | Path) -> dict[str, Any]:
 def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList:
     """Read a list of `path x y level` or `path x y level mpp_x mpp_y` lines.
 
-    Paths may hold spaces; blank lines and `#` lines are skipped. `columns` is 4 or 6, for a list without a `.meta.json`
-    that names its columns; None means 4. ValueError if a line or the `.meta.json` is malformed, or there is no line.
+    Paths may hold spaces and stand in quotes; blank lines and `#` lines are skipped. `columns` is 4 or 6, for a list
+    without a `.meta.json` that names its columns; None means 4. ValueError if a line or the `.meta.json` is malformed,
+    or there is no line.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,26 +69,18 @@ def read_sample_list(path: str | Path, columns: int | None = None) -> SampleList
     numbers: dict[bytes, int] = {}
     packed, first = [], 1
     with path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         while lines := list(islice(file, _LINES_AT_ONCE)):
             try:
                 packed.append(_pack(lines, columns, numbers))
             except (ValueError, OverflowError):
                 raise _complaint(path, first, lines, columns) from None
             first += len(lines)
-    slides = [name.decode("utf-8", "surrogateescape") for name in numbers]
+    slides = [unquoted(name.decode("utf-8", "surrogateescape")) for name in numbers]
     if not slides:
         raise ValueError(f"The sample list '{path}' holds no tile; at least 1 'path x y level' line is expected.")
     return SampleList(slides, *(np.concatenate(parts) for parts in zip(*packed, strict=True)))
-
-
-def locate_slide(name: str, slide_root: str | Path | None, list_path: str | Path = "list") -> Path:
-    """Find a slide of a sample list: as `find.locate` does, or at the longest tail of its path below `slide_root`."""
-    if slide_root is None:
-        return Path(locate(name, Path(list_path)))
-    parts = PurePosixPath(name).parts
-    tails = (parts[start:] for start in range(1 if parts[0] == "/" else 0, len(parts)))
-    candidates = [Path(slide_root, *tail) for tail in tails]
-    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 
 def _pack(lines: list[bytes], columns: int, numbers: dict[bytes, int]) -> list[np.ndarray]:

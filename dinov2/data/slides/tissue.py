@@ -1,8 +1,12 @@
-"""Tissue of slides: the HSV rule, a coarse map that says where to look, and masks to draw from, kept on disk."""
+"""Tissue of slides: the rule in force, a coarse map that says where to look, and masks to draw from, kept on disk."""
 
+import argparse
+import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,71 +14,142 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 
+from dinov2.configs.fields import key_of
+from dinov2.data.slides.coarse import Box, CoarseView
 from dinov2.data.slides.reader import SlideReader
+from dinov2.extensions import TISSUE_RULES
 from dinov2.utils.files import read_arrays, write_arrays, write_text
 
-_VERSION = 2  # of the files of masks; raise it when they come to mean something else
-MAP_CELL_PX = 32  # side of a map cell in level-0 pixels
+logger = logging.getLogger(__name__)
+
+_VERSION = 3  # of the files of masks; raise it when they come to mean something else
 PEN_LOWER, PEN_UPPER = (90, 90, 0), (125, 255, 255)  # hues of blue ink, saturated as tissue of those is not
 MAX_PEN_FRACTION = 0.1
-_BLOCK_CELLS = 64  # the map is read in squares of so many cells, to bound memory on slides without a pyramid
+_COLOURED = (0, 30, 40), (180, 255, 255)  # HSV of what is stained; tinted glass and black borders are not
+_DOUBTS_LOGGED = 20
+_LEAST_COLOURED, _MOST_MISSED = 1e-3, 0.5  # fraction of a slide that is stained; and of that, of what a rule may miss
 
 
 @dataclass(frozen=True)
 class TissueRule:
-    """A pixel is tissue when its OpenCV HSV value lies within the bounds, a tile when enough pixels are.
+    """A pixel is tissue by the rule of a name, a tile when enough of its pixels are.
 
-    Defaults are the ones of Virchow and OpenMidnight: blue to pink hues (0-180), not white, not black.
     `reject_pen` also refuses tiles of which more than a tenth is blue ink. Red and purple ink have the hues of
-    the stain, so no rule of colour can tell them; green and black are no tissue in the first place.
-    ValueError if a bound is outside 0-255 or above its counterpart, or the fraction is outside [0, 1).
+    the stain, so no rule of colour can tell them; green and black are no tissue of "hsv" in the first place.
+    ValueError if there is no such rule, an option of it is wrong, or the fraction is outside [0, 1).
     """
 
-    lower: tuple[int, int, int] = (90, 8, 103)
-    upper: tuple[int, int, int] = (180, 255, 255)
+    name: str = "hsv"  # in `TISSUE_RULES`
+    options: Any = None  # `Options` of the rule; None: its defaults
     min_fraction: float = 0.6
     reject_pen: bool = False
 
     def __post_init__(self) -> None:
-        pairs = list(zip(self.lower, self.upper, strict=True))
-        if len(pairs) != 3 or not all(0 <= low <= high <= 255 for low, high in pairs):
-            raise ValueError(f"Tissue bounds {self.lower} to {self.upper} must be 3 rising pairs within 0 to 255.")
+        kind = _kind(self.name)
+        if self.options is None:
+            object.__setattr__(self, "options", kind.Options())
+        object.__setattr__(self, "pixels", kind(self.options))  # no field: follows from the others, or from a slide
         if not 0 <= self.min_fraction < 1:
             raise ValueError(f"The tissue fraction is {self.min_fraction}, but it must lie in [0, 1).")
 
-    def mask(self, image: np.ndarray) -> np.ndarray:
+    pixels = None  # the `PixelRule`
+
+    @classmethod
+    def described(cls, described: Mapping[str, Any]) -> "TissueRule":
+        """Make the rule that `dataclasses.asdict` has described, also of when "hsv" was the only one."""
+        name = described.get("name", "hsv")
+        options = described.get("options") or {key: described[key] for key in ("lower", "upper") if key in described}
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        made = _kind(name).Options(**options)
+        return cls(name, made, described["min_fraction"], described.get("reject_pen", False))
+
+    def on(self, view: CoarseView) -> "TissueRule":
+        """The rule of one slide; SlideError if it cannot be found."""
+        fitted = copy.copy(self)
+        object.__setattr__(fitted, "pixels", self.pixels.fit(view))
+        return fitted
+
+    def mask(self, image: np.ndarray, box: Box | None = None) -> np.ndarray:
         """uint8 (H, W), 255 where a pixel of the uint8 (H, W, 3) RGB image is tissue, else 0."""
-        return cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), self.lower, self.upper)
+        return self.pixels.mask(image, box)
 
-    def fraction(self, image: np.ndarray) -> float:
-        """Fraction of tissue pixels in a uint8 (H, W, 3) RGB image."""
-        return cv2.countNonZero(self.mask(image)) / (image.shape[0] * image.shape[1])
+    def fraction(self, image: np.ndarray, box: Box | None = None) -> float:
+        """Fraction of tissue pixels in a uint8 (H, W, 3) RGB image, which lies in a box of its slide."""
+        return cv2.countNonZero(self.mask(image, box)) / (image.shape[0] * image.shape[1])
 
-    def accepts(self, image: np.ndarray) -> bool:
+    def accepts(self, image: np.ndarray, box: Box | None = None) -> bool:
         """Whether the fraction of tissue pixels is above `min_fraction` (strictly), and not too much of it is ink."""
-        accepted = self.fraction(image) > self.min_fraction
+        accepted = self.fraction(image, box) > self.min_fraction
         if not accepted or not self.reject_pen:
             return accepted
         ink = cv2.inRange(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), PEN_LOWER, PEN_UPPER)
         return cv2.countNonZero(ink) / ink.size <= MAX_PEN_FRACTION
 
 
+def add_rule_options(parser: argparse._ActionsContainer, default: str | None = "hsv") -> None:
+    """Add ``--tissue`` and a flag ``--<rule>-<option>`` for each option of a registered rule to a parser."""
+    names = ", ".join(TISSUE_RULES)
+    parser.add_argument(
+        "--tissue", default=default, metavar="RULE", help=f"which pixels are tissue: {names} ({default})"
+    )
+    for name, option in _rule_options():
+        value, about = option.default, key_of(option).doc
+        several = {"nargs": len(value)} if isinstance(value, tuple) else {}
+        shown = " ".join(map(str, value)) if several else value
+        kind = type(value[0] if several else value)
+        flag = f"--{name}-{option.name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=value, help=f"of --tissue {name}: {about} ({shown})", **several)
+
+
+def rule_of_options(args: argparse.Namespace, min_fraction: float = 0.6, reject_pen: bool = False) -> TissueRule:
+    """Make the rule that the flags of `add_rule_options` describe; ValueError where `TissueRule` raises it."""
+    kind, options = _kind(args.tissue), {}
+    for option in (option for name, option in _rule_options() if name == args.tissue):
+        value = getattr(args, f"{args.tissue}_{option.name}")
+        options[option.name] = value = tuple(value) if isinstance(value, list) else value
+        if not key_of(option).accepts(value):
+            flag = f"--{args.tissue}-{option.name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {value}, but it must lie{key_of(option).interval()}.")
+    return TissueRule(args.tissue, kind.Options(**options), min_fraction, reject_pen)
+
+
+def _kind(name: str) -> Any:
+    if problem := TISSUE_RULES.problem(name):
+        raise ValueError(problem)
+    return TISSUE_RULES[name]
+
+
+def _rule_options() -> list[tuple[str, Any]]:
+    return [(name, option) for name, rule in TISSUE_RULES.items() for option in fields(rule.Options)]
+
+
 class TissueMap:
-    """Fraction of tissue in any rectangle of a slide, estimated from its coarsest level; SlideReadError without it."""
+    """Fraction of tissue in any rectangle of a slide, estimated from a `CoarseView`; SlideReadError without one.
+
+    Attributes:
+        rule: the one of this slide.
+        doubt: why the rule may be wrong for it, in words for a log; empty where nothing speaks against it.
+    """
 
     def __init__(self, reader: SlideReader, rule: TissueRule) -> None:
-        level = len(reader.level_dimensions) - 1
-        downsample = reader.level_downsamples[level]
-        cell = max(1, round(MAP_CELL_PX / downsample))
-        self.cell_px = cell * downsample
-        width, height = reader.level_dimensions[level]
-        self.cells = np.zeros((-(-height // cell), -(-width // cell)), np.float32)
-        for column, row, image, known in reader.read_blocks(level, cell * _BLOCK_CELLS):
-            mask = (rule.mask(image) > 0) & known
-            padded = np.pad(mask, [(0, -length % cell) for length in mask.shape])
+        view = CoarseView(reader)
+        self.rule = rule.on(view)
+        cell = view.cell
+        self.cell_px = cell * view.scale
+        self.cells = np.zeros((-(-view.rows // cell), -(-view.columns // cell)), np.float32)
+        counts = np.zeros(3)  # pixels, coloured ones, and of these those that are no tissue
+        for block in view.blocks(read=self.rule.pixels.needs_pixels):
+            mask = self.rule.mask(block.image, block.box) > 0
+            if self.rule.pixels.bounds_hue:
+                coloured = (cv2.inRange(cv2.cvtColor(block.image, cv2.COLOR_RGB2HSV), *_COLOURED) > 0) & (
+                    block.weight > 0
+                )
+                counts += mask.size, np.count_nonzero(coloured), np.count_nonzero(coloured & ~mask)
+            padded = np.pad(mask * block.weight, [(0, -length % cell) for length in mask.shape])
             fractions = padded.reshape(padded.shape[0] // cell, cell, -1, cell).mean((1, 3))
-            top, left = row // cell, column // cell
+            top, left = block.row // cell, block.column // cell
             self.cells[top : top + fractions.shape[0], left : left + fractions.shape[1]] = fractions
+        self.doubt = _doubt(rule.name, *counts)
         self._integral = cv2.integral(self.cells, sdepth=cv2.CV_64F)
 
     def fraction(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
@@ -91,6 +166,23 @@ class TissueMap:
         return np.rint(position / self.cell_px).astype(int)  # the nearest
 
 
+def _doubt(name: str, pixels: float, coloured: float, missed: float) -> str:
+    if coloured <= _LEAST_COLOURED * pixels or missed <= _MOST_MISSED * coloured:
+        return ""
+    others = ", ".join(other for other in TISSUE_RULES if other != name)
+    found = f"{missed / coloured:.0%} of its coloured pixels are no tissue by the rule '{name}'"
+    return f"{found}, as in IHC, dark scans or warm white balance; other rules are {others}"
+
+
+def log_doubts(doubts: Iterable[tuple[str, str]]) -> None:
+    """Warn of slides, with a line for each of the first ones that there is a doubt of."""
+    found = [(slide, doubt) for slide, doubt in doubts if doubt]
+    for slide, doubt in found[:_DOUBTS_LOGGED]:
+        logger.warning("slide '%s': %s", slide, doubt)
+    if len(found) > _DOUBTS_LOGGED:
+        logger.warning("The same is true of %d more slides.", len(found) - _DOUBTS_LOGGED)
+
+
 CELL_RULE = TissueRule(min_fraction=0.5)
 
 
@@ -103,10 +195,10 @@ class TissueMask:
     cell_px: float  # side of a cell in level-0 px
 
     @classmethod
-    def of_slide(cls, reader: SlideReader, rule: TissueRule) -> "TissueMask":
-        """Mark the cells of which more than `rule.min_fraction` of the pixels are tissue."""
-        tissue = TissueMap(reader, rule)
-        return cls(np.packbits(tissue.cells > rule.min_fraction, axis=1), tissue.cells.shape[1], tissue.cell_px)
+    def of_map(cls, tissue: TissueMap) -> "TissueMask":
+        """Mark the cells of which more than `min_fraction` of the pixels are tissue."""
+        cells = tissue.cells > tissue.rule.min_fraction
+        return cls(np.packbits(cells, axis=1), tissue.cells.shape[1], tissue.cell_px)
 
     def cells(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """uint8 (rows, columns), 1 where a cell of rows first to last - 1 is foreground, else 0."""
@@ -149,7 +241,8 @@ class TissueCache:
 
     def stem(self, slide: str, size: int, version: str) -> Path:
         """Name the files of a slide, without suffix; a changed file or rule gets another name."""
-        words = json.dumps([_VERSION, slide, size, version, asdict(self.rule)]).encode()
+        rule = [asdict(self.rule), self.rule.pixels.state(slide)]
+        words = json.dumps([_VERSION, slide, size, version, *rule]).encode()
         key = hashlib.blake2b(words, digest_size=10).hexdigest()
         return self.folder / f"{Path(urlsplit(slide).path).stem[:100]}-{key}"
 

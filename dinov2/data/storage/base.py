@@ -4,8 +4,12 @@ import glob
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from dinov2.data.storage.scan import scan_folder
+from dinov2.data.storage.train_split import CARD, find_train_files
 
 
 class StoredFile(NamedTuple):
@@ -16,13 +20,33 @@ class StoredFile(NamedTuple):
     version: str
 
 
+class FileType(NamedTuple):
+    """Files that a dataset may consist of, told by their names."""
+
+    what: str  # in words
+    suffixes: tuple[str, ...]  # in lower case
+    is_tile: bool = False  # each is one tile: there may be millions, among files of other types
+
+    def fits(self, name: str) -> bool:
+        """Whether a file is of this type."""
+        return name.lower().endswith(self.suffixes)
+
+
+PARQUET = FileType("Parquet", (".parquet", ".pq"))
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is a Parquet one by its name."""
+    return PARQUET.fits(name)
+
+
 class Storage(Protocol):
-    """The Parquet files of one dataset; may be pickled, forked and used from several threads."""
+    """The files of one type of one dataset; may be pickled, forked and used from several threads."""
 
     location: str  # the dataset as a path or URL, with the commit where there is one; equal ones hold equal names
 
     def list_files(self) -> list[StoredFile]:
-        """List the Parquet files by name, sorted; FileNotFoundError if there is none."""
+        """List the files by name, sorted; FileNotFoundError if there is none."""
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Read exactly `length` bytes of a file from byte `start` on; OSError where they cannot be had."""
@@ -32,30 +56,47 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """The Parquet files of a folder (with its subfolders), of a glob, or one file, as a `Storage`; no hidden ones."""
+    """The files of a type in a folder (with its subfolders), of a glob, or one file, as a `Storage`; no hidden ones.
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern  # as the user named it
+    With ``train_only`` a folder's are those of its training split, as `find_train_files` tells them.
+    """
+
+    def __init__(self, pattern: str, train_only: bool = False, files: FileType = PARQUET) -> None:
+        self.pattern, self._files = pattern, files  # the first as the user named it
         path = os.path.expanduser(pattern)
-        if os.path.isdir(path):
-            self.location, self._inside = path, "**/*.parquet"
+        self._is_folder = os.path.isdir(path)
+        self._train_only = train_only and self._is_folder
+        if self._is_folder:
+            self.location, self._inside = path, ""
         elif os.path.isfile(path):
             self.location, self._inside = os.path.dirname(path), glob.escape(os.path.basename(path))
         elif glob.has_magic(path):
             self.location = next(str(parent) for parent in Path(path).parents if not glob.has_magic(str(parent)))
             self._inside = os.path.relpath(path, self.location)
         else:
-            expected = "give a folder of .parquet files, a glob or one file"
+            expected = f"give a folder of {self._files.what} files, a glob or one file"
             raise FileNotFoundError(f"dataset '{pattern}' does not exist; {expected}")
 
     def list_files(self) -> list[StoredFile]:
         """List files by name; see `Storage`."""
-        found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
-        names = sorted(name for name in found if os.path.isfile(self.locate(name)))
-        if not names:
-            raise no_files(self.pattern)
-        stats = [os.stat(self.locate(name)) for name in names]
-        return [StoredFile(n, s.st_size, str(s.st_mtime_ns)) for n, s in zip(names, stats, strict=True)]
+        if self._is_folder:
+            files = [
+                StoredFile(f.name, f.size, str(f.modified_ns)) for f in scan_folder(self.location, self._files.fits)
+            ]
+        else:
+            found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
+            names = filter(self._files.fits, found) if self._files.is_tile else found
+            paths = ((name, self.locate(name)) for name in sorted(names))
+            stats = ((name, os.stat(path)) for name, path in paths if os.path.isfile(path))
+            files = [StoredFile(name, status.st_size, str(status.st_mtime_ns)) for name, status in stats]
+        if self._train_only:
+            card = Path(self.locate(CARD))
+            text = card.read_text(errors="replace") if card.is_file() else ""
+            chosen = train_names(self.pattern, [file.name for file in files], text, self._files)
+            files = [file for file in files if file.name in chosen]
+        if not files:
+            raise no_files(self.pattern, self._files)
+        return files
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Read from the disk; see `Storage`."""
@@ -73,9 +114,22 @@ class LocalStorage:
         return os.path.join(self.location, name)
 
 
-def no_files(dataset: str) -> FileNotFoundError:
+def train_names(dataset: str, names: Sequence[str], card: str, files: FileType) -> set[str]:
+    """The files of a folder's training split; those that are tiles each are told by the folders they lie in."""
+    example = f"{dataset}/**/*{files.suffixes[0]}"
+    if not files.is_tile:
+        return set(find_train_files(dataset, names, card, example))
+    # The words that tell splits occur in names of tiles by chance ("interval").
+    endings = {name.rpartition("/")[0]: os.path.splitext(name)[1] for name in reversed(names)}
+    alone = {folder: f"{folder}/0{endings[folder]}".lstrip("/") for folder in sorted(endings)}
+    chosen = set(find_train_files(dataset, list(alone.values()), card, example))
+    return {name for name in names if alone[name.rpartition("/")[0]] in chosen}
+
+
+def no_files(dataset: str, files: FileType = PARQUET) -> FileNotFoundError:
     """The error of a dataset without files."""
-    return FileNotFoundError(f"dataset '{dataset}' holds no Parquet file; at least one is expected")
+    found = f"dataset '{dataset}' holds no {files.what} file; at least one is expected"
+    return FileNotFoundError(f"{found}, or the kind of what it holds as data.kind (see docs/data.md)")
 
 
 def public_name(path: str | Path) -> str:
@@ -95,6 +149,10 @@ class RangedFile(io.RawIOBase):
 
     def readable(self) -> bool:
         """Say that it can be read, as `io` asks."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read here and there, as `io` asks."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

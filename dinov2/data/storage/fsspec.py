@@ -1,4 +1,4 @@
-"""Parquet files over a network: behind any fsspec URL (object stores, web servers), and on the Hugging Face hub.
+"""Files over a network: behind any fsspec URL (object stores, web servers), and on the Hugging Face hub.
 
 The hub is asked directly, not through `HfFileSystem`. A read is one request either way, but there each process first
 asks for the commit and for the listing of each folder, and failed requests are repeated by rules of its own, with
@@ -16,16 +16,15 @@ from glob import has_magic
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from dinov2.data.storage.base import StoredFile, no_files, public_name
+from dinov2.data.storage.base import PARQUET, FileType, StoredFile, no_files, public_name, train_names
 from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
-from dinov2.data.storage.train_split import find_train_files
+from dinov2.data.storage.train_split import CARD
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
 _VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONNECTIONS, _LISTING_THREADS = 64, 16  # of one process; botocore's own 10 connections would make readers wait
 _FLAT = ("s3:", "s3a:", "gs:", "gcs:", "abfs:", "az:")  # stores that list a folder with its subfolders at once
-_CARD = "README.md"
 _Result = TypeVar("_Result")
 
 
@@ -64,15 +63,17 @@ class RemoteStorage:
 
 
 class ObjectStorage(RemoteStorage):
-    """The Parquet files of a folder (with its subfolders), of a glob, or one .parquet file.
+    """The files of a type in a folder (with its subfolders), of a glob, or one file of it.
 
+    With ``train_only`` a folder's are those of its training split, as `find_train_files` tells them.
     Endpoints and credentials are those of the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
     ValueError if the scheme of the URL is unknown, ImportError if the package for it is not installed.
     """
 
-    def __init__(self, url: str, retries: Retries) -> None:
-        self._url, self._retries = url.rstrip("/"), retries
-        self._folder = _folder_of(self._url)
+    def __init__(self, url: str, retries: Retries, train_only: bool = False, files: FileType = PARQUET) -> None:
+        self._url, self._retries, self._files = url.rstrip("/"), retries, files
+        self._folder = _folder_of(self._url, files)
+        self._train_only = train_only and self._folder == self._url
         self.location = public_name(self._url)
         self._filesystem()
 
@@ -83,9 +84,15 @@ class ObjectStorage(RemoteStorage):
         fs.invalidate_cache()
         found = self._ask(self.location, partial(self._find, fs, folder, pattern), self.location)
         inside = len(folder.rstrip("/")) + 1
-        names = {path[inside:]: found[path] for path in _select(found, pattern, inside)}
+        names = {path[inside:]: found[path] for path in _select(found, self._files, pattern, inside)}
+        if self._train_only:
+            stored = found.get(f"{folder.rstrip('/')}/{CARD}")
+            size = self._describe(CARD, stored).size if stored else 0
+            card = self.read_range(CARD, 0, size).decode(errors="replace")
+            chosen = train_names(self.location, list(names), card, self._files)
+            names = {name: info for name, info in names.items() if name in chosen}
         if not names:
-            raise no_files(self.location)
+            raise no_files(self.location, self._files)
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             return list(pool.map(self._describe, names, names.values()))
 
@@ -98,7 +105,7 @@ class ObjectStorage(RemoteStorage):
 
     def _find(self, fs: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
         """Files at and below a folder, by path."""
-        if pattern.endswith(".parquet") and not has_magic(pattern):
+        if self._files.fits(pattern) and not has_magic(pattern):
             info = fs.info(pattern)
             if info["type"] == "file":
                 return {pattern: info}
@@ -142,9 +149,9 @@ class HubStorage(RemoteStorage):
     if there is no such dataset or it may not be read, ValueError without the revision, RemoteError without an answer.
     """
 
-    def __init__(self, repo: str, revision: str, path: str, retries: Retries) -> None:
-        self._repo, self._path, self._retries = repo, path.strip("/"), retries
-        self._folder, self._revision = _folder_of(self._path), revision
+    def __init__(self, repo: str, revision: str, path: str, retries: Retries, files: FileType = PARQUET) -> None:
+        self._repo, self._path, self._retries, self._files = repo, path.strip("/"), retries, files
+        self._folder, self._revision = _folder_of(self._path, files), revision
         self._timeout = (retries.connect_s, *[retries.read_s] * 3)  # to connect, read, write, and queue
         self.commit = revision
         if not COMMIT.fullmatch(revision):
@@ -158,12 +165,12 @@ class HubStorage(RemoteStorage):
     def list_files(self) -> list[StoredFile]:
         """List files of the commit by name; see `Storage`."""
         tree = {file.path: file for file in self._tree()}
-        shards = _select(tree, self._path)
+        shards = _select(tree, self._files, self._path)
         if not self._path:
-            card = self.read_range(_CARD, 0, tree[_CARD].size if _CARD in tree else 0).decode(errors="replace")
-            shards = find_train_files(self._repo, shards, card)
+            card = self.read_range(CARD, 0, tree[CARD].size if CARD in tree else 0).decode(errors="replace")
+            shards = train_names(f"hf://datasets/{self._repo}", shards, card, self._files)
         if not shards:
-            raise no_files(self.location)
+            raise no_files(self.location, self._files)
         inside = len(self._folder) + 1 if self._folder else 0
         files = (tree[name] for name in sorted(shards))
         return [StoredFile(f.path[inside:], f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files]
@@ -239,20 +246,20 @@ def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def _folder_of(path: str) -> str:
-    """The folder that names are relative to: the path itself, or what stands before a glob or a .parquet."""
+def _folder_of(path: str, files: FileType) -> str:
+    """The folder that names are relative to: the path itself, or what stands before a glob or a file."""
     parts = path.split("/")
-    ends = (i for i, part in enumerate(parts) if has_magic(part) or part.endswith(".parquet"))
+    ends = (i for i, part in enumerate(parts) if has_magic(part) or files.fits(part))
     return "/".join(parts[: next(ends, len(parts))])
 
 
-def _select(paths: Iterable[str], pattern: str, inside: int = 0) -> list[str]:
-    """Those Parquet files, sorted, that are `pattern`, match it or lie in it, and are not hidden from `inside` on."""
+def _select(paths: Iterable[str], files: FileType, pattern: str, inside: int = 0) -> list[str]:
+    """Those files of a type, sorted, that are `pattern`, match it or lie in it, and are not hidden from `inside` on."""
     from fsspec.utils import glob_translate
 
     folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
     chosen = re.compile(glob_translate(pattern) if has_magic(pattern) else folder if pattern else ".*")
-    shards = (path for path in paths if path.endswith(".parquet") and "/." not in f"/{path[inside:]}")
+    shards = (path for path in paths if files.fits(path) and "/." not in f"/{path[inside:]}")
     return sorted(filter(chosen.fullmatch, shards))
 
 

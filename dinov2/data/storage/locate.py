@@ -4,7 +4,7 @@ import os
 import re
 from urllib.parse import unquote
 
-from dinov2.data.storage.base import LocalStorage, Storage
+from dinov2.data.storage.base import PARQUET, FileType, LocalStorage, Storage
 from dinov2.data.storage.fsspec import COMMIT, HubStorage, ObjectStorage
 from dinov2.data.storage.retry import Retries
 
@@ -15,7 +15,9 @@ _RETRIES_FOR_A_PATH = 2
 NAMES = "folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ..."
 
 
-def open_storage(dataset: str, revision: str = "", retries: int = 8) -> Storage:
+def open_storage(
+    dataset: str, revision: str = "", retries: int = 8, train_only: bool = False, files: FileType = PARQUET
+) -> Storage:
     """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `location`.
 
     FileNotFoundError, PermissionError or RemoteError if there is no such dataset, it may not be read, or no answer;
@@ -27,6 +29,8 @@ def open_storage(dataset: str, revision: str = "", retries: int = 8) -> Storage:
             (s3://, gs://, https://, ...).
         revision: branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
         retries: how often each request is repeated at most.
+        train_only: whether of a folder only the training split is taken, as it always is of a whole hub dataset.
+        files: the type of the files that it consists of.
     """
     policy = Retries(retries)
     scheme, separator, path = dataset.partition("://") if "://" in dataset else ("", "", dataset)
@@ -36,13 +40,13 @@ def open_storage(dataset: str, revision: str = "", retries: int = 8) -> Storage:
         if not named:
             form = "hf://datasets/org/name[@revision][/folder, glob or file]"
             raise ValueError(f"dataset '{dataset}' is unknown; {form} is expected")
-    elif not separator and not os.path.exists(path) and not path.endswith(".parquet"):
+    elif not separator and not os.path.exists(path) and not files.fits(path):
         named = _BARE_ID.fullmatch(path)
     if not named:
         remote = separator and scheme != "file"
         if remote and not path.strip("/"):
             raise ValueError(f"dataset '{dataset}' names no location; a folder, glob or file is expected after ://")
-        storage = ObjectStorage(dataset, policy) if remote else LocalStorage(path)
+        storage = ObjectStorage(dataset, policy, train_only, files) if remote else LocalStorage(path, train_only, files)
         if revision:
             advice = "leave it empty or name a Hugging Face dataset"
             raise ValueError(f"dataset '{dataset}' has no revisions, so '{revision}' cannot be taken; {advice}")
@@ -52,10 +56,10 @@ def open_storage(dataset: str, revision: str = "", retries: int = 8) -> Storage:
         raise ValueError(f"dataset '{dataset}' and revision '{revision}' disagree; give one revision")
     revision = revision or own
     if separator:
-        return HubStorage(named["repo"], revision, named["path"] or "", policy)
+        return HubStorage(named["repo"], revision, named["path"] or "", policy, files)
     try:
         # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
-        found = HubStorage(named["repo"], revision, "", Retries(min(retries, _RETRIES_FOR_A_PATH)))
+        found = HubStorage(named["repo"], revision, "", Retries(min(retries, _RETRIES_FOR_A_PATH)), files)
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
-    return HubStorage(named["repo"], found.commit, "", policy)
+    return HubStorage(named["repo"], found.commit, "", policy, files)

@@ -1,30 +1,48 @@
 """The training split of a Hugging Face dataset."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+logger = logging.getLogger(__name__)
 
-def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]:
+CARD = "README.md"
+_SPLIT_WORDS = ("-of-", "train", "val", "dev", "test", "eval")  # a split's name holds one; `datasets` loads slowly
+_NAMED = 5  # files named in a line
+
+
+def find_train_files(dataset: str, names: Sequence[str], card: str, example: str = "") -> list[str]:
     """Pick the Parquet files that `datasets.load_dataset(dataset, split="train")` reads.
 
     That package knows the rules: the configurations of the dataset's card, else folders and files named after
     splits, else everything. It applies them to a folder, so an empty copy of the listing is made for it; asked
     about the hub itself it would list the dataset once for each of its patterns.
 
-    `names` are relative to the dataset; `card` is the text of its README.md, or empty. ValueError if the card cannot
-    be understood or leaves open what to read, or no split is called train.
+    `names` are relative to the dataset; `card` is the text of its README.md, or empty; `example` is how its files may
+    be named one by one. What is left out is logged. ValueError if the card cannot be understood or leaves open what
+    to read, or no split is called train.
     """
-    from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern, sanitize_patterns
+    chosen = _choose(
+        dataset, names, card, f"name the files instead, as in {example or f'hf://datasets/{dataset}/folder'}"
+    )
+    if chosen and (others := sorted(set(names) - set(chosen))):
+        named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
+        counts = f"{len(chosen)} of {len(names)} files"
+        logger.warning("dataset '%s': %s are its split train; left out: %s", dataset, counts, named)
+    return chosen
 
-    advice = f"name the files instead, as in hf://datasets/{dataset}/folder"
+
+def _choose(dataset: str, names: Sequence[str], card: str, advice: str) -> list[str]:
     config = _default_config(dataset, card, advice)
-    words = {"-of-", *(word for keywords in SPLIT_KEYWORDS.values() for word in keywords)}
-    if not config and not any(word in name for name in names for word in words):
+    if not config and not any(word in name for name in names for word in _SPLIT_WORDS):
         # Everything, then; thousands of slides need not be copied and searched for that.
         return sorted(name for name in names if not any(part[:2] == "__" for part in Path(name).parts[:-1]))
+    from datasets.data_files import get_data_patterns, resolve_pattern, sanitize_patterns
+
+    suffixes = sorted({Path(name).suffix for name in names})
     with TemporaryDirectory(prefix="path-fm-") as folder:
         for name in filter(_stays_inside, names):
             path = Path(folder, name)
@@ -43,18 +61,18 @@ def find_train_files(dataset: str, names: Sequence[str], card: str) -> list[str]
             if "://" in pattern or not _stays_inside(pattern):
                 raise ValueError(f"the card of dataset '{dataset}' names files elsewhere, '{pattern}'; {advice}")
             with suppress(FileNotFoundError):  # one pattern of several may match nothing
-                found.update(resolve_pattern(pattern, base, allowed_extensions=[".parquet"]))
+                found.update(resolve_pattern(pattern, base, allowed_extensions=suffixes))
         return sorted(Path(path).relative_to(folder).as_posix() for path in found)
 
 
 def _default_config(dataset: str, card: str, advice: str) -> dict[str, Any]:
     """Parameters of the configuration that is read where none is named; {} if the card lists none."""
+    if not card.lstrip().startswith("---"):
+        return {}
     import yaml
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
-    if not card.lstrip().startswith("---"):
-        return {}
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard(card, ignore_metadata_errors=True).data)
         name = configs.get_default_config_name()

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.eval.datasets.images import ImageFiles, UnreadableImage, import_h5py
+from dinov2.data.images.hdf5 import import_h5py
+from dinov2.eval.datasets.images import ImageFiles, UnreadableImage
 from dinov2.eval.datasets.labels import LabelledTiles
 
 _BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")

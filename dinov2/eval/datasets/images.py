@@ -1,21 +1,21 @@
 """Pixels of tiles: image files, or the rows of a Parquet dataset."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, image_format, origins_of
+from dinov2.data.images.files import IMAGES
+from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, decode_image, origins_of
+from dinov2.utils import walk
 
 logger = logging.getLogger("dinov2")
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
+IMAGE_SUFFIXES = frozenset(IMAGES.suffixes)
 
 
 class UnreadableImage(ValueError):
@@ -70,14 +70,10 @@ class ImageFiles:
         return str(self.root / self.names[index])
 
     def read(self, index: int) -> np.ndarray:
-        """Decode the file: PNG and JPEG as in training, the rest by Pillow."""
+        """Decode the file, as in training."""
         try:
-            path = self.root / self.names[index]
-            if image_format(data := path.read_bytes()):
-                return decode_image(data)
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for corrupt files
+            return decode_image((self.root / self.names[index]).read_bytes())
+        except (OSError, DecodeError) as error:
             raise UnreadableImage(f"Image '{self.name(index)}' cannot be read: {error}.") from error
 
 
@@ -142,18 +138,4 @@ def read_tiles(source: Source, limit: int | None = None) -> Iterator[np.ndarray]
 
 def visible_files(folder: Path) -> list[str]:
     """Paths below a folder of all files in it, sorted; hidden files and folders are left out."""
-    found = []
-    for location, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        inside = Path(location).relative_to(folder)
-        found += [(inside / name).as_posix() for name in names if name[0] != "."]
-    return sorted(found)
-
-
-def import_h5py() -> Any:
-    """The h5py module; ImportError says how to get it."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("HDF5 needs h5py, which is not installed: pip install 'path-fm[hdf5]'.") from error
-    return h5py
+    return sorted(file.relative_to(folder).as_posix() for file in walk.visible_files(folder))

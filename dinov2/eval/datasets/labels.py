@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.patients import patient_of, patients_of
 from dinov2.data.source import Origin
+from dinov2.data.storage.base import is_shard
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ChosenTiles, ImageFiles, ParquetTiles, TileImages, visible_files
 
 logger = logging.getLogger("dinov2")
@@ -108,7 +109,7 @@ def open_labelled_tiles(
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"Folder '{root}' of labelled tiles does not exist.")
-    shards = sorted(root.rglob("*.parquet"))
+    shards = sorted(path for path in root.rglob("*") if is_shard(path.name))
     if labels is None:
         return _from_shards(shards) if shards else _from_folder(root)
     rows, key = read_labels(labels)

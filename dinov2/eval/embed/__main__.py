@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from dinov2.data.slides.tissue import TissueRule
+from dinov2.data.images.hdf5 import import_h5py
+from dinov2.data.slides.tissue import add_rule_options, rule_of_options
 from dinov2.distributed import destroy_process_group, get_global_rank, get_global_size, on_main_process, process_group
-from dinov2.eval.datasets.images import import_h5py
 from dinov2.eval.embed.files import ENDINGS, STORED
 from dinov2.eval.embed.inputs import KINDS, Grid, open_input
 from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts
@@ -33,7 +33,7 @@ from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.files import locked
 from dinov2.utils.provenance import package_versions
 
-_FORMAT_VERSION = 1  # of what is written under given options; raise it when that changes
+_FORMAT_VERSION = 2  # of what is written under given options; raise it when that changes
 
 logger = logging.getLogger("dinov2")
 
@@ -68,7 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tile-size", type=int, default=grid.tile_size, help="side of a tile in px (%(default)s)")
     add("--stride", type=int, help="px from tile to tile (the tile size)")
     add("--min-tissue", type=float, default=grid.min_tissue, help="least fraction of tissue (%(default)s)")
-    cli.add_options(slides, "--mpp-file")
+    add_rule_options(slides)
+    cli.add_options(slides, "--slide-root", "--mpp-file", "--mpp-tolerance")
     return parser.parse_args(argv)
 
 
@@ -91,13 +92,14 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
     if args.format == "hdf5":
         import_h5py()
     stride = args.tile_size if args.stride is None else args.stride
-    grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue)
+    grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue, rule_of_options(args), args.mpp_tolerance)
     location, target = Path(args.input).expanduser().resolve(), args.output.resolve()
     if location.is_dir() and target.is_relative_to(location):
         raise ValueError(
             f"Output '{args.output}' lies in the input '{args.input}', which it would change; give another folder."
         )
-    source = on_main_process(lambda: open_input(args.input, args.kind, grid, args.rows_per_file, args.mpp_file))
+    tables = args.mpp_file, args.slide_root
+    source = on_main_process(lambda: open_input(args.input, args.kind, grid, args.rows_per_file, *tables))
     backbone = load_teacher(args.checkpoint).to(device)
     patch, width = backbone.patch_size, backbone.embed_dim * (2 if args.pooling == "cls_mean" else 1)
     fitting = Fitting(patch, args.image_size)
@@ -122,8 +124,7 @@ def _embed(args: argparse.Namespace, device: torch.device) -> None:
         "format": args.format, "input": source.fingerprint, "kind": source.kind,
     }  # fmt: skip
     if source.kind == "slides":
-        rule = TissueRule()
-        identity |= asdict(grid) | {"tissue_hsv": [rule.lower, rule.upper]}
+        identity |= asdict(grid)
     else:
         identity["rows_per_file"] = args.rows_per_file
     output = Output(args.output, args.format, stored, width, json.loads(json.dumps(identity)))

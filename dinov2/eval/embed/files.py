@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov2.eval.datasets.images import import_h5py
+from dinov2.data.images.hdf5 import import_h5py
 from dinov2.utils.files import replacing
 
 ENDINGS = {"parquet": ".parquet", "hdf5": ".h5"}

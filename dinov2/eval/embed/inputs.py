@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,22 +20,25 @@ import pyarrow.parquet as pq
 
 from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
+from dinov2.data.slides import identity
 from dinov2.data.slides.errors import SlideError
-from dinov2.data.slides.find import SLIDE_SUFFIXES, SlideRow, find_slides
+from dinov2.data.slides.find import LIST_SUFFIXES, NAMED_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
 from dinov2.data.slides.reader import SlideReader
-from dinov2.data.slides.resolution import PLAUSIBLE_MPP, read_mpp_table
-from dinov2.data.slides.tissue import TissueMap, TissueRule
+from dinov2.data.slides.resolution import MPP_TOLERANCE, PLAUSIBLE_MPP, log_notes, read_mpp_table
+from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.storage.base import RangedFile, public_name
 from dinov2.data.storage.locate import open_storage
 from dinov2.eval.datasets import images
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, UnreadableImage
 
+logger = logging.getLogger(__name__)
+
 _EITHER = IMAGE_SUFFIXES & SLIDE_SUFFIXES
 _ENDINGS = {
     "images": IMAGE_SUFFIXES - _EITHER,
-    "parquet": {".parquet"},
-    "slides": (SLIDE_SUFFIXES - _EITHER) | {".txt", ".csv"},
+    "parquet": {".parquet", ".pq"},
+    "slides": (SLIDE_SUFFIXES - _EITHER) | LIST_SUFFIXES,
 }
 KINDS = tuple(_ENDINGS)
 _COPIED = ("x", "y", "level", "mpp", "tile_size")
@@ -78,7 +82,9 @@ class Grid:
     mpp: float = 0.5  # micrometres per px of a tile
     tile_size: int = 224  # side of a tile in px
     stride: int = 224  # px from one tile to the next
-    min_tissue: float = 0.4  # least fraction of tissue in a tile, estimated from the slide's coarsest level
+    min_tissue: float = 0.4  # least fraction of tissue in a tile, estimated from a coarse view of the slide
+    rule: TissueRule = field(default_factory=TissueRule)  # which pixels are tissue
+    mpp_tolerance: float = MPP_TOLERANCE  # fraction by which a slide may be coarser than `mpp`
 
     def __post_init__(self) -> None:
         if not PLAUSIBLE_MPP[0] <= self.mpp <= 100:
@@ -94,7 +100,7 @@ class Grid:
         Tile (i, j) begins at (i, j) times the stride, rounded to the nearest pixel of the level that is read.
 
         They are x and y in level-0 px, int64 (N,) each. SlideError: if the slide is coarser than the tiles, or its
-        coarsest level cannot be read.
+        tissue cannot be found.
         """
         level = reader.level_for(self.mpp)
         downsample, step = reader.level_downsamples[level], reader.tile_side(self.stride, self.mpp)
@@ -105,21 +111,25 @@ class Grid:
             axes.append(np.rint(starts[starts + side <= length] * downsample).astype(np.int64))
         y, x = (axis.ravel() for axis in np.meshgrid(axes[1], axes[0], indexing="ij"))
         if self.min_tissue > 0 and len(x):
-            chosen = TissueMap(reader, TissueRule()).fraction(x, y, side * downsample) >= self.min_tissue
+            tissue = TissueMap(reader, self.rule)
+            log_doubts([(public_name(reader.path), tissue.doubt)])
+            chosen = tissue.fraction(x, y, side * downsample) >= self.min_tissue
             x, y = x[chosen], y[chosen]
         return x, y
 
 
 def open_input(
-    source: str, kind: str | None, grid: Grid, rows_per_part: int, mpp_file: Path | None = None
-) -> TileInput:
+    source: str, kind: str | None, grid: Grid, rows_per_part: int, mpp_file: Path | None = None,
+    slide_root: Path | None = None,
+) -> TileInput:  # fmt: skip
     """Find the tiles of an input.
 
     Args:
         source: a folder (with subfolders) of images, of Parquet shards or of slides; one of these files; a glob, hub
             id or URL of Parquet shards; a text or CSV list of slides.
         kind: one of `KINDS`; None finds out.
-        grid, mpp_file: tiles of slides, and resolutions of those that do not say theirs.
+        grid, mpp_file, slide_root: tiles of slides, resolutions given in place of what slides say, and the folder that
+            holds those of a list, if they have moved.
         rows_per_part: images or rows in a part.
 
     Raises FileNotFoundError if there is no such input, or nothing in it; ValueError if its kind cannot be told or is
@@ -132,8 +142,8 @@ def open_input(
     if kind == "images":
         return ImageFolder(path, rows_per_part)
     table = read_mpp_table(mpp_file) if mpp_file is not None else None
-    is_slide = path.suffix.lower() in SLIDE_SUFFIXES and not path.is_dir()
-    rows = sorted(find_slides(source if is_slide else path, mpp_table=table).slides)
+    is_slide = path.suffix.lower() in NAMED_SUFFIXES and not path.is_dir()
+    rows = sorted(find_slides(source if is_slide else path, mpp_table=table, slide_root=slide_root).slides)
     return SlideTiles(rows, Path(os.path.abspath(path.parent if is_slide else path)), grid)
 
 
@@ -145,8 +155,9 @@ def _kind_of(source: str) -> str:
         if "://" in source or glob.has_magic(source) or is_hub_id:
             return "slides" if path.suffix.lower() in _ENDINGS["slides"] else "parquet"
         raise FileNotFoundError(f"Input '{source}' does not exist; images, Parquet shards or slides are expected.")
-    found = {Path(name).suffix.lower() for name in (images.visible_files(path) if path.is_dir() else [path])}
-    lists = {".txt", ".csv"} if path.is_dir() else set()  # beside the data
+    files = [path / name for name in images.visible_files(path)] if path.is_dir() else [path]
+    found = {file.suffix.lower() for file in set(files) - identity.companions(files)}
+    lists = LIST_SUFFIXES if path.is_dir() else set()  # beside the data
     kinds = [kind for kind in KINDS if _ENDINGS[kind] - lists & found]
     if len(kinds) == 1 and not (kinds == ["images"] and found & _EITHER):
         return kinds[0]
@@ -273,7 +284,10 @@ class SlideTiles(TileInput):
             for row in rows
         ]
         self.fingerprint = _fingerprint(
-            [[name, row.mpp, *_file_state(row.path)] for name, row in zip(inside, rows, strict=True)]
+            [
+                [name, row.mpp, *_file_state(row.path), *grid.rule.pixels.state(row.path)]
+                for name, row in zip(inside, rows, strict=True)
+            ]
         )
         # Names that two slides share get a digest of the path behind them.
         stems = [PurePosixPath(public_name(path)).stem.lstrip("._") or "slide" for path in inside]
@@ -285,7 +299,7 @@ class SlideTiles(TileInput):
         """Open a slide and find its tiles; raises UnreadableImage where that cannot be done."""
         row, slide, grid = self._rows[number], self.parts[number], self._grid
         try:
-            reader = SlideReader(row.path, row.mpp, _CACHE_BYTES)
+            reader = SlideReader(row.path, row.mpp, _CACHE_BYTES, mpp_tolerance=grid.mpp_tolerance)
             if reader.mpp is None:
                 raise UnreadableImage(
                     f"Slide '{public_name(row.path)}' does not say its resolution; name it in a CSV of slide,mpp lines "
@@ -295,11 +309,14 @@ class SlideTiles(TileInput):
         except SlideError as error:
             raise UnreadableImage(str(error)) from error
         count, level = len(x), reader.level_for(grid.mpp)
+        notes = (*reader.resolution.notes, *filter(None, [reader.resampling(grid.mpp)]))
+        log_notes(logger, [(public_name(row.path), notes)])
         columns: dict[str, Sequence[Any]] = {"slide": [slide] * count, "x": x, "y": y, "level": [level] * count}
         columns |= {"mpp": [grid.mpp] * count, "tile_size": [grid.tile_size] * count}
         about = {
             "slide": slide, "path": public_name(reader.path), "slide_mpp": reader.mpp, "mpp_source": reader.mpp_source,
-            "level": level, "tile_size_level0": round(reader.tile_side(grid.tile_size, grid.mpp)), **asdict(grid),
+            "mpp_notes": notes, "level": level, "level_mpp": reader.mpp * reader.level_downsamples[level],
+            "tile_size_level0": round(reader.tile_side(grid.tile_size, grid.mpp)), **asdict(grid),
         }  # fmt: skip
         return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close)
 

@@ -92,7 +92,7 @@ class StepCosts:
         return self._arch.student
 
     def flops(self, images: int) -> StepFlops:
-        """Count a step on ``images`` images, an even number."""
+        """Count a step on ``images`` images."""
         whole, blocks = self._step(images)
         plain = dataclasses.replace(self.config.student, attention_backend="math")
         model, dense = (
@@ -177,8 +177,8 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
     """A batch of the shapes that a configuration gives ``images`` images; see `MultiCropCollate`."""
     crops, ibot = config.crops, config.ibot
     side = crops.global_crops_size // config.student.patch_size
-    bound = StratifiedMasks(0, (side, side), ibot.mask_sample_probability, ibot.mask_ratio_min_max)
-    masked = images // 2 * bound.max_masked
+    draw = StratifiedMasks(0, (side, side), ibot.mask_sample_probability, ibot.mask_ratio_min_max)
+    masked = draw.bound(images)
 
     def views(number: int, size: int) -> Tensor:
         return torch.empty(number * images, 3, size, size)

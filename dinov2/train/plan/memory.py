@@ -151,13 +151,12 @@ def resolve_batch(config: Config, memory: MemoryModel, free: int | None) -> int:
         return configured
     if free is None:
         raise ValueError(
-            "train.batch_size_per_gpu = auto needs a GPU whose memory it can fill and there is none; give an even "
+            "train.batch_size_per_gpu = auto needs a GPU whose memory it can fill and there is none; give a "
             "number of images."
         )
     if not memory(2).peak:
         raise ValueError(
-            "train.batch_size_per_gpu = auto needs a step whose activations can be measured; give an even number of "
-            "images."
+            "train.batch_size_per_gpu = auto needs a step whose activations can be measured; give a number of images."
         )
     batch = memory.largest_batch(int(USABLE * free))
     if not batch:

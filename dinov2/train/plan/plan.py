@@ -48,6 +48,15 @@ NETWORK_LINK = 50e9
 DOLLARS_PER_GPU_HOUR = 2.5
 """Rent of one H100 as the published run counted it in November 2025 (667 GPU-hours for 1,667 dollars)."""
 
+AUTO_EPOCHS = 100
+"""Epochs of ``optim.epochs: auto``, of equal length: warm-ups, told in epochs, keep their fraction of the run."""
+
+AUTO_PASSES = (3, 100)
+"""Fewest and most passes over the tiles that ``auto`` makes. A hundred is what DINOv2's default is of ImageNet-1k."""
+
+AUTO_IMAGES = 96_000_000
+"""Images at which ``auto`` makes fewer passes than the most: those of the published run, 3.2 passes over its tiles."""
+
 
 def find_gpu(device_name: str) -> Gpu | None:
     """The table's entry for a driver's device name such as "NVIDIA H100 80GB HBM3"; None where there is none."""
@@ -67,6 +76,7 @@ class RunPlan:
     total_steps: int  # after which training ends
     schedule_steps: int  # span of the cosine schedules
     peak_lr: float  # after the scaling rule
+    auto_tiles: int = 0  # tiles from whose number ``optim.epochs: auto`` follows; 0 where it is given
 
     @property
     def local_batch(self) -> int:
@@ -79,30 +89,67 @@ class RunPlan:
         return self.total_steps * self.global_batch
 
 
-def make_plan(config: Config, world_size: int, global_batch: int | None = None) -> RunPlan:
+def make_plan(
+    config: Config, world_size: int, global_batch: int | None = None, num_tiles: int | None = None
+) -> RunPlan:
     """Derive the plan; the sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``).
 
-    ``global_batch`` is that of the run being resumed, or what ``auto`` found; None takes the configured one. Raises
-    ValueError if it does not divide into whole pairs of images per process.
+    ``global_batch`` is that of the run being resumed, or what ``auto`` found; None takes the configured one. Of
+    ``num_tiles`` tiles, ``optim.epochs: auto`` makes `AUTO_PASSES` at most while these are fewer than `AUTO_IMAGES`
+    images, and at least its fewest passes in any case. Raises ValueError if the batch does not divide over the
+    processes, or the number of tiles is needed and None.
     """
     batch = global_batch or config.train.batch_size_per_gpu * world_size
-    if batch % (2 * world_size):
+    if batch % world_size:
         raise ValueError(
-            f"The global batch of {batch} images does not divide into pairs over {world_size} processes; use a "
-            f"number of processes that divides {batch // 2}."
+            f"The global batch of {batch} images does not divide over {world_size} processes; use a number of "
+            f"processes that divides {batch}."
         )
-    epoch_steps = config.train.OFFICIAL_EPOCH_LENGTH
-    optim = config.optim
+    optim, epochs, epoch_steps = config.optim, config.optim.epochs, config.train.OFFICIAL_EPOCH_LENGTH
+    auto_tiles = 0
+    if epochs == "auto":
+        if not num_tiles:
+            raise ValueError(
+                "optim.epochs = auto follows from the number of tiles, and these are drawn without end; give a number "
+                "of epochs, or of tiles by online.max_patches."
+            )
+        fewest, most = AUTO_PASSES
+        images = max(fewest * num_tiles, min(most * num_tiles, AUTO_IMAGES))
+        epochs, epoch_steps, auto_tiles = AUTO_EPOCHS, max(1, round(images / batch / AUTO_EPOCHS)), num_tiles
     scale = math.sqrt(batch / 1024) if optim.scaling_rule == "sqrt_wrt_1024" else 1.0
-    last_epoch = optim.epochs if optim.early_stop is None else optim.early_stop
     return RunPlan(
         world_size=world_size,
         global_batch=batch,
         epoch_steps=epoch_steps,
-        total_steps=round(last_epoch * epoch_steps),
-        schedule_steps=round(optim.epochs * epoch_steps),
+        total_steps=max(1, round(min(epochs, optim.early_stop or epochs) * epoch_steps)),
+        schedule_steps=round(epochs * epoch_steps),
         peak_lr=optim.base_lr * scale,
+        auto_tiles=auto_tiles,
     )
+
+
+def _notes(config: Config, plan: RunPlan) -> list[str]:
+    """What of the lengths that are given in epochs does not go without saying."""
+    optim, epochs, notes = config.optim, plan.schedule_steps / plan.epoch_steps, []
+    if plan.auto_tiles:
+        passes = plan.schedule_steps * plan.global_batch / plan.auto_tiles
+        notes.append(
+            f"  epochs    auto: {AUTO_EPOCHS} of {plan.epoch_steps:,} steps, {passes:.3g} passes over "
+            f"{plan.auto_tiles:,} tiles"
+        )
+    if optim.early_stop is not None and optim.early_stop > epochs:
+        notes.append(
+            f"  warning   optim.early_stop = {optim.early_stop:g} is beyond the {epochs:g} epochs of the schedules, "
+            "with which training ends"
+        )
+    warmup, last = optim.warmup_epochs * plan.epoch_steps, plan.total_steps
+    if warmup > last:
+        notes.append(
+            f"  warning   optim.warmup_epochs = {optim.warmup_epochs:g} is beyond the run's "
+            f"{last / plan.epoch_steps:g} epochs: the learning rate rises to the end, where it is {last / warmup:.0%} "
+            "of its peak"
+        )
+    return notes
 
 
 def describe_plan(
@@ -121,6 +168,7 @@ def describe_plan(
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
         f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, {plan.total_images:,} images",
         f"  peak lr   {plan.peak_lr:.4e}",
+        *_notes(config, plan),
         f"  compute   {flops.model / 1e12:.3g} TFLOP per step and process "
         f"({flops.hardware / 1e12:.3g} executed, {flops.dense / 1e12:.3g} without stochastic depth)",
     ]

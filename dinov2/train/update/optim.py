@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,27 @@ class ScheduleValues:
     epoch: float = math.inf  # of the ramps of the losses' weights
 
 
+class Span(Protocol):
+    """Part of a run's plan that concerns its schedules."""
+
+    peak_lr: float  # learning rate after the batch-size scaling rule
+    epoch_steps: int
+    schedule_steps: int  # that the cosines span
+
+
 class Schedules:
     """All schedules of a run, indexed by zero-based step, from sections ``optim`` and ``teacher``.
 
-    ``peak_lr`` is the learning rate after the batch-size scaling rule, ``epoch_steps`` the optimiser steps per epoch.
+    A warm-up that is longer than the cosines is cut off with them.
     """
 
-    def __init__(self, optim: OptimConfig, teacher: TeacherConfig, *, peak_lr: float, epoch_steps: int):
-        total = round(optim.epochs * epoch_steps)
+    def __init__(self, optim: OptimConfig, teacher: TeacherConfig, plan: Span):
+        total, epoch_steps = plan.schedule_steps, plan.epoch_steps
         warmup = round(optim.warmup_epochs * epoch_steps)
         temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch_steps)
         self.frozen_steps = round(optim.freeze_last_layer_epochs * epoch_steps)
         self.warmup_steps, self._epoch_steps = warmup, epoch_steps
-        self.lr = CosineScheduler(peak_lr, optim.min_lr, total, warmup)
+        self.lr = CosineScheduler(plan.peak_lr, optim.min_lr, max(total, warmup), warmup)
         self.wd = CosineScheduler(optim.weight_decay, optim.weight_decay_end, total)
         self.mom = CosineScheduler(teacher.momentum_teacher, teacher.final_momentum_teacher, total)
         self.teacher_temp = CosineScheduler(

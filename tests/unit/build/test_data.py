@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from dinov2.data.source import EncodedSample, SourceRequest, decode_image
 from dinov2.train.plan.plan import make_plan
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
-from tests.helpers.shards import write_dataset
+from tests.helpers.shards import encode, tile, write_dataset, write_published
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,12 @@ def described(shards: Path, *overrides: str) -> str:
     config = load_config(None, [*TINY, f"data.path={shards}", *overrides])
     plan, data = make_plan(config, 1), stream.open_data(config)
     return stream.describe_stream(config, plan, data, stream.order_parameters(config, plan, data))
+
+
+def test_absurd_passes_are_warned_of(shards: Path) -> None:
+    # 90 tiles; an epoch is 32 images.
+    assert "warning   dataset" not in described(shards, "optim.epochs=840")  # 299 passes
+    assert "302 passes over its 90 tiles" in described(shards, "optim.epochs=850")
 
 
 def test_memory_of_batches_counts_every_one_in_flight(shards: Path) -> None:
@@ -151,11 +158,14 @@ def locations(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "slides/sub").mkdir(parents=True)
     (tmp_path / "slides/sub/A.SVS").write_bytes(b"x")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/photo.bmp").write_bytes(b"BM")
+    (tmp_path / "other/notes.docx").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "scans").mkdir()
+    for name, width in {"wide.bmp": 5000, "tile.bmp": 64}.items():
+        cv2.imwrite(str(tmp_path / "scans" / name), np.zeros((8, width, 3), np.uint8))
     texts = {"list4.txt": "# made by\n/a b/s.svs 0 128 1\n", "list6.txt": "s.svs 0 128 1 0.5 0.5\n",
              "slides.txt": "/a b/s.svs\n", "slides.csv": "site, slide\nx,a.svs\n", "odd.csv": "a,b\n1,2\n",
-             "notes.txt": "nothing of the kind\n", "toy": "toy tiles"}  # fmt: skip
+             "images.txt": "a b.png\n", "notes.txt": "nothing of the kind\n", "toy": "toy tiles"}  # fmt: skip
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     return {path.name: str(path) for path in tmp_path.iterdir()}
@@ -167,7 +177,9 @@ def locations(tmp_path: Path) -> dict[str, str]:
      ("{shards}/shard-00000.parquet", "parquet"), ("org/name", "parquet"), ("org/name@v1", "parquet"),
      ("hf://datasets/org/name/train", "parquet"), ("s3://bucket/tiles", "parquet"), ("{slides}", "slides"),
      ("{list4.txt}", "sample_list"), ("{list6.txt}", "sample_list"), ("{slides.txt}", "slides"),
-     ("{slides.csv}", "slides"), ("{slides}/sub/A.SVS", "slides"), ("https://host/a%20b.svs", "slides")],
+     ("{slides.csv}", "slides"), ("{images.txt}", "slides"), ("{scans}/wide.bmp", "slides"),
+     ("{scans}/tile.bmp", "images"), ("{scans}", "images"),
+     ("{slides}/sub/A.SVS", "slides"), ("https://host/a.btf", "slides"), ("https://host/a%20b.svs", "slides")],
 )  # fmt: skip
 def test_kinds_are_recognised(locations: dict[str, str], path: str, kind: str) -> None:
     for name, location in locations.items():
@@ -177,7 +189,7 @@ def test_kinds_are_recognised(locations: dict[str, str], path: str, kind: str) -
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("other", "a folder that holds photo.bmp"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
+    [("other", "a folder that holds notes.docx"), ("empty", "is empty"), ("odd.csv", "a file that begins with b'a,b"),
      ("notes.txt", "a file that begins with b'nothing of the kind"), ("toy", "b'toy tiles'")],
 )  # fmt: skip
 def test_what_is_of_no_kind_is_named_with_the_kinds_there_are(locations: dict[str, str], name: str, words: str) -> None:
@@ -261,3 +273,36 @@ def test_patients_of_a_column_are_kept_for_validation_whole(shards: Path, tmp_pa
     assert 0 < len(held) < 7
     assert data.held_out[0].num_rows == sum(name in held for name in rows)
     assert data.source.num_rows == sum(name not in held for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "verdict"),
+    [
+        (8, 0, "fine"),
+        (40, 1, "warned"),  # training replaces it
+        (40, 2, "refused"),
+        (0, 1, "refused"),
+        (0, 300, "refused"),
+    ],
+)
+def test_rows_are_decoded_before_a_run_is_approved(tmp_path: Path, good: int, bad: int, verdict: str) -> None:
+    rows = [encode(tile(number), "png") for number in range(good)] + [b"GIF89a"] * bad
+    write_published(tmp_path / "set/a.parquet", rows)
+    config = load_config(None, [*TINY, f"data.path={tmp_path / 'set'}"])
+    first_bad = f"row {good % 4} of row group {good // 4} of shard '{tmp_path}/set/a.parquet'"
+    if verdict == "refused":
+        with pytest.raises(ValueError, match=re.escape(first_bad)):
+            stream.check_rows(config, open_data(config))
+    else:
+        lines = stream.check_rows(config, open_data(config))
+        assert len(lines) == (verdict == "warned")
+        assert all(first_bad in line for line in lines)
+
+
+def test_each_dataset_of_a_mixture_is_decoded(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "good", [9, 0, 4])
+    write_published(tmp_path / "bad/a.parquet", [b"GIF89a"] * 3)
+    mixture = f"data.datasets=[{{path: {tmp_path}/good, weight: 1000}}, {{path: {tmp_path}/bad}}]"
+    config = load_config(None, [*TINY, mixture])
+    with pytest.raises(ValueError, match="3 of 3 rows"):
+        stream.check_rows(config, open_data(config))

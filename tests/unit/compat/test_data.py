@@ -75,6 +75,18 @@ def test_metas_collate_returns_its_keys_and_meanings(tissue):
     assert batch["n_masked_patches"].tolist() == [len(indices)] and len(indices) <= batch["upperbound"]
 
 
+def test_samples_of_openmidnights_datasets(tissue):
+    augment = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, SIZE, 28)
+    views = [augment(tissue) for _ in range(3)]
+    options = ((0.1, 0.5), 0.5, torch.float32, 16, MaskingGenerator(4, max_num_patches=8))
+    torch.manual_seed(1)
+    plain = collate_data_and_cast([(crops, None) for crops in views], *options)
+    torch.manual_seed(1)
+    indexed = collate_data_and_cast([((crops, None), 7 + i) for i, crops in enumerate(views)], *options)
+    assert indexed.pop("indexes") == [7, 8, 9]
+    torch.testing.assert_close(indexed, plain, rtol=0, atol=0)
+
+
 def test_metas_collate_names_what_is_missing():
     with pytest.raises(ValueError, match="n_tokens"):
         collate_data_and_cast([], (0.1, 0.5), 0.5, torch.float32)

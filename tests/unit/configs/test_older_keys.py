@@ -148,3 +148,12 @@ def test_the_users_readme_and_the_published_recipe(tmp_path: Path):
     config = load_config(file, ["train.streaming_from_hf=false", "train.sample_list_path=sample_dataset_list.txt"])
     validate(config, world_size=8)
     assert (config.data.path, config.data.kind) == ("sample_dataset_list.txt", "sample_list")
+
+
+def test_metas_names_of_another_attention(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "dinov2"):
+        config = load_config(None, [HF, "student.arch=vit_large_memeff"])
+    assert config.student.arch == "vit_large"
+    assert any("vit_large_memeff" in record.message for record in caplog.records)
+    own = config_from_mapping({"data": {"path": "x"}, "student": {"arch": "package.module:Net_memeff"}})
+    assert own.student.arch == "package.module:Net_memeff"

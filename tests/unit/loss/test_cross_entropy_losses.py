@@ -91,6 +91,12 @@ CASES = {
         lambda s, t: patch_loss.forward_masked(real_rows(s), real_rows(t), MASKS),
         papers_ibot,
     ),
+    "forward_masked, one batch of rows": (
+        (4, 5, 7),
+        (4, 5, 7),
+        lambda s, t: patch_loss.forward_masked(real_rows(s)[None], real_rows(t)[None], MASKS, 9, WEIGHTS),
+        papers_ibot,
+    ),
     "forward_masked, padded": (
         (4, 5, 7),
         (4, 5, 7),

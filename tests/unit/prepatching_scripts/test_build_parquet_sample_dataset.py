@@ -37,6 +37,7 @@ ADDED = {
     "mpp_source": pa.string(),
     "read_size": pa.int32(),
     "tissue_frac": pa.float32(),
+    "level_mpp": pa.float32(),
 }
 
 
@@ -161,13 +162,13 @@ def test_unreadable_tiles_are_listed_and_leave_no_row(
     assert contents(tmp_path / "out") == before, "a second run must not lose the record of what failed"
 
 
-def test_resolution_of_slides_that_do_not_say(make_slide: MakeSlide, tmp_path: Path) -> None:
+def test_resolution_by_option_takes_the_place_of_the_slides_own(make_slide: MakeSlide, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text(f"{make_slide('a b.svs')} 0 0 0\n{make_slide('appmag.svs', '|AppMag = 20')} 0 0 0\n")
     assert build(listed, tmp_path / "none") == build(listed, tmp_path / "given", "--mpp", "0.3") == 0
-    for folder, first in (("none", (None, "none")), ("given", (pytest.approx(0.3), "user"))):
-        found = [(row["mpp"], row["mpp_source"]) for row in rows_of(tmp_path / folder)]
-        assert found == [first, (0.5, "appmag")]
+    given = (pytest.approx(0.3), "user")
+    for folder, expected in (("none", [(None, "none"), (0.5, "appmag")]), ("given", [given, given])):
+        assert [(row["mpp"], row["mpp_source"]) for row in rows_of(tmp_path / folder)] == expected
 
 
 def test_moved_slides_and_other_tile_sizes(train_slide: Path, tmp_path: Path) -> None:

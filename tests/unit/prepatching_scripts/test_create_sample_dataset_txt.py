@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from skimage.color import rgb2hsv
@@ -21,6 +22,7 @@ from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.sample_list import read_sample_list
 from dinov2.data.slides.tissue import TissueRule
+from prepatching_scripts.build_parquet_sample_dataset import main as build_parquet
 from prepatching_scripts.create_sample_dataset_txt import main
 from tests.helpers.slides import MakeSlide, damage_tile
 
@@ -77,8 +79,8 @@ def test_meta_tells_how_the_list_was_made(train_slide: Path, tmp_path: Path) -> 
     meta = meta_of(output)
     assert meta["columns"] == ["path", "x", "y", "level"]
     assert meta["seed"] == 7 and meta["tile_size"] == 224
-    assert meta["rule"] == {"lower": [100, 10, 90], "upper": [180, 255, 255], "min_fraction": 0.5,
-                            "reject_pen": False}  # fmt: skip
+    assert meta["rule"] == {"name": "hsv", "options": {"lower": [100, 10, 90], "upper": [180, 255, 255]},
+                            "min_fraction": 0.5, "reject_pen": False}  # fmt: skip
     assert meta["num_patches_by_level"] == {"1": 5, "2": 4} and meta["num_patches"] == 9
     assert (meta["num_slides"], meta["num_slides_failed"]) == (1, 0)
     assert meta["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
@@ -212,6 +214,29 @@ def test_slides_without_mpp_take_the_tables(make_slide: MakeSlide, tmp_path: Pat
     assert samples.slides == [known] and samples.mpp.tolist() == [1.0] * 3
     assert max(samples.x.max(), samples.y.max()) <= 512 - 448, "a tile takes 448 px of the level"
     assert "1 of 2 slides failed" in caplog.text
+
+
+def test_slide_a_little_coarser_and_one_of_another_resolution(make_slide: MakeSlide, tmp_path: Path, caplog) -> None:
+    """A 20x scanner's 0.5052 um serve 0.5; a table has the last word, and is needed no more when tiles are cut."""
+    at2, wrong = make_slide("slides/at2.svs", "|AppMag = 20|MPP = 0.5052"), make_slide("slides/wrong.svs", "|MPP = 1.0")
+    table, output = tmp_path / "mpp.csv", tmp_path / "list.txt"
+    table.write_text("slide,mpp\nwrong,0.5\n")
+    options = ("--workers", "1", "--magnification", "20", "--per-mpp", "3", "--mpp-file", str(table))
+    assert main([str(tmp_path / "slides"), "--output", str(output), *options]) == 0
+    meta = meta_of(output)
+    assert meta["level0_mpp"] == {str(at2): 0.5052, str(wrong): 0.5} and meta["slide_mpp"] == {str(wrong): 0.5}
+    assert set(meta["notes"]) == {str(at2), str(wrong)} and meta["mpp_tolerance"] == 0.2
+    assert sum(str(slide) in caplog.text for slide in (at2, wrong)) == 2
+    shards = tmp_path / "shards"
+    assert build_parquet([str(output), "--output", str(shards), "--workers", "1"]) == 0
+    rows = [row for file in sorted(shards.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    found = {
+        (row["slide_id"], row["mpp"], round(row["level_mpp"], 4), row["mpp_source"], row["read_size"]) for row in rows
+    }
+    assert found == {("at2", 0.5, 0.5052, "slide", 222), ("wrong", 0.5, 0.5, "user", 224)}
+    strict = tmp_path / "strict.txt"
+    assert main([str(at2), "--output", str(strict), *options, "--mpp-tolerance", "0.01"]) == 1
+    assert set(failures_of(strict)) == {str(at2)}
 
 
 def test_duplicates_count_once(train_slide: Path, tmp_path: Path, caplog, monkeypatch) -> None:

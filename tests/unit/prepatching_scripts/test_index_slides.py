@@ -8,6 +8,7 @@ import fsspec
 import imagecodecs.numcodecs
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 from dinov2.data.slides import index
@@ -52,14 +53,14 @@ def test_collection_gives_every_slides_index(folder: Path, tmp_path: Path) -> No
     indexes = TileIndexes(output / "tiles.index")
     assert set(indexes) == {str(folder / "deep/plain.svs"), str(folder / "train.svs")}
     for slide in indexes:
-        assert_same(indexes[slide], index_slide(slide, 0.5))
+        assert_same(indexes[slide], index_slide(slide, 0.5 if slide.endswith("plain.svs") else 3))
         outline = indexes.outline(slide)
         for level, whole in zip(outline.levels, indexes[slide].levels, strict=True):
             assert level.lengths.tolist() == [[whole.lengths.max()]] and level.tile_width == whole.tile_width
     assert indexes[str(folder / "deep/plain.svs")].mpp_source == "user"
     assert str(folder / "none.svs") not in indexes
     copy = pickle.loads(pickle.dumps(indexes))
-    assert_same(copy[str(folder / "train.svs")], index_slide(folder / "train.svs"))
+    assert_same(copy[str(folder / "train.svs")], index_slide(folder / "train.svs", 3))
     assert [path.name for path in output.iterdir() if path.name.endswith(".part")] == []
 
 
@@ -135,12 +136,12 @@ def test_only_what_changed_is_parsed_again(
         file.write(b"longer")
     (tmp_path / "mpp.csv").write_text("slide,mpp\nplain.svs,0.5\nnew.svs,0.5\n")
     assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "mpp.csv")) == 0
-    assert sorted(parsed) == ["new.svs", "plain.svs", "train.svs"]
+    assert sorted(parsed) == ["new.svs", "train.svs"]
     parsed.clear()
     assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "mpp.csv")) == 0 and parsed == []
     indexes = TileIndexes(tmp_path / "index/tiles.index")
     assert {Path(slide).name: indexes[slide].mpp for slide in indexes} == {
-        "plain.svs": 0.5, "new.svs": 0.3, "train.svs": 0.25}  # fmt: skip
+        "plain.svs": 0.5, "new.svs": 0.5, "train.svs": 0.25}  # fmt: skip
 
 
 def test_zarr_references_lead_to_the_tiles(folder: Path, tmp_path: Path, stored_levels: list[np.ndarray]) -> None:
@@ -170,11 +171,39 @@ def test_zarr_arrays_hold_the_stored_pixels(folder: Path, tmp_path: Path, stored
         np.testing.assert_array_equal(group[str(number)][:], stored)
 
 
+@pytest.mark.parametrize("codec", ["webp", "png", "jpeg2000"])
+def test_zarr_arrays_of_other_codecs(tmp_path: Path, stored_levels: list[np.ndarray], codec: str) -> None:
+    imagecodecs.numcodecs.register_codecs(verbose=False)
+    (tmp_path / "slides").mkdir()
+    slide = tmp_path / "slides/slide.tif"
+    tifffile.imwrite(slide, stored_levels[2], tile=(128, 128), compression=codec, photometric="rgb", metadata=None)
+    assert run(tmp_path / "slides", tmp_path / "index", "--zarr") == 0
+    options = {"fo": str(tmp_path / "index/zarr/slide.tif.json"), "remote_protocol": "file"}
+    store = zarr.storage.FsspecStore.from_url("reference://", storage_options=options, read_only=True)
+    np.testing.assert_array_equal(zarr.open_group(store, mode="r", zarr_format=2)["0"][:], tifffile.imread(slide))
+
+
+def test_another_resolution_of_the_user_needs_no_parsing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "broken.svs").unlink()
+    run(folder, tmp_path / "index")
+    monkeypatch.setattr(index, "index_slide", None)
+    (tmp_path / "mpp.csv").write_text("slide,mpp\ntrain,0.5\n")
+    slide = str(folder / "train.svs")
+    assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "mpp.csv")) == 0
+    found = TileIndexes(tmp_path / "index/tiles.index")[slide]
+    assert (found.mpp, found.mpp_source, found.resolution.own) == (0.5, "user", 0.25)
+    assert run(folder, tmp_path / "index") == 0
+    found = TileIndexes(tmp_path / "index/tiles.index")[slide]
+    assert (found.mpp, found.mpp_source) == (0.25, "slide")
+
+
 def test_faulty_calls_are_refused(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(tmp_path / "nowhere", tmp_path / "index") == 2
     assert "nowhere' does not exist" in caplog.text
     names = tmp_path / "names.txt"
-    (folder / "plain.svs").write_bytes((folder / "deep/plain.svs").read_bytes())
+    (folder / "plain.svs").write_bytes((folder / "train.svs").read_bytes())
     names.write_text(f"{folder}/plain.svs\n{folder}/deep/plain.svs\n")
     assert run(folder, tmp_path / "index", "--mpp-file", str(tmp_path / "none.csv")) == 2
     assert run(names, tmp_path / "index", "--zarr") == 2

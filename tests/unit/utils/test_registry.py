@@ -39,6 +39,20 @@ def test_what_a_part_needs_is_missed_only_where_it_is_used():
         FRUIT["missing"]
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("no_such_module:Part", "no_such_module"),
+        ("json.no_such_module:Part", "json.no_such_module"),
+        ("json:Part", "Part"),
+    ],
+)
+def test_a_module_elsewhere_that_is_missing(name: str, missing: str):
+    with pytest.raises(ImportError) as error:
+        FRUIT[name]
+    assert missing in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
 def test_names_can_be_checked_without_importing_torch():
     program = "import sys, dinov2.extensions; print('torch' in sys.modules, 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False False\n"

@@ -61,7 +61,7 @@ def test_length_of_the_mask_index_never_changes():
         assert batch["n_masked"] <= 28
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 16])
 def test_masks_do_not_depend_on_the_world_size(world_size):
     whole = COLLATE(make_samples(32, 16))["masks"].view(2, 16, -1)
     share = 16 // world_size
@@ -70,7 +70,18 @@ def test_masks_do_not_depend_on_the_world_size(world_size):
         assert torch.equal(part, whole[:, rank * share : (rank + 1) * share])
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 3), (1, 4), (0, 0)])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_odd_batches(size):
+    whole = COLLATE(make_samples(0, 15 * 2))["masks"].view(2, 30, -1)
+    for first in range(0, 30, size):
+        batch = COLLATE(make_samples(first, size))
+        assert torch.equal(batch["masks"].view(2, size, -1), whole[:, first : first + size])
+        # Two masked crops per pair, 5 and 9 patches each: half a pair may have both.
+        assert len(batch["mask_indices"]) == (size // 2 + 1) * 14 == COLLATE.max_masked(size)
+        assert batch["n_masked"] == batch["masks"].sum()
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 4), (0, 0)])
 def test_broken_pairs_are_refused(first, count):
     with pytest.raises(ValueError, match="whole pairs"):
         COLLATE(make_samples(first, count))

@@ -102,8 +102,10 @@ def test_every_crop_is_masked_alike():
 )
 def test_static_bound_holds_for_every_pair(probability, ratios, bound):
     masks = StratifiedMasks(0, GRID, probability, ratios)
-    assert masks.max_masked == bound
+    assert masks.bound(2) == bound
     assert max(masks(pair).sum() for pair in range(400)) <= bound
+    assert 1.5 * bound <= masks.bound(3) <= 2 * bound
+    assert max(masks(pair)[half].sum() for pair in range(400) for half in (0, 1)) <= masks.bound(1)
 
 
 def test_masks_depend_on_seed_and_pair_alone():

@@ -174,8 +174,12 @@ def all_corrupt(folder: Path) -> None:
         path.write_bytes(b"")
 
 
-def other_schema(folder: Path) -> None:
+def foreign(folder: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), folder / "other.parquet")
+
+
+def other_schema(folder: Path) -> None:
+    pq.write_table(pa.table({"x": [b"1"]}), folder / "other.parquet")
 
 
 def only_empty(folder: Path) -> None:
@@ -231,6 +235,7 @@ def few_slides_at_a_time(folder: Path) -> None:
         (garbage, "", [], ["corrupt_files", "png"]),
         (all_corrupt, "", ["no_readable_file"], []),
         (other_schema, "", ["wrong_schema"], ["png"]),
+        (foreign, "", [], ["png"]),
         (only_empty, "", ["no_rows"], []),
         (undecodable, "", ["undecodable"], ["few_rows"]),
         (one_undecodable, "", [], ["corrupt_images", "png", "mixed_images"]),
@@ -274,7 +279,7 @@ def test_remote_datasets(
     (tmp_path / "z.parquet").write_bytes(b"PAR1")
     local = report(tmp_path)
     monkeypatch.setattr(
-        inspection, "open_storage", lambda dataset: RemoteFolder(tmp_path, f"remote://tiles@{'0' * 40}")
+        inspection, "open_storage", lambda *_, **__: RemoteFolder(tmp_path, f"remote://tiles@{'0' * 40}")
     )
     remote = report("org/name")
     assert remote["place"] == f"remote://tiles@{'0' * 40}"

@@ -11,7 +11,7 @@ import tifffile
 
 from dinov2.data.augment.collate import Sample
 from dinov2.data.online.from_list import SlideListSource
-from dinov2.data.slides.sample_list import locate_slide
+from dinov2.data.slides.find import locate
 from dinov2.data.source import DecodeError, EncodedSample
 from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.order import SampleOrder
@@ -114,9 +114,9 @@ def test_slide_root_finds_moved_slides(train_slide: Path, tmp_path: Path) -> Non
     moved.parent.mkdir(parents=True)
     shutil.copy(train_slide, moved)
     for name in ("/data/TCGA/batch 1/s.svs", "batch 1/s.svs", str(moved)):
-        assert locate_slide(name, tmp_path / "mnt") == moved
-    assert locate_slide("/data/other/t.svs", tmp_path / "mnt") == tmp_path / "mnt" / "data/other/t.svs"
-    assert locate_slide("/data/s.svs", None) == Path("/data/s.svs")
+        assert locate(name, "list", tmp_path / "mnt") == str(moved)
+    assert locate("/data/other/t.svs", "list", tmp_path / "mnt") == str(tmp_path / "mnt" / "data/other/t.svs")
+    assert locate("/data/s.svs", "list") == "/data/s.svs"
     listed = write(tmp_path / "list", "/data/TCGA/batch 1/s.svs 600 700 0")
     source = SlideListSource(listed, slide_root=tmp_path / "mnt")
     assert source.read(0, [0])[0][0] == "/data/TCGA/batch 1/s.svs"

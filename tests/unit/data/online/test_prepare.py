@@ -23,8 +23,8 @@ def test_a_slide_is_examined_once_and_again_when_it_or_the_rule_changes(
     make_slide: MakeSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slide, folder, examined = make_slide("a.svs", "|MPP = 0.25"), tmp_path / "cache", []
-    original = TissueMask.of_slide
-    monkeypatch.setattr(TissueMask, "of_slide", lambda *args: examined.append(1) or original(*args))
+    original = TissueMask.of_map
+    monkeypatch.setattr(TissueMask, "of_map", lambda *args: examined.append(1) or original(*args))
     first = prepare_slide(*job(slide, folder))
     assert isinstance(first, OnlineSlide) and prepare_slide(*job(slide, folder)).key == first.key and len(examined) == 1
     os.utime(slide, ns=(1, 1))
@@ -99,11 +99,14 @@ def test_slides_that_give_nothing_say_why(make_slide: MakeSlide, tmp_path: Path)
         assert made.path == str(path) and made.unreadable is unreadable
 
 
-def test_mpp_comes_from_the_slide_then_its_power_then_the_table(make_slide: MakeSlide, tmp_path: Path) -> None:
+def test_mpp_comes_from_the_table_then_the_slide_then_its_power(make_slide: MakeSlide, tmp_path: Path) -> None:
     for name, properties, given, source, side in (
-        ("a.svs", "|AppMag = 20|MPP = 0.25", 0.5, "slide", 224),
-        ("b.svs", "|AppMag = 40", 0.5, "appmag", 224),
+        ("a.svs", "|AppMag = 20|MPP = 0.25", None, "slide", 224),
+        ("b.svs", "|AppMag = 40", None, "appmag", 224),
         ("c.svs", "", 0.125, "user", 448),
+        ("a.svs", "|AppMag = 20|MPP = 0.25", 0.125, "user", 448),  # from the cache
+        ("d.svs", "|MPP = 0.2525", None, "slide", 222),  # within the tolerance
     ):
         made = prepare_slide(*job(make_slide(name, properties), tmp_path / "cache", given))
         assert (made.mpp_source, made.geometries[0].mpp, made.geometries[0].side) == (source, 0.25, side)
+        assert bool(made.mpp_notes) == (name == "a.svs" and given is not None)

@@ -213,7 +213,8 @@ def test_real_slides_give_the_readers_tiles(
     source = make(rows, options=TileOptions(MPPS, (1.0,) * 4))
     given = {Path(slide.path): {g.mpp for g in slide.geometries} for slide in source.slide_list}
     assert given == {jpeg_slide: {0.5, 1.0, 2.0}, jpeg2000_slide: {0.25, 0.5, 1.0, 2.0}}
-    readers = [SlideReader(slide.path, mpp=0.25) for slide in source.slide_list]
+    table = {row.path: row.mpp for row in rows}
+    readers = [SlideReader(slide.path, mpp=table[slide.path]) for slide in source.slide_list]
     for number, image in enumerate(pixels(source, 0, list(range(24)))):
         slide, which, column, row = source.draw(number)
         g, reader = source.slide_list[slide].geometries[which], readers[slide]

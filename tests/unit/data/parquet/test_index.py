@@ -284,8 +284,8 @@ def test_locations_without_shards_are_refused(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(b"x"), "none of the 1 Parquet files .* has a readable footer"),
         (lambda path: write_nanopath(path, []), "holds 0 rows in 1 shards"),
         (
-            lambda path: pq.write_table(pa.table({"image": [b"x"], "y": [1]}), path),
-            "shard '.*0.parquet' has columns image, y; 'image_bytes' or 'jpeg' is expected",
+            lambda path: pq.write_table(pa.table({"picture": [b"x"], "y": [1]}), path),
+            "shard '.*0.parquet' has columns picture, y; .*data.image_column, perhaps 'picture'",
         ),
         (
             lambda path: pq.write_table(pa.table({"jpeg": ["x"]}), path),
@@ -296,8 +296,8 @@ def test_locations_without_shards_are_refused(tmp_path: Path) -> None:
             r"has type fixed_size_binary\[3\]; binary is expected, an image file in each row",
         ),
         (
-            lambda path: pq.write_table(pa.table({"image_bytes": [{"bytes": b"x", "path": "p"}]}), path),
-            "has type struct<bytes: binary, path: string>; binary is expected",
+            lambda path: pq.write_table(pa.table({"image_bytes": [{"bytes": "x", "path": "p"}]}), path),
+            "has type struct<bytes: string, path: string>; binary is expected",
         ),
         (
             lambda path: pq.write_table(pa.table({"image_bytes": [b"x"], "slide_path": [1]}), path),
@@ -319,8 +319,8 @@ def test_locations_without_shards_are_refused(tmp_path: Path) -> None:
             "image_dtype 'float32'",
         ),
         (
-            lambda path: write_published(path, [encode(tile(0), "png")], encoding="webp"),
-            "image_encoding 'webp'; png, jpeg or raw is expected",
+            lambda path: write_published(path, [encode(tile(0), "png")], encoding="zlib"),
+            "image_encoding 'zlib'; .* or raw is expected",
         ),
     ],
     ids=[

@@ -1,27 +1,78 @@
 """Resolutions that users give for slides, and whose word counts."""
 
+import logging
 import math
 from pathlib import Path
 
 import pytest
 
-from dinov2.data.slides.resolution import read_mpp_table, resolve_mpp
+from dinov2.data.slides.resolution import coarsest_level, log_notes, micrometres, read_mpp_table, resolve_mpp
 
 
 @pytest.mark.parametrize(
     ("sides", "power", "user", "expected"),
     [
-        ((0.25, 0.26), 20, 0.5, (0.255, "slide")),
-        ((None, 0.25), 20, 0.4, (0.5, "appmag")),
+        ((0.25, 0.25), 20, None, (0.25, "slide")),
+        ((0.25, 0.25), 20, 0.5, (0.5, "user")),
+        ((None, 0.25), 40, None, (0.25, "slide")),
+        ((None, None), 20, None, (0.5, "appmag")),
+        ((None, None), 20, 0.4, (0.4, "user")),
+        ((0.0685, 0.0685), 100, None, (0.0685, "slide")),
+        ((352.8, 352.8), 20, None, (0.5, "appmag")),
         ((352.8, 352.8), None, 0.4, (0.4, "user")),
         ((math.nan, 0.25), 1000, None, (None, "none")),
         ((0.0, 0.0), 0.0, None, (None, "none")),
-        ((0.1, 4.0), None, None, (2.05, "slide")),
+        ((0.02, 20.0), None, None, (10.01, "slide")),
+        ((0.019, 0.019), None, None, (None, "none")),
     ],
 )
 def test_order_of_sources(sides: tuple, power: float | None, user: float | None, expected: tuple) -> None:
-    mpp, source = resolve_mpp(sides, power, user)
-    assert (mpp if mpp is None else pytest.approx(mpp), source) == expected
+    found = resolve_mpp(sides, power).given(user)
+    assert (found.mpp if found.mpp is None else pytest.approx(found.mpp), found.source) == expected
+
+
+def test_nothing_is_replaced_without_a_word() -> None:
+    plain = resolve_mpp((0.25, 0.25), 40)
+    assert plain.notes == () and plain.given(0.25).notes == ()  # nothing is replaced
+    for found in (plain.given(0.5), resolve_mpp((0.25, 0.5), 40), resolve_mpp((352.8, 352.8), 40)):
+        assert len(found.notes) == 1
+    assert plain.given(0.5).own == 0.25 and plain.given(0.5).given(None) == plain
+    assert resolve_mpp((0.25, 0.252), 40).notes == ()  # as square as scanners are
+    assert resolve_mpp((352.8, 352.8), 40, explicit=False).notes == ()  # 72 dpi, which says nothing
+
+
+def test_each_kind_of_note_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    slides = [(f"{n}.svs", resolve_mpp((0.25, 0.25), 40).given(0.3 + n / 10).notes) for n in range(3)]
+    log_notes(logging.getLogger("test"), [*slides, ("odd.svs", resolve_mpp((0.25, 0.5), 40).notes), ("plain.svs", ())])
+    assert len(caplog.records) == 2 and "0.svs" in caplog.records[0].message and "odd.svs" in caplog.records[1].message
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale"),
+    [
+        *((unit, 1.0) for unit in (None, "um", "\u00b5m", "\u03bcm", "\u00c2\u00b5m", "\u00ce\u00bcm", "\ufffdm")),
+        *((unit, 1.0) for unit in ("\\u00B5m", "&#181;m", "micron", "Micrometer", " um ")),
+        ("nm", 1e-3), ("mm", 1e3), ("cm", 1e4), ("m", 1e6),
+    ],
+)  # fmt: skip
+def test_lengths_in_every_unit_and_encoding(unit: str | None, scale: float) -> None:
+    assert micrometres("0.5", unit) == pytest.approx(0.5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit"), [("0.5", "pixel"), ("0.5", "reference frame"), ("x", "um"), ("0", "um"), ("inf", "um")]
+)
+def test_what_is_no_length(value: str, unit: str) -> None:
+    assert micrometres(value, unit) is None
+
+
+def test_level_within_the_tolerance() -> None:
+    """20x, 0.5 um: slides of 0.40 to 0.60 um serve it at level 0, those of finer ones from the level below it."""
+    assert [coarsest_level((1.0, 4.0), mpp, 0.5) for mpp in (0.25, 0.4, 0.5052, 0.6)] == [0, 0, 0, 0]
+    assert coarsest_level((1.0, 4.0), 0.601, 0.5) is None
+    assert coarsest_level((1.0, 2.0), 0.2525, 0.5) == 1  # 1 % coarser
+    assert coarsest_level((1.0, 2.0), 0.26, 0.5) == 0  # never coarser than that where there is a finer level
+    assert coarsest_level((1.0,), 0.5052, 0.5, tolerance=0) is None
 
 
 def test_table_finds_slides_by_path_name_stem_and_barcode(tmp_path: Path) -> None:
@@ -57,7 +108,7 @@ def test_ambiguous_file_names_do_not_count(tmp_path: Path) -> None:
         ("", r"has columns \[\], but it needs slide and mpp"),
         ("path,mpp\na,0.5\n", r"has columns \['path', 'mpp'\]"),
         ("slide,mpp\na,0.5\nb,0,5\n", r"Line 3 .* slide 'b' the mpp '0'"),
-        ("slide,mpp\na\n", r"Line 2 .* slide 'a' the mpp ''; a name and a number within \(0.1, 4.0\)"),
+        ("slide,mpp\na\n", r"Line 2 .* slide 'a' the mpp ''"),
         ("slide,mpp\na,nan\n", "Line 2"),
         ("slide,mpp\n ,0.5\n", "Line 2"),
         ("slide,mpp\na,0.5\na,0.25\n", "gives slide 'a' both 0.5 and 0.25"),

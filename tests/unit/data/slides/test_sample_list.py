@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2.data.slides.sample_list import locate_slide, read_sample_list
+from dinov2.data.slides.find import locate
+from dinov2.data.slides.sample_list import read_sample_list
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -124,5 +125,17 @@ def test_relative_paths_are_relative_to_the_list(tmp_path: Path, monkeypatch: py
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path / "here")
-    found = [locate_slide(name, None, tmp_path / "lists/list.txt") for name in ("a.svs", "b.svs", "c.svs")]
-    assert found == [tmp_path / name for name in ("lists/a.svs", "here/b.svs", "lists/c.svs")]
+    found = [locate(name, tmp_path / "lists/list.txt") for name in ("a.svs", "b.svs", "c.svs")]
+    assert found == [str(tmp_path / name) for name in ("lists/a.svs", "here/b.svs", "lists/c.svs")]
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfa b.svs 1 2 0\r\nc.svs 3 4 1\r\n", b'"a b.svs" 1 2 0\n"c.svs" 3 4 1\n']
+)
+def test_byte_order_marks_quotes_and_line_ends_do_not_matter(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    found = read_sample_list(tmp_path / "list.txt")
+    assert found.slides == ["a b.svs", "c.svs"] and found.x.tolist() == [1, 3] and found.level.tolist() == [0, 1]
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a b.svs 1 2 0\nc.svs 3 4 1\n")
+    assert found.digest() == read_sample_list(plain).digest()

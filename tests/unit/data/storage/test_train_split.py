@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from dinov2.build.data import recognise
+from dinov2.data.storage.locate import open_storage
 from dinov2.data.storage.train_split import find_train_files
 
 CARD = """---
@@ -42,6 +45,13 @@ LAYOUTS = {
         ["one/a.parquet", "two/b.parquet", "three/c.parquet", "small/d.parquet", "train.parquet"],
         2,
     ),
+    "spellings": (
+        "",
+        ["a.training.parquet", "b-training-1.parquet", "c_train.parquet", "d-testing.parquet", "dev.parquet"],
+        3,
+    ),
+    "evaluation": ("", ["x/training/a.parquet", "x/evaluation/b.parquet", "valid/c.parquet", "train-d.parquet"], 1),
+    "inside words": ("", ["strain-7.parquet", "retrained.parquet", "contest.parquet"], 3),
     "card folder": (FOLDER_CARD, ["frozen/a.parquet", "frozen/train.parquet", "b.parquet"], 1),
 }
 
@@ -89,6 +99,57 @@ def test_names_that_lead_out_of_the_dataset_are_left_out(tmp_path: Path) -> None
     outside = tmp_path / "out.parquet"
     assert find_train_files("org/tiles", [str(outside), "../../out.parquet", "a.parquet"], "") == ["a.parquet"]
     assert not outside.exists()
+
+
+def test_what_is_left_out_is_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    find_train_files("org/tiles", ["data/train-0.parquet", "data/test-0.parquet", "data/val-0.parquet"], "")
+    (record,) = caplog.records
+    assert "data/test-0.parquet, data/val-0.parquet" in record.getMessage()
+    caplog.clear()
+    find_train_files("org/tiles", ["a.parquet", "b.parquet"], "")
+    assert not caplog.records
+
+
+def test_no_keyword_of_datasets_is_overlooked() -> None:
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    names = [f"{word}.parquet" for words in SPLIT_KEYWORDS.values() for word in words]
+    train = [f"{word}.parquet" for word in SPLIT_KEYWORDS["train"]]
+    for name in set(names) - set(train):
+        assert find_train_files("org/tiles", [*train, name], "") == sorted(train)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_folders_are_split_as_the_hub_is_where_that_is_asked_for(tmp_path: Path, remote: bool) -> None:
+    layout = ["data/train-0.parquet", "data/train-1.pq", "data/test-0.parquet", "data/validation-a.parquet"]
+    folder = f"memory://{tmp_path.name}-split" if remote else str(tmp_path / "set")
+    for name in layout:
+        with fsspec.open(f"{folder}/{name}", "wb", auto_mkdir=True) as file:
+            file.write(b"x")
+
+    def names(location: str, **options: bool) -> list[str]:
+        return [file.name for file in open_storage(location, **options).list_files()]
+
+    assert names(folder) == sorted(layout)
+    assert names(folder, train_only=True) == layout[:2]
+    assert names(f"{folder}/data", train_only=True) == ["train-0.parquet", "train-1.pq"]
+    assert names(f"{folder}/**/*.parquet", train_only=True) == [n for n in sorted(layout) if n.endswith(".parquet")]
+    assert names(f"{folder}/data/test-0.parquet", train_only=True) == ["test-0.parquet"]
+    with fsspec.open(f"{folder}/README.md", "w") as file:
+        file.write("---\nconfigs:\n- config_name: default\n  data_files: data/val*\n---\n")
+    assert names(folder, train_only=True) == ["data/validation-a.parquet"]
+    with fsspec.open(f"{folder}/README.md", "w") as file:
+        file.write("---\nlicense: mit\n---\n")
+    assert names(folder, train_only=True) == layout[:2]
+
+
+@pytest.mark.parametrize("suffix", [".pq", ".PARQUET", ".Parquet", ".PQ"])
+def test_other_endings_are_found(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in (f"a{suffix}", f"deep/b{suffix}", f".c{suffix}", f"d{suffix}.tmp", "e.csv"):
+        (tmp_path / name).touch()
+    assert [file.name for file in open_storage(str(tmp_path)).list_files()] == [f"a{suffix}", f"deep/b{suffix}"]
+    assert recognise(str(tmp_path)) == "parquet"
 
 
 def test_no_file_is_no_error() -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
+from skimage.measure import block_reduce
 
 from prepatching_scripts.make_demo_slide import make_demo_slides
 from tests.helpers.embedding import MEAN, contents, embed, expected, make_teacher, refused, rows_of
@@ -31,10 +32,11 @@ def slides(tmp_path_factory):
 
 def grid(slide, mpp, size, stride, least):
     """Corners (x, y) of the tissue tiles of a demo slide, from tifffile's pixels: squares of 32 level-0 px are
-    counted on the coarsest level, tile by tile."""
+    counted on means of 16 x 16 px, tile by tile."""
     with tifffile.TiffFile(slide) as tiff:
         levels = [page.asarray() for page in tiff.pages if page.is_tiled]
-    hsv = cv2.cvtColor(levels[2], cv2.COLOR_RGB2HSV)
+    means = np.rint(block_reduce(levels[0], (16, 16, 1), np.mean)).astype(np.uint8)
+    hsv = cv2.cvtColor(means, cv2.COLOR_RGB2HSV)
     tissue = ((hsv >= (90, 8, 103)) & (hsv <= (180, 255, 255))).all(2)
     downsample = 2 if mpp >= 0.5 else 1
     height, width = (side // downsample for side in levels[0].shape[:2])
@@ -43,7 +45,7 @@ def grid(slide, mpp, size, stride, least):
     while (top := round(row * stride * mpp / 0.25 / downsample)) + side <= height:
         column = 0
         while (left := round(column * stride * mpp / 0.25 / downsample)) + side <= width:
-            edges = [round(edge * downsample / 32) * 8 for edge in (top, top + side, left, left + side)]
+            edges = [round(edge * downsample / 32) * 2 for edge in (top, top + side, left, left + side)]
             square = tissue[edges[0] : edges[1], edges[2] : edges[3]]
             if square.sum() >= least * (edges[1] - edges[0]) * (edges[3] - edges[2]):
                 places.append((left * downsample, top * downsample))
@@ -85,9 +87,9 @@ def test_folders_and_lists_of_slides(teacher, slides, tmp_path):
 
 
 def test_slides_of_one_name_and_without_tissue(teacher, slides, tmp_path, capsys):
-    for place in ("a", "b"):
+    for place, slide in (("a", "demo_holdout"), ("b", "demo_train")):
         (tmp_path / "in" / place).mkdir(parents=True)
-        os.link(slides / "demo_holdout.svs", tmp_path / "in" / place / "s.svs")
+        os.link(slides / f"{slide}.svs", tmp_path / "in" / place / "s.svs")
     output = embed(teacher, tmp_path / "in", tmp_path / "out", "--mpp", 1, "--tile-size", 56)
     names = sorted(path.stem for path in output.glob("*.parquet"))
     assert len(names) == 2 and all(name.startswith("s.") for name in names)

@@ -301,7 +301,8 @@ def test_weights_that_the_dtype_cannot_hold(value, tmp_path, caplog):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["teacher"]["backbone.norm.bias"][3] = value
     torch.save(checkpoint, path)
-    assert "teacher's norm.bias is not finite in torch.float16" in refusal(caplog, path, "meta", "--dtype", "fp16")
+    said = refusal(caplog, path, "meta", "--dtype", "fp16")
+    assert "norm.bias" in said and "not finite" in said
 
 
 @pytest.mark.parametrize("kind", ["folder", "absent", "no backbone", "stated otherwise"])
@@ -311,12 +312,12 @@ def test_checkpoints_that_are_no_teacher(kind, tmp_path, caplog):
         message, path = "is a folder; name the .pth or .safetensors file in it", tmp_path / "sub/x"
         path.mkdir(parents=True)
     elif kind == "absent":
-        message, path = "does not exist; give a .pth file or a URL", tmp_path / "none.pth"
+        message, path = "does not exist; give a .pth", tmp_path / "none.pth"
     elif kind == "no backbone":
         message = "hold no backbone: cls_token, pos_embed, patch_embed.proj.weight missing; a DINOv2 ViT is expected"
         torch.save({"teacher": {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, path)
     else:
-        message = "do not fit the model: they have 4 registers and the model 0; unknown: register_tokens"
+        message = "do not fit the model: they have 4 registers, the model 0 registers"
         stated = {"arch": "vit_demo", "patch_size": 14, "init_values": 1.0}
         path.with_suffix(".json").write_text(json.dumps({"architecture": stated}))
     assert message in refusal(caplog, path)

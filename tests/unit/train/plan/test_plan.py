@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import dinov2
@@ -12,6 +13,7 @@ from dinov2.configs import load_config
 from dinov2.train.plan.measure import Cost, StepFlops
 from dinov2.train.plan.plan import ASSUMED_GPU, describe_plan, find_gpu, make_plan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.update.optim import Schedules
 
 RECIPE = Path(dinov2.__file__).parent / "configs" / "train" / "vitg14_reg4.yaml"
 
@@ -31,8 +33,48 @@ def test_a_resumed_run_keeps_its_global_batch():
 
 
 def test_a_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="384 images does not divide into pairs over 5 processes"):
+    with pytest.raises(ValueError, match="384 images does not divide over 5 processes"):
         make_plan(load_config(RECIPE), 5, global_batch=384)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "images"),
+    [
+        (10_000, 1_000_000),  # a hundred passes
+        (2_000_000, 96_000_000),  # as many images as the published run
+        (100_000_000, 300_000_000),  # three passes
+    ],
+)
+def test_epochs_by_the_number_of_tiles(tiles: int, images: int):
+    config = load_config(RECIPE, ["optim.epochs=auto", "optim.early_stop=null"])
+    plan = make_plan(config, 8, num_tiles=tiles)
+    assert plan.total_steps == plan.schedule_steps == 100 * plan.epoch_steps
+    assert plan.total_images == pytest.approx(images, rel=0.02)
+    half = make_plan(load_config(RECIPE, ["optim.epochs=auto", "optim.early_stop=50"]), 8, num_tiles=tiles)
+    assert 2 * half.total_steps == half.schedule_steps == plan.schedule_steps
+
+
+def test_epochs_of_very_few_tiles_and_of_no_number():
+    config = load_config(RECIPE, ["optim.epochs=auto"])
+    plan = make_plan(config, 8, num_tiles=1)
+    assert plan.epoch_steps == 1 and plan.total_steps == 100
+    with pytest.raises(ValueError, match=r"optim.epochs = auto .*online.max_patches"):
+        make_plan(config, 8)
+
+
+def test_lengths_beyond_the_run_end_with_it():
+    overrides = ["optim.epochs=5", "optim.early_stop=200", "optim.warmup_epochs=10", "optim.min_lr=0"]
+    config = load_config(RECIPE, overrides)
+    plan = make_plan(config, 8)
+    assert plan.total_steps == plan.schedule_steps == 5 * 1250
+    lr = Schedules(config.optim, config.teacher, plan).lr
+    rates = [lr[step] for step in range(plan.total_steps)]
+    np.testing.assert_allclose(rates, np.linspace(0, plan.peak_lr, 12_500)[:6250], rtol=1e-9)
+
+
+def test_odd_batches_divide():
+    plan = make_plan(load_config(RECIPE, ["train.batch_size_per_gpu=7"]), 3)
+    assert (plan.global_batch, plan.local_batch) == (21, 7)
 
 
 def test_described_plan_names_its_assumptions():

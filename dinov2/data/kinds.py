@@ -1,0 +1,79 @@
+"""Kinds of data: which of the registered ones a path names."""
+
+import glob
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dinov2.configs import load_config
+from dinov2.data.source import Source, SourceRequest
+from dinov2.extensions import SOURCES
+from dinov2.utils.walk import visible_files
+
+_MOST_FILES = 1_000_000
+
+
+def recognise(path: str) -> str:
+    """The kind of data that a path names, the first of `dinov2.extensions.SOURCES` that recognises it.
+
+    FileNotFoundError if there is no such path, ValueError if it is of no known kind.
+    """
+    endings.cache_clear()
+    for name, kind in SOURCES.items():
+        if kind().recognises(path):
+            return name
+    there = Path(path.removeprefix("file://")).expanduser()
+    known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
+    if there.is_dir():
+        files = sorted(file.name for file in islice(there.iterdir(), 1000))
+        seen = f"a folder that holds {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}" if files else "empty"
+    elif there.is_file():
+        with there.open("rb") as file:
+            seen = f"a file that begins with {file.read(20)!r}"
+    else:
+        raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
+    raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one.")
+
+
+@lru_cache(1)
+def endings(path: str) -> Mapping[str, str]:
+    """Endings of the file names in a local folder with its subfolders, of a glob or of a file, in lower case.
+
+    Of each one file that has it is named. Hidden files and folders are left out. Two names are endings of their own:
+    ``.tar.gz`` and other compressed tar files, and ``metadata.parquet``, which may lie beside images. A folder of a
+    million files takes a second or more, so the last answer is kept; `recognise` forgets it.
+    """
+    path = os.path.expanduser(path.removeprefix("file://"))
+    if os.path.isdir(path):
+        files = map(os.fspath, visible_files(path))
+    elif glob.has_magic(path) and not os.path.exists(path):
+        files = glob.iglob(path, recursive=True)
+    else:
+        files = iter([path] if os.path.isfile(path) else [])
+    found: dict[str, str] = {}
+    for file in islice(files, _MOST_FILES):
+        name = os.path.basename(file).lower()
+        stem, ending = os.path.splitext(name)
+        special = name == "metadata.parquet" or stem.endswith(".tar")
+        found.setdefault((name if not stem.endswith(".tar") else f".tar{ending}") if special else ending, file)
+    return found
+
+
+def open_source(path: str, kind: str = "auto", **keys: Any) -> tuple[str, Source]:
+    """Open a dataset outside a run, with values of keys of section ``data``; gives its kind and source.
+
+    ValueError if it is drawn without end, and as `SourceKind.open` raises.
+    """
+    kind = recognise(path) if kind == "auto" else kind
+    config = load_config(None)
+    config = replace(config, data=replace(config.data, path=path, **keys))
+    part = SOURCES[kind]()
+    options = part.Options() if hasattr(part, "Options") else None
+    source = part.open(SourceRequest(path, "", config, options, None, lambda slide: True))
+    if getattr(source, "is_endless", False):
+        raise ValueError(f"'{path}' is of the kind '{kind}', which is drawn without end")
+    return kind, source

@@ -1,0 +1,1 @@
+"""Parquet shards made of a dataset of any kind."""

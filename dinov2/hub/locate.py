@@ -1,0 +1,91 @@
+"""From the name of weights to a file here: a path, a folder of timm or transformers, an id on the Hugging Face hub."""
+
+import json
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+# In the order in which a folder of several is searched; the indexes name the parts of weights that are split.
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_CONFIGS = ("config.json", "preprocessor_config.json")
+_HUB = re.compile(
+    r"(?P<scheme>hf[-_]hub:|hf://)?(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^/@]+))?"
+    r"(/(?P<file>.+))?"
+)
+INDEX = ".index.json"
+"""Ending of a file that lists the files over which weights are split."""
+
+
+def weights_path(name: str) -> Path:
+    """Path of the file that a name means, its index where it is split; paths of files stay as they are, there or not.
+
+    Names are a file; a folder that holds one (``model.safetensors`` of several; timm's ``local-dir:`` may stand
+    before it); ``org/name[@revision]`` on the hub, timm's ``hf-hub:org/name``, or ``hf://org/name[@revision][/file]``.
+    What is here wins over the hub, from which weights are downloaded to its cache once, with their configurations.
+
+    Raises IsADirectoryError if a folder holds no weights, or several; FileNotFoundError if the hub has none of the
+    name, or no answer.
+    """
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        files = [entry.name for entry in path.iterdir() if entry.is_file()]
+        return path / _chosen(repr(str(path)), files)
+    if path.exists() or not (hub := hub_id(name)):
+        return path
+    return _downloaded(hub)
+
+
+def hub_id(name: str) -> re.Match[str] | None:
+    """The parts of a name on the hub: ``repo``, ``revision``, ``file``; None where it can only be a path or a URL."""
+    found = _HUB.fullmatch(name)
+    if found and not found["scheme"] and (found["file"] or name.endswith((*_ENDINGS, ".json"))):
+        return None
+    return found
+
+
+def _chosen(place: str, files: Collection[str]) -> str:
+    """The weights among the files of a folder."""
+    weights = sorted(file for file in files if file.endswith(_ENDINGS) and not file.startswith("."))
+    for name in _NAMES:
+        if name in files:
+            return name
+    if len(weights) == 1:
+        return weights[0]
+    found = ", ".join(weights[:6]) or "there is none"
+    raise IsADirectoryError(f"{place} is a folder; name the .pth or .safetensors file in it ({found}).")
+
+
+def _downloaded(hub: re.Match[str]) -> Path:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo, revision, file = hub["repo"], hub["revision"], hub["file"]
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    place = f"'{repo}' on the Hugging Face hub"
+    try:
+        try:
+            info = api.model_info(repo, revision=revision, timeout=10)
+        except HfHubHTTPError:
+            raise
+        except Exception:  # of some HTTP library: no answer, so what an earlier download has left will do
+            folder = api.snapshot_download(repo, revision=revision, local_files_only=True)
+            present = [str(path.relative_to(folder)) for path in Path(folder).rglob("*")]
+            return Path(folder, file or _chosen(place, present))
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        file = file or _chosen(place, files)
+        wanted = [file, str(PurePosixPath(file).with_suffix(".json")), *_CONFIGS]
+        if file.endswith(INDEX):
+            split = Path(api.snapshot_download(repo, revision=revision, allow_patterns=[file]), file)
+            wanted += set(json.loads(split.read_text())["weight_map"].values())
+        path = Path(api.snapshot_download(repo, revision=revision, allow_patterns=wanted), file)
+    except IsADirectoryError:
+        raise
+    except Exception as error:  # of the hub's library, or of the HTTP library that it uses
+        reason = " ".join(str(error).split())[:300]
+        here = f"There is no local path {os.fspath(hub[0])!r}, and " if not hub["scheme"] else ""
+        raise FileNotFoundError(f"{here}{place} cannot be read ({reason}).") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"{place} holds no file {file!r}.")
+    return path
