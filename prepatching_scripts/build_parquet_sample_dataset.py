@@ -40,7 +40,7 @@ from dinov2.data.slides.identity import slides_and_patients
 from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
 from dinov2.data.slides.sample_list import read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
 from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.provenance import package_versions
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             raise OSError(f"No room left in '{args.output}'; make some, then run the same command again.") from error
         if failed <= args.max_failed_share * total:
             return DONE
-        logger.error("%d of %d tiles failed, see %s.", failed, total, build.report)
+        logger.error(told_failures(failed, total, "tiles", build.report))
         return FAILURES
 
     return run_command(body, logger, errors=(SlideError,), resumable=True)

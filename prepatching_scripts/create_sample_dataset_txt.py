@@ -27,7 +27,7 @@ from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, log_doubts, rule_of_options
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
 from dinov2.utils.files import json_lines, leftovers, write_new
 from dinov2.utils.jobs import run_jobs
 
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if failed <= args.max_failed_share * total:
             return DONE
-        logger.error("%d of %d slides failed, see %s.failures.jsonl.", failed, total, args.output)
+        logger.error(told_failures(failed, total, "slides", Path(f"{args.output}.failures.jsonl")))
         return FAILURES
 
     return run_command(body, logger, resumable=True)

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command, told_failures
 from dinov2.utils.files import json_lines, write_json, write_text
 from prepatching_scripts.gdc.download import Downloads, Stopped, part_of
 from prepatching_scripts.gdc.manifest import GdcFile, manifest_lines, read_manifest
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         failed = download(gdc, jobs, folder, stop, args)
         if not failed:
             return DONE
-        logger.error("%d of %d files failed, see %s.", failed, len(jobs), folder / FAILED)
+        logger.error(told_failures(failed, len(jobs), "files", folder / FAILED))
         return FAILURES
 
     return run_command(body, logger, resumable=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from dinov2.data.slides.find import find_slides
 from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
 from dinov2.data.slides.resolution import MppTable, log_notes, read_mpp_table
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
 from dinov2.utils.files import json_lines, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         total, failed = index_collection(args.slides, args.output, table, args.slide_root, args.workers, args.zarr)
         if failed <= args.max_failed_share * total:
             return DONE
-        logger.error("%d of %d slides failed, see %s.", failed, total, args.output / FAILURES_NAME)
+        logger.error(told_failures(failed, total, "slides", args.output / FAILURES_NAME))
         return FAILURES
 
     return run_command(body, logger, resumable=True)

@@ -1,6 +1,7 @@
 """Common parts of all commands: exit statuses, how errors end a command, and one name for each option."""
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -23,6 +24,14 @@ class Terminated(BaseException):
 
 class ToldElsewhere(RuntimeError):
     """An end whose reason another process of the same command says."""
+
+
+def told_failures(failed: int, total: int, what: str, report: Path) -> str:
+    """Say how many failed, why the first of a report of JSON lines with a `reason` did, and where the others are."""
+    with report.open() as file:
+        first = json.loads(file.readline())
+    name = next(first[key] for key in ("slide", "slide_path", "file") if key in first)
+    return f"{failed} of {total} {what} failed, such as '{name}': {first['reason']}; see {report}."
 
 
 def run_command(

@@ -147,7 +147,7 @@ def test_unreadable_tiles_are_listed_and_leave_no_row(
     ]
     listed.write_text("".join(good[:50] + bad + good[50:] + [f"{broken} 400 500 0\n"]))
     assert build(listed, tmp_path / "out") == 1
-    assert f"4 of 105 tiles failed, see {tmp_path / 'out' / 'failures.jsonl'}." in caplog.text
+    assert "4 of 105 tiles" in caplog.text and str(tmp_path / "out" / "failures.jsonl") in caplog.text
     records = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert [(Path(r["slide_path"]).name, r["x"], r["level"]) for r in records] == [
         ("broken.svs", 1100, 0), ("broken.svs", 2200, 0), ("broken.svs", 0, 9), ("gone.svs", 0, 0)

@@ -120,7 +120,7 @@ def test_bad_slides_are_listed_and_good_ones_complete(
     output = tmp_path / "list.txt"
 
     assert create(folder, output, "--levels", "0") == 1
-    assert f"4 of 5 slides failed, see {output}.failures.jsonl." in caplog.text
+    assert "4 of 5 slides" in caplog.text and f"{output}.failures.jsonl" in caplog.text
     failures = failures_of(output)
     assert failures[str(blank)] == failures[str(small)] == "no tile passed the tissue rule"
     assert "not a whole slide" in failures[str(folder / "page.svs")]

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,10 @@ def test_older_spellings_of_options_stay_valid():
     assert old == new and vars(new) == {
         "pooling": "cls_mean", "dtype": "bf16", "image_size": 98, "device": None, "workers": 3,
     }  # fmt: skip
+
+
+def test_the_first_failure_is_told_with_its_reason(tmp_path: Path) -> None:
+    report = tmp_path / "failures.jsonl"
+    report.write_text('{"slide": "a b.svs", "reason": "cut short"}\n{"slide": "c.svs", "reason": "gone"}\n')
+    told = cli.told_failures(2, 5, "slides", report)
+    assert all(part in told for part in ("2 of 5 slides", "'a b.svs'", "cut short", str(report)))
