@@ -18,7 +18,6 @@ other. What a part left undone is done by starting it again, or by the same comm
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
@@ -41,7 +40,16 @@ from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
 from dinov2.data.slides.sample_list import read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
 from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
-from dinov2.utils.files import check_description, json_lines, leftovers, locked, write_json, write_text
+from dinov2.utils.files import (
+    check_description,
+    check_report,
+    json_lines,
+    leftovers,
+    locked,
+    naming_full_disk,
+    write_json,
+    write_text,
+)
 from dinov2.utils.jobs import run_jobs
 from dinov2.utils.provenance import package_versions
 
@@ -49,7 +57,6 @@ logger = logging.getLogger("build_parquet_sample_dataset")
 
 DESCRIPTION = "_build.json"
 SHUFFLED_ROWS_PER_SHARD = 20_000
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Options of OpenMidnight's command that decide nothing here, without and with a value; then those that are refused.
 _FLAGS = {
     "--keep-order": "rows are in the order of the list, slide by slide, unless --shuffle is given",
@@ -167,7 +174,7 @@ def build_dataset(build: Build) -> tuple[int, int]:
         OSError: if a file cannot be written.
     """
     output, mine, is_whole = build.args.output, build.mine, build.args.num_parts == 1
-    _refuse_foreign_report(build.report)
+    check_report(build.report, _FAILURE)
     if not check_description(output / DESCRIPTION, build.identity):
         _finished_shards(build, range(len(build.rows)))  # refuses what others made
         output.mkdir(parents=True, exist_ok=True)
@@ -233,17 +240,6 @@ def _finished_shards(build: Build, mine: range) -> dict[int, parquet.Failures]:
             )
         finished[number] = json.loads(metadata[b"failures"])
     return finished
-
-
-def _refuse_foreign_report(path: Path) -> None:
-    try:
-        ours = all(set(json.loads(line)) == _FAILURE for line in path.read_text().splitlines())
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"'{path}' was not made by this command; give another --output or move it away.")
 
 
 def _check_openmidnights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -315,13 +311,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:
-        try:
+        with naming_full_disk(args.output):
             build = Build(args)
             total, failed = build_dataset(build)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise OSError(f"No room left in '{args.output}'; make some, then run the same command again.") from error
         if failed <= args.max_failed_share * total:
             return DONE
         logger.error(told_failures(failed, total, "tiles", build.report))

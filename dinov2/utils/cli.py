@@ -89,6 +89,13 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
     return number
 
 
+def local_folder(text: str) -> Path:
+    """Type of an argument for argparse: a folder on this machine."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"it is '{text}', but it must be a local folder")
+    return Path(text).expanduser()
+
+
 _COLOUR = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
 _COLOUR["help"] = "to normalise images with (default: as trained, else ImageNet's)"
 # One name for each option, its older spellings in single commands, which stay valid, and what argparse is told of it.

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside, brought to the disk, then renamed; and locks between processes."""
 
+import errno
 import fcntl
 import filecmp
 import json
@@ -96,6 +97,35 @@ def leftovers(folder: Path) -> Iterator[tuple[str, Path]]:
     for partial in folder.glob(".*.part"):
         if match := _PARTIAL.fullmatch(partial.name):
             yield match[1], partial
+
+
+def check_report(path: Path, keys: set[str]) -> None:
+    """Raise FileExistsError if a file of JSON lines is there whose objects have other keys, so that it is not ours."""
+    try:
+        ours = all(set(json.loads(line)) == keys for line in path.read_text().splitlines())
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        ours = isinstance(error, FileNotFoundError)
+    if not ours:
+        raise FileExistsError(f"'{path}' was not made by this command; give another destination or move it away")
+
+
+def check_apart(source: str, folder: str | Path, destination: Path) -> None:
+    """Raise ValueError if a destination overlaps the local folder of a source; beside a single file it may lie."""
+    here, target = Path(folder).resolve(), destination.resolve()
+    below = here in target.parents and not Path(source).expanduser().is_file()
+    if target == here or target in here.parents or below:
+        raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
+
+
+@contextmanager
+def naming_full_disk(folder: str | Path) -> Iterator[None]:
+    """Say of a full disk or quota what to do, as OSError; for commands that go on where they stopped."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"No room left in '{folder}'; make some, then run the same command again.") from error
 
 
 def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:

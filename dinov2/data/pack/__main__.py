@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from dinov2.data.kinds import open_source
 from dinov2.data.pack.shard import SOURCE_KEY, PackJob, pack_shard
 from dinov2.data.source import Source
 from dinov2.extensions import SOURCES
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command
-from dinov2.utils.files import json_lines, leftovers, locked, write_text
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, local_folder, run_command
+from dinov2.utils.files import check_apart, check_report, json_lines, leftovers, locked, naming_full_disk, write_text
 from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("pack")
@@ -38,6 +39,7 @@ def pack_dataset(source: Source, destination: Path, shard_bytes: int, workers: i
     per_shard = max(1, math.ceil(len(source.group_rows) / max(1, math.ceil(source.group_bytes.sum() / shard_bytes))))
     firsts = range(0, len(source.group_rows), per_shard)
     identity = json.dumps({"fingerprint": source.fingerprint, "groups": per_shard}, sort_keys=True).encode()
+    check_report(destination / _FAILURES, {"tile", "reason"})
     destination.mkdir(parents=True, exist_ok=True)
     with locked(destination, busy=f"another pack is writing into '{destination}'; wait for it or stop it"):
         for _, partial in leftovers(destination):  # of a run that was killed
@@ -52,9 +54,9 @@ def pack_dataset(source: Source, destination: Path, shard_bytes: int, workers: i
         missing = [job for job in jobs if job.path.name not in there]
         lost = _read_failures(destination / _FAILURES) if there else {}
         for _, failed in run_jobs(pack_shard, missing, workers, "shard"):
-            lost |= failed
-        if lost:
-            write_text(destination / _FAILURES, json_lines({"tile": t, "reason": lost[t]} for t in sorted(lost)))
+            if failed:  # listed at once, since a run that goes on does not look at finished shards again
+                lost |= failed
+                write_text(destination / _FAILURES, json_lines({"tile": t, "reason": lost[t]} for t in sorted(lost)))
     seconds = time.monotonic() - started
     size = sum((destination / name).stat().st_size for name in names)
     words = "%d shards written, %d were there: %d tiles, %.1f MB in %.1f s"
@@ -93,17 +95,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="Exit status: 0 done, 1 done but some images cannot be read, 2 not done, with the reason.",
     )
     parser.add_argument("source", metavar="SRC", help="what data.path would name")
-    parser.add_argument("destination", metavar="DST", help="folder for the shards")
+    parser.add_argument("destination", metavar="DST", type=local_folder, help="folder for the shards")
     parser.add_argument("--kind", choices=("auto", *SOURCES), default="auto", help="what SRC is, where not recognised")
     parser.add_argument("--groups-file", metavar="FILE", default="", help="as data.groups_file")
     parser.add_argument("--patient-pattern", metavar="REGEX", default="", help="as data.patient_pattern")
     parser.add_argument("--image-column", metavar="NAME", default="", help="as data.image_column")
     parser.add_argument("--shard-mb", type=at_least(1), default=500, help="megabytes of images of a shard (500)")
     add_options(parser, "--workers")
-    args = parser.parse_args(argv)
-    if "://" in args.destination:
-        parser.error(f"DST is '{args.destination}', but it must be a local folder")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         told = {name: getattr(args, name) for name in ("groups_file", "patient_pattern", "image_column")}
         source = open_source(args.source, args.kind, **told)[1]
-        lost = pack_dataset(source, Path(args.destination).expanduser(), args.shard_mb * 10**6, args.workers)
+        if os.path.exists(location := getattr(source, "location", "")):
+            check_apart(args.source, location, args.destination)
+        with naming_full_disk(args.destination):
+            lost = pack_dataset(source, args.destination, args.shard_mb * 10**6, args.workers)
         return FAILURES if lost else DONE
 
     return run_command(body, logger, resumable=True)

@@ -6,8 +6,6 @@ on when the same command runs again. Files of SRC that cannot be read are listed
 """
 
 import argparse
-import errno
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,13 +15,12 @@ from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_foot
 from dinov2.data.repack.shard import SOURCE_KEY, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import NAMES, open_storage
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command
-from dinov2.utils.files import json_lines, leftovers, locked, write_text
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, local_folder, run_command
+from dinov2.utils.files import check_apart, check_report, json_lines, leftovers, locked, naming_full_disk, write_text
 from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("repack")
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FAILURES = "failures.jsonl"
 
 
@@ -108,17 +105,8 @@ def _finished(jobs: dict[str, RepackJob], destination: Path) -> set[str]:
 def _check_destination(source: str, storage: Storage, destination: Path) -> None:
     """Refuse a destination that overlaps the source, or has a list of failures that another program made."""
     if isinstance(storage, LocalStorage):
-        folder, target = Path(storage.location).resolve(), destination.resolve()
-        below = folder in target.parents and not Path(source).expanduser().is_file()
-        if target == folder or target in folder.parents or below:
-            raise ValueError(f"source '{source}' and destination '{destination}' overlap; give a folder apart from it")
-    path = destination / _FAILURES
-    try:
-        ours = all(set(json.loads(line)) == {"file", "reason"} for line in path.read_text().splitlines())
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        ours = isinstance(error, FileNotFoundError)
-    if not ours:
-        raise FileExistsError(f"'{path}' was not made by this command; give another destination or move it away")
+        check_apart(source, storage.location, destination)
+    check_report(destination / _FAILURES, {"file", "reason"})
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -131,16 +119,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "command then goes on. Exit status: 0 done, 1 done but some files cannot be read, 2 not done, with the reason.",
     )
     parser.add_argument("source", metavar="SRC", help=NAMES)
-    parser.add_argument("destination", metavar="DST", help="folder for the new files, apart from SRC")
+    parser.add_argument("destination", metavar="DST", type=local_folder, help="folder for the files, apart from SRC")
     parser.add_argument("--row-group-rows", type=at_least(1), default=64, help="rows of a row group (64)")
     codecs = ("none", "snappy", "zstd", "lz4", "gzip")
     text = "codec of the image column (none: PNG and JPEG do not get smaller)"
     parser.add_argument("--compression", choices=codecs, default="none", help=text)
     add_options(parser, "--workers")
-    args = parser.parse_args(argv)
-    if "://" in args.destination:
-        parser.error(f"DST is '{args.destination}', but it must be a local folder")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,14 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> int:
-        destination, layout = Path(args.destination).expanduser(), (args.row_group_rows, args.compression)
-        try:
-            return FAILURES if repack_dataset(args.source, destination, *layout, args.workers) else DONE
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            message = f"no room left in '{args.destination}'; make some, then run the same command again"
-            raise OSError(message) from error
+        with naming_full_disk(args.destination):
+            layout = args.row_group_rows, args.compression
+            return FAILURES if repack_dataset(args.source, args.destination, *layout, args.workers) else DONE
 
     return run_command(body, logger, resumable=True)
 

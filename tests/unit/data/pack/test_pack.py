@@ -61,3 +61,19 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     (Path(path) / "new.png").write_bytes(next(reversed(files.values())))
     assert pack(arguments) == 2
     assert {shard.name: shard.read_bytes() for shard in out.glob("*.parquet")} == shards
+
+
+@pytest.mark.parametrize("destination", ["set", "set/shards", "."])
+def test_shards_lie_apart_from_what_is_packed(tmp_path: Path, destination: str) -> None:
+    path = write_collection("images", tmp_path / "set", FILES)
+    assert pack([path, str(tmp_path / destination), "--workers", "1"]) == 2
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_report_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    path = write_collection("tar", tmp_path / "set", FILES)
+    report = tmp_path / "out" / "failures.jsonl"
+    report.parent.mkdir()
+    report.write_text('{"mine": 1}\n')
+    assert pack([path, str(report.parent), "--workers", "1"]) == 2
+    assert report.read_text() == '{"mine": 1}\n'
