@@ -39,7 +39,6 @@ from dinov2.data.images.files import IMAGES
 from dinov2.data.images.index import load_index as load_images
 from dinov2.data.images.source import ImageSource
 from dinov2.data.images.tar import TarShards
-from dinov2.data.kinds import open_source
 from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import decode_image
@@ -48,7 +47,6 @@ from dinov2.data.storage.sidecar import write_sidecar
 from dinov2.data.stream.memory import GIB, Prefetch, memory_bound
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader
-from tests.helpers.collections import SLIDES, write_collection
 from tests.helpers.reference_transforms import reference_crops
 
 SIZE = 224
@@ -256,38 +254,6 @@ def measure_images(folder: Path, count: int = 1_000_000, real: int = 20_000) -> 
     return result
 
 
-def measure_sources(folder: Path, tiles: list[bytes], seconds: float) -> dict[str, float]:
-    """CPU milliseconds to read an image from each kind of collection, without decoding it."""
-    files = {f"{number:06d}.jpg": tiles[number % len(tiles)] for number in range(2_560)}
-    folder.mkdir()
-    result = {}
-    for kind, form in {
-        "parquet": "parquet",
-        "images": "images",
-        "tar": "tar",
-        "zip": "zip",
-        "hdf5": "hdf5-files",
-    }.items():
-        if kind == "parquet":
-            path = str(write_shards(folder / kind, list(files.values()), 1, len(files)))
-        else:
-            path = write_collection(form, folder / kind, {f"{slide_name(n)}/{n}": data for n, data in files.items()})
-        source = open_source(path, kind)[1]
-        groups = iter(range(10**9))
-        rows = range(64)
-
-        def read(source: Any = source, groups: Any = groups, rows: range = rows) -> None:
-            source.read(next(groups) % (len(source.group_rows) - 1), rows)
-
-        result[kind] = cpu_ms(read, seconds) / len(rows)
-    return result
-
-
-def slide_name(name: str) -> str:
-    """One of the slides that the collections of the tests have, 512 tiles each."""
-    return SLIDES[int(Path(name).stem) // 512]
-
-
 def table(results: dict[str, Any]) -> str:
     """The figures that have a target, as Markdown."""
     transform, reader, seek = (results[key] for key in ("transform_ms", "reader", "seek"))
@@ -314,11 +280,6 @@ def table(results: dict[str, Any]) -> str:
             "",
         ),
         ("as many in tar shards, from the kept index", f"{images['tar_open_s']:.1f} s; {images['tar_mb']:.0f} MB", ""),
-        (
-            "read an image, CPU: " + ", ".join(results["read_ms"]),
-            ", ".join(f"{v:.3f}" for v in results["read_ms"].values()) + " ms",
-            "",
-        ),
         ("distinct slides in a batch of 384", f"{mixing['slides_in_1_steps']:.0f}", "370"),
         ("in 100 batches", f"{mixing['slides_in_100_steps']:.0f}", "2,800"),
         ("stored tiles held by 8 processes at most, PNG", f"{memory['png_105kb']:.1f} GiB", "19.6 GiB"),
@@ -355,7 +316,6 @@ def main(argv: list[str] | None = None) -> int:
         results["transform_ms"] = measure_transforms(args.seconds)
         results["reader"] = measure_reader(shards, args.seconds)
         results["images"] = measure_images(folder, 1_000_000 // scale, 20_000 // scale)
-        results["read_ms"] = measure_sources(folder / "kinds", jpegs, args.seconds)
         results["seek"] = measure_seek(folder, shards=12_000 // scale)
     results["mixing"] = {name: measure_mixing(rows // scale) for name, rows in COLLECTIONS.items()}
     results["memory_gib"] = {name: compute_memory(rows // scale) for name, rows in COLLECTIONS.items()}

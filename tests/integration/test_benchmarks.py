@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import bench_data, bench_slides
+from benchmarks import bench_data, bench_slides, bench_sources
 
 
 def test_bench_data(tmp_path: Path, capsys) -> None:
@@ -15,7 +15,7 @@ def test_bench_data(tmp_path: Path, capsys) -> None:
         assert all(value > 0 for value in results[section].values()), section
     assert results["seek"]["rows"] == 12 * 9500
     assert results["mixing"]["29_m_rows"]["slides_in_1_steps"] <= 384
-    assert capsys.readouterr().out.count("\n") == 16  # a table of fourteen figures
+    assert capsys.readouterr().out.count("\n") == 15  # a table of thirteen figures
 
 
 def test_bench_slides(tmp_path: Path, capsys) -> None:
@@ -25,3 +25,11 @@ def test_bench_slides(tmp_path: Path, capsys) -> None:
     assert slide.pop("remote_patches_per_s") > 0
     assert all(rate > 0 for rates in slide.values() for rate in rates.values())
     assert capsys.readouterr().out.count("\n") == 6
+
+
+def test_bench_sources(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    assert bench_sources.main(["--tiny", "--seconds", "0.01", "--output", str(output)]) == 0
+    sources = json.loads(output.read_text())["sources"]
+    assert sources.keys() == {"parquet", "images", "image_list", "tar", "zip", "hdf5", "slides", "sample_list"}
+    assert all(0 < kind["read_cpu_ms"] < kind["batches_cpu_ms"] for kind in sources.values())
