@@ -97,7 +97,8 @@ command=(
     "$python" "${torchrun[@]}" "$root/dinov2/train/train.py"
     --config-file "$CONFIG_FILE" --output-dir "$OUTPUT_DIR" "${resume[@]}" "$@"
 )
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+PATHFM_STARTED=$(date +%s) # train.time_limit counts from here, also where torchrun starts processes anew
+export PATHFM_STARTED PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if is_dry; then
     printf '%q ' "${command[@]}"
     echo

@@ -1,28 +1,37 @@
-"""torchrun, but silent where a process ended over something that the user can mend and has said so in a sentence."""
+"""torchrun, but silent where a process has said in a sentence why it ended, and patient where it was asked to."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-USER_ERROR = 2  # exit status of dinov2/train/train.py where that is so
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dinov2.utils.cli import USER_ERROR
+from dinov2.utils.signals import STATUS_OF
 
 
 def main() -> int:
     """Run the command line of ``python -m torch.distributed.run``."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # PET_<OPTION> is the default of each option; those of newer versions are nothing to older ones.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in STATUS_OF))
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "3600")  # for a checkpoint; a second signal does not wait
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        if USER_ERROR in (failure.exitcode for failure in error.failures.values()):
-            return USER_ERROR
+        told = {USER_ERROR, *STATUS_OF.values()} & {failure.exitcode for failure in error.failures.values()}
+        if told:
+            return min(told)
         raise
     except SignalException as error:
-        return 128 + error.sigval
+        return STATUS_OF.get(error.sigval, 128 + error.sigval)
     return 0
 
 

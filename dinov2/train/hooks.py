@@ -22,15 +22,21 @@ class Hook:
     def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         """After the last step of a run that ended well."""
 
+    def on_stop(self, state: TrainState, guard: FiniteGuard) -> None:
+        """In its place where the run was asked to stop before its last step and may not have long."""
+
     def close(self) -> None:
         """Always, also after an error."""
 
 
 class PeriodicHook(Hook):
-    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it."""
+    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it.
 
-    def __init__(self, period: int, action: Callable[[TrainState], None]):
-        self.period, self.action = period, action
+    ``also_stopped``: where the run is stopped before its end, too.
+    """
+
+    def __init__(self, period: int, action: Callable[[TrainState], None], also_stopped: bool = False):
+        self.period, self.action, self.also_stopped = period, action, also_stopped
         self._last: int | None = None
 
     def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
@@ -48,6 +54,11 @@ class PeriodicHook(Hook):
             guard.flush()
             self.action(state)
             self._last = state.step
+
+    def on_stop(self, state: TrainState, guard: FiniteGuard) -> None:
+        """Act if that is wanted and the last step did not."""
+        if self.also_stopped:
+            self.on_end(state, guard)
 
 
 class GarbageHook(Hook):

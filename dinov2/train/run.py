@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -29,8 +30,10 @@ from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, find_gpu
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, describe_state
+from dinov2.train.stopping import StopRequest
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
+from dinov2.utils.cli import Stopped
 
 logger = logging.getLogger("dinov2")
 
@@ -50,6 +53,7 @@ class Run:
         self.config, self.output_dir, self.device = config, output_dir, device
         on_main_process(partial(validate, config, get_global_size()))
         self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
+        self.stop = StopRequest(config.train.time_limit, self._newest_checkpoint)
         saved = on_main_process(self._newest_state)
         if not eval_only:
             self.performance = resolve_performance(config, device)
@@ -109,15 +113,21 @@ class Run:
             flops=on_main_process(lambda: self.costs.flops(plan.local_batch).model),
             sinks=sinks,
             hooks=self._hooks(sinks),
+            stop_asked=self.stop.asked,
         )
-        trainer.fit()
+        with self.stop:
+            trainer.fit()
+            if self.state.step < plan.total_steps:
+                self._stopped()
 
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
         described |= {"scaler": self.scaler.state_dict(), "places": self._locations}
         described["loss_modules"] = list(self._loss_modules())
+        started = time.monotonic()
         self.checkpointer.save(state.step, self._tensors(), described)
+        self.stop.longest_save = max(self.stop.longest_save, time.monotonic() - started)
 
     def export_teacher(self, state: TrainState) -> None:
         """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
@@ -141,6 +151,19 @@ class Run:
             return plan
 
         return on_main_process(plan)
+
+    def _stopped(self) -> NoReturn:
+        """End a run that all ranks have stopped before its last step; all ranks must call."""
+        reason, status = self.stop.agreed_reason()
+        if not is_main_process():
+            time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
+        done = f"Stopped by {reason} after step {self.state.step} of {self.plan.total_steps}"
+        raise Stopped(f"{done}; {self._newest_checkpoint()}", status)
+
+    def _newest_checkpoint(self) -> str:
+        if steps := self.checkpointer.steps():
+            return f"the same command goes on from {self.checkpointer.path(steps[-1])}."
+        return "no checkpoint was saved, so that the same command starts anew."
 
     def _newest_state(self) -> dict[str, Any] | None:
         """JSON state of the newest complete checkpoint, checked against the configuration."""
@@ -189,7 +212,8 @@ class Run:
             csv, backbone = self.output_dir / "eval" / "probes.csv", self.arch.teacher.backbone
             hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, sinks))
         if not self.config.train.skip_checkpointer:
-            hooks.append(PeriodicHook(self.config.train.checkpoint_period_iterations, self.save_checkpoint))
+            period = self.config.train.checkpoint_period_iterations
+            hooks.append(PeriodicHook(period, self.save_checkpoint, also_stopped=True))
         return [*hooks, GarbageHook()]
 
 

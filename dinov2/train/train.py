@@ -20,6 +20,7 @@ from dinov2.train.run import Run, dry_run
 from dinov2.train.update.guard import NonFiniteError
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
+from dinov2.utils.signals import receive_sigterm_when_parent_dies
 
 logger = logging.getLogger("dinov2")
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, see `run_command`."""
     args = parse_args(argv)
     setup_logging()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        receive_sigterm_when_parent_dies()  # or this rank would train on, alone
     try:
         return run_command(lambda: _run(args), logger, errors=(DeviceError, NonFiniteError), resumable=not args.dry_run)
     finally:

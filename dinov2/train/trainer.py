@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,14 @@ class Trainer:
     flops: int = 0  # model arithmetic of a step on one process, for the metric ``tflops``
     sinks: Sequence[Sink] = ()  # receivers of metric records (rank 0 only; empty elsewhere)
     hooks: Sequence[Hook] = ()
+    stop_asked: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
 
     def __post_init__(self) -> None:
         self.guard, self._metrics = self.training_step.guard, MetricAccumulator()
         self._begin_period()
 
     def fit(self) -> None:
-        """Train to the plan's last step; all ranks must call.
+        """Train to the plan's last step, or until all ranks know that one was asked to stop; all ranks must call.
 
         Raises NonFiniteError if a loss or gradient was not finite; no update was made from that step on.
         """
@@ -49,16 +50,18 @@ class Trainer:
                 hook.on_start(self.state, self.guard)
             batches = iter(self.batches)
             self._begin_period()
-            while self.state.step < self.plan.total_steps:
+            while self.state.step < self.plan.total_steps and not self.guard.stop_agreed:
                 asked = time.perf_counter()
                 batch = next(batches)
                 self._waited += time.perf_counter() - asked
+                self.guard.stop_asked = self.stop_asked()
                 self.train_step(batch)
                 for hook in self.hooks:
                     hook.after_step(self.state, self.guard)
             self.guard.flush()
+            ended = self.state.step == self.plan.total_steps
             for hook in self.hooks:
-                hook.on_end(self.state, self.guard)
+                (hook.on_end if ended else hook.on_stop)(self.state, self.guard)
 
     def train_step(self, batch: dict[str, Any]) -> None:
         """One optimiser step on one batch (device tensors); all ranks must call."""

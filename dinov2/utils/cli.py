@@ -10,16 +10,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dinov2.utils.signals import STATUS_OF
+
 # Exit statuses.
 DONE = 0
 FAILURES = 1  # done, but some items failed and are listed
 USER_ERROR = 2  # one sentence has said what the user can mend
 INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C: 130
-TERMINATED = 128 + signal.SIGTERM  # 143
+TERMINATED = 128 + signal.SIGTERM  # 143; 129 after SIGHUP
+RUN_AGAIN = STATUS_OF[signal.SIGUSR1]  # 75: stopped at a limit of time, of Slurm for instance
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; like `KeyboardInterrupt`, it unwinds the stack so that what is unfinished is removed."""
+    """A signal asks to end; like `KeyboardInterrupt`, it unwinds the stack so that what is unfinished is removed."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = signal.Signals(number)
+
+
+class Stopped(RuntimeError):
+    """A command stopped early, as it was asked to, with all saved that it needs to go on; the text is a sentence."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class ToldElsewhere(RuntimeError):
@@ -52,15 +67,20 @@ def run_command(
     goes_on = "the same command goes on from here." if resumable else "nothing unfinished was kept."
 
     def terminate(number: int, frame: object) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    previous = None
+    previous = {}
     with suppress(ValueError):  # not the main thread, which alone may set handlers
-        previous = signal.signal(signal.SIGTERM, terminate)
+        for number in STATUS_OF.keys() - {signal.SIGINT}:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, terminate)
     try:
         return body() or DONE
     except ToldElsewhere:
         return USER_ERROR
+    except Stopped as error:
+        logger.info("%s", error)
+        return error.status
     except (ValueError, OSError, ImportError, *errors) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)
@@ -68,12 +88,12 @@ def run_command(
     except KeyboardInterrupt:
         logger.error("Interrupted; %s", goes_on)
         return INTERRUPTED
-    except Terminated:
-        logger.error("Terminated; %s", goes_on)
-        return TERMINATED
+    except Terminated as error:
+        logger.error("Terminated by %s; %s", error.number.name, goes_on)
+        return STATUS_OF[error.number]
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:

@@ -121,12 +121,27 @@ class StateAfterStep:
     def close(self) -> None: ...
 
 
+def look_three_steps_later(trainer: Trainer) -> None:
+    """As on a GPU."""
+    trainer.guard = trainer.training_step.guard = FiniteGuard(torch.device("cpu"), 8, delay=3)
+
+
+def stopped_by_rank_1() -> int:
+    """The step after which a run ended whose rank 1 alone was asked to stop, once, before its third step."""
+    trainer = make_trainer(tiny_config())
+    look_three_steps_later(trainer)
+    trainer.stop_asked = lambda: get_global_rank() == 1 and trainer.state.step == 2
+    trainer.fit()
+    return trainer.state.step
+
+
 def bad_loss_at_step_2(precision: str, kind: str) -> dict[str, Any]:
     """The error's text, and the states before the bad step and when the run had stopped."""
     config = tiny_config(*(in_precision("fp16") if precision == "fp16" else ()))
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
     good = StateAfterStep(2)
     good.trainer = trainer = make_trainer(config, scaler=scaler, hooks=[good])
+    look_three_steps_later(trainer)
     change_loss(trainer, 2, BAD_LOSSES[kind])
     with pytest.raises(NonFiniteError) as error:
         trainer.fit()
@@ -140,7 +155,7 @@ def bad_loss_at_step_2(precision: str, kind: str) -> dict[str, Any]:
 
 def everything(rank: int) -> dict[Any, Any]:
     """All scenarios in one process group: starting one costs more than running them."""
-    found: dict[Any, Any] = {"start": start_weights(), "bf16": bf16_step()}
+    found: dict[Any, Any] = {"start": start_weights(), "bf16": bf16_step(), "stopped": stopped_by_rank_1()}
     found |= {where: overflow_at_step_2(where) for where in OVERFLOWS}
     found |= {case: bad_loss_at_step_2(*case) for case in BAD_CASES}
     return found
@@ -195,3 +210,7 @@ def test_a_bad_loss_on_one_rank_stops_both_at_the_last_good_step(ranks: list[dic
         assert seen["stopped"] == 5  # the host looks three steps later
         assert not differing(seen["good"], seen["end"])
     assert not differing(both[0]["end"], both[1]["end"])
+
+
+def test_ranks_stop_together_where_one_was_asked_to(ranks: list[dict]):
+    assert [rank["stopped"] for rank in ranks] == [6, 6]  # the third step, and three more

@@ -64,7 +64,7 @@ def resumed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         process.send_signal(signal.SIGINT)
     assert process.returncode == 130, errors.read_text()
     step = int((output_dir / "last_checkpoint").read_text().removeprefix("step_"))
-    assert step % 3 == 0
+    assert step >= 3  # a checkpoint was due then, and is saved when asked to end
     assert run("dinov2/train/train.py", f"{train_line(shards, output_dir)} optim.early_stop={(step + 2) / 2}") == 0
     return output_dir, step
 

@@ -343,7 +343,7 @@ def test_variables_of_scripts(script: str):
 def test_launchers(script: str, tmp_path: Path):
     """What ``DRY_LAUNCH=1`` prints, in a copy, for it asks for an installed environment beside the script."""
     config, output, processes = LAUNCHERS[script]
-    for name in (script, "run_1node.sh", "scripts/_launch.sh", f"dinov2/configs/train/{config}"):
+    for name in (script, "run_1node.sh", "scripts/_launch.sh", "scripts/_requeue.sh", f"dinov2/configs/train/{config}"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv/bin/python"

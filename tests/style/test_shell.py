@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*ROOT.glob("*.sh"), *ROOT.glob("*.sbatch"), *ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]
+SCRIPTS = [*ROOT.glob("*.sh"), *ROOT.glob("*.sbatch"), *ROOT.glob("scripts/*.s*"), ROOT / ".ci/run"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

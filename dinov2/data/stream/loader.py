@@ -17,6 +17,7 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.source import DecodeError, EncodedSample, Source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader
+from dinov2.utils.signals import heed_parent_only
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ def _collate_and_report(collate: Collate, samples: list[Sample | Exception]) -> 
 
 
 def _start_worker(_: int) -> None:
-    """Keep a worker to one core: there are as many workers as cores to feed."""
+    """Keep a worker to one core, as there are as many as cores to feed, and to its work while the parent stops."""
+    heed_parent_only()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

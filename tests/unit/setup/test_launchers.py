@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -120,6 +121,49 @@ def test_slurm_job_runs_the_single_node_script_where_it_was_submitted(repository
     arguments = arguments_of(result)
     assert value_of(arguments, "--output-dir") == str(repository / "output_vitg14")
     assert arguments[-1] == "a.b=c"
+
+
+# Ends with the status that it is told once it has got USR1, or by itself.
+ENDING = "trap 'echo told; exit $1' USR1; echo ready; for _ in {1..600}; do sleep 0.1; done"
+
+
+def requeued(repository: Path, tmp_path: Path, *command: str, signalled: bool) -> tuple[int, list[str]]:
+    """Exit status, and what was said, of a command in a Slurm job that is signalled once it is ready."""
+    (tmp_path / "scontrol").write_text('#!/usr/bin/env bash\necho scontrol "$@"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    script = repository / "scripts/_requeue.sh"
+    process = subprocess.Popen([script, *command], env=environment, stdout=subprocess.PIPE, text=True)
+    said = []
+    if signalled:
+        said.append(process.stdout.readline().strip())
+        process.send_signal(signal.SIGUSR1)
+    said += process.communicate(timeout=60)[0].split("\n")[:-1]
+    return process.returncode, said
+
+
+def test_slurm_job_is_queued_again_where_it_stopped_before_its_end(repository, tmp_path):
+    ending = ("bash", "-c", ENDING, "bash")
+    queued = ["ready", "told", "scontrol requeue 17"]
+    assert requeued(repository, tmp_path, *ending, "75", signalled=True) == (0, queued)
+    assert requeued(repository, tmp_path, *ending, "2", signalled=True) == (2, queued[:2])
+    assert requeued(repository, tmp_path, "false", signalled=False) == (1, [])
+    assert requeued(repository, tmp_path, "true", signalled=False) == (0, [])
+
+
+def test_slurm_job_of_several_nodes_starts_a_launcher_on_each(repository, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'node7\\nnode9\\n'\n")
+    # Runs the command once for each node, as srun does at once.
+    (tmp_path / "srun").write_text('#!/usr/bin/env bash\nshift\nfor n in 0 1; do SLURM_NODEID=$n "$@" || exit; done\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    spooled = shutil.copy(repository / "scripts/run_nodes.sbatch", tmp_path)
+    variables = {"SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7,9]"}
+    result = launch(tmp_path, Path(spooled).name, "a.b=c d", PATH=f"{tmp_path}:{os.environ['PATH']}", **variables)
+    first, second = (part.splitlines() for part in "\n".join(arguments_of(result)).split("a.b=c d")[:2])
+    for number, arguments in enumerate((first, second)):
+        assert value_of(arguments, "--node_rank") == str(number)
+        assert (value_of(arguments, "--master_addr"), value_of(arguments, "--nnodes")) == ("node7", "2")
 
 
 def test_script_names_itself_for_the_run(repository):

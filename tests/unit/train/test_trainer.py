@@ -51,6 +51,9 @@ class Journal:
     def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         self._note("end", state)
 
+    def on_stop(self, state: TrainState, guard: FiniteGuard) -> None:
+        self._note("stop", state)
+
     def close(self) -> None:
         self.entries.append((self.name, "close", self.step))
 
@@ -175,6 +178,19 @@ def test_periodic_actions_come_once_per_step_and_at_the_end():
     assert acted(100) == [8]
     assert acted(4, start=6) == [8]
     assert acted(1, start=6) == [7, 8]
+
+
+def test_a_run_that_is_asked_to_stop_ends_after_that_step_with_what_is_wanted_then():
+    entries: list[tuple[str, str, int]] = []
+    saved: list[int] = []
+    exported: list[int] = []
+    hooks = [PeriodicHook(100, lambda state: exported.append(state.step)), Journal("a", entries)]
+    hooks.append(PeriodicHook(100, lambda state: saved.append(state.step), also_stopped=True))
+    trainer = make_trainer(LIGHT, hooks=hooks)
+    trainer.stop_asked = lambda: trainer.state.step == 2  # before the third step, and never again
+    trainer.fit()
+    assert (saved, exported) == ([3], [])
+    assert [event for _, event, _ in entries] == ["start", "step", "step", "step", "stop", "close"]
 
 
 def test_a_finished_run_that_is_started_again_does_nothing():

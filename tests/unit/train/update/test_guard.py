@@ -45,3 +45,14 @@ def test_without_gradient_norms_only_the_losses_count():
     guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=0)
     guard.observe(0, values(1.0)[0], {})
     assert guard.all_finite == 1
+
+
+def test_a_request_to_stop_is_seen_as_late_as_a_fault_and_is_none():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=2)
+    agreed = []
+    for step in range(5):
+        guard.stop_asked = step == 1
+        guard.observe(step, *values(1.0))
+        agreed.append(guard.stop_agreed)
+    assert agreed == [False, False, False, True, True]
+    assert guard.all_finite == 1
