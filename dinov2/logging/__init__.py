@@ -7,6 +7,20 @@ from pathlib import Path
 from dinov2.distributed import get_global_rank, is_main_process
 
 
+class _LogFile(logging.FileHandler):
+    """A log that, where its file cannot be written, says so once on stderr, instead of a traceback for each line."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            sys.stderr.write(f"Log '{self.baseFilename}' cannot be written ({error.strerror}); lines are lost.\n")
+
+
 def setup_logging(output_dir: Path | None = None) -> logging.Logger:
     """Configure the ``dinov2`` logger, anew at each call: stderr without debugging (warnings, on other ranks than 0),
     and ``logs/rank_R.log`` in the output folder, if one is given, to which is appended.
@@ -25,7 +39,7 @@ def setup_logging(output_dir: Path | None = None) -> logging.Logger:
     handlers: list[logging.Handler] = [console]
     if output_dir is not None:
         (output_dir / "logs").mkdir(exist_ok=True)
-        handlers.append(logging.FileHandler(output_dir / "logs" / f"rank_{rank}.log"))
+        handlers.append(_LogFile(output_dir / "logs" / f"rank_{rank}.log"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)

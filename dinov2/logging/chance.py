@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dinov2.logging.metrics import OF_CHANCE, Sink
+from dinov2.logging.metrics import OF_CHANCE
+from dinov2.logging.sinks import Sink
 
 logger = logging.getLogger("dinov2")
 

@@ -89,7 +89,8 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     if not by_step:
         raise ValueError(f"{str(path)!r} holds no record yet; wait until the run has logged a step.")
     records = [by_step[step] for step in sorted(by_step)]
-    return {name: np.array([record.get(name, np.nan) for record in records]) for name in records[-1]}
+    # What was not finite is null.
+    return {name: np.array([record.get(name) for record in records], dtype=np.float64) for name in records[-1]}
 
 
 def tables_of(metrics: Mapping[str, np.ndarray], embeddings: np.ndarray, of: str) -> dict[str, Table]:

@@ -1,7 +1,6 @@
 """Probes of the teacher during training."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +14,7 @@ from dinov2.eval.features import Embedding
 from dinov2.eval.probe.results import append_csv, as_metrics
 from dinov2.eval.probe.run import Probing, options_for, probe_names, run_probes
 from dinov2.extensions import PROBES
-from dinov2.logging.metrics import Sink
+from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import PeriodicHook
 from dinov2.train.state import TrainState
 from dinov2.train.update.guard import FiniteGuard
@@ -31,7 +30,7 @@ _RUNS = 2  # of linear heads, where evaluation.probe_options does not say
 class ProbeHook(PeriodicHook):
     """Probes the teacher before the first step, so that the dip after it shows, and then every ``period`` steps.
 
-    Results go to the sinks (of rank 0; empty elsewhere) as ``task/probe/metric`` and to the CSV ``path``. The tasks
+    Results go to the sink (of rank 0; None elsewhere) as ``task/probe/metric`` and to the CSV ``path``. The tasks
     are those of `open_tasks`.
     """
 
@@ -42,10 +41,10 @@ class ProbeHook(PeriodicHook):
         tasks: dict[str, LabelledTiles | TileImages],
         config: Config,
         path: Path,
-        sinks: Sequence[Sink],
+        sink: Sink | None,
     ):
         super().__init__(period, self.probe)
-        self._backbone, self._tasks, self._path, self._sinks = backbone, tasks, path, sinks
+        self._backbone, self._tasks, self._path, self._sink = backbone, tasks, path, sink
         augmentation, evaluation = config.augmentation, config.evaluation
         dtype = config.compute_precision.teacher.backbone.mixed_precision.param_dtype
         self._embedding = Embedding(
@@ -66,11 +65,10 @@ class ProbeHook(PeriodicHook):
     def probe(self, state: TrainState) -> None:
         """Embed, probe and record; all ranks must call."""
         results = run_probes(self._backbone, self._tasks, self._embedding, self._probing)
-        if not self._sinks:
+        if self._sink is None:
             return
         append_csv(self._path, results, state.step)
-        for sink in self._sinks:
-            sink.write({"step": state.step, **as_metrics(results)})
+        self._sink.write({"step": state.step, **as_metrics(results)})
 
 
 def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | TileImages]:

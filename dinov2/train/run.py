@@ -20,7 +20,7 @@ from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.logging.chance import ChanceWatch
-from dinov2.logging.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
+from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
 from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
@@ -96,13 +96,15 @@ class Run:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step)
         schedules = Schedules(config.optim, config.teacher, plan)
-        sinks: list[Sink] = []
+        sinks = Sinks()
         if is_main_process():
             watch = chance_watch(schedules, self.state, plan.total_steps, config.logging.period_iterations)
-            sinks += [ConsoleSink(), JsonlSink(self.output_dir / "metrics.jsonl"), watch]
+            sinks.add(ConsoleSink)
+            sinks.add(JsonlSink, self.output_dir / "metrics.jsonl")
+            sinks.add(lambda: watch)
             if config.logging.wandb:
                 shown = dataclasses.asdict(config) | {"plan": dataclasses.asdict(plan)}
-                sinks.append(WandbSink(self.output_dir, config.logging.wandb_project, shown))
+                sinks.add(WandbSink, self.output_dir, config.logging.wandb_project, shown)
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
             schedules=schedules,
@@ -111,7 +113,7 @@ class Run:
             batches=device_batches(batches, config, self.device),
             log_period=config.logging.period_iterations,
             flops=on_main_process(lambda: self.costs.flops(plan.local_batch).model),
-            sinks=sinks,
+            sinks=[sinks],
             hooks=self._hooks(sinks),
             stop_asked=self.stop.asked,
         )
@@ -204,13 +206,14 @@ class Run:
         """State of the terms of the loss that have one."""
         return {name: state for name, term in self.arch.losses.items() if (state := term.state_dict())}
 
-    def _hooks(self, sinks: list[Sink]) -> list[Hook]:
+    def _hooks(self, sinks: Sinks) -> list[Hook]:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
         period = self.config.evaluation.eval_period_iterations
         hooks: list[Hook] = [PeriodicHook(period, self.export_teacher)]
         if self._tasks_to_probe:
             csv, backbone = self.output_dir / "eval" / "probes.csv", self.arch.teacher.backbone
-            hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, sinks))
+            to = sinks if is_main_process() else None
+            hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, to))
         if not self.config.train.skip_checkpointer:
             period = self.config.train.checkpoint_period_iterations
             hooks.append(PeriodicHook(period, self.save_checkpoint, also_stopped=True))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_rows
-from dinov2.logging.metrics import MetricAccumulator, Sink, relative_to_chance
+from dinov2.logging.metrics import MetricAccumulator, relative_to_chance
+from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import Hook
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.state import TrainState

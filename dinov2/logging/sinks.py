@@ -1,0 +1,174 @@
+"""Where records of metrics go: the console, ``metrics.jsonl``, W&B. None of them can stop a run."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dinov2.logging.metrics import of_chance
+
+logger = logging.getLogger("dinov2")
+
+_PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
+_WANDB_TIMEOUT_S = 30  # W&B's own is 90; nodes without internet wait all of it
+
+
+class Sink:
+    """Receives one record per logging period, on rank 0 only."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Flush and release what is held."""
+
+
+class Sinks(Sink):
+    """Several sinks, of which one that cannot be made, or fails, is left out from then on, with a warning."""
+
+    def __init__(self) -> None:
+        self._sinks: list[Sink] = []
+
+    def add(self, make: Callable[..., Sink], *arguments: Any) -> None:
+        """Make one more; raises ImportError where its library is missing."""
+        try:
+            self._sinks.append(make(*arguments))
+        except ImportError:
+            raise
+        except Exception as error:  # whatever the libraries behind them raise, here and below
+            logger.warning("%s cannot be made (%s); training goes on.", make.__name__, _text(error))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Hand the record to each."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(record)
+            except Exception as error:
+                logger.warning("%s failed (%s) and gets no further records.", type(sink).__name__, _text(error))
+                self._sinks.remove(sink)
+                with contextlib.suppress(Exception):
+                    sink.close()
+
+    def close(self) -> None:
+        """Close each."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                logger.warning("%s could not be closed (%s).", type(sink).__name__, _text(error))
+
+
+class ConsoleSink(Sink):
+    """One line per record: step, losses, absolute and of chance, lr, gradient norm, speed, data, memory, time left."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log the record's headline values, of a training step or of probes."""
+        if "total_loss" not in record:
+            shown = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith(_PROBED)]
+            logger.info("step %d  %s", record["step"], "  ".join(shown))
+            return
+        losses = "  ".join(
+            f"{name.removesuffix('_loss').removesuffix('_crops')} {value:.4f}"
+            + (f" ({record[of_chance(name)]:.1%} of chance)" if of_chance(name) in record else "")
+            for name, value in record.items()
+            if name.endswith("_loss")
+        )
+        slides = f"  {record['slides_per_batch']} slides" if "slides_per_batch" in record else ""
+        norm = max(value for name, value in record.items() if name.startswith("grad_norm"))
+        logger.info(
+            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%%s  %.1f GiB  ETA %s",
+            record["step"], record["total_steps"], losses, record["lr"], norm, record["img_per_s"],
+            record["data_wait_pct"], slides, record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
+        )  # fmt: skip
+
+
+class JsonlSink(Sink):
+    """Appends each record as one line of strict JSON, in which what is not finite is null.
+
+    After a resume the last line of a step is the valid one. A line that was cut short, by a kill or a full disk, is
+    taken off before the next. While the file cannot be written, records are lost, and one warning says so.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._failing = path, False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append the record."""
+        line = json.dumps({name: _or_null(value) for name, value in record.items()}, allow_nan=False)
+        try:
+            with self._path.open("ab+") as file:
+                _cut_torn_line(file)
+                file.write(line.encode() + b"\n")
+        except OSError as error:
+            if not self._failing:
+                logger.warning("Metrics '%s' cannot be written (%s); training goes on.", self._path, error.strerror)
+            self._failing = True
+        else:
+            self._failing = False
+
+
+class WandbSink(Sink):
+    """A Weights & Biases run whose id is kept in the output folder, so that a resume continues it.
+
+    Without a login or network the run is kept offline under the output folder; nothing is ever asked.
+    """
+
+    def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
+        import wandb
+
+        id_file = output_dir / "wandb_run_id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        options = {
+            "dir": str(output_dir), "project": project, "id": id_file.read_text().strip(), "resume": "allow",
+            "config": dict(config), "name": output_dir.resolve().name,
+            "settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S),
+        }  # fmt: skip
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:
+            logger.warning("Weights & Biases cannot be reached (%s); this run is logged offline.", _text(error))
+            wandb.teardown()  # its service holds the id of the run that failed
+            self._run = wandb.init(mode="offline", **options)
+        if os.environ.get("DINOV2_RUN_SCRIPT"):
+            self._run.save(os.environ["DINOV2_RUN_SCRIPT"], policy="now")
+        self._run.define_metric("*", step_metric="step")  # a resumed run goes back to an earlier step
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log the record."""
+        self._run.log(dict(record))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def _cut_torn_line(file: Any) -> None:
+    """Shorten a file, open to read and append, to its last whole line."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]
