@@ -11,6 +11,7 @@ from typing import Any
 
 from dinov2.configs import load_config
 from dinov2.data.source import Source, SourceRequest
+from dinov2.data.storage.patterns import expand_braces, has_pattern
 from dinov2.extensions import SOURCES
 from dinov2.utils.walk import visible_files
 
@@ -50,8 +51,8 @@ def endings(path: str) -> Mapping[str, str]:
     path = os.path.expanduser(path.removeprefix("file://"))
     if os.path.isdir(path):
         files = map(os.fspath, visible_files(path))
-    elif glob.has_magic(path) and not os.path.exists(path):
-        files = glob.iglob(path, recursive=True)
+    elif has_pattern(path) and not os.path.exists(path):
+        files = (file for one in expand_braces(path) for file in glob.iglob(one, recursive=True))
     else:
         files = iter([path] if os.path.isfile(path) else [])
     found: dict[str, str] = {}

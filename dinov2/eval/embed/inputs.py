@@ -1,6 +1,5 @@
 """Inputs of embedding, divided into parts: images of a folder, rows of a Parquet dataset, or tissue tiles of slides."""
 
-import glob
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.storage.base import RangedFile, public_name
 from dinov2.data.storage.locate import open_storage
+from dinov2.data.storage.patterns import has_pattern
 from dinov2.eval.datasets import images
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, UnreadableImage
 
@@ -152,7 +152,7 @@ def _kind_of(source: str) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         is_hub_id = source.count("/") == 1 and not source.startswith(("/", ".", "~"))
-        if "://" in source or glob.has_magic(source) or is_hub_id:
+        if "://" in source or has_pattern(source) or is_hub_id:
             return "slides" if path.suffix.lower() in _ENDINGS["slides"] else "parquet"
         raise FileNotFoundError(f"Input '{source}' does not exist; images, Parquet shards or slides are expected.")
     files = [path / name for name in images.visible_files(path)] if path.is_dir() else [path]

@@ -327,3 +327,17 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+
+
+def test_a_named_column_and_files_without_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    images = [encode(tile(number), "png") for number in range(100)]
+    pq.write_table(pa.table({"picture": images, "label": range(100)}), source / "a.parquet")
+    pq.write_table(pa.table({"age": [1]}), source / "metadata.parquet")
+    assert run(source, tmp_path / "unnamed") == 1
+    assert run(source, tmp_path / "named", "--image-column", "picture") == 0
+    assert names(tmp_path / "named") == ["a.parquet"] and "metadata.parquet" in caplog.text
+    assert pq.read_metadata(tmp_path / "named/a.parquet").num_row_groups == 2
+    assert pq.read_table(tmp_path / "named/a.parquet")["picture"].to_pylist() == images
+    assert run(source / "metadata.parquet", tmp_path / "none") == 2
