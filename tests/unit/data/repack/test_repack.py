@@ -175,13 +175,11 @@ def test_corrupt_shards_are_listed_and_the_others_done(tmp_path: Path) -> None:
     )
     pq.write_table(pa.table({"x": [1]}), source / "other.parquet")
     assert run(source, destination) == 1
-    assert [record["file"] for record in failures(destination)] == [*whole, "other.parquet"]
-    assert "image_bytes" in failures(destination)[3]["reason"]
+    assert [record["file"] for record in failures(destination)] == list(whole)
     assert all(record["reason"] for record in failures(destination))
     assert names(destination) == ["0003.parquet", "failures.jsonl"]
     for name, content in whole.items():
         (source / name).write_bytes(content)
-    (source / "other.parquet").unlink()
     assert run(source, destination) == 0
     assert not (destination / "failures.jsonl").exists()
     assert pq.read_table(destination).num_rows == 32
