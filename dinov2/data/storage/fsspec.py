@@ -8,7 +8,7 @@ pauses that can neither be interrupted nor shared between processes.
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -94,6 +94,13 @@ class ObjectStorage(RemoteStorage):
             names = {name: info for name, info in names.items() if name in chosen}
         if not names:
             raise no_files(self.location, self._files)
+        return self._described(names)
+
+    def describe(self, names: Sequence[str]) -> list[StoredFile]:
+        """Files by their names, each asked for, where no folder can be listed; FileNotFoundError if one is missing."""
+        return self._described({name: {} for name in names})
+
+    def _described(self, names: Mapping[str, dict[str, Any]]) -> list[StoredFile]:
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             return list(pool.map(self._describe, names, names.values()))
 
