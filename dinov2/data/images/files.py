@@ -8,6 +8,9 @@ IMAGES = FileType(
 """Formats that `dinov2.data.source.decode_image` reads; the first bytes of a file decide, not its name."""
 
 
+UNREAD = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jxr", ".jls", ".ppm", ".pgm", ".pnm", ".tga")
+"""Endings of images in formats that `decode_image` does not read."""
+
 _HIDDEN = ("/.", "/__MACOSX/")
 
 
