@@ -153,6 +153,7 @@ def _open(
     index = load_index(storage, container, files, request.cache, data.image_column)
     source = ImageSource(storage, index, container, origins or Origins(data.patient_pattern), data.groups_file)
     source.check_told()
+    source.warn_of_splits()
     if data.validation_fraction:
         _check_patients(request, source)
     return source

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 GROUP_ROWS = 64
 _NUMPY = b"\x93NUMPY"
 _SMALL, _MANY = 1 << 20, 100_000  # bytes of a file, and files, at which packing pays
+_OTHER_SPLITS = {"test", "testing", "val", "valid", "validation", "holdout"}  # names of folders
 _CHECKED_NAMES = 256  # in which a pattern is looked for
 
 
@@ -129,6 +130,17 @@ class ImageSource:
                 "dataset '%s': data.groups_file tells of slides such as '%s', and of none of those of %d tiles, as '%s'"
             )
             logger.warning(words, self.location, known, len(some), slide)
+
+    def warn_of_splits(self) -> None:
+        """Log where folders inside containers are named after splits, since all of them are trained on."""
+        if self._container is None:
+            return
+        folders = {part.lower() for _, name in self._some() for part in name.member.split("/")[:-1]}
+        if others := sorted(folders & _OTHER_SPLITS):
+            words = (
+                "dataset '%s': tiles in folders %s inside its files are trained on, too; a folder of them, unpacked, "
+            )
+            logger.warning(words + "is read by splits", self.location, ", ".join(others))
 
     def told_by(self) -> str:
         """What tells the patients of many tiles, evenly spread: "names" or a table, else "folders", or "nothing"."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -214,3 +215,14 @@ def test_lists_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             opened(path, "data.kind=image_list")
     path.write_text("name,label\nin/1.png,1\n")
     assert opened(path, "data.kind=image_list", "data.image_column=Name").num_rows == 1
+
+
+@pytest.mark.parametrize("write", [write_tar, write_zip])
+def test_splits_inside_archives_are_said(write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = write(tmp_path / f"a.{write.__name__[6:]}", {"train/1.png": PNG, "Test/a/1.png": PNG})
+    assert opened(path).num_rows == 2
+    assert "folders test inside" in caplog.text
+    caplog.clear()
+    write(path, {"train/test_1.png": PNG, "intestine/1.png": PNG})
+    opened(path)
+    assert not caplog.text
