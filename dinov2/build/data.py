@@ -19,7 +19,7 @@ import torch
 from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
-from dinov2.data.kinds import recognise
+from dinov2.data.kinds import log_beside, recognise
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, SourceRequest
 from dinov2.data.stream.derived import make_source
@@ -266,7 +266,10 @@ def _datasets(config: Config) -> tuple[DatasetConfig, ...]:
 
 
 def _open(config: Config, dataset: DatasetConfig, commit: str, cache: Path | None, keep: Callable[..., bool]) -> Source:
-    kind = next((kind for kind in (dataset.kind, config.data.kind) if kind != "auto"), "") or recognise(dataset.path)
+    told = next((kind for kind in (dataset.kind, config.data.kind) if kind != "auto"), "")
+    kind = told or recognise(dataset.path)
+    if not told:
+        log_beside(dataset.path, kind)
     part = SOURCES[kind]()
     options = config.data.options.get(kind) or (part.Options() if hasattr(part, "Options") else None)
     try:

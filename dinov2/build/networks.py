@@ -6,7 +6,7 @@ from torch import nn
 
 from dinov2.configs import Config
 from dinov2.hub.locate import hub_id, weights_path
-from dinov2.hub.pretrained import check_finite, head_state_dict, load_pretrained, published_url
+from dinov2.hub.pretrained import check_finite, check_found, head_state_dict, load_pretrained, published_url
 
 logger = logging.getLogger("dinov2")
 
@@ -53,3 +53,12 @@ def starting_weights(config: Config) -> str:
                 f"{key} = {weights!r} is no file; give a file, a folder, an id on the Hugging Face hub or a URL."
             )
     return export or student.pretrained_weights
+
+
+def check_starting_weights(config: Config) -> None:
+    """Make sure that the weights a configuration names can be found, here or over a network; downloads nothing.
+
+    Raises as `starting_weights`.
+    """
+    if path := starting_weights(config):
+        check_found(path)

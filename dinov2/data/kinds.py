@@ -1,6 +1,7 @@
 """Kinds of data: which of the registered ones a path names."""
 
 import glob
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.configs import load_config
+from dinov2.data.images.files import UNREAD
 from dinov2.data.source import Source, SourceRequest
+from dinov2.data.storage.patterns import expand_braces, has_pattern
 from dinov2.extensions import SOURCES
 from dinov2.utils.walk import visible_files
 
+logger = logging.getLogger(__name__)
+
+_COMPRESSED_TAR = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz")
 _MOST_FILES = 1_000_000
 
 
@@ -36,7 +42,28 @@ def recognise(path: str) -> str:
             seen = f"a file that begins with {file.read(20)!r}"
     else:
         raise FileNotFoundError(f"There is no data at '{path}'; known kinds are {known}.")
-    raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}); data.kind names one.")
+    advice = "; data.kind names one"
+    if ".arrow" in (found := endings(path)):
+        advice = "; of what `datasets` has saved to disk load_from_disk(FOLDER).to_parquet(FILE) makes shards"
+    elif unread := [ending for ending in UNREAD if ending in found]:
+        advice = f"; images in {', '.join(ending[1:] for ending in unread)} are not read, as PNG they are"
+    raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}){advice}.")
+
+
+def beside(path: str, kind: str) -> list[str]:
+    """What a local folder holds besides data of the kind that it was recognised as: kinds, and endings not read."""
+    if not os.path.isdir(os.path.expanduser(path)):
+        return []
+    found = [name for name, part in SOURCES.items() if name != kind and part().recognises(path)]
+    unread = {"images": UNREAD, "tar": _COMPRESSED_TAR}.get(kind, ())
+    return found + [f"*{ending}" for ending in endings(path) if ending in unread]
+
+
+def log_beside(path: str, kind: str) -> None:
+    """Say what a folder holds besides the kind of data that it was recognised as, since that is left out."""
+    if others := ", ".join(beside(path, kind)):
+        words = "dataset '%s': of the kinds in this folder %s is taken and %s left out; data.kind names another"
+        logger.warning(words, path, kind, others)
 
 
 @lru_cache(1)
@@ -50,8 +77,8 @@ def endings(path: str) -> Mapping[str, str]:
     path = os.path.expanduser(path.removeprefix("file://"))
     if os.path.isdir(path):
         files = map(os.fspath, visible_files(path))
-    elif glob.has_magic(path) and not os.path.exists(path):
-        files = glob.iglob(path, recursive=True)
+    elif has_pattern(path) and not os.path.exists(path):
+        files = (file for one in expand_braces(path) for file in glob.iglob(one, recursive=True))
     else:
         files = iter([path] if os.path.isfile(path) else [])
     found: dict[str, str] = {}
@@ -68,7 +95,8 @@ def open_source(path: str, kind: str = "auto", **keys: Any) -> tuple[str, Source
 
     ValueError if it is drawn without end, and as `SourceKind.open` raises.
     """
-    kind = recognise(path) if kind == "auto" else kind
+    if kind == "auto":
+        log_beside(path, kind := recognise(path))
     config = load_config(None)
     config = replace(config, data=replace(config.data, path=path, **keys))
     part = SOURCES[kind]()

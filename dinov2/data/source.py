@@ -22,7 +22,7 @@ _STARTS = (  # first bytes of a file, its format
 )
 FORMATS = ("JPEG", "PNG", "TIFF", "WebP", "BMP", "JPEG 2000")
 _PNG_END, _JPEG_SCAN, _JPEG_END = b"IEND\xaeB`\x82", b"\xff\xda", b"\xff\xd9"
-_TIFF_BITS, _TIFF_CODEC = 258, 259  # tags
+_TIFF_BITS, _TIFF_CODEC, _TIFF_SAMPLES = 258, 259, 339  # tags
 _PILLOW_TIFF_CODECS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)  # none, CCITT, LZW, JPEG, PackBits, deflate
 _TIFFFILE_COLOURS = ("MINISBLACK", "MINISWHITE", "RGB", "YCBCR")
 _TAIL = 256  # bytes in which an end mark is looked for first, since most files end with it
@@ -168,10 +168,12 @@ def _by_pillow(name: str, data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=[name.replace(" ", "")]) as image:
             tags = getattr(image, "tag_v2", {})
-            # Pillow takes some codecs for uncompressed data, and 16 bits for 8.
-            if max(tags.get(_TIFF_BITS, (1,))) <= 8 and tags.get(_TIFF_CODEC, 1) in _PILLOW_TIFF_CODECS:
+            # Pillow takes some codecs for uncompressed data, signed samples for unsigned ones, and 16 bits for 8.
+            is_unsigned = set(tags.get(_TIFF_SAMPLES, (1,))) <= {1, 4}
+            if is_unsigned and max(tags.get(_TIFF_BITS, (1,))) <= 8 and tags.get(_TIFF_CODEC, 1) in _PILLOW_TIFF_CODECS:
                 if name != "JPEG 2000" or (bits := _jpeg_2000_bits(data)) <= 8:
-                    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                    pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                    return pixels if name != "JPEG 2000" or bits == 8 else _of_few_bits(pixels, bits)
                 if image.mode.startswith("I;16"):  # scaled to 16 bits
                     return _upper_8_bits(name, np.asarray(image))
                 # In colours Pillow rounds 255.5 to 0.
@@ -186,6 +188,11 @@ def _by_pillow(name: str, data: bytes) -> np.ndarray:
         raise DecodeError(f"Pillow cannot decode a {name} file of {len(data)} bytes") from error
     except Exception as error:  # its parsers let through whatever corrupt bytes make them stumble over
         raise DecodeError(f"Pillow cannot decode a {name} file of {len(data)} bytes ({error})") from error
+
+
+def _of_few_bits(samples: np.ndarray, bits: int) -> np.ndarray:
+    """Samples of up to 7 bits, which Pillow has shifted to the upper end of uint8, scaled to 0 to 255."""
+    return np.rint((samples >> (8 - bits)) * (255 / ((1 << bits) - 1))).astype(np.uint8)
 
 
 def _jpeg_2000_bits(data: bytes) -> int:

@@ -69,7 +69,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "register_tokens" in renamed:
         zero = torch.zeros_like(renamed["pos_embed"][:, :1])
         renamed["pos_embed"] = torch.cat([zero, renamed["pos_embed"]], dim=1)
-    return _with_mask_token(renamed)
+    return with_mask_token(renamed)
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[block + _rename(name, modules)] = tensor
     for key, parts in joints.items():
         renamed[key] = torch.cat([parts[i] for i in sorted(parts)])
-    return _with_mask_token(renamed)
+    return with_mask_token(renamed)
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,11 +138,15 @@ def is_vit(model: nn.Module) -> bool:
 def from_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename ``blocks.<chunk>.<i>.`` of sharded training to ``blocks.<i>.``; a ViT's absent mask token is zero."""
     renamed = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
-    return _with_mask_token(renamed) if "cls_token" in renamed else renamed
+    return with_mask_token(renamed) if "cls_token" in renamed else renamed
 
 
-def _with_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"mask_token": torch.zeros_like(state["cls_token"][0]), **state}
+def with_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's weights with its mask token in two dimensions, zero where they have none."""
+    token, found = state["cls_token"], state.get("mask_token")
+    if found is None or found.numel() == token.shape[-1]:  # some have it in three dimensions
+        found = torch.zeros_like(token[0]) if found is None else found.reshape(1, -1)
+    return {**state, "mask_token": found}
 
 
 def traits(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -14,6 +14,7 @@ _HUB = re.compile(
     r"(?P<scheme>hf[-_]hub:|hf://)?(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^/@]+))?"
     r"(/(?P<file>.+))?"
 )
+_SCHEME = re.compile(r"(?!https?:|file:|hf:)[A-Za-z][A-Za-z0-9+.-]*://")
 INDEX = ".index.json"
 """Ending of a file that lists the files over which weights are split."""
 
@@ -25,16 +26,42 @@ def weights_path(name: str) -> Path:
     before it); ``org/name[@revision]`` on the hub, timm's ``hf-hub:org/name``, or ``hf://org/name[@revision][/file]``.
     What is here wins over the hub, from which weights are downloaded to its cache once, with their configurations.
 
-    Raises IsADirectoryError if a folder holds no weights, or several; FileNotFoundError if the hub has none of the
+    Raises ValueError for a URL of a scheme that is not read; IsADirectoryError if a folder holds no weights, or
+    several; FileNotFoundError if the hub has none of the
     name, or no answer.
     """
+    if _SCHEME.match(name) and not hub_id(name):
+        raise ValueError(
+            f"Weights {name!r} have an address that is not read; http, https and file URLs, hf://org/name[/file] and "
+            "local paths are."
+        )
     path = Path(name.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         files = [entry.name for entry in path.iterdir() if entry.is_file()]
         return path / _chosen(repr(str(path)), files)
     if path.exists() or not (hub := hub_id(name)):
         return path
-    return _downloaded(hub)
+    return _from_hub(hub)
+
+
+def check_found(name: str) -> None:
+    """Make sure that weights named as in `weights_path` are there; asks the hub, but downloads none.
+
+    Raises as `weights_path`, and FileNotFoundError if there is no such file here.
+    """
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if not path.exists() and (hub := hub_id(name)):
+        _from_hub(hub, download=False)
+    elif not weights_path(name).is_file():
+        raise no_such_file(name)
+
+
+def no_such_file(name: str) -> FileNotFoundError:
+    """The error of weights that are not there."""
+    return FileNotFoundError(
+        f"Weights file {name!r} does not exist; give a .pth or .safetensors file, a folder of timm or transformers, "
+        "org/name on the Hugging Face hub, or a URL."
+    )
 
 
 def hub_id(name: str) -> re.Match[str] | None:
@@ -57,9 +84,10 @@ def _chosen(place: str, files: Collection[str]) -> str:
     raise IsADirectoryError(f"{place} is a folder; name the .pth or .safetensors file in it ({found}).")
 
 
-def _downloaded(hub: re.Match[str]) -> Path:
+def _from_hub(hub: re.Match[str], download: bool = True) -> Path:
+    """The file in the hub's cache, downloaded where that is not forbidden; its name there alone if it is."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, revision, file = hub["repo"], hub["revision"], hub["file"]
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
@@ -67,25 +95,30 @@ def _downloaded(hub: re.Match[str]) -> Path:
     try:
         try:
             info = api.model_info(repo, revision=revision, timeout=10)
+            files = [sibling.rfilename for sibling in info.siblings or ()]
         except HfHubHTTPError:
             raise
-        except Exception:  # of some HTTP library: no answer, so what an earlier download has left will do
-            folder = api.snapshot_download(repo, revision=revision, local_files_only=True)
-            present = [str(path.relative_to(folder)) for path in Path(folder).rglob("*")]
-            return Path(folder, file or _chosen(place, present))
-        files = [sibling.rfilename for sibling in info.siblings or ()]
+        except Exception as error:  # of some HTTP library: no answer, so what an earlier download has left will do
+            try:
+                folder = Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
+            except LocalEntryNotFoundError:
+                raise error from None
+            files, download = [str(path.relative_to(folder)) for path in folder.rglob("*")], False
+        else:
+            folder = Path()
         file = file or _chosen(place, files)
-        wanted = [file, str(PurePosixPath(file).with_suffix(".json")), *_CONFIGS]
-        if file.endswith(INDEX):
-            split = Path(api.snapshot_download(repo, revision=revision, allow_patterns=[file]), file)
-            wanted += set(json.loads(split.read_text())["weight_map"].values())
-        path = Path(api.snapshot_download(repo, revision=revision, allow_patterns=wanted), file)
+        if download and file in files:
+            wanted = [file, str(PurePosixPath(file).with_suffix(".json")), *_CONFIGS]
+            if file.endswith(INDEX):
+                split = Path(api.snapshot_download(repo, revision=revision, allow_patterns=[file]), file)
+                wanted += set(json.loads(split.read_text())["weight_map"].values())
+            folder = Path(api.snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except IsADirectoryError:
         raise
     except Exception as error:  # of the hub's library, or of the HTTP library that it uses
         reason = " ".join(str(error).split())[:300]
         here = f"There is no local path {os.fspath(hub[0])!r}, and " if not hub["scheme"] else ""
         raise FileNotFoundError(f"{here}{place} cannot be read ({reason}).") from error
-    if not path.is_file():
+    if file not in files:
         raise FileNotFoundError(f"{place} holds no file {file!r}.")
-    return path
+    return folder / file

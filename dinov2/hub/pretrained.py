@@ -7,14 +7,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import Request, url2pathname, urlopen
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub import layouts
-from dinov2.hub.locate import INDEX, weights_path
+from dinov2.hub import layouts, locate
+from dinov2.hub.locate import INDEX, no_such_file, weights_path
 
 logger = logging.getLogger("dinov2")
 
@@ -22,6 +24,13 @@ _PUBLISHED = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit
 _SHOWN = 6  # keys named in an error
 # What libraries put around modules of a network, anywhere in a name.
 _AROUND = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Plain data that training loops save beside weights: options of DINO's and iBOT's runs, numbers of NumPy.
+_SAFE = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 # Parts of a network beside its backbone, which no token passes.
 _BESIDE = re.compile(r"(\w*heads?|\w*head_\w+|classifier|fc|linear|pooler|projector|predictor|decoder)\.")
 # Outer names of a backbone whose own names are unknown, in the order in which they nest.
@@ -50,14 +59,17 @@ def local_weights(path_or_url: str) -> Path:
     if url.scheme not in ("http", "https"):
         return Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
     cache = Path(torch.hub.get_dir(), "checkpoints")
-    cached_by_torch = cache / Path(url.path).name
-    if cached_by_torch.is_file():
-        return cached_by_torch
+    if (cached := _cached_by_torch(path_or_url)).is_file():
+        return cached
     from iopath.common.file_io import HTTPURLHandler, PathManager
 
     paths = PathManager()
     paths.register_handler(HTTPURLHandler())
     return Path(paths.get_local_path(path_or_url, cache_dir=str(cache)))
+
+
+def _cached_by_torch(url: str) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
 
 
 def read_checkpoint(name: str) -> Any:
@@ -69,11 +81,9 @@ def read_checkpoint(name: str) -> Any:
     if not is_url(name):
         path = weights_path(name)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"Weights file {name!r} does not exist; give a .pth or .safetensors file, a folder of timm or "
-                "transformers, org/name on the Hugging Face hub, or a URL."
-            )
+            raise no_such_file(name)
         name = str(path)
+    path = None
     try:
         path = local_weights(name)
         if not path.name.endswith(INDEX):
@@ -83,18 +93,54 @@ def read_checkpoint(name: str) -> Any:
     except Exception as error:  # torch.load raises whatever the corrupt bytes lead to
         # What follows torch's first sentence is advice to load the file without its safeguard.
         detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
-        raise ValueError(
-            f"Weights {name!r} cannot be read ({detail}); a PyTorch .pth or a .safetensors file is expected."
-        ) from error
+        expected = "a PyTorch .pth or a .safetensors file is expected"
+        if path and (classes := _foreign_classes(path)):
+            detail = f"it holds objects of {', '.join(classes[:_SHOWN])}"
+            expected = "tensors and plain data are expected, as torch.save(model.state_dict(), FILE) keeps them"
+        raise ValueError(f"Weights {name!r} cannot be read ({detail}); {expected}.") from error
+
+
+def check_found(name: str) -> None:
+    """Make sure that weights are where a name says, without downloading them: see `weights_path`, or a URL.
+
+    Raises FileNotFoundError or IsADirectoryError, and ValueError for an address of another kind.
+    """
+    if not is_url(name):
+        locate.check_found(name)
+    elif name.startswith("file:"):
+        if not local_weights(name).is_file():
+            raise no_such_file(name)
+    elif not _cached_by_torch(name).is_file():
+        try:
+            urlopen(Request(name, method="HEAD"), timeout=10).close()
+        except HTTPError as error:
+            if error.code in (404, 410):  # some servers refuse the method, which says nothing
+                raise no_such_file(name) from error
+        except OSError as error:
+            raise FileNotFoundError(f"Weights {name!r} cannot be asked for ({error}); check the address.") from error
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    # Files are renamed: their first bytes tell, where they are of either kind.
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_torch = start.startswith((b"PK\x03\x04", b"\x80"))
+    header = int.from_bytes(start[:8], "little")
+    if (path.suffix == ".safetensors" and not is_torch) or (start[8:] == b"{" and header < path.stat().st_size):
         from safetensors.torch import load_file
 
         return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of DINO's and iBOT's runs
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(_SAFE), path.open("rb") as file:  # of a path torch, too, asks the ending
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _foreign_classes(path: Path) -> list[str]:
+    """Classes and functions that a file of PyTorch needs and that are not loaded; empty where that cannot be told."""
+    try:
+        with torch.serialization.safe_globals(_SAFE):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a file that is none, or corrupt
+        return []
 
 
 def is_url(name: str) -> bool:
@@ -185,7 +231,10 @@ def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
     state, names = tensors_of(checkpoint), list(model.state_dict())
     prefixes = dict.fromkeys(key.removesuffix(names[0]) for key in state if key.endswith(names[0]))
     whole = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
-    return _below(state, min(whole, key=_rank)) if whole else backbone_state_dict(checkpoint)
+    if not whole:
+        return backbone_state_dict(checkpoint)
+    found = _below(state, min(whole, key=_rank))
+    return layouts.with_mask_token(found) if layouts.is_vit(model) else found
 
 
 def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
@@ -197,7 +246,7 @@ def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
     checkpoint = read_checkpoint(name)
     state = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions)
     gains = {key: value for key, value in model.state_dict().items() if layouts.is_vit(model) and ".ls" in key}
-    if gains and not gains.keys() & state.keys():
+    if gains and "cls_token" in state and not gains.keys() & state.keys():
         logger.info("Weights %r have no LayerScale: its gains start at one, which leaves their function.", name)
         state |= {key: torch.ones_like(value) for key, value in gains.items()}
     check_fit(model, state, name)
@@ -233,7 +282,19 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
             faults += [f"{what}: {', '.join(sorted(found)[:_SHOWN])}{more}"] if found else []
     if faults:
         raise ValueError(f"Weights {source!r} do not fit the model: {'; '.join(faults)}.")
+    other = {
+        str(state[name].dtype).removeprefix("torch."): name
+        for name, value in own.items()
+        if _differs(state[name], value)
+    }
+    if other:
+        found = ", ".join(f"{dtype} in {name}" for dtype, name in other.items())
+        raise ValueError(f"Weights {source!r} hold {found}; floating-point numbers are expected (fp32, fp16, bf16).")
     check_finite({name: state[name] for name, _ in model.named_parameters()}, source)
+
+
+def _differs(found: Tensor, expected: Tensor) -> bool:
+    return expected.is_floating_point() and not found.is_floating_point()
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:

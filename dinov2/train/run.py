@@ -13,7 +13,7 @@ import torch
 
 from dinov2.build.augmentation import device_batches
 from dinov2.build.data import OpenData, build_loader, check_rows, describe_stream, open_data, order_parameters
-from dinov2.build.networks import load_starting_weights, starting_weights
+from dinov2.build.networks import check_starting_weights, load_starting_weights
 from dinov2.configs import Config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -278,5 +278,5 @@ def dry_run(config: Config, world_size: int) -> str:
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     stream = "\n".join([stream, *check_rows(config, data)])
     open_tasks(config, data)
-    starting_weights(config)
+    check_starting_weights(config)
     return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"

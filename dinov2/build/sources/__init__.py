@@ -54,6 +54,18 @@ def first_line(path: str) -> str:
     return next((line for line in lines if line and not line.startswith("#") and "\0" not in line), "")
 
 
+def refuse_groups(request: SourceRequest) -> None:
+    """For kinds that tell patients otherwise: raise ValueError where keys that tell them are set for nothing else."""
+    data = request.config.data
+    for key in ("groups_file", "patient_pattern"):
+        if (value := getattr(data, key)) and not data.datasets:
+            raise ValueError(
+                f"data.{key} = {value!r} tells of tiles in folders, lists, tar, zip and HDF5 files, of which "
+                f"'{request.path}' is none; Parquet shards tell by columns 'patient' and 'site', slides by their names "
+                "or tables."
+            )
+
+
 def refuse_revision(request: SourceRequest) -> None:
     """For kinds that have none: raise ValueError where a revision is configured."""
     if request.revision:

@@ -1,6 +1,5 @@
 """Collections of images: folders, tables of paths, tar shards, zip archives and HDF5 files."""
 
-import csv
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from dinov2.data.images.index import load_index
 from dinov2.data.images.list import open_image_list
 from dinov2.data.images.origins import Origins
 from dinov2.data.images.source import ImageSource
-from dinov2.data.images.table import delimiter_of, file_column
+from dinov2.data.images.table import file_column, first_rows
 from dinov2.data.images.tar import TarShards
 from dinov2.data.images.zip import ZipArchives
 from dinov2.data.kinds import endings
@@ -22,6 +21,8 @@ from dinov2.data.storage.base import FileType, Storage, StoredFile
 from dinov2.data.storage.locate import open_storage
 
 logger = logging.getLogger(__name__)
+
+_BEGINNING = 1 << 16  # bytes of a table by which it is recognised
 
 
 class _Files:
@@ -103,23 +104,35 @@ class Hdf5Files(_Files):
 class ImageList:
     """A CSV file that names images."""
 
-    accepts = "a list of images (a CSV file with a column 'file', 'image' or 'path', and perhaps patient, slide, site)"
+    accepts = (
+        "a list of images (a CSV file with a column 'file', 'image' or 'path', and perhaps patient, slide, site; or a "
+        "text file of paths)"
+    )
 
     def recognises(self, path: str) -> bool:
-        """Whether it is a table whose first row names an image that is no slide."""
-        if not path.lower().endswith((".csv", ".tsv")):
-            return False
+        """Whether it is a table whose first row names an image that is no slide, by a header or without one."""
         if is_url(path):
-            return True
+            return path.lower().endswith((".csv", ".tsv"))
         path = os.path.expanduser(path.removeprefix("file://"))
-        if not os.path.isfile(path):
+        if not path.lower().endswith((".csv", ".tsv", ".txt")) or not os.path.isfile(path):
             return False
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter_of(path))
-            header, first = ([cell.strip().lower() for cell in next(rows, [])], next(rows, []))
+        with open(path, "rb") as file:
+            header, rows = first_rows(file.read(_BEGINNING))
         column = file_column(header)
-        name = dict(zip(header, first, strict=False)).get(column, "").strip()
-        return IMAGES.fits(name) and not is_slide(os.path.join(os.path.dirname(path), name))
+        for row in rows:
+            cells = dict(zip(header, row, strict=False))
+            names = [cells.get(column, "")] if column else list(filter(IMAGES.fits, row))
+            if names and names[0]:
+                return IMAGES.fits(names[0]) and self._is_tile(path, names[0])
+        return False
+
+    def _is_tile(self, table: str, name: str) -> bool:
+        name = os.path.expanduser(name.removeprefix("file://")).replace("\\", "/")
+        beside = os.path.join(os.path.dirname(table), name)
+        is_table = not table.lower().endswith(".txt")  # other texts list slides, unless the image itself tells
+        if not os.path.isfile(beside) and not os.path.isfile(name):
+            return is_table and not is_slide(name)
+        return not is_slide(beside if os.path.isfile(beside) else name, named=True)
 
     def open(self, request: SourceRequest) -> Source:
         """Read the table and look up the sizes of its files."""
@@ -139,7 +152,8 @@ def _open(
     data = request.config.data
     index = load_index(storage, container, files, request.cache, data.image_column)
     source = ImageSource(storage, index, container, origins or Origins(data.patient_pattern), data.groups_file)
-    source.check_pattern()
+    source.check_told()
+    source.warn_of_splits()
     if data.validation_fraction:
         _check_patients(request, source)
     return source

@@ -3,7 +3,7 @@
 import os
 import re
 
-from dinov2.build.sources import holds, is_url
+from dinov2.build.sources import holds, is_url, refuse_groups
 from dinov2.data.images.files import IMAGES
 from dinov2.data.kinds import endings
 from dinov2.data.source import Source, SourceRequest
@@ -35,5 +35,6 @@ class ParquetShards:
         from dinov2.data.parquet.source import ParquetSource
         from dinov2.data.storage.locate import open_storage
 
+        refuse_groups(request)
         storage = open_storage(request.path, request.revision, request.config.data.retries, train_only=True)
         return ParquetSource(storage, request.cache, request.config.data.image_column)

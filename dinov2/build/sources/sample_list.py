@@ -2,7 +2,7 @@
 
 import re
 
-from dinov2.build.sources import first_line, refuse_revision
+from dinov2.build.sources import first_line, refuse_groups, refuse_revision
 from dinov2.data.source import Source, SourceRequest
 
 _LINE = re.compile(r".*\S\s+\d+\s+\d+\s+\d+(\s+[\d.eE+-]+\s+[\d.eE+-]+)?")
@@ -22,6 +22,7 @@ class SampleList:
         from dinov2.data.online.from_list import SlideListSource
 
         refuse_revision(request)
+        refuse_groups(request)
         data = request.config.data
         return SlideListSource(
             request.path,

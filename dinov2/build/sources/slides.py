@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dinov2.build.sources import first_line, is_slide, is_url, refuse_revision
+from dinov2.build.sources import first_line, is_slide, is_url, refuse_groups, refuse_revision
 from dinov2.data.kinds import endings
 from dinov2.data.source import Source, SourceRequest
 
@@ -42,6 +42,7 @@ class Slides:
         from dinov2.data.slides.tissue import CELL_RULE, TissueRule
 
         refuse_revision(request)
+        refuse_groups(request)
         online, data = request.config.online, request.config.data
         if online.cache_dir:
             cache = Path(online.cache_dir)

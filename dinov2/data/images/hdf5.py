@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ NAMES = ("imgs", "images", "image", "img", "tiles", "tile", "patches", "patch", 
 """Last parts of the names of datasets that are looked for, in lower case, the first ones first."""
 
 _NUMPY_HEADER = 128  # bytes
+_NAMED = 8  # datasets in a message
 
 
 class Hdf5Tiles:
     """HDF5 files with one dataset of tiles: uint8 (N, H, W, 3), or N encoded files of uint8.
+
+    Where there is none of these, uint8 (N, 3, H, W), (N, H, W, 4), of which alpha is dropped, and grey (N, H, W, 1).
 
     ``named`` is the dataset's name, where it is none of `NAMES` and not the only one of that shape. Files must lie on a
     local disk: the library asks for a few bytes at a time, one request after the other.
@@ -36,11 +39,12 @@ class Hdf5Tiles:
             found: dict[str, tuple[str, Any]] = {}
             opened.visititems(lambda name, item: found.update({name: item}) if hasattr(item, "shape") else None)
             tiles = {name: item for name, item in found.items() if _holds_tiles(item)}
-            name = self._choose(list(found), list(tiles))
-            dataset = tiles[name]
+            if self._named or not tiles:
+                tiles |= {name: item for name, item in found.items() if _holds_others(item)}
+            dataset = tiles[name := self._choose(found, list(tiles))]
             size = 2 * file.size // max(1, len(dataset))  # those of encoded tiles are known to the file's heap only
             if dataset.ndim == 4:
-                size = math.prod(dataset.shape[1:]) + _NUMPY_HEADER
+                size = math.prod(dataset.shape[1:]) * (3 if dataset.shape[3] == 1 else 1) + _NUMPY_HEADER
             return Contents([Member(f"{name}[{row}]", row, 1, size) for row in range(len(dataset))])
 
     def read(self, storage: Storage, file: StoredFile, members: Sequence[Member]) -> list[bytes]:
@@ -57,18 +61,26 @@ class Hdf5Tiles:
                 pass
             return [_one(dataset, row) for row in rows]
 
-    def _choose(self, names: list[str], tiles: list[str]) -> str:
+    def _choose(self, found: Mapping[str, Any], tiles: list[str]) -> str:
         wanted = [self._named.strip("/")] if self._named else NAMES
         for name in wanted:
-            if known := [full for full in tiles if name in (full, full.rpartition("/")[2].lower())]:
-                return min(known, key=lambda full: (full.count("/"), full))
+            known = [full for full in tiles if name in (full, full.rpartition("/")[2], full.rpartition("/")[2].lower())]
+            outermost = min((full.count("/") for full in known), default=0)
+            known = [full for full in known if full == name or full.count("/") == outermost]
+            if len(known) > 1 and name not in known:
+                several = f"it has several datasets of one name, {', '.join(sorted(known))}"
+                raise ValueError(f"{several}; one, as data.image_column says, or a file for each slide is expected")
+            if known:
+                return name if name in known else known[0]
         if len(tiles) == 1 and not self._named:
             return tiles[0]
-        found = f"it has the datasets {', '.join(sorted(names)) or 'none'}"
-        if not tiles and "coords" in (name.rpartition("/")[2] for name in names):
-            raise ValueError(f"{found}: positions, no tiles; train on the slides themselves, data.path=SLIDES")
+        seen = [f"{name} {item.dtype} {item.shape}" for name, item in sorted(found.items())[:_NAMED]]
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        said = f"it has the datasets {', '.join(seen) or 'none'}{more}"
+        if not tiles and "coords" in (name.rpartition("/")[2] for name in found):
+            raise ValueError(f"{said}: positions, no tiles; train on the slides themselves, data.path=SLIDES")
         expected = "one of uint8 (N, H, W, 3), or of N encoded images, is expected"
-        raise ValueError(f"{found}; {expected}, called {', '.join(NAMES)} or as data.image_column says")
+        raise ValueError(f"{said}; {expected}, called {', '.join(NAMES)} or as data.image_column says")
 
 
 def import_h5py() -> Any:
@@ -92,9 +104,15 @@ def _open(storage: Storage, file: StoredFile) -> Any:
 
 def _holds_tiles(dataset: Any) -> bool:
     if dataset.ndim == 4:
-        return dataset.dtype == np.uint8 and dataset.shape[3] == 3
+        return dataset.dtype == np.uint8 and dataset.shape[3] == 3 and 0 not in dataset.shape[1:]
     element = import_h5py().check_vlen_dtype(dataset.dtype)
     return dataset.ndim == 1 and element is not None and element is not str and np.dtype(element) == np.uint8
+
+
+def _holds_others(dataset: Any) -> bool:
+    """Whether a dataset has tiles with alpha, grey ones, or channels first."""
+    is_image = dataset.ndim == 4 and dataset.dtype == np.uint8 and 0 not in dataset.shape[1:] and dataset.shape[3] != 3
+    return is_image and (dataset.shape[3] in (1, 4) or dataset.shape[1] == 3)
 
 
 def _one(dataset: Any, row: int) -> bytes:
@@ -107,6 +125,10 @@ def _one(dataset: Any, row: int) -> bytes:
 def _stored(tile: np.ndarray) -> bytes:
     if tile.ndim == 1:
         return tile.tobytes()
+    if tile.shape[2] in (1, 4):
+        tile = np.repeat(tile, 3, axis=2) if tile.shape[2] == 1 else tile[..., :3]
+    elif tile.shape[2] != 3:
+        tile = np.moveaxis(tile, 0, 2)
     buffer = io.BytesIO()
-    np.save(buffer, tile)
+    np.save(buffer, np.ascontiguousarray(tile))
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Iterator, Sequence
 
@@ -10,13 +11,17 @@ import pyarrow as pa
 
 from dinov2.data.images.container import Container, Member
 from dinov2.data.images.origins import Origins, TileName, read_origins
+from dinov2.data.images.table import FIELDS
 from dinov2.data.patients import patients_of
 from dinov2.data.source import DecodeError, EncodedSample, Origin, decode_image
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 
+logger = logging.getLogger(__name__)
+
 GROUP_ROWS = 64
 _NUMPY = b"\x93NUMPY"
 _SMALL, _MANY = 1 << 20, 100_000  # bytes of a file, and files, at which packing pays
+_OTHER_SPLITS = {"test", "testing", "val", "valid", "validation", "holdout"}  # names of folders
 _CHECKED_NAMES = 256  # in which a pattern is looked for
 
 
@@ -62,7 +67,7 @@ class ImageSource:
             members = None
             if container is not None:
                 files, members = files.take(pa.array(np.repeat(np.arange(len(counts)), counts))), self._names
-            self._origins = read_origins(groups_file, files, members, self._origins.pattern)
+            self._origins = read_origins(groups_file, files, members, self._origins.pattern, storage.location)
 
     def read(self, group: int, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """As in `Source`; files that are gone, and members that are corrupt, come as empty bytes."""
@@ -102,12 +107,40 @@ class ImageSource:
         first = int(self._first[group])
         return [self._origin(group, number) for number in range(first, first + int(self.group_rows[group]))]
 
-    def check_pattern(self) -> None:
-        """Raise ValueError if the pattern of origins is found in none of many names, evenly spread."""
-        names = [name.full for _, name in self._some()]
-        if not any(re.search(self._origins.pattern, name) for name in names):
-            found = f"data.patient_pattern = {self._origins.pattern!r} is found in none of {len(names)} names of tiles"
-            raise ValueError(f"{found} in '{self.location}', such as '{names[0]}'")
+    def check_told(self) -> None:
+        """Raise ValueError if the pattern of origins is none or found in none of many names, evenly spread.
+
+        Where a table tells of slides and of none of these, that is logged.
+        """
+        pattern = self._origins.pattern
+        said = f"data.patient_pattern = {pattern!r}"
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"{said} is no regular expression ({error})") from error
+        if pattern and not groups.keys() & set(FIELDS):
+            raise ValueError(f"{said} has no group named {', '.join(FIELDS)}, as in (?P<patient>P\\d+)")
+        some = list(self._some())
+        if not any(re.search(pattern, name.full) for _, name in some):
+            found = f"{said} is found in none of {len(some)} names of tiles"
+            raise ValueError(f"{found} in '{self.location}', such as '{some[0][1].full}'")
+        if self._origins.by_slide and not any(self._origins.tells_of(number, name) for number, name in some):
+            known, slide = next(iter(self._origins.by_slide)), self._origins.of(*some[0]).slide
+            words = (
+                "dataset '%s': data.groups_file tells of slides such as '%s', and of none of those of %d tiles, as '%s'"
+            )
+            logger.warning(words, self.location, known, len(some), slide)
+
+    def warn_of_splits(self) -> None:
+        """Log where folders inside containers are named after splits, since all of them are trained on."""
+        if self._container is None:
+            return
+        folders = {part.lower() for _, name in self._some() for part in name.member.split("/")[:-1]}
+        if others := sorted(folders & _OTHER_SPLITS):
+            words = (
+                "dataset '%s': tiles in folders %s inside its files are trained on, too; a folder of them, unpacked, "
+            )
+            logger.warning(words + "is read by splits", self.location, ", ".join(others))
 
     def told_by(self) -> str:
         """What tells the patients of many tiles, evenly spread: "names" or a table, else "folders", or "nothing"."""

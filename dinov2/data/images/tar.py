@@ -8,6 +8,8 @@ from dinov2.data.images.files import is_image
 from dinov2.data.storage.base import FileType, Storage, StoredFile
 from dinov2.data.storage.retry import RemoteError
 
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
 
 class TarShards:
     """Uncompressed tar files, in which consecutive members of one key are one sample.
@@ -31,6 +33,10 @@ class TarShards:
                 raise
             except (tarfile.TarError, EOFError, OSError, ValueError) as error:
                 fault = " ".join(str(error).split())
+                opened.seek(0)
+                start = opened.read(max(map(len, _COMPRESSED)))
+                if codec := next((codec for mark, codec in _COMPRESSED.items() if start.startswith(mark)), ""):
+                    fault = f"it is compressed by {codec}; an uncompressed one is expected"
         return Contents(members, fault)
 
     def read(self, storage: Storage, file: StoredFile, members: Sequence[Member]) -> list[bytes]:

@@ -29,7 +29,7 @@ class ZipArchives:
                 raise
             except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
                 raise ValueError(" ".join(str(error).split())) from error
-        ends = [info.header_offset for info in stored[1:]] + [end]
+        ends = [*(info.header_offset for info in stored), end][1:]
         members = []
         for info, after in zip(stored, ends, strict=True):
             if info.is_dir() or not is_image(info.filename):

@@ -108,7 +108,9 @@ def inspect_dataset(dataset: str, training: Training, image_column: str = "") ->
         rows = np.concatenate([shard.rows for shard in shards])
         sizes = np.concatenate([shard.plain_sizes for shard in shards])
         spreads = {"rows": _spread_of(rows), "image_bytes": _spread_of(sizes)}
-        report["row_groups"] = {"count": len(rows)} | spreads | {"repack": repack_advice(storage, rows, sizes)}
+        report["row_groups"] = (
+            {"count": len(rows)} | spreads | {"repack": repack_advice(storage, rows, sizes, image_column)}
+        )
         kinds = Counter(tuple(shard.columns.items()) for shard in shards)
         report["schemas"] = [{"files": n, "columns": dict(columns)} for columns, n in kinds.most_common()]
         report["stored"] = {

@@ -41,9 +41,9 @@ def pack_shard(job: PackJob) -> dict[str, str]:
             read = zip(rows, origins_of(job.source, group), job.source.read(group, rows), strict=True)
             packed = []
             for row, origin, (slide, data) in read:
-                tile = job.source.describe(group, row)
+                tile, *told = map(_as_utf8, (job.source.describe(group, row), *origin))
                 try:
-                    packed.append((_as_file(job.source, EncodedSample(0, group, row, slide, data)), *origin, tile))
+                    packed.append((_as_file(job.source, EncodedSample(0, group, row, slide, data)), *told, tile))
                 except DecodeError as error:
                     failed[tile] = str(error)
             if packed:
@@ -51,6 +51,11 @@ def pack_shard(job: PackJob) -> dict[str, str]:
                 arrays = [pa.array(list(values), kind) for values, kind in columns]
                 writer.write_table(pa.table(arrays, schema=schema), _GROUP_ROWS)
     return failed
+
+
+def _as_utf8(name: str) -> str:
+    """A name of which bytes that are no UTF-8 are replaced."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _as_file(source: Source, sample: EncodedSample) -> bytes:

@@ -138,6 +138,16 @@ def describe_shard(storage: Storage, file: StoredFile, footer: Footer, named: st
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         images = [group.column(leaves.index(image)) for group in groups]
         names = [group.column(leaves.index(slide)) for group in groups] if slide else []
+        column = image.removesuffix(".bytes")
+        is_known = image != column and f"{column}.path" in leaves
+        paths = [group.column(leaves.index(f"{column}.path")) for group in groups] if is_known else []
+        paths = [path for path in paths if only_value(path) != ""]
+    if paths and all(only_value(chunk) == "" for chunk in images):
+        raise ValueError(
+            f"shard '{path}' has paths of images in its column '{column}', and no images; shards that hold them are "
+            "expected, or a CSV file of the paths"
+        )
+    with as_corruption():
         # A shard without the column is one slide; nulls are of one that has no name.
         nulls = (name for name in leaves if name in _slide_columns(image) and pa.types.is_null(schema.field(name).type))
         alone = "" if any(nulls) else file.name
@@ -174,11 +184,14 @@ def image_column(path: str, schema: pa.Schema, named: str = "") -> str:
     """
     known = [name for name in dict.fromkeys((named, *IMAGE_COLUMNS)) if name in schema.names]
     for name in known:
+        if schema.names.count(name) > 1:
+            raise ValueError(f"shard '{path}' has two columns '{name}'; one is expected")
         if image := _image_path(schema.field(name)):
             return image
         if name in (named, PUBLISHED, NANOPATH):
             require_type(path, schema.field(name), "binary", ", an image file in each row")
-    found = f"shard '{path}' has columns {', '.join(schema.names) or 'none'}"
+    columns = [f"{field.name} ({field.type})" if field.name in known else field.name for field in schema]
+    found = f"shard '{path}' has columns {', '.join(columns) or 'none'}"
     expected = f"a binary column of images ({', '.join(filter(None, (named, *IMAGE_COLUMNS)))}) is expected"
     if others := [field.name for field in schema if _image_path(field)]:
         raise ValueError(f"{found}; {expected}, or another's name as data.image_column, perhaps '{others[0]}'")

@@ -39,7 +39,7 @@ class ParquetSource:
         storage = open_storage(dataset) if isinstance(dataset, str) else dataset
         index = load_index(storage, sidecar, image_column)
         self.location, self.is_remote = storage.location, not isinstance(storage, LocalStorage)  # with a hub's commit
-        self._storage = storage
+        self._storage, self._named = storage, image_column
         self._names, self._sizes = index["name"].to_pylist(), index["size"].to_pylist()
         self._footer_sizes, self._footers = index["footer_size"].to_pylist(), in_one(index["packed_footer"])
         self._raw_sizes, self._images = index["raw_size"].to_pylist(), index["image_column"].to_pylist()
@@ -104,7 +104,7 @@ class ParquetSource:
 
     def repack_advice(self) -> str:
         """See `repack_advice`."""
-        return repack_advice(self._storage, self.group_rows, self.group_bytes)
+        return repack_advice(self._storage, self.group_rows, self.group_bytes, self._named)
 
     def _find(self, group: int) -> tuple[int, int]:
         """The shard of a row group, and its number there."""
@@ -139,10 +139,11 @@ class ParquetSource:
             return [_read_rows(file, opened, number, column, rows) for column in columns]
 
 
-def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
+def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray, named: str = "") -> str:
     """Say what oversized row groups cost, and the command that makes them small and how long it takes.
 
-    Of a dataset's G row groups it takes the rows and the bytes of images, int64 (G,); empty if none is oversized.
+    Of a dataset's G row groups it takes the rows and the bytes of images, int64 (G,), and ``named`` is as for
+    `ParquetSource`; empty if none is oversized.
     """
     oversized = (sizes > OVERSIZED) & (rows > GROUP_ROWS)
     if not oversized.any():
@@ -154,7 +155,8 @@ def repack_advice(storage: Storage, rows: np.ndarray, sizes: np.ndarray) -> str:
     slowest, fastest = (math.ceil(sizes.sum() / speed / cores / 60) for speed in _REPACK_SPEED)
     minutes = f"{fastest} to {slowest} minutes" if fastest < slowest else f"{slowest} min"
     held = f"row groups hold up to {sizes[oversized].max() / 1e6:.0f} MB of images, and each is fetched and held whole"
-    command = f"python -m dinov2.data.repack {shlex.quote(source)} {shlex.quote(target + '-repacked')}"
+    option = f" --image-column {shlex.quote(named)}" if named else ""
+    command = f"python -m dinov2.data.repack {shlex.quote(source)} {shlex.quote(target + '-repacked')}{option}"
     return f"{held}; {command} rewrites them to {GROUP_ROWS} rows in about {minutes} on {cores} cores"
 
 

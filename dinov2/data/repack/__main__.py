@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinov2.data.parquet.footer import Footer, Unusable, image_column, read_footers
+from dinov2.data.parquet.footer import Footer, Foreign, Unusable, image_column, read_footers
 from dinov2.data.repack.shard import SOURCE_KEY, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import NAMES, open_storage
@@ -24,10 +24,14 @@ logger = logging.getLogger("repack")
 _FAILURES = "failures.jsonl"
 
 
-def repack_dataset(source: str, destination: Path, row_group_rows: int, compression: str, workers: int) -> int:
+def repack_dataset(
+    source: str, destination: Path, row_group_rows: int, compression: str, workers: int, named: str = ""
+) -> int:
     """Write the files that are missing, and `failures.jsonl`; return how many of the source cannot be read.
 
-    FileExistsError if the destination holds something else or is being written to, ValueError if it overlaps SRC.
+    ``named`` is a name that the image column may have besides the known ones; files without images are left out.
+    FileExistsError if the destination holds something else or is being written to, ValueError if it overlaps SRC or
+    none of its files holds images.
     """
     start = time.monotonic()
     storage = open_storage(source)
@@ -43,16 +47,15 @@ def repack_dataset(source: str, destination: Path, row_group_rows: int, compress
             logger.error("cannot read '%s': %s", storage.locate(name), reason)
 
         def plan(file: StoredFile, footer: Footer) -> RepackJob:
-            image = image_column(storage.locate(file.name), footer.schema)
+            image = image_column(storage.locate(file.name), footer.schema, named)
             found = image, footer.metadata.num_rows, footer.metadata.num_row_groups, footer.digest
             return RepackJob(storage, file, *found, destination / file.name, row_group_rows, compression)
 
-        jobs: dict[str, RepackJob] = {}
-        for item in read_footers(storage, files, plan):
+        planned = _without_foreign(read_footers(storage, files, plan))
+        jobs = {item.file.name: item for item in planned if isinstance(item, RepackJob)}
+        for item in planned:
             if isinstance(item, Unusable):
                 fail(*item)
-            else:
-                jobs[item.file.name] = item
         finished = _finished(jobs, destination)
         missing = [job for name, job in jobs.items() if name not in finished]
         for folder in {job.destination.parent for job in missing}:
@@ -70,6 +73,17 @@ def repack_dataset(source: str, destination: Path, row_group_rows: int, compress
     if failures:
         logger.error("%d of %d files cannot be read, see %s", len(failures), len(files), failure_list)
     return len(failures)
+
+
+def _without_foreign(planned: Sequence[RepackJob | Unusable]) -> list[RepackJob | Unusable]:
+    """Leave out files without images, as training does, and say which; ValueError if there is nothing else."""
+    foreign = [item for item in planned if isinstance(item, Foreign)]
+    if foreign and len(foreign) == len(planned):
+        raise ValueError(foreign[0].reason)
+    if foreign:
+        words = "left out %d of %d files, which hold no images: %s"
+        logger.warning(words, len(foreign), len(planned), ", ".join(item.name for item in foreign))
+    return [item for item in planned if not isinstance(item, Foreign)]
 
 
 def _report(done: Sequence[RepackJob], finished: set[str], seconds: float) -> None:
@@ -124,6 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     codecs = ("none", "snappy", "zstd", "lz4", "gzip")
     text = "codec of the image column (none: PNG and JPEG do not get smaller)"
     parser.add_argument("--compression", choices=codecs, default="none", help=text)
+    parser.add_argument("--image-column", metavar="NAME", default="", help="as data.image_column")
     add_options(parser, "--workers")
     return parser.parse_args(argv)
 
@@ -135,8 +150,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         with naming_full_disk(args.destination):
+            where = args.source, args.destination
             layout = args.row_group_rows, args.compression
-            return FAILURES if repack_dataset(args.source, args.destination, *layout, args.workers) else DONE
+            return FAILURES if repack_dataset(*where, *layout, args.workers, args.image_column) else DONE
 
     return run_command(body, logger, resumable=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dinov2.data.storage.patterns import expand_braces, fixed_folder, has_braces, has_pattern
 from dinov2.data.storage.scan import scan_folder
 from dinov2.data.storage.train_split import CARD, find_train_files
 
@@ -56,9 +57,9 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """The files of a type in a folder (with its subfolders), of a glob, or one file, as a `Storage`; no hidden ones.
+    """The files of a type in a folder (with its subfolders), of a glob or braces, or one file, as a `Storage`.
 
-    With ``train_only`` a folder's are those of its training split, as `find_train_files` tells them.
+    Hidden files are left out, and with ``train_only`` those of a folder that `find_train_files` does not take.
     """
 
     def __init__(self, pattern: str, train_only: bool = False, files: FileType = PARQUET) -> None:
@@ -66,13 +67,14 @@ class LocalStorage:
         path = os.path.expanduser(pattern)
         self._is_folder = os.path.isdir(path)
         self._train_only = train_only and self._is_folder
+        self._inside: list[str] = []  # globs below the location
         if self._is_folder:
-            self.location, self._inside = path, ""
+            self.location = path
         elif os.path.isfile(path):
-            self.location, self._inside = os.path.dirname(path), glob.escape(os.path.basename(path))
-        elif glob.has_magic(path):
-            self.location = next(str(parent) for parent in Path(path).parents if not glob.has_magic(str(parent)))
-            self._inside = os.path.relpath(path, self.location)
+            self.location, self._inside = os.path.dirname(path), [glob.escape(os.path.basename(path))]
+        elif has_pattern(path):
+            self.location = fixed_folder(path) or ("/" if path.startswith("/") else ".")
+            self._inside = [os.path.relpath(one, self.location) for one in expand_braces(path)]
         else:
             expected = f"give a folder of {self._files.what} files, a glob or one file"
             raise FileNotFoundError(f"dataset '{pattern}' does not exist; {expected}")
@@ -84,7 +86,7 @@ class LocalStorage:
                 StoredFile(f.name, f.size, str(f.modified_ns)) for f in scan_folder(self.location, self._files.fits)
             ]
         else:
-            found = glob.iglob(self._inside, root_dir=self.location or ".", recursive=True)
+            found = self._find()
             names = filter(self._files.fits, found) if self._files.is_tile else found
             paths = ((name, self.locate(name)) for name in sorted(names))
             stats = ((name, os.stat(path)) for name, path in paths if os.path.isfile(path))
@@ -97,6 +99,18 @@ class LocalStorage:
         if not files:
             raise no_files(self.pattern, self._files)
         return files
+
+    def _find(self) -> list[str]:
+        """Names that the patterns fit, once each; each name that only braces stand for must be there."""
+        root = self.location or "."
+        found = {one: list(glob.iglob(one, root_dir=root, recursive=True)) for one in self._inside}
+        missing = [one for one, names in found.items() if not names and not glob.has_magic(one)]
+        if missing and has_braces(self.pattern):
+            raise FileNotFoundError(
+                f"{len(missing)} of the {len(found)} files that '{self.pattern}' stands for do not exist, the first is "
+                f"'{self.locate(missing[0])}'"
+            )
+        return list(dict.fromkeys(name for names in found.values() for name in names))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Read from the disk; see `Storage`."""

@@ -8,7 +8,7 @@ pauses that can neither be interrupted nor shared between processes.
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from dinov2.data.storage.base import PARQUET, FileType, StoredFile, no_files, public_name, train_names
+from dinov2.data.storage.patterns import expand_braces, fixed_folder, has_braces, has_pattern
 from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
 from dinov2.data.storage.train_split import CARD
 
@@ -63,7 +64,7 @@ class RemoteStorage:
 
 
 class ObjectStorage(RemoteStorage):
-    """The files of a type in a folder (with its subfolders), of a glob, or one file of it.
+    """The files of a type in a folder (with its subfolders), of a glob or braces, or one file of it.
 
     With ``train_only`` a folder's are those of its training split, as `find_train_files` tells them.
     Endpoints and credentials are those of the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
@@ -93,6 +94,13 @@ class ObjectStorage(RemoteStorage):
             names = {name: info for name, info in names.items() if name in chosen}
         if not names:
             raise no_files(self.location, self._files)
+        return self._described(names)
+
+    def describe(self, names: Sequence[str]) -> list[StoredFile]:
+        """Files by their names, each asked for, where no folder can be listed; FileNotFoundError if one is missing."""
+        return self._described({name: {} for name in names})
+
+    def _described(self, names: Mapping[str, dict[str, Any]]) -> list[StoredFile]:
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             return list(pool.map(self._describe, names, names.values()))
 
@@ -106,6 +114,8 @@ class ObjectStorage(RemoteStorage):
     def _find(self, fs: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
         """Files at and below a folder, by path."""
         if self._files.fits(pattern) and not has_magic(pattern):
+            if has_braces(pattern):  # as many names as it says, which `_describe` asks for one by one
+                return {path: {"type": "file"} for path in expand_braces(pattern)}
             info = fs.info(pattern)
             if info["type"] == "file":
                 return {pattern: info}
@@ -248,8 +258,8 @@ def _endpoint() -> str:
 
 def _folder_of(path: str, files: FileType) -> str:
     """The folder that names are relative to: the path itself, or what stands before a glob or a file."""
-    parts = path.split("/")
-    ends = (i for i, part in enumerate(parts) if has_magic(part) or files.fits(part))
+    parts = (fixed_folder(path) if has_pattern(path) else path).split("/")
+    ends = (i for i, part in enumerate(parts) if files.fits(part))
     return "/".join(parts[: next(ends, len(parts))])
 
 
@@ -257,9 +267,15 @@ def _select(paths: Iterable[str], files: FileType, pattern: str, inside: int = 0
     """Those files of a type, sorted, that are `pattern`, match it or lie in it, and are not hidden from `inside` on."""
     from fsspec.utils import glob_translate
 
-    folder = re.escape(pattern.rstrip("/")) + "(/.*)?"
-    chosen = re.compile(glob_translate(pattern) if has_magic(pattern) else folder if pattern else ".*")
+    def accepted(one: str) -> str:
+        folder = re.escape(one.rstrip("/")) + "(/.*)?"
+        return glob_translate(one) if has_magic(one) else folder if one else ".*"
+
     shards = (path for path in paths if files.fits(path) and "/." not in f"/{path[inside:]}")
+    if has_braces(pattern) and not has_magic(pattern):  # perhaps thousands, too many for an expression
+        named = set(expand_braces(pattern))
+        return sorted(path for path in shards if path in named)
+    chosen = re.compile("|".join(f"(?:{accepted(one)})" for one in expand_braces(pattern)))
     return sorted(filter(chosen.fullmatch, shards))
 
 

@@ -12,7 +12,7 @@ _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
 _RETRIES_FOR_A_PATH = 2
-NAMES = "folder (with subfolders), glob or file; org/name[@revision] on the Hugging Face hub; s3:// ..."
+NAMES = "folder (with subfolders), glob, braces {00..99} or file; org/name[@revision] on the Hugging Face hub; s3://..."
 
 
 def open_storage(

@@ -37,6 +37,11 @@ def find_train_files(dataset: str, names: Sequence[str], card: str, example: str
 
 def _choose(dataset: str, names: Sequence[str], card: str, advice: str) -> list[str]:
     config = _default_config(dataset, card, advice)
+    if not config and any(name != name.lower() for name in names):
+        # `datasets` does not know Train and Test, and would take both.
+        lower = {name.lower(): name for name in names}
+        if len(lower) == len(names) and not lower.keys() <= set(names):
+            return sorted(lower[name] for name in _choose(dataset, list(lower), card, advice))
     if not config and not any(word in name for name in names for word in _SPLIT_WORDS):
         # Everything, then; thousands of slides need not be copied and searched for that.
         return sorted(name for name in names if not any(part[:2] == "__" for part in Path(name).parts[:-1]))

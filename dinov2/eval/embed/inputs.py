@@ -1,6 +1,5 @@
 """Inputs of embedding, divided into parts: images of a folder, rows of a Parquet dataset, or tissue tiles of slides."""
 
-import glob
 import hashlib
 import json
 import logging
@@ -29,12 +28,14 @@ from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.storage.base import RangedFile, public_name
 from dinov2.data.storage.locate import open_storage
+from dinov2.data.storage.patterns import has_pattern
 from dinov2.eval.datasets import images
 from dinov2.eval.datasets.images import IMAGE_SUFFIXES, ImageFiles, TileImages, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
 _EITHER = IMAGE_SUFFIXES & SLIDE_SUFFIXES
+_PACKED = {".tar", ".zip", ".h5", ".hdf5"}  # which hold tiles that training reads, not embedding
 _ENDINGS = {
     "images": IMAGE_SUFFIXES - _EITHER,
     "parquet": {".parquet", ".pq"},
@@ -147,18 +148,30 @@ def open_input(
     return SlideTiles(rows, Path(os.path.abspath(path.parent if is_slide else path)), grid)
 
 
+def _to_be_packed(source: str) -> ValueError:
+    return ValueError(
+        f"Input '{source}' holds tar, zip or HDF5 files; images, Parquet shards and slides are embedded, and python -m "
+        "dinov2.data.pack makes shards of these."
+    )
+
+
 def _kind_of(source: str) -> str:
     """Tell the kind of an input from endings; files of TIFF alone may be images or slides and are refused."""
     path = Path(source).expanduser()
+    is_there = path.exists() or "://" in source or has_pattern(source)
+    if is_there and path.suffix.lower() in _PACKED and not path.is_dir():
+        raise _to_be_packed(source)
     if not path.exists():
         is_hub_id = source.count("/") == 1 and not source.startswith(("/", ".", "~"))
-        if "://" in source or glob.has_magic(source) or is_hub_id:
+        if "://" in source or has_pattern(source) or is_hub_id:
             return "slides" if path.suffix.lower() in _ENDINGS["slides"] else "parquet"
         raise FileNotFoundError(f"Input '{source}' does not exist; images, Parquet shards or slides are expected.")
     files = [path / name for name in images.visible_files(path)] if path.is_dir() else [path]
     found = {file.suffix.lower() for file in set(files) - identity.companions(files)}
     lists = LIST_SUFFIXES if path.is_dir() else set()  # beside the data
     kinds = [kind for kind in KINDS if _ENDINGS[kind] - lists & found]
+    if not kinds and not found & _EITHER and found & _PACKED:
+        raise _to_be_packed(source)
     if len(kinds) == 1 and not (kinds == ["images"] and found & _EITHER):
         return kinds[0]
     if kinds or found & _EITHER:

@@ -1,5 +1,6 @@
 """Kinds are told apart by what lies at a path."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from dinov2.build.data import open_data, recognise
 from dinov2.configs import load_config
-from tests.helpers.collections import write_folder, write_tar
+from tests.helpers.collections import write_folder, write_tar, write_zip
 from tests.helpers.shards import encode, tile
 
 PNG = encode(tile(0), "png")
@@ -98,3 +99,35 @@ def test_wrong_kinds_name_the_right_one(tmp_path: Path) -> None:
     write_tar(tmp_path / "empty.tar", {"a.txt": b"x"})
     with pytest.raises(ValueError, match="image"):
         open_data(load_config(None, [f"data.path={tmp_path}/empty.tar"]))
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["masks.zip", "a.png"], "images"),
+        (["a.tar", "b.tar.gz"], r"\*\.tar\.gz"),
+        (["a.png", "b.gif", "c.HEIC", "notes.txt"], r"\*\.gif, \*\.heic"),
+        (["a.png", "metadata.parquet", "labels.csv"], ""),
+    ],
+)
+def test_what_a_folder_holds_besides_is_said(
+    files: list[str], named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, dict.fromkeys(files, PNG))
+    write_tar(tmp_path / "a.tar", {"a.png": PNG}) if "a.tar" in files else None
+    write_zip(tmp_path / "masks.zip", {"a.png": PNG}) if "masks.zip" in files else None
+    open_data(load_config(None, [f"data.path={tmp_path}"]))
+    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(said) == bool(named) and all(re.search(named, text) for text in said)
+    caplog.clear()
+    kind = recognise(str(tmp_path))
+    open_data(load_config(None, [f"data.path={tmp_path}", f"data.kind={kind}"]))
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize(("file", "advice"), [("a.arrow", "to_parquet"), ("a.gif", "gif"), ("a.xyz", "data.kind")])
+def test_the_way_is_named_for_what_is_not_read(file: str, advice: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, {file: b"x"})
+    for path in (tmp_path, tmp_path / file):
+        with pytest.raises(ValueError, match=advice):
+            recognise(str(path))

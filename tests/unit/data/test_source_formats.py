@@ -222,3 +222,19 @@ def test_what_is_not_read_is_refused_in_one_sentence(data: bytes) -> None:
         decode_image(data)
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("codec", ["jp2", "j2k"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 7])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_jpeg_2000_of_few_bits_is_scaled(bits: int, colours: int, codec: str) -> None:
+    samples = np.ascontiguousarray(np.squeeze(SMOOTH[..., :colours] >> (8 - bits)))
+    data = imagecodecs.jpeg2k_encode(samples, level=0, codecformat=codec, reversible=True, bitspersample=bits)
+    assert imagecodecs.jpeg2k_decode(data).max() < 1 << bits
+    expected = np.rint(np.atleast_3d(samples) * (255 / ((1 << bits) - 1))).astype(np.uint8)
+    check(data, np.broadcast_to(expected, SMOOTH.shape))
+
+
+def test_signed_tiff_of_8_bits_is_refused() -> None:
+    with pytest.raises(DecodeError, match="int8"):
+        decode_image(tiff(SMOOTH[..., 0].astype(np.int8)))

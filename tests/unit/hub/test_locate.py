@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinov2.hub import load_teacher, trained_with
-from dinov2.hub.locate import weights_path
+from dinov2.hub.locate import check_found, weights_path
 from dinov2.hub.pretrained import read_checkpoint
 from dinov2.models.vision_transformer import vit_demo
 from tests.helpers.backbones import randomise, transformers_weights
@@ -88,6 +88,14 @@ def test_a_hub_that_is_out_of_reach_later(hub, monkeypatch, tmp_path):
         weights_path("org/other")
 
 
+def test_looking_for_weights_downloads_none(hub, tmp_path):
+    model_folder(tmp_path / "model")
+    hub.push("org/model", tmp_path / "model")
+    check_found("org/model")
+    check_found("hf://org/model/model.safetensors")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_what_is_here_wins_over_the_hub(hub, monkeypatch, tmp_path):
     model_folder(tmp_path / "hub")
     hub.push("org/model", tmp_path / "hub")
@@ -103,6 +111,8 @@ def test_what_the_hub_has_not(hub, name, tmp_path):
     hub.push("org/model", tmp_path / "model")
     with pytest.raises(FileNotFoundError) as error:
         read_checkpoint(name)
+    with pytest.raises(FileNotFoundError):
+        check_found(name)
     assert "\n" not in str(error.value) and name.split("@")[0].split("/")[-1] in str(error.value)
 
 

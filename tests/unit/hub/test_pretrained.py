@@ -5,12 +5,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from dinov2.hub import load_teacher
 from dinov2.hub.pretrained import (
     backbone_state_dict,
+    check_found,
     load_pretrained,
     local_weights,
     published_url,
@@ -174,11 +178,41 @@ def test_unreadable_files(kind, teacher, tmp_path, capsys):
     elif kind == "truncated":
         path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(
-        ValueError, match=r"weights.pth' cannot be read \(.*\); a PyTorch .pth or a .safetensors file"
+        ValueError, match=r"weights.pth' cannot be read \(.*\); (a PyTorch .pth or a .safetensors file|tensors)"
     ) as error:
         read_checkpoint(str(path))
     assert "\n" not in str(error.value)
     assert "arbitrary code" not in capsys.readouterr().out
+    if kind == "code":
+        assert "builtins.print" in str(error.value)
+
+
+def test_numbers_of_numpy_beside_weights(teacher, tmp_path):
+    beside = {"loss": np.float32(1), "best": np.float64(2), "epoch": np.int64(3)}
+    torch.save({"model": teacher.state_dict(), **beside}, tmp_path / "weights.pth")
+    assert {name: read_checkpoint(str(tmp_path / "weights.pth"))[name] for name in beside} == beside
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_first_bytes_tell_the_format(save, name, teacher, tmp_path):
+    save(teacher.state_dict(), tmp_path / name)
+    torch.testing.assert_close(read_checkpoint(str(tmp_path / name)), dict(teacher.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers(dtype, teacher, tmp_path):
+    torch.save({key: value.to(dtype) for key, value in teacher.state_dict().items()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
+        load_pretrained(teacher, str(tmp_path / "weights.pth"))
+
+
+def test_a_mask_token_of_three_dimensions(teacher, tmp_path):
+    state = teacher.state_dict()
+    torch.save({**state, "mask_token": state["mask_token"][None]}, tmp_path / "weights.pth")
+    model = random_backbone(num_register_tokens=4).float()
+    load_pretrained(model, str(tmp_path / "weights.pth"))
+    assert torch.equal(model.mask_token, teacher.mask_token)
 
 
 @pytest.fixture
@@ -225,6 +259,28 @@ def test_a_url_that_cannot_be_read(server, tmp_path):
     with pytest.raises(ValueError, match=r"none.pth' cannot be read"):
         read_checkpoint(f"{address}/none.pth")
     assert not list((tmp_path / "hub").rglob("*.pth"))
+
+
+def test_looking_for_weights_downloads_none(teacher, server, tmp_path):
+    folder, url, asked = server
+    torch.save(teacher.state_dict(), folder / "weights.pth")
+    check_found(f"{url}/weights.pth")
+    check_found((folder / "weights.pth").as_uri())
+    assert asked == ["/weights.pth"] and not list(tmp_path.rglob("hub/**/*.pth"))
+    for name in (
+        f"{url}/none.pth",
+        (folder / "none.pth").as_uri(),
+        "http://127.0.0.1:9/a.pth",
+        str(folder / "none.pth"),
+    ):
+        with pytest.raises(FileNotFoundError):
+            check_found(name)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, load_teacher, check_found])
+def test_an_address_that_is_not_read(read):
+    with pytest.raises(ValueError, match="s3://bucket"):
+        read("s3://bucket/weights.pth")
 
 
 def test_files_by_url(teacher, tmp_path):

@@ -1,5 +1,6 @@
 """Containers: conventions of tar shards, zip archives and HDF5 files, and the index that is kept of them."""
 
+import gzip
 import io
 import logging
 import os
@@ -90,7 +91,7 @@ def test_members_of_zip_archives(tmp_path: Path) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
             with archive.open(info, "w", force_zip64=number > 1) as file:  # puts a field into the own header only
                 file.write(PNG[number])
-        archive.writestr("__MACOSX/in/._0.png", b"no image")
+        archive.writestr("__MACOSX/in/0.png", b"no image")
         archive.writestr("notes.txt", b"no image")
     assert decoded(source_of(tmp_path / "a.zip", ZipArchives())) == [0, 1, 2, 3]
 
@@ -144,6 +145,50 @@ def test_the_dataset_of_an_hdf5_file_is_found_by_its_shape_and_name(tmp_path: Pa
     (tmp_path / "no.h5").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="HDF5"):
         source_of(tmp_path / "no.h5", Hdf5Tiles())
+
+
+@pytest.mark.parametrize("layout", ["channels first", "alpha", "grey"])
+def test_other_layouts_of_pixels_in_hdf5(tmp_path: Path, layout: str) -> None:
+    stack = np.random.default_rng(0).integers(0, 256, (5, 6, 9, 3), np.uint8)
+    grey = np.repeat(stack[..., :1], 3, axis=3)
+    stored, expected = {
+        "channels first": (np.moveaxis(stack, 3, 1), stack),
+        "alpha": (np.concatenate([stack, stack[..., :1]], axis=3), stack),
+        "grey": (stack[..., :1], grey),
+    }[layout]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["imgs"] = stored
+    source = source_of(tmp_path / "a.h5", Hdf5Tiles())
+    for row, (slide, data) in enumerate(source.read(0, range(5))):
+        np.testing.assert_array_equal(source.decode(EncodedSample(0, 0, row, slide, data)), expected[row])
+        assert len(data) <= source.group_bytes[0]
+
+
+@pytest.mark.parametrize("name", ["several of one name", "float", "empty tiles"])
+def test_datasets_of_hdf5_that_are_refused(tmp_path: Path, name: str) -> None:
+    stack = np.zeros((5, 8, 8, 3), np.uint8)
+    datasets = {
+        "several of one name": {"a/imgs": stack, "b/imgs": stack},
+        "float": {"imgs": stack / 255},
+        "empty tiles": {"imgs": stack[:, :0]},
+    }[name]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for key, values in datasets.items():
+            file[key] = values
+    with pytest.raises(ValueError, match="a/imgs, b/imgs" if "several" in name else r"imgs .*\(5, "):
+        source_of(tmp_path / "a.h5", Hdf5Tiles())
+    if "several" in name:
+        assert source_of(tmp_path / "a.h5", Hdf5Tiles("b/imgs")).num_rows == 5
+
+
+def test_compressed_tar_files_and_empty_archives_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.png": PNG[1]})
+    (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(ValueError, match="gzip"):
+        source_of(tmp_path / "a.tar", TarShards())
+    write_zip(tmp_path / "a.zip", {})
+    with pytest.raises(ValueError, match=r"holds an image; "):
+        source_of(tmp_path / "a.zip", ZipArchives())
 
 
 def test_tiles_of_hdf5_need_not_be_square(tmp_path: Path) -> None:

@@ -2,13 +2,20 @@
 
 import logging
 import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dinov2.build.data import open_data, recognise
 from dinov2.configs import ConfigError, load_config, validate
 from dinov2.data.images.list import open_image_list
+from dinov2.data.inspect.__main__ import main as inspect
 from dinov2.data.source import Origin, Source, origins_of
 from tests.helpers.collections import write_folder, write_tar, write_zip
 from tests.helpers.shards import encode, tile
@@ -96,6 +103,15 @@ LISTS = {
     "marked": b"\xef\xbb\xbffile,label\r\nin/1.png,0\r\nin/2.png,1\r\n",
     "quoted": b'label,"image"\n"a, b","in/1.png"\n"c\nd","./in/2.png"\n',
     "twice": b"path\nin/2.png\nin/1.png\nin/2.png\n\n",
+    "old line ends": b"file,label\rin/1.png,0\rin/2.png,1\r",
+    "semicolons": "file;label\nin/1.png;0\nin/2.png;ä, b\n".encode(),
+    "tabs": b"file\tlabel\nin/1.png\t0\nin/2.png\t1\n",
+    "UTF-16": "file,label\nin/1.png,0\nin/2.png,1\n".encode("utf-16"),
+    "comment": b"# of our scanner\n\nfile\nin/1.png\n\nin/2.png\n",
+    "no header": b"in/1.png,0\nin/2.png,1\n",
+    "Windows": b"file\nin\\1.png\nin\\2.png\n",
+    "other forms": b"file\nin/../in/1.png\nin//2.png\n.//in/./1.png\n",
+    "training": b"file,Split\nin/1.png,Training\nin/3.png,Test\nin/2.png,TRAIN\n",
     "split": b"filename,split\nin/1.png,train\nin/3.png,test\nin/2.png,train\n",
 }
 
@@ -110,7 +126,79 @@ def test_lists_of_images(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     os.makedirs("lists")
     (tmp_path / "lists/list.csv").write_bytes(LISTS[name])
-    assert [file.name for file in open_image_list("lists/list.csv")[1]] == ["in/1.png", "in/2.png"]
+    if name not in ("Windows", "other forms"):
+        assert [file.name for file in open_image_list("lists/list.csv")[1]] == ["in/1.png", "in/2.png"]
+
+
+def test_a_file_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "set", "in/1.png", "in/2.png")
+    folder(tmp_path / "home", "out/3.png")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    names = [f"{tmp_path}/set/in/1.png", "in/1.png", f"file://{tmp_path}/set/in/2.png", "~/out/3.png"]
+    path = tmp_path / "set/list.txt"
+    path.write_text("\n".join(names))
+    assert recognise(str(path)) == "image_list"
+    source = opened(path)
+    assert [origin.slide for origin in origins(source)] == [f"{tmp_path}/home/out", "in", "in"]
+
+
+def test_lists_of_urls(tmp_path: Path) -> None:
+    folder(tmp_path / "set", "a/1.png", "b/2.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "set"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        path = tmp_path / "list.csv"
+        path.write_text(f"file,patient\n{url}/a/1.png,p\n{url}/b/2.png,q\n")
+        source = opened(path)
+        assert source.is_remote and [data for _, data in source.read(0, [0, 1])] == [PNG, PNG]
+        assert origins(source) == [("a", "p", ""), ("b", "q", "")]
+        path.write_text(f"file\n{url}/a/1.png\na/1.png\n")
+        with pytest.raises(ValueError, match="http://127"):
+            opened(path)
+        path.write_text(f"file\n{url}/a/1.png\n{url}/c.png\n")
+        with pytest.raises(FileNotFoundError, match=r"/c.png"):
+            opened(path)
+        server.shutdown()
+
+
+def test_tables_that_contradict_themselves(tmp_path: Path) -> None:
+    path = folder(tmp_path / "set", "a/1.png", "b/1.png", "b/2.png")
+    for text, words in (
+        ("file,patient\n2.png,p\n2.png,q\n", "'2.png' twice"),
+        ("slide,patient\na,p\na,q\n", "'a' twice"),
+        ("file,patient\n1.png,p\n", r"a/1.png' and 'b/1.png"),
+        ("file,patient,patient\n2.png,p,q\n", "two columns 'patient'"),
+    ):
+        (tmp_path / "groups.csv").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            opened(path, f"data.groups_file={tmp_path}/groups.csv")
+    (path / "list.csv").write_text("file,patient\na/1.png,p\n./a/1.png,q\n")
+    with pytest.raises(ValueError, match=r"'a/1.png' twice"):
+        opened(path / "list.csv")
+    (path / "list.csv").write_text("file,split\na/1.png,val\nb/1.png,test\n")
+    with pytest.raises(ValueError, match="test, val"):
+        opened(path / "list.csv")
+
+
+def test_tables_may_name_tiles_by_paths_and_columns_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder(tmp_path / "set", "a/1.png", "b/2.png")
+    table = tmp_path / "groups.csv"
+    table.write_text(f"file,case_id,slide_id\n{path}/a/1.png,p,s\nset/b/2.png,q,t\n")
+    assert origins(opened(path, f"data.groups_file={table}")) == [("s", "p", ""), ("t", "q", "")]
+    table.write_text("slide,patient\nc,p\n")
+    with caplog.at_level(logging.WARNING):
+        opened(path, f"data.groups_file={table}")
+    assert "'c'" in caplog.text
+
+
+def test_patients_of_shards_are_not_told_by_tables(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [PNG]}), tmp_path / "a.parquet")
+    (tmp_path / "groups.csv").write_text("slide,patient\na,p\n")
+    for key in (f"groups_file={tmp_path}/groups.csv", "patient_pattern='(?P<patient>.)'"):
+        with pytest.raises(ValueError, match=key.partition("=")[0]):
+            opened(tmp_path / "a.parquet", f"data.{key}")
+    assert inspect([str(folder(tmp_path / "set", "a/1.png")), "--patient-pattern", "["]) == 2
 
 
 def test_lists_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -127,3 +215,14 @@ def test_lists_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             opened(path, "data.kind=image_list")
     path.write_text("name,label\nin/1.png,1\n")
     assert opened(path, "data.kind=image_list", "data.image_column=Name").num_rows == 1
+
+
+@pytest.mark.parametrize("write", [write_tar, write_zip])
+def test_splits_inside_archives_are_said(write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = write(tmp_path / f"a.{write.__name__[6:]}", {"train/1.png": PNG, "Test/a/1.png": PNG})
+    assert opened(path).num_rows == 2
+    assert "folders test inside" in caplog.text
+    caplog.clear()
+    write(path, {"train/test_1.png": PNG, "intestine/1.png": PNG})
+    opened(path)
+    assert not caplog.text

@@ -1,6 +1,7 @@
 """Shards made of collections: the same tiles, bytes and origins; restartable; what cannot be read is listed."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -77,3 +78,16 @@ def test_a_report_of_another_program_is_left_alone(tmp_path: Path) -> None:
     report.write_text('{"mine": 1}\n')
     assert pack([path, str(report.parent), "--workers", "1"]) == 2
     assert report.read_text() == '{"mine": 1}\n'
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    name = os.fsencode(folder) + b"/\xff.png"
+    for path, data in ((name, tiles(1).popitem()[1]), (name + b".bmp", b"no image")):
+        with open(path, "wb") as file:
+            file.write(data)
+    assert pack([str(folder), str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert pq.read_table(next((tmp_path / "out").glob("*.parquet")))["tile"].to_pylist() == [
+        f"'{folder}/\N{REPLACEMENT CHARACTER}.png'"
+    ]

@@ -131,3 +131,19 @@ def test_webp_in_shards(tmp_path: Path) -> None:
     Image.fromarray(tile(7)).save(buffer, "WEBP", lossless=True)
     source = ParquetSource(str(write(tmp_path / "a.parquet", image_bytes=[buffer.getvalue()])))
     np.testing.assert_array_equal(source.decode(EncodedSample(0, 0, 0, *source.read(0, [0])[0])), tile(7))
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (pa.table([[b"x"], [b"y"]], names=["image", "image"]), "two columns 'image'"),
+        (pa.table({"image": ["a.png"]}), r"image \(string\)"),
+        (pa.table({"image": pa.array([{"bytes": None, "path": "a.png"}], HF_IMAGE)}), "paths of images"),
+    ],
+    ids=["twice", "text", "paths"],
+)
+def test_image_columns_that_hold_none(table: pa.Table, words: str, tmp_path: Path) -> None:
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=words):
+        ParquetSource(str(tmp_path))
+    inspect_dataset(str(tmp_path), Training(batch=2, ranks=1))

@@ -175,13 +175,11 @@ def test_corrupt_shards_are_listed_and_the_others_done(tmp_path: Path) -> None:
     )
     pq.write_table(pa.table({"x": [1]}), source / "other.parquet")
     assert run(source, destination) == 1
-    assert [record["file"] for record in failures(destination)] == [*whole, "other.parquet"]
-    assert "image_bytes" in failures(destination)[3]["reason"]
+    assert [record["file"] for record in failures(destination)] == list(whole)
     assert all(record["reason"] for record in failures(destination))
     assert names(destination) == ["0003.parquet", "failures.jsonl"]
     for name, content in whole.items():
         (source / name).write_bytes(content)
-    (source / "other.parquet").unlink()
     assert run(source, destination) == 0
     assert not (destination / "failures.jsonl").exists()
     assert pq.read_table(destination).num_rows == 32
@@ -327,3 +325,17 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+
+
+def test_a_named_column_and_files_without_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    images = [encode(tile(number), "png") for number in range(100)]
+    pq.write_table(pa.table({"picture": images, "label": range(100)}), source / "a.parquet")
+    pq.write_table(pa.table({"age": [1]}), source / "metadata.parquet")
+    assert run(source, tmp_path / "unnamed") == 1
+    assert run(source, tmp_path / "named", "--image-column", "picture") == 0
+    assert names(tmp_path / "named") == ["a.parquet"] and "metadata.parquet" in caplog.text
+    assert pq.read_metadata(tmp_path / "named/a.parquet").num_row_groups == 2
+    assert pq.read_table(tmp_path / "named/a.parquet")["picture"].to_pylist() == images
+    assert run(source / "metadata.parquet", tmp_path / "none") == 2

@@ -177,6 +177,15 @@ def test_a_web_server_that_lists_its_folders(tmp_path: Path, shards: Path, quick
                 ObjectStorage(f"{url}/{missing}", quick).list_files()
 
 
+def test_names_in_braces_need_no_listing(shards: Path, quick: Retries, monkeypatch: pytest.MonkeyPatch) -> None:
+    with web_server(shards) as url:
+        monkeypatch.setattr(SimpleHTTPRequestHandler, "list_directory", lambda self, path: self.send_error(403))
+        files = ObjectStorage(f"{url}/data/{{a,deep/b}}.parquet", quick).list_files()
+        assert [(file.name, file.size) for file in files] == [("a.parquet", 70_001), ("deep/b.parquet", 5000)]
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            ObjectStorage(f"{url}/data/{{a,c}}.parquet", quick).list_files()
+
+
 def test_memory(shards: Path, quick: Retries) -> None:
     files = fsspec.filesystem("memory")
     files.put(f"{shards}/", "memory://stored/tiles/", recursive=True)

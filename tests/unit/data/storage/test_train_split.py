@@ -154,3 +154,10 @@ def test_other_endings_are_found(tmp_path: Path, suffix: str) -> None:
 
 def test_no_file_is_no_error() -> None:
     assert find_train_files("org/tiles", [], "") == []
+
+
+def test_splits_in_capitals() -> None:
+    names = ["Train/a.parquet", "Test/a.parquet", "VAL/a.parquet"]
+    assert find_train_files("set", names, "") == ["Train/a.parquet"]
+    assert find_train_files("set", ["A/x.parquet", "B/x.parquet"], "") == ["A/x.parquet", "B/x.parquet"]
+    assert find_train_files("set", ["a/X.parquet", "a/x.parquet"], "") == ["a/X.parquet", "a/x.parquet"]
