@@ -30,6 +30,7 @@ from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.patient_split import Fate, Fates, describe_splits, read_exclusions, split_by_patient
 from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.extensions import SOURCES
+from dinov2.utils.secrets import public_text
 
 _SHARED_MEMORY = "/dev/shm"
 _ABSURD_PASSES = 300
@@ -307,10 +308,10 @@ def _is_anonymous(locations: tuple[str, ...]) -> bool:
 
 def _commits(config: Config, saved: dict[str, Any] | None) -> list[str]:
     """The commit at which each dataset was first opened, where that was on the hub and the entries are unchanged."""
-    now = [(dataset.path, dataset.revision) for dataset in _datasets(config)]
+    now = [(public_text(dataset.path), dataset.revision) for dataset in _datasets(config)]
     if saved is not None:
         before, locations = saved_config(saved["config"])["data"], saved.get("places", [])
-        then = [(entry["path"], entry.get("revision", "")) for entry in before["datasets"] or [before]]
+        then = [(public_text(entry["path"]), entry.get("revision", "")) for entry in before["datasets"] or [before]]
         if then == now and len(locations) == len(now):
             found = [re.search(r"^hf://.*@([0-9a-f]{40})(/|$)", location) for location in locations]
             return [match[1] if match else "" for match in found]

@@ -19,6 +19,7 @@ from dinov2.configs.schema import Config
 from dinov2.configs.validate import ConfigError, combination_faults
 from dinov2.configs.yaml_text import YamlError, parse_yaml
 from dinov2.utils.files import write_text
+from dinov2.utils.secrets import hide, hide_urls, public
 
 logger = logging.getLogger("dinov2")
 
@@ -47,7 +48,7 @@ def saved_config(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the merged configuration as YAML, atomically; an unequal earlier file is kept under its date."""
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    text = yaml.safe_dump(public_config(config), sort_keys=False)
     if path.exists():
         if path.read_bytes() == text.encode():
             return
@@ -56,17 +57,36 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, text)
 
 
+def public_config(config: Config) -> dict[str, Any]:
+    """A configuration as plain values for files and people, without what is secret (`dinov2.utils.secrets`)."""
+    return public(dataclasses.asdict(config))
+
+
+def _hide_environment(written: Any, resolved: Any) -> None:
+    """Show texts that come from the environment as they are written."""
+    if isinstance(written, Mapping):
+        for key, value in resolved.items():
+            _hide_environment(written[key], value)
+    elif isinstance(written, list):
+        for one, value in zip(written, resolved, strict=True):
+            _hide_environment(one, value)
+    elif isinstance(resolved, str) and "${oc.env:" in written:
+        hide(resolved, written)
+
+
 def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
     older, user = OlderKeys(), {}
     for layer in layers:
         user = merge(user, older.translate(layer))
     try:
         if "${" in str(user):
-            user = OmegaConf.to_container(OmegaConf.create(user), resolve=True)
+            written, user = user, OmegaConf.to_container(OmegaConf.create(user), resolve=True)
+            _hide_environment(written, user)
     except OmegaConfBaseException as error:
         faults.append(f"The configuration cannot be resolved: {shortened(str(error).splitlines()[0], 300)}.")
     for notice in dict.fromkeys(older.notices):
         logger.info("%s", notice)
+    hide_urls([str(user)])
     decoder = Decoder(older.spelled)
     config = decoder.section(Config, user)
     faults += [*older.faults, *decoder.faults]

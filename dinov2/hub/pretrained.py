@@ -61,11 +61,15 @@ def local_weights(path_or_url: str) -> Path:
     cache = Path(torch.hub.get_dir(), "checkpoints")
     if (cached := _cached_by_torch(path_or_url)).is_file():
         return cached
-    from iopath.common.file_io import HTTPURLHandler, PathManager
+    from iopath.common.download import download
+    from iopath.common.file_io import file_lock
 
-    paths = PathManager()
-    paths.register_handler(HTTPURLHandler())
-    return Path(paths.get_local_path(path_or_url, cache_dir=str(cache)))
+    file = cache / url.path.lstrip("/")  # as iopath has it, but without the query, which may be secret
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(file)):
+        if not file.is_file():
+            download(path_or_url, str(file.parent), filename=file.name)
+    return file
 
 
 def _cached_by_torch(url: str) -> Path:

@@ -6,12 +6,14 @@ import logging
 import math
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dinov2.logging.metrics import of_chance
+from dinov2.utils.secrets import public
 
 logger = logging.getLogger("dinov2")
 
@@ -129,7 +131,8 @@ class WandbSink(Sink):
         options = {
             "dir": str(output_dir), "project": project, "id": id_file.read_text().strip(), "resume": "allow",
             "config": dict(config), "name": output_dir.resolve().name,
-            "settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S),
+            # Where the command line holds a secret W&B's own record of it, and of the machine, is left out.
+            "settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, x_disable_meta=public(sys.argv) != sys.argv),
         }  # fmt: skip
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         try:

@@ -14,7 +14,7 @@ import torch
 from dinov2.build.augmentation import device_batches
 from dinov2.build.data import OpenData, build_loader, check_rows, describe_stream, open_data, order_parameters
 from dinov2.build.networks import check_starting_weights, load_starting_weights
-from dinov2.configs import Config, save_config, validate
+from dinov2.configs import Config, public_config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
@@ -34,6 +34,7 @@ from dinov2.train.stopping import StopRequest
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
 from dinov2.utils.cli import Stopped
+from dinov2.utils.secrets import public, public_text
 
 logger = logging.getLogger("dinov2")
 
@@ -103,7 +104,7 @@ class Run:
             sinks.add(JsonlSink, self.output_dir / "metrics.jsonl")
             sinks.add(lambda: watch)
             if config.logging.wandb:
-                shown = dataclasses.asdict(config) | {"plan": dataclasses.asdict(plan)}
+                shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
                 sinks.add(WandbSink, self.output_dir, config.logging.wandb_project, shown)
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
@@ -125,7 +126,7 @@ class Run:
     def save_checkpoint(self, state: TrainState) -> None:
         """Save tensors and state; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
-        described |= {"scaler": self.scaler.state_dict(), "places": self._locations}
+        described |= {"scaler": self.scaler.state_dict(), "places": public(self._locations)}
         described["loss_modules"] = list(self._loss_modules())
         started = time.monotonic()
         self.checkpointer.save(state.step, self._tensors(), described)
@@ -135,7 +136,7 @@ class Run:
         """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
         path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
-        architecture, config = self.arch.teacher.backbone.describe(), dataclasses.asdict(self.config)
+        architecture, config = self.arch.teacher.backbone.describe(), public_config(self.config)
         metadata = {"architecture": architecture, **vars(state), "config": config}
         on_main_process(partial(save_teacher, path, modules, metadata))
         logger.info("Exported the teacher to %s.", path)
@@ -279,4 +280,5 @@ def dry_run(config: Config, world_size: int) -> str:
     stream = "\n".join([stream, *check_rows(config, data)])
     open_tasks(config, data)
     check_starting_weights(config)
-    return f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"
+    text = f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"
+    return public_text(text)

@@ -1,6 +1,5 @@
 """State of a run beside its tensors, and whether a run may go on from it."""
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -8,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2.configs import Config, saved_config
+from dinov2.configs import Config, public_config, saved_config
 from dinov2.utils.provenance import package_versions
+from dinov2.utils.secrets import public
 
 logger = logging.getLogger("dinov2")
 
@@ -34,7 +34,7 @@ class TrainState:
 
 def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int, config: Config) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    as_dict = dataclasses.asdict(config)
+    as_dict = public_config(config)
     return {
         **vars(state),
         "global_batch": global_batch,
@@ -50,8 +50,8 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
 
     Raises ValueError if fixed keys changed; all are named with both values.
     """
-    before = _flatten(saved_config(saved["config"]))
-    now = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    before = _flatten(public(saved_config(saved["config"])))
+    now = _flatten(json.loads(json.dumps(public_config(config))))
     changed = [key for key in now if before.get(key) != now[key]]
     fixed = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS]
     if fixed:

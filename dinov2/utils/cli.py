@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dinov2.utils.secrets import hide_urls, keep_logs_public
 from dinov2.utils.signals import STATUS_OF
 
 # Exit statuses.
@@ -64,6 +66,8 @@ def run_command(
         errors: exceptions, beside ValueError, OSError and ImportError, whose text is a sentence for the user.
         resumable: the same command goes on where it was stopped, which the last sentence says.
     """
+    keep_logs_public()
+    hide_urls(sys.argv)
     goes_on = "the same command goes on from here." if resumable else "nothing unfinished was kept."
 
     def terminate(number: int, frame: object) -> None:

@@ -16,6 +16,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from dinov2.utils.secrets import public
+
 logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.part")
@@ -129,8 +131,8 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
 
 
 def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """One JSON object per line."""
-    return (json.dumps(record) + "\n" for record in records)
+    """One JSON object per line, without what is secret in it."""
+    return (json.dumps(public(record)) + "\n" for record in records)
 
 
 def check_description(path: Path, identity: dict[str, Any]) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dinov2.configs import load_config
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, checkpoint_tensors, read_metrics, write_tissue_shards
@@ -232,3 +236,35 @@ def test_a_doctored_checkpoint_cannot_run_code(finished: Path, tmp_path: Path, s
     assert train(shards, output_dir) == 2
     assert not (tmp_path / "pwned").exists()
     assert "not checkpoint data" in capsys.readouterr().err
+
+
+def test_secrets_reach_no_file_and_no_line(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """A token in the address of weights, and a folder that the environment names, through a run and its resume."""
+    served = tmp_path / "served"
+    served.mkdir()
+    arch = SSLMetaArch(load_config(None, TINY))
+    torch.save({"teacher": arch.teacher.state_dict()}, served / "w.pth")
+    shutil.copytree(shards, tmp_path / "FOLDERFOLDER")
+    monkeypatch.setenv("DATA_FOLDER", str(tmp_path / "FOLDERFOLDER"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    output_dir = tmp_path / "out"
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=served)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/w.pth?token=TOKENTOKEN"
+        line = ["--output-dir", str(output_dir), *TINY, "data.path=${oc.env:DATA_FOLDER}"]
+        line.append(f"student.pretrained_weights={url}")
+        assert main([*line, "optim.early_stop=1"]) == 0
+        assert main(line) == 0
+        server.shutdown()
+    said = "".join(capfd.readouterr())
+    written = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    assert not [path for path in (tmp_path / "cache").rglob("*TOKENTOKEN*")]
+    assert output_dir / "eval/training_8/teacher_checkpoint.json" in written
+    for secret in ("TOKENTOKEN", "FOLDERFOLDER"):
+        assert secret not in said.replace(str(output_dir), "")
+        assert not [path for path, content in written.items() if secret.encode() in content]
+    assert b"${oc.env:DATA_FOLDER}" in written[output_dir / "config.yaml"]

@@ -20,6 +20,7 @@ import pyarrow as pa
 from dinov2.data.parquet.footer import ORIGIN_COLUMNS, THREADS, CorruptShard, NoImages, describe_shard, read_footer
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.sidecar import load_sidecar, write_sidecar
+from dinov2.utils.secrets import public_text
 
 logger = logging.getLogger(__name__)
 _PER_GROUP = pa.list_(pa.int64())
@@ -52,7 +53,7 @@ def load_index(storage: Storage, sidecar: Path | None = None, image_column: str 
     has the wrong schema, no footer is readable, no file has images or all shards are empty.
     """
     kept = load_sidecar(sidecar, _SCHEMA, _FORMAT) if sidecar else None
-    location = {b"location": storage.location.encode()}
+    location = {b"location": public_text(storage.location).encode()}
     named = {b"image_column": image_column.encode()}
     if kept is not None and not named.items() <= kept.schema.metadata.items():
         kept = None
