@@ -14,6 +14,7 @@ from dinov2.data.slides.tables import decoded
 _SAMPLED_BYTES = 1 << 16  # at the beginning, in the middle and at the end of a file
 _MIRAX, _MIRAX_INDEX = ".mrxs", "Slidedat.ini"
 _HAMAMATSU = {".vms", ".vmu"}
+_NEEDED = ("imagefile", "mapfile")  # keys of their index files
 
 
 def with_companions(path: str) -> str:
@@ -130,17 +131,29 @@ def _others(slide: str | Path) -> list[Path]:
     if ending == _MIRAX:
         return [file for file in [slide.with_suffix("") / _MIRAX_INDEX] if file.is_file()]
     if ending in _HAMAMATSU:
-        return [file for file in (slide.parent / name for name in _named_files(slide)) if file.is_file()]
+        return [file for file in (slide.parent / name for _, name in _named_files(slide)) if file.is_file()]
     if ending == dicom.SUFFIX:
         return list(slide.parent.glob("*.[dD][cC][mM]"))
     return []
 
 
-def _named_files(slide: Path) -> Iterator[str]:
+def missing_companions(slide: str | Path) -> list[str]:
+    """Files that a slide cannot be opened without and that are not there."""
+    slide, there = Path(slide), _others(slide)
+    ending = slide.suffix.lower()
+    if ending == _MIRAX:
+        return [] if there else [str(slide.with_suffix("") / _MIRAX_INDEX)]
+    named = _named_files(slide) if ending in _HAMAMATSU else ()
+    needed = (slide.parent / name for key, name in named if key.startswith(_NEEDED))
+    return [str(file) for file in needed if file not in there]
+
+
+def _named_files(slide: Path) -> Iterator[tuple[str, str]]:
+    """Keys, in lower case, and values of an index file that may name files beside it."""
     parser = configparser.RawConfigParser(strict=False, allow_no_value=True)
     try:
         parser.read_string(decoded(slide.read_bytes()))
     except (configparser.Error, OSError):
         return
     for section in parser.sections():
-        yield from (value for value in parser[section].values() if value and os.path.basename(value) == value)
+        yield from ((key, name) for key, name in parser[section].items() if name and os.path.basename(name) == name)

@@ -126,11 +126,18 @@ def micrometres(value: object, unit: str | None) -> float | None:
 
 
 def number(text: object) -> float | None:
-    """Convert what a slide or a table says to a number, None where it is none."""
+    """Convert what a slide or a table says to a number, perhaps with a decimal comma, None where it is none."""
+    if isinstance(text, str) and text.count(",") == 1 and "." not in text:
+        text = text.replace(",", ".")
     try:
         return float(text)
     except (TypeError, ValueError):
         return None
+
+
+def power_of(text: object) -> float | None:
+    """Convert an objective's power, as 20 or "20x", to a number, None where it is none."""
+    return number(text.strip().rstrip("xX\u00d7") if isinstance(text, str) else text)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import coarsest_level, log_notes, micrometres, read_mpp_table, resolve_mpp
+from tests.helpers.slides import MakeSlide
 
 
 @pytest.mark.parametrize(
@@ -124,3 +126,17 @@ def test_faulty_tables_are_refused(tmp_path: Path, text: str, message: str) -> N
 def test_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no mpp table '.*none\.csv'"):
         read_mpp_table(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "words"),
+    [
+        ("AppMag = 40|MPP = 0,2520", (0.252, "slide"), ""),
+        ("AppMag = 40x", (0.25, "appmag"), ""),
+        ("AppMag = 20|MPP = 0.3 um", (0.5, "appmag"), "0.3 um"),
+    ],
+)
+def test_what_aperio_files_say(make_slide: MakeSlide, said: str, expected: tuple, words: str) -> None:
+    resolution = SlideReader(make_slide("a.svs", f"|{said}")).resolution
+    assert (pytest.approx(resolution.mpp), resolution.source) == expected
+    assert words in " ".join(resolution.notes) and bool(words) == bool(resolution.notes)
