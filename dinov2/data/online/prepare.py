@@ -118,8 +118,7 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         positions = [Positions.count(mask, geometry, options.min_foreground) for geometry in geometries]
         write_arrays(counted, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
-        scarce = f"no tile of it is {options.min_foreground:.0%} tissue"
-        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue", doubt=facts["doubt"])
+        return Dropped(name, _why_none(mask, geometries, options), doubt=facts["doubt"])
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
     longest = [_most_bytes(blocks, geometry) for geometry in geometries]
     return OnlineSlide(
@@ -127,6 +126,15 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         tuple(map(len, positions)), blocks, row.tile_index,
         tile_bytes=float(np.average(longest, weights=weights)), doubt=facts["doubt"],
     )  # fmt: skip
+
+
+def _why_none(mask: TissueMask, geometries: Sequence[Geometry], options: TileOptions) -> str:
+    """Why a slide gives no tile."""
+    smallest = min(geometries, key=lambda geometry: geometry.mpp)
+    if smallest.side > min(smallest.width, smallest.height):
+        needed = f"{smallest.side} px of it for {options.tile_size} px of {smallest.mpp:g} um"
+        return f"its level {smallest.level} has {smallest.width}x{smallest.height} px, but a tile takes {needed}"
+    return f"no tile of it is {options.min_foreground:.0%} tissue" if mask.packed.any() else "it shows no tissue"
 
 
 def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:

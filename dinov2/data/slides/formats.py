@@ -20,19 +20,19 @@ _PACKED = {
     b"7z\xbc\xaf": "7z", b"Rar!": "rar",
 }  # fmt: skip
 _PICTURES = {b"GIF8": "GIF", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"%PDF": "PDF"}
-_CZI, _DICOM, _DICOM_AT = b"ZISRAWFILE", b"DICM", 128
+_CZI = b"ZISRAWFILE"
+_TEXTS = {".vms", ".vmu"}  # slides that begin as texts do
 _LOOKED_AT, _QUOTED = 4096, 40  # bytes of a file, letters of a text
+
+
+def unread_at(file: Path) -> Path | None:
+    """The slide of a format of `UNREAD` that a file is, or a part of; None if it is of none."""
+    return next((path for path in (file, *file.parents) if path.suffix.lower() in UNREAD), None)
 
 
 def unread(path: str | Path) -> str:
     """Say of a file or folder with an ending of `UNREAD` what it is, and what would be read."""
     return f"it is of the format {UNREAD[Path(path).suffix.lower()]}, for which there is no reader; {_CONVERT}"
-
-
-def is_dicom(path: str | Path) -> bool:
-    """Whether a file begins as DICOM files do, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(_DICOM_AT + len(_DICOM))[_DICOM_AT:] == _DICOM
 
 
 def not_read(path: str | Path, missing: Sequence[str], reasons: Sequence[str]) -> str:
@@ -60,7 +60,7 @@ def not_read(path: str | Path, missing: Sequence[str], reasons: Sequence[str]) -
             if start.startswith(magic):
                 return what.format(name)
     text = decoded(start)
-    if "\0" not in text and text.splitlines()[0].isprintable():
+    if "\0" not in text and text.splitlines()[0].isprintable() and path.suffix.lower() not in _TEXTS:
         return f"it is a text of {size} bytes that begins with {text[:_QUOTED]!r}; the slide itself is expected"
     accepted = "a TIFF pyramid, a format of OpenSlide's, or one image in PNG, JPEG or JPEG 2000 is expected"
     return f"{'; '.join(dict.fromkeys(reasons))}; {accepted}"

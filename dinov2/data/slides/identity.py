@@ -63,7 +63,8 @@ def dicom_slides(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
     """Bring the files of DICOM slides down to one each.
 
     Files of one series are one slide, and so are series of a study that share a frame of reference. Of a slide that
-    lies in several folders the one with most files counts. Files that cannot be parsed stay, for opening to say why.
+    lies in several folders the one with the finest level counts, then the one with most files. Files that cannot be
+    parsed stay, for opening to say why.
 
     Returns:
         For each .dcm file that belongs to a slide, the file that stands for it: the level of most pixels; the patient
@@ -82,9 +83,8 @@ def dicom_slides(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
         if not levels:
             foreign += group
             continue
-        folders = Counter(os.path.dirname(path) for path in levels)
-        where = folders.most_common(1)[0][0]
-        finest = max((path for path in levels if os.path.dirname(path) == where), key=lambda p: headers[p].columns)
+        files = Counter(os.path.dirname(path) for path in levels)
+        finest = max(levels, key=lambda path: (headers[path].columns, files[os.path.dirname(path)]))
         chosen |= dict.fromkeys(group, finest)
         patients[finest] = headers[finest].patient
     return chosen, patients, foreign
@@ -98,8 +98,23 @@ def slides_and_patients(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {path: (slide, patients.get(slide, "")) for path, slide in slides.items()}
 
 
+def other_names(path: str) -> list[str]:
+    """By what else than its path a table may call a DICOM slide; nothing for other slides.
+
+    These are its series, each file of it that lies beside, by path and name, and the folder that it has to itself.
+    """
+    header = dicom.read_header(path) if _is_dicom(path) and os.path.isfile(path) else None
+    if header is None:
+        return []
+    folder = os.path.dirname(os.path.abspath(path))
+    beside = dicom.headers_in(folder, os.stat(folder).st_mtime_ns)
+    files = [name for name, other in beside.items() if dicom.is_same_slide(header, other)]
+    own = [folder, os.path.basename(folder)] if len(files) == len(beside) else []
+    return [header.series, *files, *(os.path.join(folder, name) for name in files), *own]
+
+
 def _is_dicom(path: str) -> bool:
-    return path.lower().endswith(dicom.SUFFIX) and not is_remote(path)
+    return not is_remote(path) and dicom.is_dicom(path)
 
 
 def _file_identity(path: str) -> tuple[object, ...]:
