@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.configs import load_config
+from dinov2.data.slides.formats import UNREAD, unread
 from dinov2.data.source import Source, SourceRequest
 from dinov2.extensions import SOURCES
 from dinov2.utils.walk import visible_files
@@ -26,6 +27,9 @@ def recognise(path: str) -> str:
     for name, kind in SOURCES.items():
         if kind().recognises(path):
             return name
+    for ending, file in endings(path).items():
+        if ending in UNREAD:
+            raise ValueError(f"Data '{path}' holds slides that are not read, such as '{file}': {unread(file)}.")
     there = Path(path.removeprefix("file://")).expanduser()
     known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
     if there.is_dir():

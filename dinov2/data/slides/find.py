@@ -221,7 +221,7 @@ def _what_else(path: Path) -> str:
     if not path.is_dir():
         return "no line of it names one"
     files = list(visible_files(path))
-    if foreign := sorted(filter(None, map(unread_at, files))):
+    if foreign := sorted(filter(None, map(unread_at, [path, *files]))):
         return f"'{foreign[0]}' is not read: {unread(foreign[0])}"
     endings = sorted({file.suffix.lower() or "no ending" for file in files})
     return f"its files have the endings {', '.join(endings[:_ENDINGS_SHOWN])}" if files else "it holds no file at all"

@@ -50,7 +50,8 @@ def not_read(path: str | Path, missing: Sequence[str], reasons: Sequence[str]) -
     with path.open("rb") as file:
         start, size = file.read(_LOOKED_AT), os.fstat(file.fileno()).st_size
     if not start.strip(b"\0"):
-        return f"its {size} bytes {'begin with zeros' if size else 'are none'}; a copy that was not finished, perhaps"
+        found = f"its {size} bytes begin with zeros" if size else "it is empty (0 bytes)"
+        return f"{found}, as copies that were not finished are"
     if path.suffix.lower() in UNREAD:
         return unread(path)
     if start.startswith(_CZI):

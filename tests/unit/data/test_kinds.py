@@ -98,3 +98,10 @@ def test_wrong_kinds_name_the_right_one(tmp_path: Path) -> None:
     write_tar(tmp_path / "empty.tar", {"a.txt": b"x"})
     with pytest.raises(ValueError, match="image"):
         open_data(load_config(None, [f"data.path={tmp_path}/empty.tar"]))
+
+
+def test_slides_of_a_format_without_a_reader_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.isyntax").write_bytes(b"<DataObject")
+    for path in (tmp_path, tmp_path / "a.isyntax"):
+        with pytest.raises(ValueError, match=r"a\.isyntax.*iSyntax"):
+            recognise(str(path))
