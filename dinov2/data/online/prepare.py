@@ -16,7 +16,7 @@ from dinov2.data.slides.errors import SlideError, UnsupportedTiles
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.index import TileIndexes, opened_index, write_tile_index
 from dinov2.data.slides.ranges import is_remote
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import SlideReader, too_small
 from dinov2.data.slides.resolution import MPP_TOLERANCE, MppSource, Resolution, coarsest_level
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.slides.tissue import TissueCache, TissueMap, TissueMask
@@ -130,10 +130,9 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
 
 def _why_none(mask: TissueMask, geometries: Sequence[Geometry], options: TileOptions) -> str:
     """Why a slide gives no tile."""
-    smallest = min(geometries, key=lambda geometry: geometry.mpp)
-    if smallest.side > min(smallest.width, smallest.height):
-        needed = f"{smallest.side} px of it for {options.tile_size} px of {smallest.mpp:g} um"
-        return f"its level {smallest.level} has {smallest.width}x{smallest.height} px, but a tile takes {needed}"
+    least = min(geometries, key=lambda geometry: geometry.mpp)
+    if reason := too_small(least.level, (least.width, least.height), least.side, options.tile_size, least.mpp):
+        return reason
     return f"no tile of it is {options.min_foreground:.0%} tissue" if mask.packed.any() else "it shows no tissue"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dinov2.data.slides.coarse import Box
 from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import SlideReader, too_small
 from dinov2.data.slides.resolution import MPP_TOLERANCE
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 
@@ -134,11 +134,9 @@ def _why_none(reader: SlideReader, target: Target, sampling: Sampling, quota: in
     """Why a target of a slide has given no tile."""
     if not quota:
         return f"no tile was asked for, since {sampling.per_slide} of the slide are wanted in all"
-    width, height = reader.level_dimensions[target.level]
-    if target.side > min(width, height):
-        asked = f" for {sampling.tile_size} px of {target.mpp:g} um" if target.mpp else ""
-        needed = f"a tile takes {target.side}x{target.side} px of it{asked}"
-        return f"its level {target.level} has {width}x{height} px, but {needed}"
+    size = reader.level_dimensions[target.level]
+    if reason := too_small(target.level, size, target.side, sampling.tile_size, target.mpp):
+        return reason
     return f"no tile passed the tissue rule '{sampling.rule.name}' with more than {sampling.rule.min_fraction:.0%}"
 
 

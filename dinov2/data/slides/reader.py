@@ -190,6 +190,17 @@ def resized(tile: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
 
 
+def too_small(level: int, size: tuple[int, int], side: int, tile_size: int, mpp: float) -> str:
+    """Say that a level of (width, height) px cannot hold a tile that spans `side` px of it; "" where it can.
+
+    The finished tile has `tile_size` px, at `mpp` um per px, 0 where it is as the level.
+    """
+    if side <= min(size):
+        return ""
+    asked = f" for {tile_size} px of {mpp:g} um" if mpp else ""
+    return f"its level {level} has {size[0]}x{size[1]} px, but a tile takes {side}x{side} px of it{asked}"
+
+
 def _open(path: Path | str, mpp: float | None, cache_bytes: int) -> "TileReader | OpenSlideReader | ImageReader":
     """Choose the fastest of the readers that read a slide rightly.
 
