@@ -113,6 +113,8 @@ def _page_level(path: str | Path, pages: Pages, level: int) -> PageLevel:
     if page.sampleformat not in _UNSIGNED or bits > 16:
         kind = f"samples of the type {page.dtype}" if page.dtype else found
         raise SlideOpenError(path, f"its image has {kind}; unsigned ones of 8 or 16 bits are expected")
+    if samples > {_WHITE_IS_0: 2, _BLACK_IS_0: 2, _RGB: 4}.get(photometric, samples):  # OpenSlide would show the first
+        raise SlideOpenError(path, f"its image has {samples} channels ({found}); one in RGB or grey is expected")
     is_plain = bits in (8, 16) and (grey or colour or ycbcr)
     is_whole = not is_plain and not page.is_tiled and len(pages) == 1 and page.index == 0 and not is_remote(path)
     if not (is_plain or is_whole) or page.tiledepth > 1 or page.imagedepth > 1:

@@ -399,3 +399,13 @@ def test_a_label_flagged_as_reduced_is_no_level(tmp_path: Path, picture: np.ndar
 def test_imagej_says_the_unit_beside_the_tags(tmp_path: Path, picture: np.ndarray, unit: str) -> None:
     tifffile.imwrite(tmp_path / "a.tif", picture, imagej=True, resolution=(4, 4), metadata={"unit": unit})
     assert SlideReader(tmp_path / "a.tif").mpp == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_channels_that_are_no_colours_are_refused(tmp_path: Path, picture: np.ndarray, channels: int) -> None:
+    pixels = np.dstack([picture, picture])[..., :channels].copy()
+    options = {"photometric": "minisblack", "planarconfig": "contig", "metadata": None}
+    for tile in (None, (128, 128)):
+        tifffile.imwrite(tmp_path / "a.tif", pixels, tile=tile, **options)
+        with pytest.raises(SlideOpenError, match=f"{channels} channels"):
+            SlideReader(tmp_path / "a.tif")
