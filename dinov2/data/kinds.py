@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.configs import load_config
-from dinov2.data.slides.formats import UNREAD, unread
+from dinov2.data.slides.errors import UNREAD, unread
 from dinov2.data.source import Source, SourceRequest
 from dinov2.extensions import SOURCES
 from dinov2.utils.walk import visible_files

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from dinov2.data.slides import identity
 from dinov2.data.slides.dicom import is_dicom
-from dinov2.data.slides.formats import UNREAD, unread, unread_at
+from dinov2.data.slides.errors import UNREAD, unread, unread_at
 from dinov2.data.slides.image import IMAGE_SUFFIXES
 from dinov2.data.slides.index import TileIndexes, is_tile_index
 from dinov2.data.slides.ranges import is_remote

@@ -14,8 +14,14 @@ import numpy as np
 
 from dinov2.data.slides import errors
 from dinov2.data.slides.blocks import Block, Region, TileIndex, check_pyramid, covering, falling, paste
-from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideRangeError, SlideReadError, UnsupportedTiles
-from dinov2.data.slides.formats import not_read
+from dinov2.data.slides.errors import (
+    SlideError,
+    SlideOpenError,
+    SlideRangeError,
+    SlideReadError,
+    UnsupportedTiles,
+    not_read,
+)
 from dinov2.data.slides.identity import missing_companions
 from dinov2.data.slides.image import ImageReader
 from dinov2.data.slides.pages import index_pages

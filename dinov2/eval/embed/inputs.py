@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.slides import identity
-from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.errors import UNREAD, SlideError, unread
 from dinov2.data.slides.find import LIST_SUFFIXES, NAMED_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
-from dinov2.data.slides.formats import UNREAD, unread
 from dinov2.data.slides.reader import SlideReader, too_small
 from dinov2.data.slides.resolution import MPP_TOLERANCE, PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
