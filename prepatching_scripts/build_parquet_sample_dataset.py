@@ -98,7 +98,8 @@ class Build:
                 f"The list '{list_path}' was drawn for tiles of {drawn['tile_size']} px, not {tile_size} px."
             )
         table = read_mpp_table(args.mpp_file) if args.mpp_file else None
-        given = [table.get(name) if table else None for name in samples.slides]
+        paths = [Path(locate(name, list_path, args.slide_root)) for name in samples.slides]
+        given = [table.get(*slide) if table else None for slide in zip(samples.slides, paths, strict=True)]
         listed = drawn.get("slide_mpp") or {}
         given = [args.mpp if mpp is None else mpp for mpp in given]
         mpps = [listed.get(name) if mpp is None else mpp for name, mpp in zip(samples.slides, given, strict=True)]
@@ -113,7 +114,6 @@ class Build:
             ) from error
         if args.tissue:
             rule = rule_of_options(args)
-        paths = [Path(locate(name, list_path, args.slide_root)) for name in samples.slides]
         encoding = Encoding(args.encoding, args.jpeg_quality, args.jpeg_subsampling)
         told = slides_and_patients([str(path) for path in paths])
         patients = [told[str(path)][1] for path in paths]

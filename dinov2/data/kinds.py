@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.configs import load_config
-from dinov2.data.images.files import UNREAD
+from dinov2.data.images.files import UNREAD as UNREAD_IMAGES
+from dinov2.data.slides.errors import UNREAD as UNREAD_SLIDES
+from dinov2.data.slides.errors import unread
 from dinov2.data.source import Source, SourceRequest
 from dinov2.data.storage.patterns import expand_braces, has_pattern
 from dinov2.extensions import SOURCES
@@ -32,6 +34,9 @@ def recognise(path: str) -> str:
     for name, kind in SOURCES.items():
         if kind().recognises(path):
             return name
+    for ending, file in endings(path).items():
+        if ending in UNREAD_SLIDES:
+            raise ValueError(f"Data '{path}' holds slides that are not read, such as '{file}': {unread(file)}.")
     there = Path(path.removeprefix("file://")).expanduser()
     known = "; ".join(f"{name}: {kind().accepts}" for name, kind in SOURCES.items())
     if there.is_dir():
@@ -45,8 +50,8 @@ def recognise(path: str) -> str:
     advice = "; data.kind names one"
     if ".arrow" in (found := endings(path)):
         advice = "; of what `datasets` has saved to disk load_from_disk(FOLDER).to_parquet(FILE) makes shards"
-    elif unread := [ending for ending in UNREAD if ending in found]:
-        advice = f"; images in {', '.join(ending[1:] for ending in unread)} are not read, as PNG they are"
+    elif images := [ending for ending in UNREAD_IMAGES if ending in found]:
+        advice = f"; images in {', '.join(ending[1:] for ending in images)} are not read, as PNG they are"
     raise ValueError(f"Data '{path}' is {seen}, which is none of the known kinds ({known}){advice}.")
 
 
@@ -55,8 +60,8 @@ def beside(path: str, kind: str) -> list[str]:
     if not os.path.isdir(os.path.expanduser(path)):
         return []
     found = [name for name, part in SOURCES.items() if name != kind and part().recognises(path)]
-    unread = {"images": UNREAD, "tar": _COMPRESSED_TAR}.get(kind, ())
-    return found + [f"*{ending}" for ending in endings(path) if ending in unread]
+    left_out = {"images": UNREAD_IMAGES, "tar": _COMPRESSED_TAR}.get(kind, ())
+    return found + [f"*{ending}" for ending in endings(path) if ending in left_out]
 
 
 def log_beside(path: str, kind: str) -> None:

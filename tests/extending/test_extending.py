@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from PIL import Image
@@ -21,8 +22,8 @@ from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = re.split(r"^## ", (ROOT / "docs/extending.md").read_text(), flags=re.M)[1:]
-PARTS = dict(zip(("loss", "step", "kind", "backbone", "probe"), SECTIONS, strict=True))
-MOST_FILES = {"loss": 2, "step": 2, "kind": 2, "backbone": 2, "probe": 2}
+PARTS = dict(zip(("loss", "step", "kind", "rule", "backbone", "probe"), SECTIONS, strict=True))
+MOST_FILES = {"loss": 2, "step": 2, "kind": 2, "rule": 2, "backbone": 2, "probe": 2}
 
 
 def blocks(part: str, language: str) -> list[str]:
@@ -32,9 +33,9 @@ def blocks(part: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with all five parts added."""
+    """A copy of the code with all parts added."""
     copy = tmp_path_factory.mktemp("code")
-    for folder in ("dinov2", "eval_configs"):
+    for folder in ("dinov2", "eval_configs", "prepatching_scripts"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for part in PARTS:
         for diff in blocks(part, "diff"):
@@ -52,6 +53,9 @@ def out(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = out / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_nested([*TINY, "optim.early_stop=0.5", "train.checkpoint_period_iterations=1"])))
     rng = np.random.default_rng(0)
+    grey = np.full((1024, 1024, 3), 235, np.uint8)
+    grey[:, :640] = 120
+    tifffile.imwrite(out / "grey.tif", grey, photometric="rgb", tile=(256, 256), compression="deflate")
     np.save(out / "tiles.npy", rng.integers(0, 256, (100, 64, 64, 3), np.uint8))
     for label, brightness in {"dark": 40, "light": 200}.items():
         (out / "labelled" / label).mkdir(parents=True)
@@ -60,6 +64,7 @@ def out(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(out / "labelled" / label / f"patient{number}.png")
     environment = os.environ | {
         "TILES": str(tiles),
+        "SLIDE": str(out / "grey.tif"),
         "OUT": str(out),
         "RECIPE": str(recipe),
         "PYTHONPATH": str(code),
@@ -124,6 +129,13 @@ def test_the_step_shows_in_the_sheet_of_crops(out: Path, code: Path):
 
 def test_the_kind_of_data_feeds_a_run(out: Path):
     assert len(read_metrics(out / "source")) == 2
+
+
+def test_the_tissue_rule_finds_grey_tissue(out: Path):
+    corners = [int(line.split()[1]) for line in (out / "dark.txt").read_text().splitlines()]
+    assert len(corners) == 4  # the rule "hsv" finds none without colour
+    assert max(corners) + 0.6 * 224 < 640
+    assert json.loads((out / "dark.txt.meta.json").read_text())["rule"]["options"] == {"above": 25, "below": 180}
 
 
 def test_the_backbone_trains_exports_and_opens_again(out: Path):

@@ -99,13 +99,15 @@ def write_encoded(path: Path, tiles: Iterable[bytes], compression: int, descript
 
 @pytest.fixture
 def openslide_only(tmp_path: Path) -> tuple[Path, np.ndarray]:
-    """A slide of two levels that only OpenSlide reads (16 bits), 0.5 um/px, and its first level in 8 bits."""
-    path, image = tmp_path / "16_bits.tif", np.random.default_rng(0).integers(0, 256, (600, 500, 3), np.uint8)
-    plain = {"tile": (256, 256), "compression": "lzw", "photometric": "rgb", "metadata": None}
+    """A slide of two levels that only OpenSlide reads (palette), 0.5 um/px, and its first level in RGB."""
+    path, rng = tmp_path / "palette.tif", np.random.default_rng(0)
+    image, colours = rng.integers(0, 256, (600, 500), np.uint8), rng.integers(0, 256, (256, 3), np.uint8)
+    table = colours.T.astype(np.uint16) * 257
+    plain = {"tile": (256, 256), "compression": "lzw", "photometric": "palette", "colormap": table, "metadata": None}
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(image.astype(np.uint16) * 257, resolution=(20000, 20000), resolutionunit="CENTIMETER", **plain)
-        tiff.write(image[::2, ::2].astype(np.uint16) * 257, subfiletype=1, **plain)
-    return path, image
+        tiff.write(image, resolution=(20000, 20000), resolutionunit="CENTIMETER", **plain)
+        tiff.write(image[::2, ::2].copy(), subfiletype=1, **plain)
+    return path, colours[image]
 
 
 def overwrite(slide: Path, copy: Path, start: int, data: bytes) -> Path:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from dinov2.data.kinds import endings
-from dinov2.data.slides.tables import decoded
+from dinov2.data.slides.tables import decoded, header_of
 from dinov2.data.source import SourceRequest
 
 _LARGEST_TILE = 4096  # px of a side; larger TIFF images are slides
@@ -44,14 +44,13 @@ def is_slide(path: str, named: bool = False) -> bool:
 
 
 def first_line(path: str) -> str:
-    """The first line of a local text file that is neither blank nor a comment; empty where there is none."""
+    """The first line of a local text that is no blank, comment or separator of a table; empty where there is none."""
     path = os.path.expanduser(path.removeprefix("file://"))
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
-        text = decoded(file.read(1 << 16))
-    lines = (line.strip() for line in text.splitlines())
-    return next((line for line in lines if line and not line.startswith("#") and "\0" not in line), "")
+        _, line = header_of(decoded(file.read(1 << 16)))
+    return "" if "\0" in line else line.strip()
 
 
 def refuse_groups(request: SourceRequest) -> None:

@@ -19,9 +19,9 @@ class Slides:
 
     def recognises(self, path: str) -> bool:
         """Whether there are slides, or a list of them."""
-        from dinov2.data.slides.find import PATH_COLUMNS
+        from dinov2.data.slides.find import is_header
         from dinov2.data.slides.index import is_tile_index
-        from dinov2.data.slides.tables import columns_of, unquoted
+        from dinov2.data.slides.tables import unquoted
 
         local = os.path.expanduser(path.removeprefix("file://"))
         if is_slide(path) if is_url(path) else any(is_slide(file, file == local) for file in endings(path).values()):
@@ -29,9 +29,7 @@ class Slides:
         if os.path.isfile(path) and is_tile_index(Path(path)):
             return True
         line = first_line(path)
-        columns = columns_of(line)
-        is_table = len(columns) > 1 or path.lower().endswith((".csv", ".tsv"))
-        return is_slide(unquoted(line), named=True) or (is_table and not set(PATH_COLUMNS).isdisjoint(columns))
+        return is_slide(unquoted(line), named=True) or (line != "" and is_header(line, Path(local)))
 
     def open(self, request: SourceRequest) -> Source:
         """Make the slides ready, which takes a while at the first start and nothing later."""

@@ -84,7 +84,7 @@ class SlideListSource:
         given = dict(described or {})
         if mpp_file is not None:
             table = read_mpp_table(mpp_file)
-            found = {name: table.get(name) for name in self._samples.slides}
+            found = {name: table.get(name, self._paths[name]) for name in self._samples.slides}
             given |= {name: mpp for name, mpp in found.items() if mpp is not None}
         if given:
             told = "%d of %d slides of sample list '%s' have a given mpp, which counts in place of their own."

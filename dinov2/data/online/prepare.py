@@ -16,7 +16,7 @@ from dinov2.data.slides.errors import SlideError, UnsupportedTiles
 from dinov2.data.slides.find import SlideRow
 from dinov2.data.slides.index import TileIndexes, opened_index, write_tile_index
 from dinov2.data.slides.ranges import is_remote
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import SlideReader, too_small
 from dinov2.data.slides.resolution import MPP_TOLERANCE, MppSource, Resolution, coarsest_level
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.slides.tissue import TissueCache, TissueMap, TissueMask
@@ -118,8 +118,7 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         positions = [Positions.count(mask, geometry, options.min_foreground) for geometry in geometries]
         write_arrays(counted, **{f"ends{number}": p.ends for number, p in enumerate(positions)})
     if not any(map(len, positions)):
-        scarce = f"no tile of it is {options.min_foreground:.0%} tissue"
-        return Dropped(name, scarce if mask.packed.any() else "it shows no tissue", doubt=facts["doubt"])
+        return Dropped(name, _why_none(mask, geometries, options), doubt=facts["doubt"])
     weights = [weight if len(p) else 0.0 for weight, p in zip(weights, positions, strict=True)]
     longest = [_most_bytes(blocks, geometry) for geometry in geometries]
     return OnlineSlide(
@@ -127,6 +126,14 @@ def prepare_slide(cache: TissueCache, options: TileOptions, row: SlideRow) -> On
         tuple(map(len, positions)), blocks, row.tile_index,
         tile_bytes=float(np.average(longest, weights=weights)), doubt=facts["doubt"],
     )  # fmt: skip
+
+
+def _why_none(mask: TissueMask, geometries: Sequence[Geometry], options: TileOptions) -> str:
+    """Why a slide gives no tile."""
+    least = min(geometries, key=lambda geometry: geometry.mpp)
+    if reason := too_small(least.level, (least.width, least.height), least.side, options.tile_size, least.mpp):
+        return reason
+    return f"no tile of it is {options.min_foreground:.0%} tissue" if mask.packed.any() else "it shows no tissue"
 
 
 def load_plan(slide: OnlineSlide, min_foreground: float) -> DrawingPlan:

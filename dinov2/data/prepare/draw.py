@@ -14,7 +14,7 @@ import numpy as np
 
 from dinov2.data.slides.coarse import Box
 from dinov2.data.slides.errors import SlideError, SlideRangeError, SlideReadError
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import SlideReader, too_small
 from dinov2.data.slides.resolution import MPP_TOLERANCE
 from dinov2.data.slides.tissue import TissueMap, TissueRule
 
@@ -22,7 +22,6 @@ DRAWS_PER_ROUND, MAX_ROUNDS = 4096, 50
 MAX_CHECKS_PER_TILE = 20  # a map that is wrong more often than that is not worth following
 MAX_UNREADABLE = 16  # tiles per slide that may fail to decode before the slide is given up
 BLOCK_PX = 256  # of most slides; only the order of reading depends on it, in which neighbours share blocks
-NO_TISSUE = "no tile passed the tissue rule"
 
 
 class Target(NamedTuple):
@@ -88,6 +87,7 @@ class SlideDraw:
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))  # (N, 3) rows of x, y, level
     mpp: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N,), um per px; 0 keeps the level's own
     failure: str = ""  # why it gave nothing
+    is_read: bool = True  # whether the slide could be read to the end, so that drawing again would change nothing
     skipped: dict[float, str] = field(default_factory=dict)  # mpp that it cannot give, with the reason
     given_mpp: float | None = None  # the mpp of the job, if there was one
     level0_mpp: float | None = None  # um per level-0 px
@@ -99,29 +99,45 @@ class SlideDraw:
 def draw_from_slide(job: SlideJob) -> SlideDraw:
     """Draw the tiles of one slide; a slide that cannot give any says why instead of raising."""
     if "\n" in job.path or "\r" in job.path:
-        return SlideDraw(failure="its path holds a line break, which a sample list cannot express")
+        return SlideDraw(failure="its path holds a line break, which a sample list cannot express", is_read=False)
     try:
         reader = SlideReader(job.path, job.mpp, mpp_tolerance=job.sampling.mpp_tolerance)
         targets, skipped = job.sampling.targets(reader)
         if not targets:
             reasons = dict.fromkeys(skipped.values())  # one for all where the mpp is unknown
             none = f"it has levels 0 to {len(reader.level_dimensions) - 1} only"
-            return SlideDraw(failure="; ".join(reasons) or none)
+            return SlideDraw(failure="; ".join(reasons) or none, is_read=False)
         tissue, unreadable, corners = TissueMap(reader, job.sampling.rule), [], {}
-        for target, quota in zip(targets, job.sampling.quotas(len(targets)), strict=True):
+        quotas = dict(zip(targets, job.sampling.quotas(len(targets)), strict=True))
+        for target, quota in quotas.items():
             proposals = islice(_proposals(reader, tissue, target, job), quota * MAX_CHECKS_PER_TILE)
             accepted = _accepted(reader, proposals, target, quota, job.sampling, tissue.rule, unreadable)
             corners[target] = [reader.origin(target.level, *pixel) for pixel in accepted]  # level-0 x, y
     except (SlideError, OSError) as error:
-        return SlideDraw(failure=getattr(error, "detail", str(error)))
-    skipped |= {float(f"{target.mpp:g}"): NO_TISSUE for target, found in corners.items() if target.mpp and not found}
+        return SlideDraw(failure=getattr(error, "detail", str(error)), is_read=False)
+    nothing = {
+        target: _why_none(reader, target, job.sampling, quota)
+        for target, quota in quotas.items()
+        if not corners[target]
+    }
+    skipped |= {float(f"{target.mpp:g}"): reason for target, reason in nothing.items() if target.mpp}
     rows = [(*corner, target.level) for target, found in corners.items() for corner in found]
     mpp = [target.mpp for target, found in corners.items() for _ in found]
     if not rows:
-        return SlideDraw(failure=NO_TISSUE, doubt=tissue.doubt)
+        return SlideDraw(failure="; ".join(dict.fromkeys(nothing.values())), doubt=tissue.doubt)
     notes = (*reader.resolution.notes, *(note for target in corners if (note := reader.resampling(target.mpp))))
     drawn = np.array(rows, np.int32), np.array(mpp, np.float32)
-    return SlideDraw(*drawn, "", skipped, job.mpp, reader.mpp, notes, doubt=tissue.doubt)
+    return SlideDraw(*drawn, "", True, skipped, job.mpp, reader.mpp, notes, doubt=tissue.doubt)
+
+
+def _why_none(reader: SlideReader, target: Target, sampling: Sampling, quota: int) -> str:
+    """Why a target of a slide has given no tile."""
+    if not quota:
+        return f"no tile was asked for, since {sampling.per_slide} of the slide are wanted in all"
+    size = reader.level_dimensions[target.level]
+    if reason := too_small(target.level, size, target.side, sampling.tile_size, target.mpp):
+        return reason
+    return f"no tile passed the tissue rule '{sampling.rule.name}' with more than {sampling.rule.min_fraction:.0%}"
 
 
 def _proposals(reader: SlideReader, tissue: TissueMap, target: Target, job: SlideJob) -> Iterator[tuple[int, int]]:

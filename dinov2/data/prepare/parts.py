@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from dinov2.data.prepare.draw import NO_TISSUE, SlideDraw, SlideJob, draw_from_slide
+from dinov2.data.prepare.draw import SlideDraw, SlideJob, draw_from_slide
 from dinov2.data.prepare.preview import draw_preview
 from dinov2.data.slides.errors import SlideError
 from dinov2.utils.files import read_arrays, write_arrays
@@ -30,14 +30,14 @@ def make_part(job: tuple[SlideJob, Path, Path | None]) -> SlideDraw:
     if stored := read_arrays(path, "rows", "mpp", "words"):
         words = json.loads(str(stored[2]))
         known = words["given_mpp"], words["level0_mpp"], tuple(words["notes"])
-        draw = SlideDraw(*stored[:2], words["failure"], dict(words["skipped"]), *known, doubt=words["doubt"])
+        draw = SlideDraw(*stored[:2], words["failure"], True, dict(words["skipped"]), *known, doubt=words["doubt"])
     else:
         draw = draw_from_slide(slide)
         words = {"failure": draw.failure, "skipped": list(draw.skipped.items()), "given_mpp": draw.given_mpp}
         words |= {"level0_mpp": draw.level0_mpp, "notes": draw.notes, "doubt": draw.doubt}
-        if draw.failure in ("", NO_TISSUE):
+        if draw.is_read:
             write_arrays(path, rows=draw.rows, mpp=draw.mpp, words=json.dumps(words))
-    if preview is not None and draw.failure in ("", NO_TISSUE):
+    if preview is not None and draw.is_read:
         try:
             draw_preview(slide, draw, preview, f"{folder.name} {name}")
         except SlideError as error:

@@ -1,5 +1,6 @@
 """Headers of DICOM slides: which files are one slide, and whose it is."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ from dinov2.data.patients import barcode_of
 from dinov2.data.slides.errors import import_package
 
 SUFFIX = ".dcm"
+_MAGIC, _MAGIC_AT = b"DICM", 128
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # SOP class of VL Whole Slide Microscopy Images
 _NOBODY = {"", "unknown", "anonymous", "anonymized", "anonymised", "anon", "none", "n/a", "na", "null"}
 _LAST_TAG = 0x00480006  # what lies behind it, frame positions and pixels, may be large
@@ -25,6 +27,32 @@ class DicomHeader(NamedTuple):
     patient: str  # see `read_header`
     columns: int  # width of its pixel matrix
     is_slide: bool  # whether it is a level of a whole slide, and not a label, an overview or a picture of another kind
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Whether a local file is called as DICOM files are; without an ending, as archives name them, by its beginning."""
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending == SUFFIX or (ending and not ending[1:].isdigit()):
+        return ending == SUFFIX
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] == _MAGIC
+    except OSError:
+        return False
+
+
+@lru_cache(64)
+def headers_in(folder: str, changed: int) -> dict[str, DicomHeader]:
+    """Headers of the DICOM files in a folder that changed at a time, by name."""
+    headers = {path.name: read_header(path) for path in Path(folder).iterdir() if is_dicom(path)}
+    return {name: header for name, header in headers.items() if header is not None}
+
+
+def is_same_slide(one: DicomHeader, other: DicomHeader) -> bool:
+    """Whether two files are of one slide: of one series, or of one study and frame of reference."""
+    same_frame = one.frame and (one.study, one.frame) == (other.study, other.frame)
+    return one.series == other.series or bool(same_frame)
 
 
 def read_header(path: str | Path) -> DicomHeader | None:

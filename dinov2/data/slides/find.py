@@ -5,19 +5,21 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dinov2.data.slides import identity
+from dinov2.data.slides.dicom import is_dicom
+from dinov2.data.slides.errors import UNREAD, unread, unread_at
 from dinov2.data.slides.image import IMAGE_SUFFIXES
 from dinov2.data.slides.index import TileIndexes, is_tile_index
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, MppTable, number
-from dinov2.data.slides.tables import columns_of, decoded, read_csv, read_lines
+from dinov2.data.slides.tables import PATH_COLUMNS, column, columns_of, decoded, header_of, read_csv, read_lines
 from dinov2.utils.walk import visible_files
 
 logger = logging.getLogger(__name__)
@@ -25,10 +27,11 @@ logger = logging.getLogger(__name__)
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm"}
 SLIDE_SUFFIXES |= {".btf", ".czi", ".qptiff"}
 NAMED_SUFFIXES = SLIDE_SUFFIXES | IMAGE_SUFFIXES  # of what is a slide where it is named
-PATH_COLUMNS = ("path", "slide", "wsi", "slide_path", "slide_id")  # of tables; TRIDENT's is wsi, CLAM's slide_id
 PATIENT_COLUMNS = ("patient", "case_id")
+_DOUBLE_SUFFIXES = (".ome.tif", ".ome.tiff")
 _TABLE_SUFFIXES = {".csv", ".tsv"}
 LIST_SUFFIXES = {".txt", *_TABLE_SUFFIXES}
+_ENDINGS_SHOWN = 8
 _LOOKED_AT = 1 << 16  # bytes of a file that tell whether it is a text
 
 
@@ -79,7 +82,7 @@ def find_slides(
         raise ValueError(f"Slides are weighed by column '{weight_column}', but '{source}' is no .csv file.")
     if is_remote(source):
         rows = [_row(str(source))]
-    elif path.is_dir() or path.suffix.lower() in NAMED_SUFFIXES:
+    elif path.is_dir() or path.suffix.lower() in NAMED_SUFFIXES or is_dicom(path):
         rows = _rows_at(identity.with_companions(os.path.abspath(path)))
     elif is_table:
         rows = _read_table(path, weight_column, slide_root)
@@ -91,24 +94,34 @@ def find_slides(
         _refuse_binary(path)
         rows = [row for name in read_lines(path) for row in _entry(name, path, slide_root)]
     if not rows:
-        raise ValueError(f"'{source}' holds no slide; at least one {', '.join(sorted(SLIDE_SUFFIXES))} is expected.")
+        wanted = f"at least one {', '.join(sorted(SLIDE_SUFFIXES))} is expected"
+        raise ValueError(f"'{source}' holds no slide, since {_what_else(path)}; {wanted}.")
     found = _each_once(rows, source)
     for index, row in enumerate(found.slides):
         if mpp_table is not None and row.mpp is None:
             found.slides[index] = replace(row, mpp=mpp_table.get(row.path))
+    if mpp_table is not None and all(row.mpp is None for row in found.slides):
+        logger.warning("The mpp table names none of the %d slides of '%s'.", len(found.slides), source)
     return found
 
 
 def is_slide_table(path: Path) -> bool:
-    """Whether a local file is a table of slides by its ending, or a text whose first line names such columns."""
+    """Whether a local file is a table of slides by its ending, or a text that begins with a header of such columns."""
     if path.suffix.lower() in _TABLE_SUFFIXES:
         return True
     if path.suffix.lower() in NAMED_SUFFIXES:
         return False
     with path.open("rb") as file:
-        line = decoded(file.read(_LOOKED_AT)).partition("\n")[0]
-    columns = columns_of(line) if "\0" not in line else []
-    return len(columns) > 1 and not set(PATH_COLUMNS).isdisjoint(columns)
+        _, line = header_of(decoded(file.read(_LOOKED_AT)))
+    return "\0" not in line and is_header(line, path)
+
+
+def is_header(line: str, listed_in: Path) -> bool:
+    """Whether a line names columns of a table of slides, and no slide or folder itself."""
+    columns = columns_of(line)
+    if len(columns) == 1 and any(os.path.exists(path) for path in (line, listed_in.parent / line)):
+        return False
+    return column(PATH_COLUMNS, columns) is not None
 
 
 def locate(name: str, listed_in: str | Path, slide_root: str | Path | None = None) -> str:
@@ -118,6 +131,8 @@ def locate(name: str, listed_in: str | Path, slide_root: str | Path | None = Non
     then in the current directory; then the one slide below the root that is called so. A name without the ending of a
     slide also stands for a slide of that name. What is nowhere is located below the root, or else beside the list.
     """
+    if name.startswith("file://") and not os.path.exists(name.removeprefix("file://")):
+        name = unquote(name)
     name = os.path.expanduser(name.removeprefix("file://"))
     if is_remote(name):
         return name
@@ -126,7 +141,7 @@ def locate(name: str, listed_in: str | Path, slide_root: str | Path | None = Non
         parts = [part for part in re.split(r"[/\\]", name) if part]
         tails = [Path(slide_root, *parts[start:]) for start in range(len(parts))]
     candidates = [*tails, Path(listed_in).parent / name, Path(name)]
-    endings = [""] if Path(name).suffix.lower() in NAMED_SUFFIXES else ["", *sorted(SLIDE_SUFFIXES)]
+    endings = [""] if Path(name).suffix.lower() in NAMED_SUFFIXES else ["", *sorted(SLIDE_SUFFIXES), *_DOUBLE_SUFFIXES]
     for ending in endings:
         for candidate in candidates:
             if os.path.exists(f"{candidate}{ending}"):
@@ -153,7 +168,8 @@ def _slides_by_name(root: str) -> dict[str, list[str]]:
         path = Path(row.path)
         names[path.name].append(row.path)
         if path.suffix.lower() in SLIDE_SUFFIXES:  # an image of a slide's name may be a picture of it
-            names[path.stem].append(row.path)
+            for stem in {path.stem, path.name.partition(".")[0]}:  # the barcode of names as barcode.uuid.svs
+                names[stem].append(row.path)
     return names
 
 
@@ -180,7 +196,17 @@ def _search(folder: Path, suffixes: Set[str] = SLIDE_SUFFIXES) -> list[SlideRow]
         found = f"The folder '{error.filename}' cannot be listed ({error.strerror})"
         raise type(error)(f"{found}; it must be readable, since its slides would be missed.") from error
 
-    files = [file for file in visible_files(folder, refuse) if file.suffix.lower() in suffixes]
+    files, foreign = [], set()
+    for file in visible_files(folder, refuse):
+        if file.suffix.lower() in suffixes:
+            files.append(file)
+        elif other := unread_at(file):
+            foreign.add(other)
+        elif is_dicom(file):
+            files.append(file)
+    if files and foreign:
+        first, words = min(foreign), "%d slides below '%s' are left out, such as '%s': %s."
+        logger.warning(words, len(foreign), folder, first, unread(first))
     parts = identity.companions(files)
     rows = [
         SlideRow(identity.with_companions(os.path.abspath(file)), key=file.relative_to(folder).as_posix())
@@ -190,11 +216,26 @@ def _search(folder: Path, suffixes: Set[str] = SLIDE_SUFFIXES) -> list[SlideRow]
     return sorted(rows, key=lambda row: row.key)
 
 
+def _what_else(path: Path) -> str:
+    """What a folder or list holds that has no slide."""
+    if not path.is_dir():
+        return "no line of it names one"
+    files = list(visible_files(path))
+    if foreign := sorted(filter(None, map(unread_at, [path, *files]))):
+        return f"'{foreign[0]}' is not read: {unread(foreign[0])}"
+    endings = sorted({file.suffix.lower() or "no ending" for file in files})
+    return f"its files have the endings {', '.join(endings[:_ENDINGS_SHOWN])}" if files else "it holds no file at all"
+
+
 def _refuse_binary(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT)
+    if path.suffix.lower() in UNREAD:
+        raise ValueError(f"'{path}' cannot be read: {unread(path)}.")
     if "\0" in decoded(start):
         kind = f"a file of format '{path.suffix}'" if path.suffix else "neither a text nor a known format"
+        if path.suffix.lower() in LIST_SUFFIXES:
+            kind = "no text of a known encoding, as UTF-8, or UTF-16 with its mark"
         raise ValueError(
             f"'{path}' is {kind}, which is not read; {', '.join(sorted(NAMED_SUFFIXES))}, or a text or .csv file of "
             "their paths is expected."
@@ -203,27 +244,25 @@ def _refuse_binary(path: Path) -> None:
 
 def _read_table(path: Path, weight_column: str, slide_root: str | Path | None) -> list[SlideRow]:
     columns, cells = read_csv(path)
-    path_column, patient_column = (_first_of(names, columns) for names in (PATH_COLUMNS, PATIENT_COLUMNS))
-    if path_column is None or (weight_column and weight_column not in columns):
+    path_column, patient_column = (column(names, columns) for names in (PATH_COLUMNS, PATIENT_COLUMNS))
+    mpp_column, weights = column(["mpp"], columns), column([weight_column], columns) if weight_column else ""
+    if path_column is None or weights is None:
         one_of = " or ".join(map(repr, PATH_COLUMNS))
-        wanted = one_of if path_column is None else f"'{weight_column}'"
-        raise ValueError(f"'{path}' has the columns {', '.join(columns) or 'none'}; {wanted} is expected.")
+        wanted = f"{one_of} is expected, in the first line" if path_column is None else f"'{weight_column}' is expected"
+        raise ValueError(f"'{path}' has the columns {', '.join(columns) or 'none'}; {wanted}.")
     rows = []
     for line, row in cells:
         if not row[path_column]:
             empty = f"The column '{path_column}' is empty in line {line} of '{path}'"
             raise ValueError(f"{empty}; a path or URL is expected.")
-        weight = _number(row[weight_column], 0, math.inf, line, path) if weight_column else 1.0
-        known = {"mpp": _number(row["mpp"], *PLAUSIBLE_MPP, line, path) if row.get("mpp") else None}
+        weight = _number(row[weights], 0, math.inf, line, path) if weights else 1.0
+        mpp = row[mpp_column] if mpp_column else ""
+        known = {"mpp": _number(mpp, *PLAUSIBLE_MPP, line, path) if mpp else None}
         if patient_column and row[patient_column]:
             known["patient"] = row[patient_column]
         if weight > 0:
             rows += _entry(row[path_column], path, slide_root, weight=weight, **known)
     return rows
-
-
-def _first_of(names: Iterable[str], columns: list[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
 
 
 def _number(text: str, least: float, most: float, line: int, path: Path) -> float:

@@ -14,6 +14,7 @@ from dinov2.data.slides.tables import decoded
 _SAMPLED_BYTES = 1 << 16  # at the beginning, in the middle and at the end of a file
 _MIRAX, _MIRAX_INDEX = ".mrxs", "Slidedat.ini"
 _HAMAMATSU = {".vms", ".vmu"}
+_NEEDED = ("imagefile", "mapfile")  # keys of their index files
 
 
 def with_companions(path: str) -> str:
@@ -62,7 +63,8 @@ def dicom_slides(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
     """Bring the files of DICOM slides down to one each.
 
     Files of one series are one slide, and so are series of a study that share a frame of reference. Of a slide that
-    lies in several folders the one with most files counts. Files that cannot be parsed stay, for opening to say why.
+    lies in several folders the one with the finest level counts, then the one with most files. Files that cannot be
+    parsed stay, for opening to say why.
 
     Returns:
         For each .dcm file that belongs to a slide, the file that stands for it: the level of most pixels; the patient
@@ -81,9 +83,8 @@ def dicom_slides(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str], 
         if not levels:
             foreign += group
             continue
-        folders = Counter(os.path.dirname(path) for path in levels)
-        where = folders.most_common(1)[0][0]
-        finest = max((path for path in levels if os.path.dirname(path) == where), key=lambda p: headers[p].columns)
+        files = Counter(os.path.dirname(path) for path in levels)
+        finest = max(levels, key=lambda path: (headers[path].columns, files[os.path.dirname(path)]))
         chosen |= dict.fromkeys(group, finest)
         patients[finest] = headers[finest].patient
     return chosen, patients, foreign
@@ -97,8 +98,23 @@ def slides_and_patients(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {path: (slide, patients.get(slide, "")) for path, slide in slides.items()}
 
 
+def other_names(path: str) -> list[str]:
+    """By what else than its path a table may call a DICOM slide; nothing for other slides.
+
+    These are its series, each file of it that lies beside, by path and name, and the folder that it has to itself.
+    """
+    header = dicom.read_header(path) if _is_dicom(path) and os.path.isfile(path) else None
+    if header is None:
+        return []
+    folder = os.path.dirname(os.path.abspath(path))
+    beside = dicom.headers_in(folder, os.stat(folder).st_mtime_ns)
+    files = [name for name, other in beside.items() if dicom.is_same_slide(header, other)]
+    own = [folder, os.path.basename(folder)] if len(files) == len(beside) else []
+    return [header.series, *files, *(os.path.join(folder, name) for name in files), *own]
+
+
 def _is_dicom(path: str) -> bool:
-    return path.lower().endswith(dicom.SUFFIX) and not is_remote(path)
+    return not is_remote(path) and dicom.is_dicom(path)
 
 
 def _file_identity(path: str) -> tuple[object, ...]:
@@ -130,17 +146,29 @@ def _others(slide: str | Path) -> list[Path]:
     if ending == _MIRAX:
         return [file for file in [slide.with_suffix("") / _MIRAX_INDEX] if file.is_file()]
     if ending in _HAMAMATSU:
-        return [file for file in (slide.parent / name for name in _named_files(slide)) if file.is_file()]
+        return [file for file in (slide.parent / name for _, name in _named_files(slide)) if file.is_file()]
     if ending == dicom.SUFFIX:
         return list(slide.parent.glob("*.[dD][cC][mM]"))
     return []
 
 
-def _named_files(slide: Path) -> Iterator[str]:
+def missing_companions(slide: str | Path) -> list[str]:
+    """Files that a slide cannot be opened without and that are not there."""
+    slide, there = Path(slide), _others(slide)
+    ending = slide.suffix.lower()
+    if ending == _MIRAX:
+        return [] if there else [str(slide.with_suffix("") / _MIRAX_INDEX)]
+    named = _named_files(slide) if ending in _HAMAMATSU else ()
+    needed = (slide.parent / name for key, name in named if key.startswith(_NEEDED))
+    return [str(file) for file in needed if file not in there]
+
+
+def _named_files(slide: Path) -> Iterator[tuple[str, str]]:
+    """Keys, in lower case, and values of an index file that may name files beside it."""
     parser = configparser.RawConfigParser(strict=False, allow_no_value=True)
     try:
         parser.read_string(decoded(slide.read_bytes()))
     except (configparser.Error, OSError):
         return
     for section in parser.sections():
-        yield from (value for value in parser[section].values() if value and os.path.basename(value) == value)
+        yield from ((key, name) for key, name in parser[section].items() if name and os.path.basename(name) == name)

@@ -26,7 +26,7 @@ class ImageReader:
     Args:
         path: the file.
         mpp: micrometres per px; what such files say of it is meant for print.
-        index: of the TIFF file, if it is one.
+        index: of `pages.index_pages` of the TIFF file, if it is one.
 
     Raises:
         UnsupportedTiles: if it is no image of a known format.
@@ -39,7 +39,7 @@ class ImageReader:
             with path.open("rb") as file:
                 if image_format(file.read(_LONGEST_START)) in ("", "TIFF"):
                     raise UnsupportedTiles(path, "no image in one piece")
-        self._decode = _decoded if index is None else _decoded_strips
+        self._decode = _decoded if index is None or index.levels[0].is_whole else _decoded_strips
         self.level_dimensions = (_size(path) if index is None else (index.levels[0].width, index.levels[0].height),)
         self.level_downsamples = (1.0,)
         self.resolution = Resolution(user=mpp) if index is None else index.resolution

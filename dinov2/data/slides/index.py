@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dinov2.data.slides.blocks import TileIndex, TileLevel
-from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.errors import SlideError, UnsupportedTiles
 from dinov2.data.slides.ranges import is_remote
 from dinov2.data.slides.resolution import Resolution
 from dinov2.data.slides.tiff import index_slide
@@ -90,6 +90,8 @@ def parse_slide(job: tuple[str, float | None]) -> TileIndex | str:
     """Index one slide, with the mpp that its user gives, or say why it cannot be."""
     try:
         return index_slide(*job)
+    except UnsupportedTiles as error:
+        return f"{error.detail}; tiled TIFF in JPEG, JPEG 2000, JPEG XL, PNG or WebP is indexed, the rest read without"
     except (SlideError, OSError) as error:
         return getattr(error, "detail", str(error))
 

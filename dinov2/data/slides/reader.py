@@ -14,11 +14,27 @@ import numpy as np
 
 from dinov2.data.slides import errors
 from dinov2.data.slides.blocks import Block, Region, TileIndex, check_pyramid, covering, falling, paste
-from dinov2.data.slides.errors import SlideError, SlideOpenError, SlideRangeError, SlideReadError, UnsupportedTiles
+from dinov2.data.slides.errors import (
+    SlideError,
+    SlideOpenError,
+    SlideRangeError,
+    SlideReadError,
+    UnsupportedTiles,
+    not_read,
+)
+from dinov2.data.slides.identity import missing_companions
 from dinov2.data.slides.image import ImageReader
 from dinov2.data.slides.pages import index_pages
 from dinov2.data.slides.ranges import SlideBytes, is_remote
-from dinov2.data.slides.resolution import LIKE, MPP_TOLERANCE, check_user_mpp, coarsest_level, number, resolve_mpp
+from dinov2.data.slides.resolution import (
+    LIKE,
+    MPP_TOLERANCE,
+    check_user_mpp,
+    coarsest_level,
+    number,
+    power_of,
+    resolve_mpp,
+)
 from dinov2.data.slides.tiff import index_slide
 from dinov2.data.storage.retry import RemoteError
 
@@ -180,6 +196,17 @@ def resized(tile: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(tile, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
 
 
+def too_small(level: int, size: tuple[int, int], side: int, tile_size: int, mpp: float) -> str:
+    """Say that a level of (width, height) px cannot hold a tile that spans `side` px of it; "" where it can.
+
+    The finished tile has `tile_size` px, at `mpp` um per px, 0 where it is as the level.
+    """
+    if side <= min(size):
+        return ""
+    asked = f" for {tile_size} px of {mpp:g} um" if mpp else ""
+    return f"its level {level} has {size[0]}x{size[1]} px, but a tile takes {side}x{side} px of it{asked}"
+
+
 def _open(path: Path | str, mpp: float | None, cache_bytes: int) -> "TileReader | OpenSlideReader | ImageReader":
     """Choose the fastest of the readers that read a slide rightly.
 
@@ -205,8 +232,7 @@ def _open(path: Path | str, mpp: float | None, cache_bytes: int) -> "TileReader 
         reasons.append(error.reason)
     with suppress(UnsupportedTiles):
         return ImageReader(path, mpp)
-    accepted = "a TIFF pyramid, a format of OpenSlide's, or one image in PNG, JPEG or JPEG 2000 is expected"
-    raise SlideOpenError(path, f"{'; '.join(dict.fromkeys(reasons))}; {accepted}")
+    raise SlideOpenError(path, not_read(path, missing_companions(path), reasons))
 
 
 def _location(region: Region) -> str:
@@ -300,7 +326,7 @@ class OpenSlideReader:
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples[:levels]
         check_pyramid(path, self.level_dimensions)
         said = handle.properties
-        power = number(said.get("openslide.objective-power")) or number(said.get("aperio.AppMag"))
+        power = power_of(said.get("openslide.objective-power")) or power_of(said.get("aperio.AppMag"))
         sides = [number(said.get(f"openslide.mpp-{axis}")) for axis in "xy"]
         explicit = said.get("openslide.vendor") != "generic-tiff"  # which has nothing but the tags
         self.resolution = resolve_mpp(sides, power, explicit=explicit).given(mpp)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dinov2.data.slides.tables import read_csv
+from dinov2.data.slides.identity import other_names
+from dinov2.data.slides.tables import PATH_COLUMNS, column, read_csv
 
 Mpp = float | None  # None where it is unknown
 MppSource = Literal["slide", "appmag", "user", "none"]
@@ -126,11 +127,18 @@ def micrometres(value: object, unit: str | None) -> float | None:
 
 
 def number(text: object) -> float | None:
-    """Convert what a slide or a table says to a number, None where it is none."""
+    """Convert what a slide or a table says to a number, perhaps with a decimal comma, None where it is none."""
+    if isinstance(text, str) and text.count(",") == 1 and "." not in text:
+        text = text.replace(",", ".")
     try:
         return float(text)
     except (TypeError, ValueError):
         return None
+
+
+def power_of(text: object) -> float | None:
+    """Convert an objective's power, as 20 or "20x", to a number, None where it is none."""
+    return number(text.strip().rstrip("xX\u00d7") if isinstance(text, str) else text)
 
 
 @dataclass(frozen=True)
@@ -140,16 +148,24 @@ class MppTable:
     written: dict[str, float]  # by slide as the table names it
     shortened: dict[str, float]  # by file name and stem of the paths in the table, without those that are ambiguous
 
-    def get(self, slide_path: str | Path) -> float | None:
-        """Look up a slide by path, file name, stem and barcode (stem up to its first dot)."""
+    def get(self, slide_path: str | Path, file: str | Path | None = None) -> float | None:
+        """Look up a slide by path, file name, stem and barcode (stem up to its first dot), then by its other names.
+
+        These are for a DICOM slide its series, its folder, and all files of the series; see `identity.other_names`.
+        `file` is where the slide lies, if that is not `slide_path`.
+        """
         path = PurePosixPath(slide_path)
         names = (str(slide_path), path.name, path.stem, path.stem.partition(".")[0])
         tables = ((table, name) for table in (self.written, self.shortened) for name in names)
-        return next((table[name] for table, name in tables if name in table), None)
+        for table, name in tables:
+            if name in table:
+                return table[name]
+        others = other_names(str(file or slide_path))
+        return next((self.written[name] for name in others if name in self.written), None)
 
 
 def read_mpp_table(path: str | Path) -> MppTable:
-    """Read a CSV file with the columns `slide` (path, file name, stem or barcode) and `mpp`.
+    """Read a CSV file with columns `mpp` and `slide`, or another of `PATH_COLUMNS`: path, file name, stem or barcode.
 
     ValueError if a column is missing, a value is no plausible mpp, or a slide has two.
     """
@@ -157,13 +173,14 @@ def read_mpp_table(path: str | Path) -> MppTable:
     if not path.is_file():
         raise FileNotFoundError(f"There is no mpp table '{path}'; a CSV file with columns slide,mpp is expected.")
     columns, rows = read_csv(path)
-    if not {"slide", "mpp"} <= set(columns):
+    slide_column, mpp_column = column(["slide", *PATH_COLUMNS], columns), column(["mpp"], columns)
+    if slide_column is None or mpp_column is None:
         raise ValueError(f"The mpp table '{path}' has columns {columns}, but it needs slide and mpp.")
     written, values = {}, {}
     for line, row in rows:
-        slide, mpp = row["slide"], number(row["mpp"])
+        slide, mpp = row[slide_column], number(row[mpp_column])
         if not slide or not is_plausible(mpp):
-            found = f"Line {line} of mpp table '{path}' gives slide {slide!r} the mpp {row['mpp']!r}"
+            found = f"Line {line} of mpp table '{path}' gives slide {slide!r} the mpp {row[mpp_column]!r}"
             raise ValueError(f"{found}; a name and a number within {PLAUSIBLE_MPP} are expected.")
         if written.setdefault(slide, mpp) != mpp:
             raise ValueError(f"The mpp table '{path}' gives slide {slide!r} both {written[slide]} and {mpp}.")

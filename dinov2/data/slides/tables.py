@@ -2,12 +2,14 @@
 
 import codecs
 import csv
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _SEPARATORS = (",", ";", "\t")
 _QUOTES = ('"', "'")
+PATH_COLUMNS = ("path", "slide", "wsi", "slide_path", "slide_id")  # TRIDENT's is wsi, CLAM's slide_id
 
 
 def decoded(data: bytes) -> str:
@@ -22,6 +24,19 @@ def read_lines(path: Path) -> list[str]:
     return [unquoted(line) for line in lines if line and not line.startswith("#")]
 
 
+def header_of(text: str) -> tuple[int, str]:
+    """Number, from 0, and text of the first line that is no blank, comment or separator as spreadsheets tell it."""
+    lines = text.splitlines()
+    kept = ((number, line) for number, line in enumerate(lines) if not _is_aside(line))
+    return next(kept, (len(lines), ""))
+
+
+def column(names: Iterable[str], columns: Sequence[str]) -> str | None:
+    """The first of some names that a table has a column for, as it spells it, in capitals or not."""
+    spelt = {found.lower(): found for found in reversed(columns)} | {found: found for found in columns}
+    return next((spelt[form] for name in names for form in (name, name.lower()) if form in spelt), None)
+
+
 def unquoted(text: str) -> str:
     """A text without the quotes around it."""
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES
@@ -29,19 +44,28 @@ def unquoted(text: str) -> str:
 
 
 def columns_of(header: str) -> list[str]:
-    """Columns that the first line of a table names, separated by the most frequent of comma, semicolon and tab."""
+    """Columns that the header of a table names, separated by the most frequent of comma, semicolon and tab."""
     reader = csv.reader([header], delimiter=_separator(header), skipinitialspace=True)
     return [name.strip() for name in next(reader, [])]
 
 
 def read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Read a table with a header: its columns, and each row's line number and cells, blanks around them removed."""
+    """Read a table with a header: its columns, and each row's line number and cells, blanks around them removed.
+
+    Blank lines and comments (`#`) are left out.
+    """
     text = decoded(path.read_bytes())
-    separator = _separator(text.partition("\n")[0])
-    reader = csv.DictReader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
-    rows = [(reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
-    return columns, rows
+    first, header = header_of(text)
+    lines = StringIO("".join(text.splitlines(keepends=True)[first:]), newline="")
+    reader = csv.DictReader(lines, delimiter=_separator(header), skipinitialspace=True)
+    columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+    rows = [(first + reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
+    return columns, [(number, row) for number, row in rows if not row[columns[0]].startswith("#")]
+
+
+def _is_aside(line: str) -> bool:
+    line = line.strip().lower()
+    return not line or line.startswith(("#", "sep="))
 
 
 def _separator(header: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from dinov2.data.slides.blocks import TileIndex, TileLevel, falling
 from dinov2.data.slides.errors import SlideOpenError, UnsupportedTiles, import_package
 from dinov2.data.slides.ranges import is_remote
-from dinov2.data.slides.resolution import Mpp, check_user_mpp, micrometres, number, resolve_mpp
+from dinov2.data.slides.resolution import Mpp, check_user_mpp, micrometres, number, power_of, resolve_mpp
 from dinov2.data.storage.base import public_name
 from dinov2.data.storage.fsspec import filesystem
 from dinov2.data.storage.retry import RemoteError, Retries, reason
@@ -123,31 +123,49 @@ def _pyramid(path: str | Path, tiff: Any) -> Pyramid:
         levels = _whole_levels([(page,) for page in pages if page.is_tiled])
         if not first.is_tiled:
             raise UnsupportedTiles(path, "its first page has no tiles")
-        return Pyramid(levels, (number(said.get("MPP")),) * 2, number(said.get("AppMag")), explicit=True)
+        mpp = number(said.get("MPP"))
+        notes = (f"its MPP is '{said['MPP']}', which is no number",) if said.get("MPP") and mpp is None else ()
+        return Pyramid(levels, (mpp, mpp), power_of(said.get("AppMag")), explicit=True, notes=notes)
     if tiff.is_ome:
         return _ome_pyramid(path, tiff)
+    first = max(pages, key=_area)  # of equal ones the first in the file; a thumbnail may lie before it
     if first.subifds:
-        candidates, rest = [first, *first.pages], []
+        candidates, rest = list(first.pages), []
     else:
-        same_kind = [page for page in pages[1:] if page.is_tiled == first.is_tiled and _is_colour(page, first)]
-        candidates = [first, *(page for page in same_kind if page.subfiletype & _REDUCED or _reduces(page, first))]
+        others = [page for page in pages if page is not first]
+        same_kind = [page for page in others if page.is_tiled == first.is_tiled and _is_colour(page, first)]
+        candidates = [page for page in same_kind if _reduces(page, first)]
         rest = [page for page in same_kind if page not in candidates]
-    levels = _whole_levels([(page,) for page in candidates])
+    levels = _whole_levels([(page,) for page in (first, *sorted(candidates, key=_area, reverse=True))])
     if rest and first.samplesperpixel < 3:  # channels of fluorescence, of which the first alone is no slide
         found = f"it holds {1 + len(rest)} images of one channel"
         raise SlideOpenError(path, f"{found}; one 8-bit image in RGB is expected")
-    notes = (f"it holds {1 + len(rest)} images of which the first is read",) if rest else ()
-    return Pyramid(levels, _sides_of_tags(first), None, explicit=False, notes=notes)
+    notes = (f"it holds {1 + len(rest)} images of which the largest, or of equal ones the first, is read",) * bool(rest)
+    sides = _sides_of_tags(first, (tiff.imagej_metadata or {}).get("unit") if tiff.is_imagej else None)
+    return Pyramid(levels, sides, None, explicit=False, notes=notes)
 
 
 def _is_colour(page: Any, first: Any) -> bool:
     return (page.samplesperpixel, page.bitspersample) == (first.samplesperpixel, first.bitspersample)
 
 
+def _area(page: Any) -> int:
+    return page.imagewidth * page.imagelength
+
+
 def _reduces(page: Any, first: Any) -> bool:
-    """Whether a page may be a smaller copy of the first: its sides are, within a pixel, in the same proportion."""
+    """Whether a page may be a smaller copy of the first: its sides are in the same proportion.
+
+    Within a pixel; within 4 px or 5 % where the file says so, since writers round at each level and flag labels too.
+    """
     (w, h), (width, height) = (page.imagewidth, page.imagelength), (first.imagewidth, first.imagelength)
-    return w < width and h < height and abs(w * height - h * width) <= width + height
+    off, is_flagged = abs(w * height - h * width), page.subfiletype & _REDUCED
+    return (
+        w <= width
+        and h <= height
+        and (w, h) != (width, height)
+        and (off <= (4 if is_flagged else 1) * (width + height) or (is_flagged and off <= 0.05 * w * height))
+    )
 
 
 def _whole_levels(levels: list[Pages]) -> list[Pages]:
@@ -253,7 +271,9 @@ def _check_codestreams(path: str | Path, handle: Any, level: TileLevel) -> None:
         raise UnsupportedTiles(path, "its JPEG 2000 tiles have components of different sizes")
 
 
-def _sides_of_tags(page: Any) -> tuple[Mpp, Mpp]:
+def _sides_of_tags(page: Any, unit: str | None = None) -> tuple[Mpp, Mpp]:
+    """um per px of the tags of resolution, in the unit of length that ImageJ gives beside them or the tag's own."""
     um_per_unit = {2: 25400.0, 3: 10000.0}.get(page.tags.valueof("ResolutionUnit", default=2))  # inch, centimetre
+    um_per_unit = (micrometres(1, unit) if unit else None) or um_per_unit
     ratios = (page.tags.valueof(name, default=(0, 1)) for name in ("XResolution", "YResolution"))
     return tuple(um_per_unit / (above / below) if um_per_unit and above and below else None for above, below in ratios)

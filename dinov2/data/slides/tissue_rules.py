@@ -21,6 +21,7 @@ _MASK_ENDINGS = (".geojson", ".json", ".png", ".tif", ".tiff", ".bmp", ".jpg", "
 _MASK_NAMES = ("{}", "{}_mask", "{}-mask", "{}_tissue")
 _SUBPIXEL_BITS = 4  # of OpenCV's fixed-point corners
 _MOST_OVERSAMPLED = 16
+_FAR = 1e7  # level-0 px, beyond which OpenCV's corners do not reach and no slide does
 
 
 class PixelRule(ABC):
@@ -140,7 +141,8 @@ class Given(PixelRule):
         super().__init__(options)
         self._drawn = drawn
         if not Path(options.folder).is_dir() or not options.folder:
-            raise ValueError(f"The tissue rule 'mask' needs a folder of masks, but its folder is '{options.folder}'.")
+            found = f"but '{options.folder}' is none" if options.folder else "but its option 'folder' is empty"
+            raise ValueError(f"The tissue rule 'mask' needs a folder of masks, {found}.")
 
     def fit(self, view: CoarseView) -> "Given":
         """Read the slide's mask; SlideOpenError if there is none, or it is malformed or of other proportions."""
@@ -149,7 +151,7 @@ class Given(PixelRule):
         if file is None:
             raise SlideOpenError(slide, f"'{self.options.folder}' holds no mask of it, as SLIDE.geojson or SLIDE.png")
         try:
-            drawn = _Polygons(file) if file.suffix.lower() in (".geojson", ".json") else _Picture(file, size)
+            drawn = _Polygons(file, size) if file.suffix.lower() in (".geojson", ".json") else _Picture(file, size)
         except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
             raise SlideOpenError(slide, f"its mask '{file}' cannot be used ({error})") from error
         return Given(self.options, drawn)
@@ -198,15 +200,21 @@ class _Picture:
 
 
 class _Polygons:
-    """A mask as GeoJSON polygons with holes."""
+    """A mask as GeoJSON polygons with holes; ValueError if it is malformed, or cannot be in px of a slide."""
 
-    def __init__(self, file: Path) -> None:
-        found = list(_polygons(json.loads(file.read_text(encoding="utf-8-sig"))))
+    def __init__(self, file: Path, size: tuple[int, int]) -> None:
+        found = [polygon for polygon in _polygons(json.loads(file.read_text(encoding="utf-8-sig"))) if any(polygon)]
         if not found:
             raise ValueError("it holds no polygon")
-        self._polygons = [[np.array(ring, float)[:, :2] for ring in polygon] for polygon in found]
+        self._polygons = [
+            [np.array(ring, float)[:, :2].clip(-_FAR, _FAR) for ring in polygon if ring] for polygon in found
+        ]
         ends = [(polygon[0].min(0), polygon[0].max(0)) for polygon in self._polygons]
         self._least, self._most = (np.array(end) for end in zip(*ends, strict=True))
+        (left, top), (right, bottom) = self._least.min(0), self._most.max(0)
+        if not (left < size[0] and top < size[1] and right > 1 and bottom > 1 and right - left + bottom - top > 2):
+            where = f"its polygons reach from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
+            raise ValueError(f"{where}; level-0 px of the slide, {size[0]}x{size[1]}, are expected")
 
     def within(self, box: Box, rows: int, columns: int) -> np.ndarray:
         # At about a level-0 px, since OpenCV also fills the pixels that an edge only touches.
@@ -230,6 +238,8 @@ def _polygons(node: Any) -> Iterator[list[Any]]:
     if isinstance(node, list):
         for item in node:
             yield from _polygons(item)
+    elif not isinstance(node, dict) or "type" not in node:
+        raise ValueError("it is no GeoJSON, whose objects have a 'type'")
     elif node["type"] == "Polygon":
         yield node["coordinates"]
     elif node["type"] == "MultiPolygon":

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from dinov2.data.parquet.index import load_index
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.slides import identity
-from dinov2.data.slides.errors import SlideError
+from dinov2.data.slides.errors import UNREAD, SlideError, unread
 from dinov2.data.slides.find import LIST_SUFFIXES, NAMED_SUFFIXES, SLIDE_SUFFIXES, SlideRow, find_slides
-from dinov2.data.slides.reader import SlideReader
+from dinov2.data.slides.reader import SlideReader, too_small
 from dinov2.data.slides.resolution import MPP_TOLERANCE, PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.tissue import TissueMap, TissueRule, log_doubts
 from dinov2.data.source import EncodedSample, Source
@@ -55,6 +55,7 @@ class Part:
     columns: dict[str, Sequence[Any]]  # what the output says of each tile, by column, each as long as the part
     about: dict[str, Any] = field(default_factory=dict)  # what it says of the part, JSON
     close: Callable[[], None] = lambda: None  # gives back what was opened
+    nothing: str = "it has no tile with enough tissue"  # why there are no tiles, if there are none
 
 
 class TileInput(ABC):
@@ -177,6 +178,10 @@ def _kind_of(source: str) -> str:
     if kinds or found & _EITHER:
         choices = " or ".join(kinds if len(kinds) > 1 else ("images", "slides"))
         raise ValueError(f"Input '{source}' may be {choices} by its endings; say which with --kind.")
+    if foreign := sorted(file for file in files if file.suffix.lower() in UNREAD):
+        raise ValueError(
+            f"Input '{source}' holds slides that are not read, such as '{foreign[0]}': {unread(foreign[0])}."
+        )
     if path.is_dir():
         raise FileNotFoundError(f"Folder '{source}' holds no image, Parquet shard or slide.")
     raise ValueError(
@@ -331,7 +336,9 @@ class SlideTiles(TileInput):
             "mpp_notes": notes, "level": level, "level_mpp": reader.mpp * reader.level_downsamples[level],
             "tile_size_level0": round(reader.tile_side(grid.tile_size, grid.mpp)), **asdict(grid),
         }  # fmt: skip
-        return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close)
+        side = round(reader.tile_side(grid.tile_size, grid.mpp) / reader.level_downsamples[level])
+        small = too_small(level, reader.level_dimensions[level], side, grid.tile_size, grid.mpp)
+        return Part(_TissueTiles(reader, grid, x, y), columns, about, reader.close, small or Part.nothing)
 
 
 @dataclass(frozen=True)

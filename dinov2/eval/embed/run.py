@@ -155,7 +155,7 @@ def embed_parts(
             bar.update(len(corrupt) * step)
             if not len(part.tiles):
                 bar.update()
-                logger.warning("Slide '%s' has no tile with enough tissue.", part.about["path"])
+                logger.warning("Slide '%s': %s.", part.about["path"], part.nothing)
     if left_out:
         logger.warning("%d tiles could not be read and were left out; their files say which.", left_out)
     if unreadable:

@@ -131,3 +131,10 @@ def test_the_way_is_named_for_what_is_not_read(file: str, advice: str, tmp_path:
     for path in (tmp_path, tmp_path / file):
         with pytest.raises(ValueError, match=advice):
             recognise(str(path))
+
+
+def test_slides_of_a_format_without_a_reader_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.isyntax").write_bytes(b"<DataObject")
+    for path in (tmp_path, tmp_path / "a.isyntax"):
+        with pytest.raises(ValueError, match=r"a\.isyntax.*iSyntax"):
+            recognise(str(path))

@@ -122,8 +122,9 @@ def test_bad_slides_are_listed_and_good_ones_complete(
     assert create(folder, output, "--levels", "0") == 1
     assert "4 of 5 slides" in caplog.text and f"{output}.failures.jsonl" in caplog.text
     failures = failures_of(output)
-    assert failures[str(blank)] == failures[str(small)] == "no tile passed the tissue rule"
-    assert "not a whole slide" in failures[str(folder / "page.svs")]
+    assert "tissue rule 'hsv'" in failures[str(blank)]
+    assert "128x128" in failures[str(small)] and "224x224" in failures[str(small)]
+    assert "<html>" in failures[str(folder / "page.svs")]
     assert "not a whole slide" in failures[str(folder / "cut.svs")]
     assert {name for name, *_ in lines_of(output)} == {str(good)} and len(lines_of(output)) == 12
     assert create(folder, tmp_path / "again.txt", "--max-failed-share", "0.8") == 0
@@ -382,7 +383,7 @@ def test_missing_and_empty_folders(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert f"'{tmp_path}/nowhere' does not exist" in caplog.text
     (tmp_path / "empty").mkdir()
     assert create(tmp_path / "empty", tmp_path / "list.txt") == 2
-    assert f"'{tmp_path}/empty' holds no slide; at least one .bif, " in caplog.text
+    assert f"'{tmp_path}/empty' holds no slide" in caplog.text
     table = ("--mpp-file", str(tmp_path / "none.csv"))
     assert create(tmp_path / "empty", tmp_path / "list.txt", *table) == 2
     assert "There is no mpp table" in caplog.messages[-1]
@@ -420,3 +421,12 @@ def test_real_slides(jpeg_slide: Path, jpeg2000_slide: Path, tmp_path: Path) -> 
         (jpeg2000_slide.name, 1): 12,
     }
     assert_tissue(lines)
+
+
+def test_a_slide_that_is_smaller_than_a_tile_gives_both_sizes(tmp_path: Path, make_slide: MakeSlide) -> None:
+    small = make_slide("slides/small.svs", "|MPP = 0.5", image=np.full((300, 300, 3), (225, 150, 190), np.uint8))
+    output = tmp_path / "list.txt"
+    assert main([str(small), "--output", str(output), "--mpp", "0.5", "2", "--per-mpp", "3", "--workers", "1"]) == 0
+    [failure] = [json.loads(line) for line in Path(f"{output}.failures.jsonl").read_text().splitlines()]
+    assert failure["mpp"] == 2  # 224 px of 2 um are 896 px of 0.5 um
+    assert all(value in failure["reason"] for value in ("300x300", "896x896", "224 px", "2 um"))

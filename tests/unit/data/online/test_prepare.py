@@ -90,7 +90,7 @@ def test_slides_that_give_nothing_say_why(make_slide: MakeSlide, tmp_path: Path)
         (make_slide("white.svs", "|MPP = 0.25", white), None, "shows no tissue", False),
         (make_slide("mute.svs"), None, "its resolution is unknown", False),
         (make_slide("coarse.svs", "|MPP = 3"), None, "coarser than every resolution", False),
-        (make_slide("small.svs", "|MPP = 0.25", pink), None, "no tile", False),
+        (make_slide("small.svs", "|MPP = 0.25", pink), None, "64x64", False),
         (tmp_path / "missing.svs", None, "No such file", True),
         (text, None, "not a", True),
     ):  # fmt: skip

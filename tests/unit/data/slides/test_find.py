@@ -137,6 +137,13 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
         ("clam.csv", b"case_id,slide_id,label\nP-1,beside,tumor\n"),
         ("process_list_autogen.csv", b"slide_id,process,status,seg_level\nbeside.svs,1,tbp,-1\n"),
         ("capital.CSV", b"slide\nbeside.svs\n"),
+        ("capitals.csv", b"Path,MPP\nbeside.svs,0.5\n"),
+        ("comma.csv", b"path;mpp\nbeside.svs;0,5\n"),
+        ("excel.csv", b"sep=;\r\npath;mpp\r\nbeside.svs;0.5\r\n"),
+        ("commented.csv", b"# slides\n\npath,mpp\n#gone.svs,1\nbeside.svs,0.5\n"),
+        ("mac.csv", b"path,mpp\rbeside.svs,0.5\r"),
+        ("mac.txt", b"# slides\rbeside.svs\r"),
+        ("column.txt", b"slide_id\nbeside\n"),
     ],
 )
 def test_lists_as_other_tools_and_editors_write_them(tmp_path: Path, monkeypatch, name: str, content: bytes) -> None:
@@ -147,7 +154,7 @@ def test_lists_as_other_tools_and_editors_write_them(tmp_path: Path, monkeypatch
     for source in (tmp_path / "lists" / name, Path("../lists") / name):
         [row] = find_slides(source).slides
         assert row.path == str(tmp_path / "lists/beside.svs")
-        assert row.mpp == (0.5 if b"mpp" in content or "0.5" in content.decode("utf-16", "replace") else None)
+        assert row.mpp == (0.5 if b"mpp" in content.lower() or "0.5" in content.decode("utf-16", "replace") else None)
         assert row.patient == ("P-1" if "clam" in name else "")
 
 
@@ -181,6 +188,8 @@ def test_entries_that_are_folders_stand_for_their_slides(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "found"),
     [
+        ("TCGA-AA-0001-01Z-00-DX1", "uuid-1/TCGA-AA-0001-01Z-00-DX1.0a1b.svs"),  # the barcode before the first dot
+        ("scan", "uuid-1/scan.ome.tif"),
         ("/data/TCGA/batch 1/a.svs", "batch 1/a.svs"),  # the longest tail
         ("/block/TCGA/b.svs", "uuid-1/b.svs"),  # the only slide of the name
         ("D:\\slides\\batch 1\\a.svs", "batch 1/a.svs"),
@@ -193,6 +202,7 @@ def test_entries_that_are_folders_stand_for_their_slides(tmp_path: Path) -> None
 def test_slides_that_have_moved_are_found_below_a_root(tmp_path: Path, name: str, found: str) -> None:
     root = tmp_path / "mnt"
     touch(root, "batch 1/a.svs", "batch 2/a.svs", "uuid-1/b.svs", "c.svs", "uuid-1/twin.svs", "uuid-2/twin.svs")
+    touch(root, "uuid-1/TCGA-AA-0001-01Z-00-DX1.0a1b.svs", "uuid-1/scan.ome.tif")
     for number in (1, 2):
         (root / f"uuid-{number}/twin.svs").write_bytes(b"twin")
         (root / f"batch {number}/a.svs").write_bytes(b"%d" % number)
@@ -212,7 +222,7 @@ def test_a_name_of_several_slides_below_a_root_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["not_read.vsi", "scan.isyntax", "nameless", "archive.zip"])
 def test_a_file_that_is_no_slide_and_no_list_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"ZISRAWFILE" + bytes(range(256)) * 9)
-    with pytest.raises(ValueError, match=r"which is not read|neither"):
+    with pytest.raises(ValueError, match=r"not read|neither|no reader"):
         find_slides(tmp_path / name)
 
 
@@ -230,3 +240,27 @@ def test_an_image_is_listed_by_its_whole_name_only(tmp_path: Path) -> None:
     found = find_slides(tmp_path / "lists/list.csv", slide_root=tmp_path / "mnt").slides
     names = {Path(row.path).relative_to(tmp_path).as_posix(): row.mpp for row in found}
     assert names == {"mnt/deep/a.svs": 0.5, "lists/c.jp2": 0.3, "mnt/deep/b.png": 0.25}
+
+
+@pytest.mark.parametrize("others", [["x.isyntax"], ["y.zarr/0/0.0", "y.zarr/.zattrs"]])
+def test_formats_without_a_reader_are_named_in_a_folder(tmp_path: Path, caplog, others: list[str]) -> None:
+    touch(tmp_path / "mixed", "a.svs", *others)
+    touch(tmp_path / "only", *others)
+    assert [row.key for row in find_slides(tmp_path / "mixed").slides] == ["a.svs"]
+    shown = others[0].partition("/")[0]
+    assert shown in caplog.text
+    with pytest.raises(ValueError, match=shown):
+        find_slides(tmp_path / "only")
+
+
+def test_an_address_of_a_file_with_escaped_blanks(tmp_path: Path) -> None:
+    touch(tmp_path, "b c.svs")
+    (tmp_path / "list.txt").write_text(f"file://{tmp_path}/b%20c.svs\n")
+    assert [row.path for row in find_slides(tmp_path / "list.txt").slides] == [str(tmp_path / "b c.svs")]
+
+
+def test_an_mpp_table_that_names_no_slide_is_said_so(tmp_path: Path, caplog) -> None:
+    touch(tmp_path, "a.svs")
+    assert find_slides(tmp_path, mpp_table=MppTable({"a": 0.5}, {})).slides[0].mpp == 0.5 and not caplog.records
+    find_slides(tmp_path, mpp_table=MppTable({"b": 0.5}, {}))
+    assert len(caplog.records) == 1

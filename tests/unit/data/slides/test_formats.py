@@ -344,3 +344,68 @@ def test_slide_a_little_coarser_is_resampled_to_what_is_asked(tmp_path: Path, pi
     expected = Image.fromarray(picture[20:242, 10:232]).resize((224, 224), Image.BICUBIC)
     assert tile.shape == (224, 224, 3) and np.abs(tile - np.asarray(expected).astype(float)).mean() < 1
     assert reader.resampling(0.5) and not reader.resampling(0.5052) and not reader.resampling(1.0)
+
+
+@pytest.mark.parametrize("tile", [None, (128, 128)])
+@pytest.mark.parametrize("codec", [None, "lzw", "deflate"])
+@pytest.mark.parametrize("colours", ["rgb", "minisblack", "miniswhite"])
+def test_16_bits_are_scaled_alike_in_tiles_strips_and_png(
+    tmp_path: Path, picture: np.ndarray, tile: tuple[int, int] | None, codec: str | None, colours: str
+) -> None:
+    eight = picture if colours == "rgb" else picture[..., 1]
+    stored = eight.astype(np.uint16) << 8 | np.random.default_rng(0).integers(0, 256, eight.shape, np.uint16)
+    expected = eight if colours == "rgb" else np.dstack([eight] * 3)
+    cv2.imwrite(str(tmp_path / "a.png"), stored[..., ::-1] if colours == "rgb" else stored)
+    np.testing.assert_array_equal(whole(tmp_path / "a.png"), expected)
+    stored = 65535 - stored if colours == "miniswhite" else stored
+    tifffile.imwrite(tmp_path / "a.tif", stored, tile=tile, compression=codec, photometric=colours, rowsperstrip=50)
+    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), expected)
+
+
+def test_12_bits_in_16_are_refused_not_read_as_black(tmp_path: Path, picture: np.ndarray) -> None:
+    for tile in (None, (128, 128)):
+        tifffile.imwrite(tmp_path / "a.tif", picture.astype(np.uint16) << 4, tile=tile, photometric="rgb")
+        with pytest.raises(SlideOpenError, match="12 bits"):
+            SlideReader(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "1", "YCbCr"])
+def test_strips_of_other_colours_are_as_pillow_has_them(tmp_path: Path, picture: np.ndarray, mode: str) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(picture).convert(mode).save(path, dpi=(50800, 50800))
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(whole(path), np.asarray(image.convert("RGB")))
+    assert SlideReader(path).mpp == pytest.approx(0.5)
+
+
+def test_the_largest_page_is_the_slide_wherever_it_lies(tmp_path: Path, picture: np.ndarray) -> None:
+    half, thumbnail = picture[::2, ::2].copy(), picture[::8, ::8].copy()
+    with tifffile.TiffWriter(tmp_path / "thumbnail_first.tif") as tiff:
+        tiff.write(thumbnail, photometric="rgb")
+        tiff.write(picture, compression="deflate", **TILED)
+    write_pyramid(tmp_path / "rising.tif", [half, picture], flagged=False, compression="deflate")
+    for name in ("thumbnail_first", "rising"):
+        np.testing.assert_array_equal(whole(tmp_path / f"{name}.tif"), picture)
+    np.testing.assert_array_equal(whole(tmp_path / "rising.tif", 1), half)
+
+
+def test_a_label_flagged_as_reduced_is_no_level(tmp_path: Path, picture: np.ndarray) -> None:
+    label = np.zeros((90, 200, 3), np.uint8)
+    path = write_pyramid(tmp_path / "a.tif", [picture, label, picture[::2, ::2].copy()], flagged=True)
+    assert SlideReader(path).level_dimensions == ((500, 400), (250, 200))
+
+
+@pytest.mark.parametrize("unit", ["um", "micron", "\\u00B5m"])
+def test_imagej_says_the_unit_beside_the_tags(tmp_path: Path, picture: np.ndarray, unit: str) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", picture, imagej=True, resolution=(4, 4), metadata={"unit": unit})
+    assert SlideReader(tmp_path / "a.tif").mpp == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_channels_that_are_no_colours_are_refused(tmp_path: Path, picture: np.ndarray, channels: int) -> None:
+    pixels = np.dstack([picture, picture])[..., :channels].copy()
+    options = {"photometric": "minisblack", "planarconfig": "contig", "metadata": None}
+    for tile in (None, (128, 128)):
+        tifffile.imwrite(tmp_path / "a.tif", pixels, tile=tile, **options)
+        with pytest.raises(SlideOpenError, match=f"{channels} channels"):
+            SlideReader(tmp_path / "a.tif")

@@ -166,3 +166,18 @@ def test_copies_count_once_and_slides_that_differ_anywhere_looked_at_do_not(tmp_
     listed.write_text("path,mpp\nb/s.svs,0.5\na/s.svs,0.25\n")
     with pytest.raises(ValueError, match="twice"):
         find_slides(listed)
+
+
+def test_dicom_files_without_an_ending_are_found_and_grouped(tmp_path: Path) -> None:
+    for number, name in enumerate(("IM0001", "1.2.840.17", "IM0003")):
+        write_header(tmp_path / name, "1.2.3", columns=100 + number, PatientID="P")
+    (tmp_path / "README").write_text("no slide")
+    [row] = find_slides(tmp_path).slides
+    assert (row.key, row.patient) == ("IM0003", "P")
+    assert [row.patient for row in find_slides(tmp_path / "IM0001").slides] == ["P"]
+
+
+def test_of_a_slide_in_two_folders_the_one_with_the_finest_level_counts(tmp_path: Path) -> None:
+    for name, columns in {"a/1": 256, "a/2": 128, "b/0": 1024}.items():
+        write_header(tmp_path / f"{name}.dcm", "1.2.3", columns=columns)
+    assert found(tmp_path) == ["b/0.dcm"]

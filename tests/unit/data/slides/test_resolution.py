@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from dinov2.data.slides.find import find_slides
+from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.resolution import coarsest_level, log_notes, micrometres, read_mpp_table, resolve_mpp
+from tests.helpers.dicom import write_header
+from tests.helpers.slides import MakeSlide
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,26 @@ def test_table_finds_slides_by_path_name_stem_and_barcode(tmp_path: Path) -> Non
     assert table.get("/x/TCGA-AA-0002-01Z-00-DX1.svs") is None and table.get("b2.svs") is None
 
 
+@pytest.mark.parametrize("named", ["series", "file", "path", "folder", "folder path"])
+def test_table_finds_a_dicom_slide_by_any_of_its_names(tmp_path: Path, named: str) -> None:
+    first = write_header(tmp_path / "slide_7/a.dcm", "1.2.3", columns=2048)
+    other = write_header(tmp_path / "slide_7/b.dcm", "1.2.3", columns=512)
+    write_header(tmp_path / "slide_8/c.dcm", "1.2.4")
+    folder = {"folder": first.parent.name, "folder path": str(first.parent)}
+    name = {"series": "1.2.3", "file": other.name, "path": str(other), **folder}[named]
+    (tmp_path / "mpp.csv").write_text(f"slide,mpp\n{name},0.3\n")
+    rows = find_slides(tmp_path, mpp_table=read_mpp_table(tmp_path / "mpp.csv")).slides
+    assert {row.path: row.mpp for row in rows} == {str(first): 0.3, str(tmp_path / "slide_8/c.dcm"): None}
+
+
+def test_a_folder_of_two_dicom_slides_names_neither(tmp_path: Path) -> None:
+    for series in ("1.2.3", "1.2.4"):
+        write_header(tmp_path / f"slides/{series}.dcm", series)
+    (tmp_path / "mpp.csv").write_text("path,MPP\nslides,0.3\n")
+    table = read_mpp_table(tmp_path / "mpp.csv")
+    assert [row.mpp for row in find_slides(tmp_path / "slides", mpp_table=table).slides] == [None, None]
+
+
 def test_ambiguous_file_names_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "mpp.csv"
     path.write_text("slide,mpp\n/a/s.svs,0.2\n/b/s.svs,0.3\n/c/t.svs,0.6\n/d/t.svs,0.6\n")
@@ -106,7 +130,7 @@ def test_ambiguous_file_names_do_not_count(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", r"has columns \[\], but it needs slide and mpp"),
-        ("path,mpp\na,0.5\n", r"has columns \['path', 'mpp'\]"),
+        ("name,mpp\na,0.5\n", r"has columns \['name', 'mpp'\]"),
         ("slide,mpp\na,0.5\nb,0,5\n", r"Line 3 .* slide 'b' the mpp '0'"),
         ("slide,mpp\na\n", r"Line 2 .* slide 'a' the mpp ''"),
         ("slide,mpp\na,nan\n", "Line 2"),
@@ -124,3 +148,17 @@ def test_faulty_tables_are_refused(tmp_path: Path, text: str, message: str) -> N
 def test_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no mpp table '.*none\.csv'"):
         read_mpp_table(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "words"),
+    [
+        ("AppMag = 40|MPP = 0,2520", (0.252, "slide"), ""),
+        ("AppMag = 40x", (0.25, "appmag"), ""),
+        ("AppMag = 20|MPP = 0.3 um", (0.5, "appmag"), "0.3 um"),
+    ],
+)
+def test_what_aperio_files_say(make_slide: MakeSlide, said: str, expected: tuple, words: str) -> None:
+    resolution = SlideReader(make_slide("a.svs", f"|{said}")).resolution
+    assert (pytest.approx(resolution.mpp), resolution.source) == expected
+    assert words in " ".join(resolution.notes) and bool(words) == bool(resolution.notes)

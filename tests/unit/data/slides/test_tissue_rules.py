@@ -187,7 +187,15 @@ def test_masks_that_cannot_be_used_are_named(make_slide: MakeSlide, tmp_path: Pa
     folder.mkdir()
     rule = TissueRule("mask", Given.Options(str(folder)))
     reader = SlideReader(slide)
-    for content in (b"", b"{}", b'{"type": "FeatureCollection", "features": []}', b"[1]", b'{"type": "Polygon"}'):
+    shapes = (
+        [[]],
+        [[[0, 0], [float("nan"), 0], [9, 9]]],
+        [[[0, 0], [0.5, 0], [0.5, 1]]],
+        [[[600, 600], [700, 700], [600, 700]]],
+    )
+    outside = [json.dumps({"type": "Polygon", "coordinates": rings}).encode() for rings in ([], *shapes)]
+    none = b'{"type": "FeatureCollection", "features": []}'
+    for content in (b"", b"{}", none, b"[1]", b'{"type": "Polygon"}', *outside):
         (folder / "s.geojson").write_bytes(content)
         with pytest.raises(SlideError):
             TissueMap(reader, rule)
@@ -197,6 +205,11 @@ def test_masks_that_cannot_be_used_are_named(make_slide: MakeSlide, tmp_path: Pa
     Image.new("L", (100, 200)).save(folder / "s.png")  # of other proportions than the slide
     with pytest.raises(SlideError):
         TissueMap(reader, rule)
+    (folder / "s.geojson").write_text(
+        json.dumps({"type": "Polygon", "coordinates": [[[-1e12, -1e12], [1e12, -1e12], [1e12, 1e12], [-1e12, 1e12]]]})
+    )
+    assert TissueMap(reader, rule).cells.all()
+    (folder / "s.geojson").unlink()
     stems = {TissueCache(tmp_path, rule).stem(str(slide), 1, "")}
     Image.new("L", (100, 100), 255).save(folder / "s.png")
     assert TissueMap(reader, rule).cells.all()

@@ -97,7 +97,7 @@ def test_slides_of_one_name_and_without_tissue(teacher, slides, tmp_path, capsys
     nothing = embed(teacher, tmp_path / "in", tmp_path / "none", "--tile-size", 56, "--min-tissue", 1, "--mpp", 3)
     table = pq.read_table(nothing)
     assert len(table) == 0 and "embedding" in table.column_names
-    assert "s.svs' has no tile with enough tissue" in capsys.readouterr().err
+    assert "no tile with enough tissue" in capsys.readouterr().err
     embed(teacher, tmp_path / "in", nothing, "--tile-size", 56, "--min-tissue", 1, "--mpp", 3)
 
 
