@@ -1,6 +1,6 @@
 """Train a model: ``python dinov2/train/train.py --config-file F --output-dir D [section.key=value ...]``.
 
-Started alone it trains in one process; under ``torchrun`` it shards over all of them.
+Started alone it trains in one process; under ``torchrun`` or ``srun`` it shards over all of them.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dinov2.train.run import Run, dry_run
 from dinov2.train.update.guard import NonFiniteError
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
+from dinov2.utils.launch import join_launch
 from dinov2.utils.signals import receive_sigterm_when_parent_dies
 
 logger = logging.getLogger("dinov2")
@@ -58,6 +59,7 @@ def _run(args: argparse.Namespace) -> None:
             "--eval %s has no effect: --eval-only exports the teacher, and python -m dinov2.eval.probe judges it.",
             args.eval,
         )
+    join_launch()
     if args.dry_run:
         config = load_config(args.config_file, args.overrides)
         sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")

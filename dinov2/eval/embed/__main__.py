@@ -31,6 +31,7 @@ from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.files import locked
+from dinov2.utils.launch import join_launch
 from dinov2.utils.provenance import package_versions
 
 _FORMAT_VERSION = 2  # of what is written under given options; raise it when that changes
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    join_launch()
     device = select_device(args.device)
     advice = f"--batch-size {args.batch_size} is too much, take a smaller one"
     with process_group(device), memory_advice(advice):

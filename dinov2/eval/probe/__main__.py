@@ -33,6 +33,7 @@ from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
+from dinov2.utils.launch import join_launch
 
 logger = logging.getLogger("dinov2")
 
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    join_launch()
     device = select_device(args.device)
     advice = f"--batch-size {args.batch_size} or --limit is too much, take a smaller one"
     with process_group(device), memory_advice(advice):
