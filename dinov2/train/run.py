@@ -20,7 +20,7 @@ from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
-from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
+from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.measure import StepCosts
@@ -28,7 +28,7 @@ from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resol
 from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, find_gpu, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.state import TrainState, check_loss_modules, check_resumable, describe_state
+from dinov2.train.state import TrainState, check_loss_modules, check_resumable, decode_state, describe_state
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
 
@@ -49,8 +49,10 @@ class Run:
     def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
         self.config, self.output_dir, self.device = config, output_dir, device
         on_main_process(partial(validate, config, get_global_size()))
-        self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
-        saved = on_main_process(self._newest_state)
+        kept = config.train.keep_checkpoints, config.train.keep_checkpoints_every
+        self.checkpointer = Checkpointer(output_dir, *kept, background=config.train.async_checkpoints)
+        if saved := self.checkpointer.newest(decode_state):
+            on_main_process(partial(check_resumable, saved, config))
         if not eval_only:
             self.performance = resolve_performance(config, device)
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
@@ -113,7 +115,7 @@ class Run:
         trainer.fit()
 
     def save_checkpoint(self, state: TrainState) -> None:
-        """Save tensors and state; all ranks must call."""
+        """Save tensors and state, in the background as configured; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
         described |= {"scaler": self.scaler.state_dict(), "places": self._locations}
         described["loss_modules"] = list(self._loss_modules())
@@ -141,14 +143,6 @@ class Run:
             return plan
 
         return on_main_process(plan)
-
-    def _newest_state(self) -> dict[str, Any] | None:
-        """JSON state of the newest complete checkpoint, checked against the configuration."""
-        if not (steps := self.checkpointer.steps()):
-            return None
-        saved = self.checkpointer.read_state(steps[-1])
-        check_resumable(saved, self.config)
-        return saved
 
     def _open_data(self, saved: dict[str, Any] | None) -> OpenData:
         # Rank 0 lists files and reads footers, once for all.
@@ -189,7 +183,8 @@ class Run:
             csv, backbone = self.output_dir / "eval" / "probes.csv", self.arch.teacher.backbone
             hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, sinks))
         if not self.config.train.skip_checkpointer:
-            hooks.append(PeriodicHook(self.config.train.checkpoint_period_iterations, self.save_checkpoint))
+            every, finish = self.config.train.checkpoint_period_iterations, self.checkpointer.finish
+            hooks.append(CheckpointHook(every, self.save_checkpoint, finish))
         return [*hooks, GarbageHook()]
 
 
