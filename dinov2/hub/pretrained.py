@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinov2.hub import layouts
 from dinov2.hub.locate import INDEX, weights_path
+from dinov2.hub.record import verify
 
 logger = logging.getLogger("dinov2")
 
@@ -64,7 +65,7 @@ def read_checkpoint(name: str) -> Any:
     """Read weights on the CPU, see `weights_path` and `local_weights`. Only tensors and plain data load.
 
     Raises FileNotFoundError or IsADirectoryError if there is no such file, or a folder holds not one; ValueError if the
-    file holds something else, or is corrupt; or the address cannot be read.
+    file holds something else, is corrupt or, see `verify`, not the one that was written; or the address cannot be read.
     """
     if not is_url(name):
         path = weights_path(name)
@@ -73,6 +74,7 @@ def read_checkpoint(name: str) -> Any:
                 f"Weights file {name!r} does not exist; give a .pth or .safetensors file, a folder of timm or "
                 "transformers, org/name on the Hugging Face hub, or a URL."
             )
+        verify(path)
         name = str(path)
     try:
         path = local_weights(name)

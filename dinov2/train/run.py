@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,13 @@ from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
+from dinov2.train.exports import export_path, list_export
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
-from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, find_gpu, make_plan, parameter_table
+from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, disk_needs, find_gpu, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, decode_state, describe_state
@@ -83,6 +85,7 @@ class Run:
             )  # fmt: skip
             return
         on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
+        on_main_process(self._warn_of_room)
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         plan, arch, batches = self.plan, self.arch, self.loader
@@ -122,12 +125,17 @@ class Run:
         self.checkpointer.save(state.step, self._tensors(), described)
 
     def export_teacher(self, state: TrainState) -> None:
-        """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
+        """Write ``eval/training_<step>/teacher_checkpoint.pth`` and list it; all ranks must call."""
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
-        path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
+        path = export_path(self.output_dir, state.step)
         architecture, config = self.arch.teacher.backbone.describe(), dataclasses.asdict(self.config)
         metadata = {"architecture": architecture, **vars(state), "config": config}
-        on_main_process(partial(save_teacher, path, modules, metadata))
+
+        def export() -> None:
+            checksum = save_teacher(path, modules, metadata)
+            list_export(self.output_dir, state.step, checksum, self.config.evaluation.keep_exports)
+
+        on_main_process(export)
         logger.info("Exported the teacher to %s.", path)
 
     def _make_plan(self, saved: dict[str, Any] | None, num_tiles: int | None) -> RunPlan:
@@ -143,6 +151,16 @@ class Run:
             return plan
 
         return on_main_process(plan)
+
+    def _warn_of_room(self) -> None:
+        """Say at the start that a later checkpoint will not fit; each is checked before it is written, too."""
+        disk, there = disk_needs(self.config, self.plan, self.costs.student), len(self.checkpointer.steps())
+        needed, free = max(disk.checkpoints - there, 0) * disk.checkpoint, shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            logger.warning(
+                "Folder %s has %.1f GiB free and its further checkpoints need %.1f GiB; make room in time, or lower "
+                "train.keep_checkpoints.", self.output_dir, free / 2**30, needed / 2**30,
+            )  # fmt: skip
 
     def _open_data(self, saved: dict[str, Any] | None) -> OpenData:
         # Rank 0 lists files and reads footers, once for all.
