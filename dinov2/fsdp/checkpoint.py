@@ -25,7 +25,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from dinov2.distributed import (
     MainProcessError,
@@ -71,6 +72,7 @@ class Checkpointer:
         self.keep, self.keep_every, self.background = keep, keep_every, background
         self._thread, self._group = ThreadPoolExecutor(1, "checkpoint"), None
         self._pending: tuple[int, Future[None]] | None = None
+        self._host: dict[str, Any] | None = None  # copies, filled anew by each save
         # Without a process group torch warns that it assumes a single process, which here is so.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -111,7 +113,7 @@ class Checkpointer:
         on_main_process(partial(self._begin, step, needed))
         self._group = self._group or background_group()
         if self.background:
-            tensors = tree_map(_host_copy, tensors)
+            tensors = self._host = self._host_copies(tensors)
         self._pending = step, self._thread.submit(self._write, step, tensors, text)
         if not self.background:
             self.finish()
@@ -283,14 +285,28 @@ class Checkpointer:
                 # Under the other name a deletion that is cut short leaves no checkpoint with holes.
                 shutil.rmtree(self.path(old).rename(self._beside(old)))
 
+    def _host_copies(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Copies in host memory; that of the save before is used again, since new memory takes longer to come by."""
+        if self._host is None or tree_structure(self._host) != tree_structure(tensors):
+            return tree_map(_host_copy, tensors)
+        return tree_map(_host_copy, tensors, self._host)
+
     def _way_out(self, step: int) -> str:
         earlier = [other for other in self.steps() if other < step]
         go_on = f"resume from {self.path(earlier[-1]).name}" if earlier else "start anew"
         return f"move that checkpoint out of {str(self.folder)!r} to {go_on}."
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _host_copy(tensor: Tensor, host: Tensor | None = None) -> Tensor:
+    """A copy, sharded like the tensor, where possible in ``host``."""
+    if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
+        return tensor.detach().to("cpu", copy=True)
+    _local(host).copy_(_local(tensor.detach()))
+    return host
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _read_json(path: Path) -> Any:

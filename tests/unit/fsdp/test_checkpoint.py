@@ -301,6 +301,21 @@ def test_in_the_background_later_steps_are_not_saved(tmp_path: Path, monkeypatch
     assert (loaded["student"]["weight"] == 1).all() and loaded["optimizer"]["weight"]["step"] == 1
 
 
+def test_contents_may_change_from_one_background_save_to_the_next(tmp_path: Path):
+    """Copies are used again only where they fit: values, a shape, a dtype, a name and the number of tensors."""
+    checkpointer = Checkpointer(tmp_path, keep=9, background=True)
+    contents = [{"a": torch.full((4,), 1.0)}, {"a": torch.full((4,), 2.0)}, {"a": torch.full((1,), 3.0)},
+                {"a": torch.full((1,), 4, dtype=torch.int32)}, {"b": torch.full((1,), 5)},
+                {"a": torch.ones(2), "b": torch.ones(())}]  # fmt: skip
+    for step, content in enumerate(contents, 1):
+        checkpointer.save(step, content, {"step": step})
+    checkpointer.finish()
+    for step, content in enumerate(contents, 1):
+        loaded = {key: torch.zeros_like(value) for key, value in content.items()}
+        checkpointer.load(step, loaded)
+        assert all(torch.equal(loaded[key], value) for key, value in content.items())
+
+
 @pytest.mark.parametrize("by", ["finish", "save"])
 def test_a_failure_in_the_background_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str):
     def full(*args: object, **kwargs: object) -> None:
