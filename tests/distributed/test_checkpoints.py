@@ -106,6 +106,7 @@ def on_two(rank: int, folder: Path) -> dict[str, Any]:
         files.checksum, torch.distributed.checkpoint.FileSystemWriter.write_data = original
         dist.barrier()
         found["full"].append(sorted(path.name for path in broken.folder.iterdir()))
+        dist.barrier()
         broken.save(2, {"model": module.state_dict()}, {"step": 2})
         broken.finish()
         found["full"].append(gather_objects(broken.steps()))
