@@ -97,7 +97,7 @@ def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
 def checksum(path: Path) -> str:
     """XXH3 of 128 bits over a file, as hexadecimal digits: what ``xxh128sum`` prints of it.
 
-    It finds what breaks by itself, at several GB/s per core; it does not withstand forgery.
+    It finds what breaks by itself, at 1 to 2 GB/s with the reading (4.5 without; SHA-256 0.6); it stops no forger.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import bench_data, bench_slides
+from benchmarks import bench_checkpoint, bench_data, bench_slides
 
 
 def test_bench_data(tmp_path: Path, capsys) -> None:
@@ -25,3 +25,12 @@ def test_bench_slides(tmp_path: Path, capsys) -> None:
     assert slide.pop("remote_patches_per_s") > 0
     assert all(rate > 0 for rates in slide.values() for rate in rates.values())
     assert capsys.readouterr().out.count("\n") == 6
+
+
+def test_bench_checkpoint(tmp_path: Path, capsys) -> None:
+    output = tmp_path / "results.json"
+    line = ["--arch", "vit_demo", "--repeats", "1", "--folder", str(tmp_path), "--output", str(output)]
+    assert bench_checkpoint.main(line) == 0
+    (found,) = json.loads(output.read_text())["checkpoints"].values()
+    assert all(value > 0 for value in found.values())
+    assert capsys.readouterr().out.count("\n") == 1
