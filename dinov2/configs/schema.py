@@ -145,6 +145,10 @@ class TrainConfig:
     checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
     time_limit: float = key(0.0, "hours after which a run saves a checkpoint and stops; 0: none", least=0, most=1e6)
     keep_checkpoints: int = key(2, "newest complete checkpoints kept", least=1, most=1e6)
+    keep_checkpoints_every: int = key(
+        0, "kept beside: those of steps that are multiples of it; 0: none", least=0, most=1e12
+    )
+    async_checkpoints: bool = key(True, "written while training goes on, from a copy in host memory")
 
 
 @dataclass(frozen=True)
@@ -318,6 +322,7 @@ class EvaluationConfig:
     """Export of the teacher and its probes, see [probes.md](probes.md)."""
 
     eval_period_iterations: int = key(12500, "between teacher exports and between probes", **_STEPS)
+    keep_exports: int = key(0, "newest teacher exports kept of those that the run made; 0: all", least=0, most=1e6)
     bach_root: str = key("", "this benchmark's folder: probed on while training")
     breakhis_root: str = key("", "the same for BreakHis")
     pcam_root: str = key("", "the same for PatchCamelyon")

@@ -148,6 +148,12 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
                 f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH "
                 f"= {epoch} make {steps:g} steps; at least one is expected, and {_MOST_STEPS:,} at most."
             )
+    every, period = config.train.keep_checkpoints_every, config.train.checkpoint_period_iterations
+    if every % period:
+        yield (
+            f"train.keep_checkpoints_every = {every} is not a multiple of train.checkpoint_period_iterations = "
+            f"{period}, so that most of these steps have no checkpoint; 0 or a multiple is expected."
+        )
     if batch == 1:
         yield from _single_image_faults(config, world_size)
     if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0 and not config.losses:

@@ -148,28 +148,38 @@ class _AllGatherRows(torch.autograd.Function):
         return own
 
 
-def broadcast_object(obj: Any, src: int = 0) -> Any:
+def background_group() -> dist.ProcessGroup | None:
+    """A further group of all ranks for CPU objects, None in a single process; all ranks must call.
+
+    The calls of one group must come in the same order on all ranks. A thread that talks to those of the other ranks
+    while training goes on therefore has a group of its own.
+    """
+    return dist.new_group(backend="gloo") if is_enabled() else None
+
+
+def broadcast_object(obj: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank ``src``'s picklable ``obj`` on every rank."""
     if get_global_size() == 1:
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=src)
+    dist.broadcast_object_list(box, src=src, group=group)
     return box[0]
 
 
-def gather_objects(obj: Any) -> list[Any]:
+def gather_objects(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every rank's picklable ``obj``, in order of the ranks."""
     if get_global_size() == 1:
         return [obj]
     box: list[Any] = [None] * get_global_size()
-    dist.all_gather_object(box, obj)
+    dist.all_gather_object(box, obj, group=group)
     return box
 
 
-def on_main_process(action: Callable[[], _T]) -> _T:
+def on_main_process(action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
     """Return on every rank what ``action`` (picklable result) returns on rank 0.
 
-    Where it raises there, rank 0 raises the error itself and the others MainProcessError.
+    Where it raises there, rank 0 raises the error itself and the others MainProcessError. A ``group`` is one of all
+    ranks, see `background_group`.
     """
     if get_global_size() == 1:
         return action()
@@ -179,7 +189,7 @@ def on_main_process(action: Callable[[], _T]) -> _T:
             result = action()
         except Exception as raised:
             error = raised
-    result, failed = broadcast_object((result, error is not None))
+    result, failed = broadcast_object((result, error is not None), group=group)
     if error is not None:
         raise error
     if failed:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dinov2.hub import layouts, locate
 from dinov2.hub.locate import INDEX, no_such_file, weights_path
+from dinov2.hub.record import verify
 
 logger = logging.getLogger("dinov2")
 
@@ -80,12 +81,13 @@ def read_checkpoint(name: str) -> Any:
     """Read weights on the CPU, see `weights_path` and `local_weights`. Only tensors and plain data load.
 
     Raises FileNotFoundError or IsADirectoryError if there is no such file, or a folder holds not one; ValueError if the
-    file holds something else, or is corrupt; or the address cannot be read.
+    file holds something else, is corrupt or, see `verify`, not the one that was written; or the address cannot be read.
     """
     if not is_url(name):
         path = weights_path(name)
         if not path.is_file():
             raise no_such_file(name)
+        verify(path)
         name = str(path)
     path = None
     try:

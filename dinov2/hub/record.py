@@ -1,13 +1,18 @@
-"""The JSON beside a teacher: how it was trained, and how its images are normalised."""
+"""The JSON beside a teacher: how it was trained, how its images are normalised, and the checksums of both files."""
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.locate import INDEX, weights_path
+from dinov2.utils import files
 
+_CHECKSUMS = "checksums"
 _LOCATIONS = {
     "step": ("step",),
     "size": ("config", "crops", "global_crops_size"),
@@ -34,6 +39,38 @@ def _read(beside: Path) -> Any:
         return json.loads(beside.read_text())
     except ValueError as error:
         raise ValueError(f"{str(beside)!r} is not JSON ({error}); mend or remove it.") from error
+
+
+def sealed(record: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """A record with the checksum of the file of weights beside it, see `files.checksum`, and its own."""
+    record = {key: value for key, value in json.loads(json.dumps(dict(record))).items() if key != _CHECKSUMS}
+    return record | {_CHECKSUMS: {"weights": weights, "record": _checksum(record)}}
+
+
+def verify(file: Path) -> None:
+    """Raise ValueError where weights, or the JSON beside them, are not what the checksums in it are of.
+
+    Without such a JSON, or checksums in it, nothing is known.
+    """
+    record = None
+    with suppress(ValueError):  # whoever needs it says so
+        record = _read(file.with_suffix(".json"))
+    if not isinstance(record, dict) or _CHECKSUMS not in record:
+        return
+    stated, beside = record.pop(_CHECKSUMS), file.with_suffix(".json")
+    found = {"weights": files.checksum(file), "record": _checksum(record)}
+    if stated == found:
+        return
+    differing = [key for key in found if not isinstance(stated, Mapping) or stated.get(key) != found[key]] or ["record"]
+    path = file if differing[0] == "weights" else beside
+    raise ValueError(
+        f"{str(path)!r} is not the file that was written: its checksum is {found[differing[0]]}, and {beside.name} "
+        f"states checksums = {stated!r:.200}; get both files anew, or remove that key if the change is meant."
+    )
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def trained_with(checkpoint: str) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.utils.files import replacing
+from dinov2.hub.record import sealed
+from dinov2.utils.files import checksum, replacing
 
 
-def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> None:
+def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]) -> str:
     """Write ``{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}`` in fp32, then the JSON that vouches for it.
 
     ``modules`` are the whole state dicts by name. The JSON beside the ``.pth`` holds the ``metadata``: ``architecture``
-    (the backbone's constructor arguments), ``step``, ``samples``, ``config``.
+    (the backbone's constructor arguments), ``step``, ``samples``, ``config``; and checksums of both. Returns that of
+    the weights.
     """
     teacher = {
         f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
@@ -27,14 +29,17 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, path.with_suffix(".json")) as (weights, described):
             _write(weights, ".pth", {"teacher": teacher})
-            _write(described, ".json", metadata)
+            written = checksum(weights)
+            _write(described, ".json", sealed(metadata, written))
+    return written
 
 
 def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """Write all files of an export, or none; returns False where the very same ones are there already.
 
     ``files`` are contents by name, in the order in which they appear: ``.json`` as JSON, ``.safetensors`` and ``.pth``
-    as tensors. Raises FileExistsError where one of them is there with other contents.
+    as tensors. A JSON after weights of the same stem gets checksums of both. Raises FileExistsError where one of them
+    is there with other contents.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Output {str(folder)!r} is a file; name a new or empty folder.")
@@ -43,8 +48,13 @@ def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         complete = all(path.exists() for path in paths)
         with replacing(*paths, new=True) as partials:
+            checksums: dict[str, str] = {}  # of weights, by stem
             for path, partial, content in zip(paths, partials, files.values(), strict=True):
+                if path.suffix == ".json" and path.stem in checksums:
+                    content = sealed(content, checksums[path.stem])
                 _write(partial, path.suffix, content)
+                if path.suffix != ".json":
+                    checksums[path.stem] = checksum(partial)
     return not complete
 
 

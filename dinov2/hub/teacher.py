@@ -66,8 +66,8 @@ def load_teacher(
 
     Raises:
         FileNotFoundError, IsADirectoryError: if there is no such file, or a folder does not hold one.
-        ValueError: if it cannot be read, holds no backbone, does not fit the architecture or is not finite; or for
-            wrong arguments.
+        ValueError: if it cannot be read, is not what the checksums in its JSON are of, holds no backbone, does not fit
+            the architecture or is not finite; or for wrong arguments.
         ImportError: if the backbone is of a module that cannot be imported.
     """
     if (path is None) == (checkpoint_path is None):

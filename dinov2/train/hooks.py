@@ -1,10 +1,14 @@
 """Hooks around the steps: periodic actions (checkpoint, export) and garbage collection."""
 
 import gc
+import logging
 from collections.abc import Callable
 
+from dinov2.distributed import MainProcessError
 from dinov2.train.state import TrainState
 from dinov2.train.update.guard import FiniteGuard
+
+logger = logging.getLogger("dinov2")
 
 
 class Hook:
@@ -30,13 +34,10 @@ class Hook:
 
 
 class PeriodicHook(Hook):
-    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it.
+    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it."""
 
-    ``also_stopped``: where the run is stopped before its end, too.
-    """
-
-    def __init__(self, period: int, action: Callable[[TrainState], None], also_stopped: bool = False):
-        self.period, self.action, self.also_stopped = period, action, also_stopped
+    def __init__(self, period: int, action: Callable[[TrainState], None]):
+        self.period, self.action = period, action
         self._last: int | None = None
 
     def on_start(self, state: TrainState, guard: FiniteGuard) -> None:
@@ -46,19 +47,43 @@ class PeriodicHook(Hook):
     def after_step(self, state: TrainState, guard: FiniteGuard) -> None:
         """Act when due."""
         if state.step % self.period == 0:
-            self.on_end(state, guard)
+            self._act(state, guard)
 
     def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
         """Act unless the last step already did."""
+        self._act(state, guard)
+
+    def _act(self, state: TrainState, guard: FiniteGuard) -> None:
         if self._last != state.step:
             guard.flush()
             self.action(state)
             self._last = state.step
 
+
+class CheckpointHook(PeriodicHook):
+    """Saves as a `PeriodicHook`, and where a run is stopped; ``finish`` waits for a save that is under way."""
+
+    def __init__(self, period: int, action: Callable[[TrainState], None], finish: Callable[[], None]):
+        super().__init__(period, action)
+        self._finish = finish
+
+    def on_end(self, state: TrainState, guard: FiniteGuard) -> None:
+        """Save unless the last step already did, and wait until it is on the disk."""
+        super().on_end(state, guard)
+        self._finish()
+
     def on_stop(self, state: TrainState, guard: FiniteGuard) -> None:
-        """Act if that is wanted and the last step did not."""
-        if self.also_stopped:
-            self.on_end(state, guard)
+        """The same."""
+        self.on_end(state, guard)
+
+    def close(self) -> None:
+        """After an error, let the save that is under way come to its end."""
+        try:
+            self._finish()
+        except MainProcessError:
+            pass  # rank 0 says it
+        except OSError as error:  # beside the error that ended training
+            logger.error("%s", error)
 
 
 class GarbageHook(Hook):

@@ -2,19 +2,32 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.distributed import on_main_process
-from dinov2.utils.files import locked
+from dinov2.fsdp import Checkpointer
+from dinov2.utils.files import leftovers, locked
 
 _FOLDERS = ("checkpoints", "eval", "logs")
 _FILES = ("config.yaml", "metrics.jsonl", "last_checkpoint", "stream_index")
+_PROBE = ".write_probe_"
+# What a run writes beside and renames, by the folder that it is in.
+_WRITTEN = (
+    (
+        re.compile(r""),
+        re.compile(r"config\.yaml|last_checkpoint|exports\.xxh128|stream_index(\.\d+)?|wandb_run_id\.txt"),
+    ),
+    (re.compile(r"eval/training_\d+"), re.compile(r"teacher_checkpoint\.(pth|json)")),
+)
 
 
 @contextlib.contextmanager
 def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
     """Make the run's folder, check it and keep other launches out of it; all ranks must enter.
+
+    What killed launches have left unfinished is deleted.
 
     Raises OSError if the folder cannot be made or written, or another launch is using it; ValueError if it holds a run
     and ``resume`` is false, or something else under a name that a run needs.
@@ -23,11 +36,11 @@ def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
     busy = f"{shown} is in use by another launch; wait for that to end, or give --output-dir another folder."
 
     def prepare() -> None:
-        probe = output_dir / f".write_probe_{os.getpid()}"
+        probe = output_dir / f"{_PROBE}{os.getpid()}"
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
                 f"{shown} cannot be written ({error.strerror}); give --output-dir a folder that can."
@@ -44,7 +57,21 @@ def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
                 f"{shown} holds a run already; leave out --no-resume to go on with it, or give a new folder."
             )
         held.enter_context(locked(output_dir / ".lock", busy=busy))
+        _sweep(output_dir)
 
     with contextlib.ExitStack() as held:
         on_main_process(prepare)
         yield
+
+
+def _sweep(output_dir: Path) -> None:
+    """Delete unfinished files of earlier launches; of this one there are none yet, and no other is at work."""
+    Checkpointer(output_dir, keep=1).sweep()
+    for folder in (output_dir, *output_dir.glob("eval/*/")):
+        name = str(folder.relative_to(output_dir)).removeprefix(".")
+        for written, partial in leftovers(folder):
+            if any(there.fullmatch(name) and what.fullmatch(written) for there, what in _WRITTEN):
+                partial.unlink()
+    for probe in output_dir.glob(f"{_PROBE}*"):
+        if probe.name.removeprefix(_PROBE).isdigit():
+            probe.unlink()

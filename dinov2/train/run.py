@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -21,15 +22,16 @@ from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
-from dinov2.train.hooks import GarbageHook, Hook, PeriodicHook
+from dinov2.train.exports import export_path, list_export
+from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
-from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, find_gpu, make_plan, parameter_table
+from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, disk_needs, find_gpu, make_plan, parameter_table
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.state import TrainState, check_loss_modules, check_resumable, describe_state
+from dinov2.train.state import TrainState, check_loss_modules, check_resumable, decode_state, describe_state
 from dinov2.train.stopping import StopRequest
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
@@ -53,9 +55,11 @@ class Run:
     def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
         self.config, self.output_dir, self.device = config, output_dir, device
         on_main_process(partial(validate, config, get_global_size()))
-        self.checkpointer = Checkpointer(output_dir, config.train.keep_checkpoints)
-        self.stop = StopRequest(config.train.time_limit, self._newest_checkpoint)
-        saved = on_main_process(self._newest_state)
+        kept = config.train.keep_checkpoints, config.train.keep_checkpoints_every
+        self.checkpointer = Checkpointer(output_dir, *kept, background=config.train.async_checkpoints)
+        self.stop = StopRequest(config.train.time_limit, self._newest_checkpoint, lambda: self.checkpointer.longest_s)
+        if saved := self.checkpointer.newest(decode_state):
+            on_main_process(partial(check_resumable, saved, config))
         if not eval_only:
             self.performance = resolve_performance(config, device)
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
@@ -86,6 +90,7 @@ class Run:
             )  # fmt: skip
             return
         on_main_process(partial(save_config, self.config, self.output_dir / "config.yaml"))
+        on_main_process(self._warn_of_room)
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         plan, arch, batches = self.plan, self.arch, self.loader
@@ -124,21 +129,24 @@ class Run:
                 self._stopped()
 
     def save_checkpoint(self, state: TrainState) -> None:
-        """Save tensors and state; all ranks must call."""
+        """Save tensors and state, in the background as configured; all ranks must call."""
         described = describe_state(state, self.loader.stream_state, self.plan.global_batch, self.config)
         described |= {"scaler": self.scaler.state_dict(), "places": public(self._locations)}
         described["loss_modules"] = list(self._loss_modules())
-        started = time.monotonic()
         self.checkpointer.save(state.step, self._tensors(), described)
-        self.stop.longest_save = max(self.stop.longest_save, time.monotonic() - started)
 
     def export_teacher(self, state: TrainState) -> None:
-        """Write ``eval/training_<step>/teacher_checkpoint.pth``; all ranks must call."""
+        """Write ``eval/training_<step>/teacher_checkpoint.pth`` and list it; all ranks must call."""
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
-        path = self.output_dir / "eval" / f"training_{state.step}" / "teacher_checkpoint.pth"
+        path = export_path(self.output_dir, state.step)
         architecture, config = self.arch.teacher.backbone.describe(), public_config(self.config)
         metadata = {"architecture": architecture, **vars(state), "config": config}
-        on_main_process(partial(save_teacher, path, modules, metadata))
+
+        def export() -> None:
+            checksum = save_teacher(path, modules, metadata)
+            list_export(self.output_dir, state.step, checksum, self.config.evaluation.keep_exports)
+
+        on_main_process(export)
         logger.info("Exported the teacher to %s.", path)
 
     def _make_plan(self, saved: dict[str, Any] | None, num_tiles: int | None) -> RunPlan:
@@ -168,13 +176,15 @@ class Run:
             return f"the same command goes on from {self.checkpointer.path(steps[-1])}."
         return "no checkpoint was saved, so that the same command starts anew."
 
-    def _newest_state(self) -> dict[str, Any] | None:
-        """JSON state of the newest complete checkpoint, checked against the configuration."""
-        if not (steps := self.checkpointer.steps()):
-            return None
-        saved = self.checkpointer.read_state(steps[-1])
-        check_resumable(saved, self.config)
-        return saved
+    def _warn_of_room(self) -> None:
+        """Say at the start that a later checkpoint will not fit; each is checked before it is written, too."""
+        disk, there = disk_needs(self.config, self.plan, self.costs.student), len(self.checkpointer.steps())
+        needed, free = max(disk.checkpoints - there, 0) * disk.checkpoint, shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            logger.warning(
+                "Folder %s has %.1f GiB free and its further checkpoints need %.1f GiB; make room in time, or lower "
+                "train.keep_checkpoints.", self.output_dir, free / 2**30, needed / 2**30,
+            )  # fmt: skip
 
     def _open_data(self, saved: dict[str, Any] | None) -> OpenData:
         # Rank 0 lists files and reads footers, once for all.
@@ -216,8 +226,8 @@ class Run:
             to = sinks if is_main_process() else None
             hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, to))
         if not self.config.train.skip_checkpointer:
-            period = self.config.train.checkpoint_period_iterations
-            hooks.append(PeriodicHook(period, self.save_checkpoint, also_stopped=True))
+            every, finish = self.config.train.checkpoint_period_iterations, self.checkpointer.finish
+            hooks.append(CheckpointHook(every, self.save_checkpoint, finish))
         return [*hooks, GarbageHook()]
 
 

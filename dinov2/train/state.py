@@ -1,13 +1,16 @@
 """State of a run beside its tensors, and whether a run may go on from it."""
 
+import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dinov2.configs import Config, public_config, saved_config
+from dinov2.configs.decode import Decoder
+from dinov2.configs.fields import key
 from dinov2.utils.provenance import package_versions
 from dinov2.utils.secrets import public
 
@@ -32,6 +35,69 @@ class TrainState:
     samples: int = 0  # consumed over all ranks; the next step starts at this global sample index
 
 
+@dataclass(frozen=True)
+class SavedStream:
+    """Parameters of the order of samples, see `TrainLoader.stream_state`."""
+
+    seed: int = key(dataclasses.MISSING, "of the order", least=0, most=2**64 - 1)
+    lanes: int = key(dataclasses.MISSING, "read streams", least=1)
+    block_rows: int = key(dataclasses.MISSING, "rows of a shuffle block", least=1)
+    global_batch: int = key(dataclasses.MISSING, "images per step over all ranks", least=1)
+    fingerprint: str = key(dataclasses.MISSING, "of the dataset")
+    dataset_lanes: tuple[int, ...] = key((), "read streams of each dataset of a mixture", least=0)
+
+
+@dataclass(frozen=True)
+class SavedScaler:
+    """State of the loss scaler; of one that is off there is none."""
+
+    scale: float = key(1.0, "factor of the loss", above=0)
+    growth_factor: float = key(2.0, "by which it grows", above=0)
+    backoff_factor: float = key(0.5, "by which it falls", above=0)
+    growth_interval: int = key(1, "good steps before it grows", least=1)
+    _growth_tracker: int = key(0, "good steps since", least=0)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The JSON part of a checkpoint."""
+
+    step: int = key(dataclasses.MISSING, "completed optimiser steps", least=0)
+    samples: int = key(dataclasses.MISSING, "consumed over all ranks", least=0)
+    global_batch: int = key(dataclasses.MISSING, "images per step over all ranks", least=1)
+    config: Mapping[str, Any] = key(dataclasses.MISSING, "configuration of the launch that saved")
+    config_sha256: str = key(dataclasses.MISSING, "of the configuration")
+    stream: SavedStream = key(dataclasses.MISSING, "order of samples")
+    scaler: SavedScaler = key(dataclasses.MISSING, "loss scaler")
+    versions: Mapping[str, Any] = key({}, "what the run was made with")
+    places: tuple[str, ...] = key((), "locations of the datasets")
+    loss_modules: tuple[str, ...] = key((), "terms of the loss that have a state")
+    checksums: str = key("", "file of checksums; of an earlier version there is none")
+
+
+def decode_state(written: Any) -> dict[str, Any]:
+    """The JSON part of a checkpoint as it was written; raises ValueError, which names all faults, if it is none."""
+    decoder = Decoder({})
+    if not isinstance(written, Mapping):
+        raise ValueError(f"{written!r:.80} is not a state; a mapping is expected")
+    state = decoder.section(SavedState, written)
+    if decoder.faults:
+        raise ValueError("; ".join(fault.rstrip(".") for fault in decoder.faults))
+    if state.samples != state.step * state.global_batch:
+        raise ValueError(
+            f"samples = {state.samples} is not valid; expected {state.step * state.global_batch}, the product of "
+            f"step = {state.step} and global_batch = {state.global_batch}"
+        )
+    if state.stream.global_batch != state.global_batch:
+        raise ValueError(
+            f"stream.global_batch = {state.stream.global_batch} is not valid; expected global_batch = "
+            f"{state.global_batch}"
+        )
+    if state.config_sha256 != (found := _sha256(written["config"])):
+        raise ValueError(f"config_sha256 = {state.config_sha256!r} is not that of config; expected {found!r}")
+    return {"scaler": {}, **written}
+
+
 def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int, config: Config) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     as_dict = public_config(config)
@@ -40,7 +106,7 @@ def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int,
         "global_batch": global_batch,
         "stream": stream,
         "config": as_dict,
-        "config_sha256": hashlib.sha256(json.dumps(as_dict, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": _sha256(as_dict),
         "versions": package_versions(),
     }
 
@@ -59,8 +125,8 @@ def check_resumable(saved: dict[str, Any], config: Config) -> None:
             f"The run in this output folder cannot go on with a changed configuration ({'; '.join(fixed)}); restore "
             "these values, or start in another output folder."
         )
-    for key in changed:
-        logger.info("Resuming with %s = %r (was %r).", key, now[key], before.get(key))
+    for name in changed:
+        logger.info("Resuming with %s = %r (was %r).", name, now[name], before.get(name))
 
 
 def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
@@ -74,12 +140,16 @@ def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:
         )
 
 
+def _sha256(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key; fixed keys that hold a mapping stay whole, so that a name more or less is a change."""
     flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, dict) and prefix + key not in _FIXED_KEYS:
-            flat |= _flatten(value, f"{prefix}{key}.")
+    for name, value in section.items():
+        if isinstance(value, dict) and prefix + name not in _FIXED_KEYS:
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + name] = value
     return flat

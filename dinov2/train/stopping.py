@@ -24,11 +24,11 @@ class StopRequest:
     Args:
         hours: after the start of the launch at which training is to stop; 0: no limit.
         newest: the newest checkpoint in words, for one who cannot wait for the next.
+        longest_save: seconds that the longest save of a checkpoint took, so far.
     """
 
-    def __init__(self, hours: float, newest: Callable[[], str]):
-        self._newest = newest
-        self.longest_save = 0.0  # seconds, as the run finds out
+    def __init__(self, hours: float, newest: Callable[[], str], longest_save: Callable[[], float]):
+        self._newest, self._longest_save = newest, longest_save
         started = float(os.environ.get(STARTED) or time.time())
         self._limit = started + 3600 * hours if hours else float("inf")
         end = os.environ.get(_SLURM_END, "")
@@ -58,7 +58,7 @@ class StopRequest:
             return number.name, STATUS_OF[number]
         if time.time() > self._limit:
             return "train.time_limit", RUN_AGAIN
-        if time.time() > self._slurm_end - _MARGIN_S - 2 * self.longest_save:
+        if time.time() > self._slurm_end - _MARGIN_S - 2 * self._longest_save():
             return "the end of the Slurm job", RUN_AGAIN
         return None
 

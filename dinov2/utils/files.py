@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import filecmp
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import xxhash
 
 from dinov2.utils.secrets import public
 
@@ -92,6 +94,15 @@ def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
         for lines, partial in zip(contents.values(), reversed(partials), strict=True):
             with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
                 file.writelines(lines)
+
+
+def checksum(path: Path) -> str:
+    """XXH3 of 128 bits over a file, as hexadecimal digits: what ``xxh128sum`` prints of it.
+
+    It finds what breaks by itself, at 1 to 2 GB/s with the reading (4.5 without; SHA-256 0.6); it stops no forger.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def leftovers(folder: Path) -> Iterator[tuple[str, Path]]:

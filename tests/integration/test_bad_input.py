@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov2.fsdp import Checkpointer
+from dinov2.train.state import decode_state
 from dinov2.train.train import main
+from tests.helpers.checkpoints import seal, unseal
 from tests.helpers.runs import TINY, read_metrics
 from tests.helpers.training import in_precision
 
@@ -238,37 +242,122 @@ def test_a_finished_run_says_so_and_stays_as_it_is(shards: Path, stopped: Path, 
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty"])
-def test_a_corrupt_checkpoint_is_named_with_a_way_out(
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "empty", "missing"])
+def test_a_corrupt_checkpoint_is_set_aside(
     shards: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
 ):
     output_dir = shutil.copytree(stopped, tmp_path / "out")
     file = output_dir / "checkpoints/step_0000004" / name
     whole = file.read_bytes()
-    file.write_bytes({"truncated": whole[:-200], "zeroed": bytes(len(whole)), "empty": b""}[damage])
-    assert train(shards, output_dir) == 2
-    (error,) = errors(capsys)
-    assert "checkpoints/step_0000004" in error
-    assert f"move that checkpoint out of '{output_dir}/checkpoints' to resume from step_0000003." in error
-
-
-def test_a_checkpoint_without_its_state_is_passed_over_and_kept(shards: Path, stopped: Path, tmp_path: Path):
-    output_dir = shutil.copytree(stopped, tmp_path / "out")
-    (output_dir / "checkpoints/step_0000004/state.json").unlink()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes({"truncated": whole[:-200], "zeroed": bytes(len(whole)), "empty": b""}[damage])
     assert train(shards, output_dir, "optim.early_stop=1") == 0
-    kept = {path.name.split(".")[0] for path in (output_dir / "checkpoints").glob("*.corrupt.*")}
-    assert kept == {"step_0000004"}
+    said = [line for line in capsys.readouterr().err.splitlines() if "is corrupt" in line]
+    assert len(said) == 1 and "step_0000004" in said[0] and name in said[0]
+    kept = {path.name for path in (output_dir / "checkpoints").iterdir()}
+    assert kept == {"step_0000003", "step_0000004", "step_0000004.corrupt"}
     assert [record["step"] for record in read_metrics(output_dir)] == [1, 2, 3, 4, 4]
+
+
+def test_no_checkpoint_left_ends_every_launch(shards: Path, stopped: Path, tmp_path: Path, capsys):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    for folder in (output_dir / "checkpoints").iterdir():
+        (folder / "__0_0.distcp").unlink()
+    for _ in range(2):
+        assert train(shards, output_dir, "optim.early_stop=1") == 2
+        (error,) = errors(capsys)
+        assert str(output_dir / "checkpoints") in error
+    assert [record["step"] for record in read_metrics(output_dir)] == [1, 2, 3, 4]
+
+
+MISTYPED = {
+    "step": ["4", 4.5, True, None, -4, [4], 10**30],
+    "samples": ["32", 4, -1, None, 32.0],
+    "global_batch": [0, "8", None, 16],
+    "stream": [[], None, {}, {"lanes": "16"}],
+    "config": [[], "yes", None, {}],
+    "config_sha256": ["", None, 0],
+    "scaler": [1, {"scale": "65536"}, {"scale": -1}],
+    "places": ["here", [1], None],
+    "loss_modules": [7, {"koleo": 1}],
+    "versions": [3],
+    "unheard_of": [0],
+}
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["its checksums fit", "of an earlier version"])
+def test_mistyped_states(stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, sealed: bool):
+    """A sentence names file and key. Where the file is as it was written no damage is claimed, and it stays."""
+    for number, (name, value) in enumerate((name, value) for name, values in MISTYPED.items() for value in values):
+        output_dir = shutil.copytree(stopped, tmp_path / str(number))
+        newest = output_dir / "checkpoints/step_0000004"
+        if not sealed:
+            unseal(newest)
+        state = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps(state | {name: value}))
+        caplog.clear()
+        if sealed:
+            seal(newest)
+            with pytest.raises(ValueError, match=rf"state\.json.*\b{name}\b"):
+                Checkpointer(output_dir, keep=2).newest(decode_state)
+            assert newest.is_dir()
+        else:
+            assert Checkpointer(output_dir, keep=2).newest(decode_state)["step"] == 3
+            (warning,) = caplog.messages
+            assert "state.json" in warning and name in warning and not newest.exists()
+        shutil.rmtree(output_dir)
+
+
+def test_states_without_a_key(stopped: Path, tmp_path: Path):
+    needed = {"step", "samples", "global_batch", "stream", "config", "config_sha256"}
+    keys = json.loads((stopped / "checkpoints/step_0000004/state.json").read_text()).keys()
+    assert needed < keys
+    for name in keys:
+        output_dir = shutil.copytree(stopped, tmp_path / name)
+        newest = output_dir / "checkpoints/step_0000004"
+        unseal(newest)
+        state = json.loads((newest / "state.json").read_text())
+        state.pop(name, None)
+        (newest / "state.json").write_text(json.dumps(state))
+        found = Checkpointer(output_dir, keep=2).newest(decode_state)
+        assert found["step"] == (3 if name in needed else 4)
+
+
+def test_a_checkpoint_of_the_format_before_is_resumed(shards: Path, stopped: Path, tmp_path: Path, capsys):
+    output_dir = shutil.copytree(stopped, tmp_path / "out")
+    unseal(output_dir / CHECKPOINT.replace("3", "4"))
+    assert train(shards, output_dir, "optim.early_stop=1.25") == 0
+    assert "has no checksums" in capsys.readouterr().err
+    assert [record["step"] for record in read_metrics(output_dir)] == [1, 2, 3, 4, 5]
+
+
+def test_remains_of_killed_processes_are_swept(shards: Path, stopped: Path, tmp_path: Path):
+    """Of what a run writes itself; whatever else lies in its folder stays."""
+    output_dir, part = shutil.copytree(stopped, tmp_path / "out"), f"{'0a' * 16}.part"
+    ours = ["checkpoints/step_0000009.incomplete", f".last_checkpoint.{part}", f".config.yaml.{part}",
+            f".stream_index.{part}", f".stream_index.1.{part}", f"eval/training_4/.teacher_checkpoint.pth.{part}",
+            f"eval/training_4/.teacher_checkpoint.json.{part}", ".write_probe_1234"]  # fmt: skip
+    foreign = ["checkpoints/step_best.incomplete", "checkpoints/mine.tmp", f".notes.txt.{part}", "checkpoints/.tmp",
+               "eval/training_4/.teacher_checkpoint.pth.part", f"eval/.teacher_checkpoint.pth.{part}",
+               f"eval/training_best/.teacher_checkpoint.pth.{part}", "step_0000009.incomplete"]  # fmt: skip
+    for name in (*ours, *foreign):
+        path = output_dir / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name.endswith(".incomplete") else path.touch()
+    assert train(shards, output_dir, "optim.early_stop=1") == 0
+    assert not [name for name in ours if (output_dir / name).exists()]
+    assert all((output_dir / name).exists() for name in foreign)
 
 
 def test_a_checkpoint_that_cannot_be_written(shards: Path, tmp_path: Path, capsys, monkeypatch):
     """The earlier checkpoint survives a full disk, and the half-written one is removed."""
     save = torch.distributed.checkpoint.save
 
-    def full(tensors: dict, storage_writer: object) -> None:
+    def full(tensors: dict, storage_writer: object, **kwargs: object) -> None:
         if "0000003" not in str(storage_writer.path):
             raise OSError(28, "No space left on device")
-        save(tensors, storage_writer=storage_writer)
+        save(tensors, storage_writer=storage_writer, **kwargs)
 
     monkeypatch.setattr(torch.distributed.checkpoint, "save", full)
     assert train(shards, tmp_path / "out") == 2

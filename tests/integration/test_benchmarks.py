@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import bench_data, bench_slides, bench_sources
+from benchmarks import bench_checkpoint, bench_data, bench_slides, bench_sources
 
 
 def test_bench_data(tmp_path: Path, capsys) -> None:
@@ -33,3 +33,12 @@ def test_bench_sources(tmp_path: Path) -> None:
     sources = json.loads(output.read_text())["sources"]
     assert sources.keys() == {"parquet", "images", "image_list", "tar", "zip", "hdf5", "slides", "sample_list"}
     assert all(0 < kind["read_cpu_ms"] < kind["batches_cpu_ms"] for kind in sources.values())
+
+
+def test_bench_checkpoint(tmp_path: Path, capsys) -> None:
+    output = tmp_path / "results.json"
+    line = ["--arch", "vit_demo", "--repeats", "1", "--folder", str(tmp_path), "--output", str(output)]
+    assert bench_checkpoint.main(line) == 0
+    (found,) = json.loads(output.read_text())["checkpoints"].values()
+    assert all(value > 0 for value in found.values())
+    assert capsys.readouterr().out.count("\n") == 1

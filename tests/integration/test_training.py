@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dinov2.configs import load_config
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
+from tests.helpers.checkpoints import flip, seal
 from tests.helpers.runs import TINY, checkpoint_tensors, read_metrics, write_tissue_shards
 
 
@@ -77,6 +78,24 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(shards: Path, finished: Pa
     assert any("exp_avg_sq" in key for key in whole)
     losses = [record["total_loss"] for record in read_metrics(output_dir)]
     assert losses == [record["total_loss"] for record in read_metrics(finished)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_bit_equal_after_a_checkpoint_was_set_aside(shards: Path, finished: Path, tmp_path: Path, background: bool):
+    """The steps since the one before are made again, to the bit, and the corrupt one stays as it is."""
+    output_dir, saving = tmp_path / "out", f"train.async_checkpoints={str(background).lower()}"
+    assert train(shards, output_dir, "optim.early_stop=1.25", saving) == 0  # checkpoints of steps 3 and 5
+    (broken,) = (output_dir / "checkpoints/step_0000005").glob("*.distcp")
+    flip(broken, 8 * (broken.stat().st_size // 2))
+    before = broken.read_bytes()
+    assert train(shards, output_dir, saving) == 0
+    whole, parts = checkpoint_tensors(finished, 8), checkpoint_tensors(output_dir, 8)
+    assert whole.keys() == parts.keys()
+    assert not [key for key in whole if not torch.equal(whole[key], parts[key])]
+    losses = {record["step"]: record["total_loss"] for record in read_metrics(output_dir)}
+    assert losses == {record["step"]: record["total_loss"] for record in read_metrics(finished)}
+    assert [record["step"] for record in read_metrics(output_dir)] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert (output_dir / "checkpoints/step_0000005.corrupt" / broken.name).read_bytes() == before
 
 
 def test_workers_do_not_change_the_run(shards: Path, finished: Path, tmp_path: Path):
@@ -232,7 +251,9 @@ def test_a_doctored_checkpoint_cannot_run_code(finished: Path, tmp_path: Path, s
             return (Path.touch, (tmp_path / "pwned",))
 
     output_dir = shutil.copytree(finished, tmp_path / "out")
-    (output_dir / "checkpoints/step_0000008/.metadata").write_bytes(pickle.dumps(Evil()))
+    newest = output_dir / "checkpoints/step_0000008"
+    (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
+    seal(newest)  # whoever doctors a file has its checksum, too
     assert train(shards, output_dir) == 2
     assert not (tmp_path / "pwned").exists()
     assert "not checkpoint data" in capsys.readouterr().err

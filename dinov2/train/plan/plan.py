@@ -7,6 +7,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+from torch import nn
+
 from dinov2.configs.schema import Config
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel
@@ -152,6 +154,47 @@ def _notes(config: Config, plan: RunPlan) -> list[str]:
     return notes
 
 
+@dataclass(frozen=True)
+class DiskNeeds:
+    """Files that a run keeps, in number and bytes each."""
+
+    checkpoints: int  # the one that is being written before an older one goes among them
+    checkpoint: int
+    exports: int
+    export: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.checkpoints * self.checkpoint + self.exports * self.export
+
+    def describe(self) -> str:
+        """Number and size, on one line."""
+        parts = ((self.checkpoints, "checkpoint", self.checkpoint), (self.exports, "teacher", self.export))
+        return ", ".join(f"{n:,} {name}{'s'[: n != 1]} of {_size(size)}" for n, name, size in parts if n)
+
+
+def disk_needs(config: Config, plan: RunPlan, student: nn.Module) -> DiskNeeds:
+    """What a run writes: float32 student, teacher and AdamW's two moments; and teachers alone."""
+    train, evaluation, steps = config.train, config.evaluation, plan.total_steps
+    parameters = list(student.parameters())
+    weights = 4 * sum(p.numel() for p in parameters)
+    moments = 8 * sum(p.numel() for p in parameters if p.requires_grad)
+    kept = steps // train.keep_checkpoints_every if train.keep_checkpoints_every else 0
+    made = math.ceil(steps / train.checkpoint_period_iterations)
+    exports = math.ceil(steps / evaluation.eval_period_iterations)
+    return DiskNeeds(
+        checkpoints=0 if train.skip_checkpointer else min(made, train.keep_checkpoints + 1 + kept),
+        checkpoint=2 * weights + moments,
+        exports=min(exports, evaluation.keep_exports + 1 if evaluation.keep_exports else exports),
+        export=weights,
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / _GIB:,.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
 def describe_plan(
     config: Config, plan: RunPlan, costs: StepCosts, device_name: str | None = "", gpus_per_node: int = 8
 ) -> str:
@@ -163,12 +206,14 @@ def describe_plan(
     parameters = sum(p.numel() for p in costs.student.parameters())
     flops = costs.flops(plan.local_batch)
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
+    disk = disk_needs(config, plan, costs.student)
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
         f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, {plan.total_images:,} images",
         f"  peak lr   {plan.peak_lr:.4e}",
         *_notes(config, plan),
+        f"  disk      {_size(disk.total)} in the run's folder: {disk.describe()}",
         f"  compute   {flops.model / 1e12:.3g} TFLOP per step and process "
         f"({flops.hardware / 1e12:.3g} executed, {flops.dense / 1e12:.3g} without stochastic depth)",
     ]

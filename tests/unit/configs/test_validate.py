@@ -22,6 +22,7 @@ DATA = "data.path=shards"
         (["ibot.mask_sample_probability=0.3"], r"not a multiple of 0.25"),
         (["ibot.mask_sample_probability=1.5"], r"in \[0, 1\]"),
         (["ibot.mask_sample_probability=0"], r"mask none"),
+        (["train.keep_checkpoints_every=1000"], r"train.keep_checkpoints_every = 1000 is not a multiple"),
         (["train.batch_size_per_gpu=0"], r"train.batch_size_per_gpu = 0 is out of range"),
         (["data.path="], r"data.path is empty"),
         (["data.datasets=[{path: a}]"], r"name different data"),

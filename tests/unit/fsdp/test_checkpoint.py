@@ -1,10 +1,18 @@
-"""Checkpoint folders: atomic, retained, read on any number of ranks, never trusted."""
+"""Checkpoint folders: atomic, verified, retained, read on any number of ranks, never trusted."""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import json
 import pickle
-from collections.abc import Callable
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dinov2.fsdp import Checkpointer, full_state_dict, load_full_state_dict, shard
+from dinov2.utils import files
+from tests.helpers.checkpoints import CHECKSUMS, flip, seal, unseal
 from tests.helpers.spawn import run_ranks
 
 
@@ -28,7 +38,7 @@ def test_newest_are_kept_and_named(tmp_path: Path):
         checkpointer.save(step, tensors(step), {"step": step})
     assert checkpointer.steps() == [10, 20]
     assert (tmp_path / "last_checkpoint").read_text() == "step_0000020"
-    assert checkpointer.read_state(20) == {"step": 20}
+    assert checkpointer.newest(a_mapping)["step"] == 20
     loaded = tensors(0)
     checkpointer.load(20, loaded)
     assert (loaded["student"]["weight"] == 20).all() and loaded["optimizer"]["weight"]["step"] == 20
@@ -41,8 +51,12 @@ def test_folders_of_a_save_that_was_killed_are_not_checkpoints(tmp_path: Path):
     (half / "state.json").write_text("{}")
     (half / "__0_0.distcp").write_bytes(b"half")
     assert checkpointer.steps() == []
+    other = tmp_path / "checkpoints" / "step_mine.incomplete"
+    other.mkdir()
+    checkpointer.sweep()
+    assert not half.exists() and other.exists()
     checkpointer.save(7, tensors(7), {})
-    assert checkpointer.steps() == [7] and not half.exists()
+    assert checkpointer.steps() == [7]
 
 
 def test_users_files_beside_checkpoints_stay(tmp_path: Path):
@@ -56,12 +70,268 @@ def test_users_files_beside_checkpoints_stay(tmp_path: Path):
     assert kept == {"notes", "step_best", "step_0000001_mine", "step_0000002"}
 
 
-def test_state_that_is_not_json(tmp_path: Path):
-    checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(1, tensors(1), {})
-    (checkpointer.path(1) / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step_0000001/state.json' is not JSON"):
-        checkpointer.read_state(1)
+def test_multiples_are_kept_beside_the_newest(tmp_path: Path):
+    checkpointer = Checkpointer(tmp_path, keep=2, keep_every=6)
+    for step in range(2, 19, 2):
+        checkpointer.save(step, tensors(step), {})
+    assert checkpointer.steps() == [6, 12, 16, 18]
+
+
+FILES = (".metadata", "__0_0.distcp", "state.json", CHECKSUMS)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with the checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two")
+    checkpointer = Checkpointer(folder, keep=2)
+    for step in (1, 2):
+        checkpointer.save(step, tensors(step), {"step": step, "of": "a run"})
+    return folder
+
+
+@pytest.fixture
+def copy(two: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(two, tmp_path / "copy")
+
+
+def a_mapping(written: object) -> dict:
+    if not isinstance(written, dict):
+        raise ValueError("not a mapping")
+    return written
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_falls_back(run: Path, damaged: dict[str, bytes]) -> None:
+    """The checkpoint of step 2 is not taken, that of step 1 is, and nothing is lost of either."""
+    checkpointer = Checkpointer(run, keep=2)
+    first = contents(checkpointer.path(1))
+    assert checkpointer.newest(a_mapping)["step"] == 1
+    assert checkpointer.steps() == [1] and (run / "last_checkpoint").read_text() == "step_0000001"
+    assert contents(checkpointer.path(1)) == first
+    assert contents(run / "checkpoints/step_0000002.corrupt") == damaged
+
+
+def test_what_is_listed_are_all_files(two: Path):
+    assert contents(two / "checkpoints/step_0000002").keys() == set(FILES)
+
+
+def test_every_flipped_bit_is_found(two: Path, tmp_path: Path):
+    """200 bits over all files, in proportion to nothing: small files decide as much as large ones."""
+    random = Random(0)
+    for number in range(200):
+        run = shutil.copytree(two, tmp_path / str(number))
+        newest = run / "checkpoints/step_0000002"
+        path = newest / FILES[number % len(FILES)]
+        flip(path, random.randrange(8 * path.stat().st_size))
+        assert_falls_back(run, contents(newest))
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("left", [0, 0.5, -1, None], ids=["empty", "half", "last byte", "missing"])
+def test_truncated_and_missing_files_are_found(copy: Path, name: str, left: float | None):
+    path = copy / "checkpoints/step_0000002" / name
+    content = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(content[: int(left * len(content)) if left >= 0 else left])
+    assert_falls_back(copy, contents(path.parent))
+
+
+def test_checksums_cut_at_a_line_are_found(copy: Path):
+    path = copy / "checkpoints/step_0000002" / CHECKSUMS
+    for kept in itertools.count():
+        lines = (copy / "checkpoints/step_0000001" / CHECKSUMS).read_text().splitlines(keepends=True)
+        if kept == len(lines):
+            break
+        path.write_text("".join(lines[:kept]))
+        run = shutil.copytree(copy, copy.parent / str(kept))
+        assert_falls_back(run, contents(path.parent))
+
+
+def test_xxhsum_reads_the_checksums(two: Path):
+    """Its format: 32 digits, two blanks, the name; the digest is that of all bytes of the file."""
+    folder = two / "checkpoints/step_0000002"
+    before = (folder / CHECKSUMS).read_text()
+    seal(folder)
+    assert (folder / CHECKSUMS).read_text() == before
+
+
+def test_nothing_set_aside_is_overwritten(copy: Path):
+    checkpointer = Checkpointer(copy, keep=2)
+    for _ in range(2):
+        (checkpointer.path(2) / "state.json").write_text("{")
+        assert checkpointer.newest(a_mapping)["step"] == 1
+        checkpointer.save(2, tensors(2), {"step": 2})
+    aside = [path.name for path in checkpointer.folder.glob("step_0000002.corrupt*")]
+    assert sorted(aside) == ["step_0000002.corrupt", "step_0000002.corrupt.2"]
+
+
+def test_a_run_without_a_checkpoint_left_does_not_start_anew(copy: Path):
+    checkpointer = Checkpointer(copy, keep=2)
+    for step in (1, 2):
+        (checkpointer.path(step) / "__0_0.distcp").unlink()
+    for _ in range(2):  # nor at the next launch
+        with pytest.raises(ValueError):
+            checkpointer.newest(a_mapping)
+    assert Checkpointer(copy / "new", keep=2).newest(a_mapping) is None
+
+
+@pytest.mark.parametrize("step", [1, 3, "2", None])
+def test_a_state_of_another_step_is_none(copy: Path, step: object):
+    newest = copy / "checkpoints/step_0000002"
+    unseal(newest)
+    (newest / "state.json").write_text(json.dumps({"step": step}))
+    assert_falls_back(copy, contents(newest))
+
+
+def test_a_checkpoint_without_checksums_of_an_earlier_version(copy: Path):
+    checkpointer = Checkpointer(copy, keep=2)
+    unseal(checkpointer.path(2))
+    assert checkpointer.newest(a_mapping) == {"step": 2, "of": "a run"}
+    loaded = tensors(0)
+    checkpointer.load(2, loaded)
+    assert (loaded["student"]["weight"] == 2).all()
+
+
+def test_an_intact_state_of_another_version_is_refused_and_stays(copy: Path):
+    def decode(written: dict) -> dict:
+        raise ValueError("of = 'a run' is not known")
+
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    with pytest.raises(ValueError):
+        Checkpointer(copy, keep=2).newest(decode)
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+
+
+@pytest.mark.parametrize(("number", "is_damage"), [(errno.EIO, True), (errno.EACCES, False), (errno.ESTALE, False)])
+def test_a_file_that_cannot_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_damage: bool):
+    """A bad sector is damage; a denied access or a lost server says nothing of the file."""
+    checksum = files.checksum
+
+    def failing(path: Path) -> str:
+        if path.parent.name == "step_0000002" and path.suffix == ".distcp":
+            raise OSError(number, "cannot be read", str(path))
+        return checksum(path)
+
+    monkeypatch.setattr(files, "checksum", failing)
+    before = contents(copy / "checkpoints/step_0000002")
+    if is_damage:
+        assert_falls_back(copy, before)
+        return
+    with pytest.raises(OSError):
+        Checkpointer(copy, keep=2).newest(a_mapping)
+    assert contents(copy / "checkpoints/step_0000002") == before
+
+
+def test_without_room_nothing_is_written_and_nothing_deleted(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpointer = Checkpointer(copy, keep=1)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.*")}
+    large = {"weight": torch.zeros(1 << 18)}  # 1 MiB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(OSError):
+        checkpointer.save(3, large, {})
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.*")}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 << 20))
+    checkpointer.save(3, large, {})
+    assert checkpointer.steps() == [3]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["free room told", "a quota that no one tells of"])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_up(small_disk: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool, background: bool):
+    if not is_told:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    checkpointer = Checkpointer(small_disk, keep=1, background=background)
+    for kib in (0, 100, 300, 500, 700):
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(kib << 10))
+        step = kib + 1
+        content = {"weight": torch.full((1 << 16,), float(kib))}  # 256 KiB
+        if kib <= 300:  # two and the filler fit
+            checkpointer.save(step, content, {"step": step})
+            checkpointer.finish()
+        else:
+            with pytest.raises(OSError):
+                checkpointer.save(step, content, {"step": step})
+                checkpointer.finish()
+            assert checkpointer.steps() == [301]
+            assert [path.name for path in checkpointer.folder.iterdir()] == ["step_0000301"]
+            assert checkpointer.newest(a_mapping)["step"] == 301
+    filler.unlink()
+    checkpointer.save(999, content, {"step": 999})
+    checkpointer.finish()
+    assert checkpointer.steps() == [999]
+
+
+def test_in_the_background_later_steps_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The save begins when the weights have moved on, and holds what they were."""
+    moved, write = threading.Event(), torch.distributed.checkpoint.save
+
+    def late(*args: object, **kwargs: object) -> None:
+        assert moved.wait(60)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", late)
+    checkpointer, content = Checkpointer(tmp_path, keep=1, background=True), tensors(1)
+    checkpointer.save(1, content, {"step": 1})
+    content["student"]["weight"].fill_(7)
+    content["optimizer"]["weight"]["step"].fill_(7)
+    assert checkpointer.steps() == []
+    moved.set()
+    checkpointer.finish()
+    loaded = tensors(0)
+    checkpointer.load(1, loaded)
+    assert (loaded["student"]["weight"] == 1).all() and loaded["optimizer"]["weight"]["step"] == 1
+
+
+def test_contents_may_change_from_one_background_save_to_the_next(tmp_path: Path):
+    """Copies are used again only where they fit: values, a shape, a dtype, a name and the number of tensors."""
+    checkpointer = Checkpointer(tmp_path, keep=9, background=True)
+    contents = [{"a": torch.full((4,), 1.0)}, {"a": torch.full((4,), 2.0)}, {"a": torch.full((1,), 3.0)},
+                {"a": torch.full((1,), 4, dtype=torch.int32)}, {"b": torch.full((1,), 5)},
+                {"a": torch.ones(2), "b": torch.ones(())}]  # fmt: skip
+    for step, content in enumerate(contents, 1):
+        checkpointer.save(step, content, {"step": step})
+    checkpointer.finish()
+    for step, content in enumerate(contents, 1):
+        loaded = {key: torch.zeros_like(value) for key, value in content.items()}
+        checkpointer.load(step, loaded)
+        assert all(torch.equal(loaded[key], value) for key, value in content.items())
+
+
+@pytest.mark.parametrize("by", ["finish", "save"])
+def test_a_failure_in_the_background_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpointer = Checkpointer(tmp_path, keep=1, background=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed.checkpoint, "save", full)
+        checkpointer.save(1, tensors(1), {"step": 1})
+        with pytest.raises(OSError):
+            checkpointer.finish() if by == "finish" else checkpointer.save(2, tensors(2), {"step": 2})
+    checkpointer.finish()
+    assert list(checkpointer.folder.iterdir()) == []
+    checkpointer.save(3, tensors(3), {"step": 3})
+    checkpointer.finish()
+    assert checkpointer.steps() == [3]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from types import ModuleType
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,12 +17,13 @@ from dinov2.configs import load_config
 from dinov2.export import main as export_command
 from dinov2.export import save_teacher
 from dinov2.extensions import BACKBONES
-from dinov2.hub import load_teacher
+from dinov2.hub import load_teacher, pretrained
 from dinov2.hub.layouts import HEADS
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_demo, vit_small
 from tests.helpers.backbones import chunked, randomise, transformers_weights
+from tests.helpers.checkpoints import forget
 from tests.helpers.runs import TINY
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +39,57 @@ def export(folder: Path, *overrides: str) -> tuple[Path, nn.Module]:
     metadata = {"architecture": teacher.describe(), "step": 7, "samples": 56, "config": {}}
     save_teacher(path, {name: module.state_dict() for name, module in modules.items()}, metadata)
     return path, teacher
+
+
+def test_damaged_exports_are_refused_or_what_they_were(tmp_path):
+    """100 flipped bits in each file, and cut ones: an error, or the very same teacher."""
+    path, teacher = export(tmp_path)
+    random, whole = Random(0), {file: file.read_bytes() for file in (path, path.with_suffix(".json"))}
+    refused = 0
+    for file, content in whole.items():
+        damaged = [content[: len(content) // 2], content[:-1]]
+        for bit in (random.randrange(8 * len(content)) for _ in range(100)):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged.append(bytes(flipped))
+        for content_now in damaged:
+            file.write_bytes(content_now)
+            try:
+                found = load_teacher(path).state_dict()
+            except ValueError:
+                refused += 1
+            else:  # a bit of the JSON's key, or of the case of an exponent
+                assert file.suffix == ".json"
+                assert all(torch.equal(found[key], value) for key, value in teacher.state_dict().items())
+        file.write_bytes(content)
+    assert refused >= 195
+    load_teacher(path)
+
+
+def test_checksums_of_an_export(tmp_path):
+    path, _ = export(tmp_path)
+    beside = path.with_suffix(".json")
+    record = json.loads(beside.read_text())
+    assert record["checksums"]["weights"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    beside.write_text(json.dumps(record | {"step": 8}))
+    with pytest.raises(ValueError):
+        load_teacher(path)
+    del record["checksums"]  # of an earlier version, or edited
+    beside.write_text(json.dumps(record | {"step": 8}))
+    load_teacher(path)
+    for mistyped in (None, 3, {}, {"weights": 1, "record": []}):
+        beside.write_text(json.dumps(record | {"checksums": mistyped}))
+        with pytest.raises(ValueError):
+            load_teacher(path)
+
+
+def test_weights_to_start_from_are_verified(tmp_path):
+    path, _ = export(tmp_path)
+    other = torch.load(path, weights_only=True)
+    other["teacher"]["backbone.cls_token"] += 1
+    torch.save(other, path)
+    with pytest.raises(ValueError):
+        pretrained.read_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("json_beside", [True, False], ids=["stated", "inferred"])
@@ -406,6 +460,7 @@ def test_weights_that_are_not_finite(value, tmp_path):
     path, teacher = export(tmp_path)
     teacher.blocks[1].mlp.fc1.weight.data[3, 5] = value
     torch.save({"teacher": teacher.state_dict()}, path)
+    forget(path)
     with pytest.raises(ValueError, match=r"teacher_checkpoint.pth.*blocks.1.mlp.fc1.weight"):
         load_teacher(path)
 

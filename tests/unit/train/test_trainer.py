@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dinov2.train.hooks import PeriodicHook
+from dinov2.train.hooks import CheckpointHook, PeriodicHook
 from dinov2.train.state import TrainState
 from dinov2.train.update.guard import FiniteGuard, NonFiniteError
 from tests.helpers.training import differing, make_trainer, random_batches, tiny_config, whole_state
@@ -185,7 +185,7 @@ def test_a_run_that_is_asked_to_stop_ends_after_that_step_with_what_is_wanted_th
     saved: list[int] = []
     exported: list[int] = []
     hooks = [PeriodicHook(100, lambda state: exported.append(state.step)), Journal("a", entries)]
-    hooks.append(PeriodicHook(100, lambda state: saved.append(state.step), also_stopped=True))
+    hooks.append(CheckpointHook(100, lambda state: saved.append(state.step), finish=lambda: None))
     trainer = make_trainer(LIGHT, hooks=hooks)
     trainer.stop_asked = lambda: trainer.state.step == 2  # before the third step, and never again
     trainer.fit()
@@ -229,6 +229,29 @@ def test_hooks_and_sinks_are_closed_when_a_step_fails():
     assert ("a", "end", 2) not in entries
     assert [sink.closed for sink in sinks] == [1, 1]
     assert len(sinks[0].records) == 2
+
+
+def test_a_save_under_way_is_waited_for_at_the_end_and_after_an_error():
+    """Its failure ends a run that would end well, and does not hide the error of one that does not."""
+    entries: list[str] = []
+
+    def finish() -> None:
+        entries.append("finish")
+
+    def fails() -> None:
+        raise OSError("no room")
+
+    saving = CheckpointHook(3, lambda state: entries.append(f"save {state.step}"), finish)
+    make_trainer(LIGHT, state=TrainState(4, 32), hooks=[saving]).fit()
+    assert entries[:3] == ["save 6", "save 8", "finish"]
+    with pytest.raises(OSError, match="no room"):
+        make_trainer(LIGHT, state=TrainState(7, 56), hooks=[CheckpointHook(3, lambda state: None, fails)]).fit()
+    for end in (finish, fails):
+        entries.clear()
+        batches = failing_after(random_batches(LIGHT, 0, 1), ValueError("a broken file"))
+        with pytest.raises(ValueError, match="a broken file"):
+            make_trainer(LIGHT, batches=batches, hooks=[CheckpointHook(3, lambda state: None, end)]).fit()
+        assert entries == (["finish"] if end is finish else [])
 
 
 def test_one_hook_that_cannot_be_closed_does_not_keep_the_others_open():

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise
+from tests.helpers.checkpoints import forget
 from tests.helpers.embedding import contents, embed, expected, make_teacher, refused, rows_of
 from tests.helpers.shards import encode, write_groups
 
@@ -195,6 +196,7 @@ def test_other_runs_are_refused(teacher, images, tmp_path, capsys):
     other = tmp_path / "other.pth"
     torch.save(randomise(DinoVisionTransformer(**SMALL, num_register_tokens=2)).state_dict(), other)
     other.with_suffix(".json").write_text(teacher[0].with_suffix(".json").read_text())
+    forget(other)
     assert "holds a build with checkpoint_sha256" in refused((other,), capsys, root, output, "--kind", "images")
     said = refused(teacher, capsys, root, output, "--kind", "images", "--output-tokens", "cls_mean")
     assert "output_tokens 'cls', not 'cls_mean'" in said
@@ -232,6 +234,7 @@ def test_embeddings_that_overflow(teacher, images, tmp_path, capsys):
     state["norm.weight"] *= 1e6
     torch.save(state, tmp_path / "large.pth")
     (tmp_path / "large.json").write_text(teacher[0].with_suffix(".json").read_text())
+    forget(tmp_path / "large.pth")
     large, options = (tmp_path / "large.pth",), ("--kind", "images", "--store", "fp16")
     said = refused(large, capsys, images[0], tmp_path / "out", *options)
     assert "a/00.png is not finite in fp16; --dtype fp32 with --store fp32" in said

@@ -17,6 +17,7 @@ from dinov2.eval.probe.__main__ import main, open_tasks
 from dinov2.export import save_teacher
 from dinov2.hub import trained_with
 from dinov2.models import build_model_from_cfg
+from tests.helpers.checkpoints import forget
 from tests.helpers.runs import TINY
 
 QUICK = [
@@ -137,6 +138,7 @@ def test_comparison_with_another_teacher(checkpoint, crops, tmp_path, capsys):
     record = json.loads(Path(checkpoint).with_suffix(".json").read_text()) | {"step": 9}
     record["config"]["augmentation"]["normalize_mean"] = [0.1, 0.9, 0.1]
     other.with_suffix(".json").write_text(json.dumps(record))
+    forget(other)
     options = ["--data", str(crops), "--probes", "knn,rankme", "--neighbours", "3", *QUICK]
     found = []
     for number, teacher in enumerate((checkpoint, other)):

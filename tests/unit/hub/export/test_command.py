@@ -20,6 +20,7 @@ from dinov2.hub.layouts import vit_arguments
 from dinov2.models.vision_transformer import vit_demo
 from dinov2.utils.cli import USER_ERROR
 from tests.helpers.backbones import randomise, transformers_weights
+from tests.helpers.checkpoints import forget
 
 ROOT = Path(__file__).parents[4]
 FILES = {
@@ -301,6 +302,7 @@ def test_weights_that_the_dtype_cannot_hold(value, tmp_path, caplog):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["teacher"]["backbone.norm.bias"][3] = value
     torch.save(checkpoint, path)
+    forget(path)
     said = refusal(caplog, path, "meta", "--dtype", "fp16")
     assert "norm.bias" in said and "not finite" in said
 
@@ -316,6 +318,7 @@ def test_checkpoints_that_are_no_teacher(kind, tmp_path, caplog):
     elif kind == "no backbone":
         message = "hold no backbone: cls_token, pos_embed, patch_embed.proj.weight missing; a DINOv2 ViT is expected"
         torch.save({"teacher": {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, path)
+        forget(path)
     else:
         message = "do not fit the model: they have 4 registers, the model 0 registers"
         stated = {"arch": "vit_demo", "patch_size": 14, "init_values": 1.0}

@@ -11,7 +11,7 @@ import pytest
 import dinov2
 from dinov2.configs import load_config
 from dinov2.train.plan.measure import Cost, StepFlops
-from dinov2.train.plan.plan import ASSUMED_GPU, describe_plan, find_gpu, make_plan
+from dinov2.train.plan.plan import ASSUMED_GPU, describe_plan, disk_needs, find_gpu, make_plan
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.optim import Schedules
 
@@ -99,6 +99,25 @@ def test_described_plan_names_its_assumptions():
     assert "for H100:" in hopper and "of 79 GiB" in hopper
     assert "an assumed H200" in describe_plan(config, plan, costs, "NVIDIA GeForce GTX 1080")
     assert "Predicted" not in describe_plan(config, plan, costs, None)
+
+
+def test_room_on_the_disk():
+    """N + 1 checkpoints and those of every K-th step: four numbers of fp32 per parameter that learns, two of others."""
+    config = load_config(RECIPE, ["train.keep_checkpoints=3", "evaluation.keep_exports=4"])
+    student = SSLMetaArch(config, weights_device="meta").student
+    parameters = sum(p.numel() for p in student.parameters())
+    disk = disk_needs(config, make_plan(config, 8), student)
+    assert (disk.checkpoints, disk.checkpoint) == (4, 16 * parameters)
+    assert (disk.exports, disk.export) == (5, 4 * parameters)
+    assert disk.total == (4 * 16 + 5 * 4) * parameters
+    every = load_config(RECIPE, ["train.keep_checkpoints_every=25000"])
+    assert disk_needs(every, make_plan(every, 8), student).checkpoints == 2 + 1 + 10
+    assert disk_needs(every, make_plan(every, 8), student).exports == 20
+    none = load_config(RECIPE, ["train.skip_checkpointer=true"])
+    assert disk_needs(none, make_plan(none, 8), student).checkpoints == 0
+    student.backbone.requires_grad_(False)
+    frozen = sum(p.numel() for p in student.backbone.parameters())
+    assert disk_needs(config, make_plan(config, 8), student).checkpoint == 16 * parameters - 8 * frozen
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""Retention of a run's exports, which never takes what came from elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from dinov2.export import save_teacher
+from dinov2.train.exports import LISTING, export_path, list_export
+
+
+def make(output_dir: Path, step: int, keep: int, value: float = 0.0) -> Path:
+    path = export_path(output_dir, step)
+    checksum = save_teacher(path, {"backbone": {"weight": torch.full((3,), step + value)}}, {"step": step})
+    list_export(output_dir, step, checksum, keep)
+    return path
+
+
+def kept(output_dir: Path) -> set[int]:
+    return {int(path.parent.name.removeprefix("training_")) for path in output_dir.glob("eval/*/*.pth")}
+
+
+def test_all_are_kept_by_default(tmp_path: Path):
+    paths = [make(tmp_path, step, keep=0) for step in (5, 10, 15)]
+    assert kept(tmp_path) == {5, 10, 15}
+    expected = [f"{xxhash.xxh3_128_hexdigest(path.read_bytes())}  {path.relative_to(tmp_path)}" for path in paths]
+    assert (tmp_path / LISTING).read_text().splitlines() == expected
+
+
+def test_the_newest_are_kept(tmp_path: Path):
+    for step in (5, 10, 15, 20):
+        make(tmp_path, step, keep=2)
+    assert kept(tmp_path) == {15, 20}
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["training_15", "training_20"]
+
+
+def test_made_again_after_a_resume(tmp_path: Path):
+    for step, value in ((5, 0), (10, 0), (5, 0), (10, 1)):
+        make(tmp_path, step, keep=2, value=value)
+    assert kept(tmp_path) == {5, 10}
+    assert len((tmp_path / LISTING).read_text().splitlines()) == 2
+
+
+def test_exports_from_elsewhere_stay(tmp_path: Path):
+    """Copied in beside, or over one of the run's own; and files that lie beside an export."""
+    other = tmp_path / "other"
+    run = tmp_path / "run"
+    for step in (1, 5):
+        make(run, step, keep=0)
+    for source, step in ((make(other, 3, keep=0), 3), (make(other, 5, keep=0, value=0.5), 5)):
+        shutil.copytree(source.parent, run / "eval" / f"training_{step}", dirs_exist_ok=True)
+    notes = run / "eval/training_1/notes.txt"
+    notes.touch()
+    for step in (8, 9):
+        make(run, step, keep=1)
+    assert kept(run) == {3, 5, 9} and notes.exists()
+
+
+@pytest.mark.parametrize("line", ["", "x", f"{'0' * 32}  ../../elsewhere.pth", "\0"])
+def test_foreign_lines_of_the_list_lead_nowhere(tmp_path: Path, line: str):
+    elsewhere = tmp_path / "elsewhere.pth"
+    elsewhere.touch()
+    run = tmp_path / "a/run"
+    make(run, 1, keep=0)
+    (run / LISTING).write_text(f"{line}\n" + (run / LISTING).read_text())
+    for step in (2, 3):
+        make(run, step, keep=1)
+    assert kept(run) == {3} and elsewhere.exists()
