@@ -12,6 +12,7 @@ from dinov2.train.performance.apply import accelerate, build_training_step
 from dinov2.train.performance.capabilities import ResolvedPerformance
 from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.update.guard import FiniteGuard
 from dinov2.train.update.optim import ScheduleValues, build_optimizer
 from dinov2.train.update.step import TrainingStep
 from tests.helpers.batches import random_batch
@@ -147,6 +148,7 @@ def _name(function) -> str:
 def test_nothing_waits_for_the_device(overrides: tuple[str, ...]):
     """Fake tensors hold no values: reading one, for a shape, a branch or a record, raises."""
     step = make_step(*in_precision("bf16"), *overrides)
+    step.guard = FiniteGuard(step.arch.device, 8, delay=3)  # as on a GPU
     batch = random_batch(step.arch.cfg)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = {name: mode.from_tensor(v) for name, v in batch.items() if isinstance(v, Tensor)}
