@@ -44,7 +44,7 @@ is_run_folder() { [[ -f $1/config.yaml && ( -d $1/checkpoints || -f $1/metrics.j
 
 # Renames an earlier run so that a new one starts in its place; refuses to touch what is not a run.
 move_run_aside() {
-    local folder=$1 aside
+    local folder=$1 aside reason
     [[ -e $folder ]] || return 0
     [[ -d $folder ]] || die "OUTPUT_DIR=$folder is a file: name a folder."
     # A start that failed before its first step leaves no more than these.
@@ -55,7 +55,7 @@ move_run_aside() {
     if is_dry; then
         note "Would move $folder to $aside"
     else
-        mv -- "$folder" "$aside"
+        reason=$("$python" "$root/scripts/_move_aside.py" "$folder" "$aside" 2>&1) || die "$reason"
         note "Moved the earlier run to $aside"
     fi
 }

@@ -143,6 +143,7 @@ class TrainConfig:
     unfreeze_last_n_blocks: int = key(0, "n > 0: only the last n blocks, final norm and heads learn", **_TO_1000)
     skip_checkpointer: bool | None = key(False, "true: no checkpoints, so no resume")
     checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
+    allow_changes: bool = key(False, "resume a run with other values of what defines it")
     time_limit: float = key(0.0, "hours after which a run saves a checkpoint and stops; 0: none", least=0, most=1e6)
     keep_checkpoints: int = key(2, "newest complete checkpoints kept", least=1, most=1e6)
     keep_checkpoints_every: int = key(

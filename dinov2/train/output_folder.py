@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +35,9 @@ def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
     and ``resume`` is false, or something else under a name that a run needs.
     """
     shown = f"Output folder {str(output_dir)!r}"
-    busy = f"{shown} is in use by another launch; wait for that to end, or give --output-dir another folder."
+    busy = f"{shown} is in use by {{holder}}; wait for that to end, or give --output-dir another folder."
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = f"another launch (process {os.getpid()} on {socket.gethostname()}, since {started})"
 
     def prepare() -> None:
         probe = output_dir / f"{_PROBE}{os.getpid()}"
@@ -56,7 +60,7 @@ def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
             raise ValueError(
                 f"{shown} holds a run already; leave out --no-resume to go on with it, or give a new folder."
             )
-        held.enter_context(locked(output_dir / ".lock", busy=busy))
+        held.enter_context(locked(output_dir / ".lock", busy=busy, holder=holder))
         _sweep(output_dir)
 
     with contextlib.ExitStack() as held:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,16 @@ _FIXED_KEYS = (
     "ibot.head_hidden_dim", "optim.layerwise_decay", "optim.patch_embed_lr_mult", "train.unfreeze_last_n_blocks",
     "train.seed", "data.lanes", "data.block_rows", "train.OFFICIAL_EPOCH_LENGTH",
 )  # fmt: skip
+
+# Keys that say how and how long a run is computed, watched and stored, or where its data are, not what it is: a changed
+# dataset is found by its fingerprint.
+_FREE_KEYS = re.compile(
+    r"(logging|evaluation|performance|debug|compute_precision)\..*|precision|MODEL\.WEIGHTS|optim\.early_stop"
+    r"|online\.cache_dir|student\.(attention_backend|pretrained_weights)"
+    r"|data\.(path|kind|revision|datasets|retries|memory_gib|max_corrupt_fraction|slide_root)"
+    r"|train\.(allow_changes|async_checkpoints|batch_size_per_gpu|checkpoint_period_iterations|keep_checkpoints(_every)?"
+    r"|num_workers|output_dir|prefetch_factor|skip_checkpointer|time_limit|use_pretrained)"
+)
 
 
 @dataclass
@@ -114,19 +125,29 @@ def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int,
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
     """Refuse to resume a checkpoint's JSON part under a configuration that it does not fit; log harmless changes.
 
-    Raises ValueError if fixed keys changed; all are named with both values.
+    Raises ValueError if fixed keys changed, or others that make it another run and ``train.allow_changes`` is false;
+    all are named with both values.
     """
     before = _flatten(public(saved_config(saved["config"])))
     now = _flatten(json.loads(json.dumps(public_config(config))))
     changed = [key for key in now if before.get(key) != now[key]]
-    fixed = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed if key in _FIXED_KEYS]
-    if fixed:
+    told = {name: f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in changed}
+    if fixed := [told[name] for name in changed if name in _FIXED_KEYS]:
         raise ValueError(
             f"The run in this output folder cannot go on with a changed configuration ({'; '.join(fixed)}); restore "
             "these values, or start in another output folder."
         )
+    others = [told[name] for name in changed if not _FREE_KEYS.fullmatch(name)]
+    if others and not config.train.allow_changes:
+        raise ValueError(
+            f"The run in this output folder was begun with other values ({'; '.join(others)}), so that it would become "
+            "two runs in one; restore them, start in another output folder, or add train.allow_changes=true."
+        )
     for name in changed:
-        logger.info("Resuming with %s = %r (was %r).", name, now[name], before.get(name))
+        if name == "train.batch_size_per_gpu":
+            logger.info("%s has no effect: the run keeps its batch of %d images.", name, saved["global_batch"])
+        elif name != "train.allow_changes":
+            logger.info("Resuming with %s = %r (was %r).", name, now[name], before.get(name))
 
 
 def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from dinov2.utils.secrets import public
 
 logger = logging.getLogger(__name__)
 
+_MOST_SAID = 1000  # bytes that the holder of a lock says of itself
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.part")
 
 
@@ -170,7 +171,7 @@ def check_description(path: Path, identity: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Iterator[None]:
+def locked(path: Path, first: int = 0, length: int = 1, busy: str = "", holder: str = "") -> Iterator[None]:
     """Hold a lock between processes, on a folder, on a file or on a range of numbers that the file stands for.
 
     The lock is not inherited by child processes and goes with this one, however that ends. Where the file system
@@ -179,7 +180,9 @@ def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Itera
     Args:
         path: a folder, or a file, made where it is missing, that this process must not open again before the end.
         first, length: the range; an empty one locks nothing.
-        busy: text of the FileExistsError where another process holds the lock, if not the usual one.
+        busy: text of the FileExistsError where another process holds the lock, if not the usual one; ``{holder}`` in it
+            stands for what that one has said of itself.
+        holder: what this process says of itself, which becomes the file's content.
     """
     folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o644)
@@ -190,11 +193,16 @@ def locked(path: Path, first: int = 0, length: int = 1, busy: str = "") -> Itera
             elif length > 0:  # 0 would stand for everything after `first`
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
         except (BlockingIOError, PermissionError) as error:
+            said = "" if folder else os.pread(descriptor, _MOST_SAID, 0).decode(errors="replace").strip()
             raise FileExistsError(
-                busy or f"Another process is writing into '{path if folder else path.parent}'; wait for it or stop it."
+                busy.replace("{holder}", said or "another process")
+                or f"Another process is writing into '{path if folder else path.parent}'; wait for it or stop it."
             ) from error
         except OSError as error:
             logger.warning("'%s' cannot be locked (%s); start no second process there.", path, error.strerror)
+        if holder:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode()[:_MOST_SAID], 0)
         yield
     finally:
         os.close(descriptor)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 
 from dinov2.fsdp import Checkpointer
+from dinov2.train.output_folder import hold_output_dir
 from dinov2.train.state import decode_state
 from dinov2.train.train import main
 from tests.helpers.checkpoints import seal, unseal
@@ -229,7 +232,14 @@ def test_a_folder_that_another_launch_is_using(shards: Path, tmp_path: Path, cap
         assert train(shards, tmp_path) == 2
         other.stdin.close()
     (error,) = errors(capsys)
-    assert f"Output folder '{tmp_path}' is in use by another launch" in error
+    assert f"Output folder '{tmp_path}' is in use by another" in error
+
+
+def test_the_launch_that_uses_a_folder_is_named(tmp_path: Path):
+    with hold_output_dir(tmp_path, resume=True):
+        hold = "import pathlib, dinov2.utils.files as f\nwith f.locked(pathlib.Path('.lock'), busy='{holder}'): 0"
+        other = subprocess.run([sys.executable, "-c", hold], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode and f"process {os.getpid()} on {socket.gethostname()}" in other.stderr
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(shards: Path, stopped: Path, tmp_path: Path, capsys):
@@ -238,7 +248,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(shards: Path, stopped: Path, 
     assert train(shards, output_dir, "optim.early_stop=1") == 0
     assert "Nothing is left to train" in capsys.readouterr().err
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"rank_0.log"}
+    assert changed == {"rank_0.log", ".lock"}
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])

@@ -259,6 +259,18 @@ def test_a_doctored_checkpoint_cannot_run_code(finished: Path, tmp_path: Path, s
     assert "not checkpoint data" in capsys.readouterr().err
 
 
+def test_resuming_as_another_run_is_asked_about(shards: Path, finished: Path, tmp_path: Path, capsys):
+    output_dir = shutil.copytree(finished, tmp_path / "out")
+    changes = ("optim.base_lr=0.002", "dino.kde_loss_weight=0.1", "optim.early_stop=2", "train.batch_size_per_gpu=4")
+    assert train(shards, output_dir, *changes) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if " E " in line]
+    assert all(part in error for part in ("optim.base_lr was 0.01", "0.002", "dino.kde_loss_weight was 0.05"))
+    assert "early_stop" not in error and "batch_size" not in error
+    assert train(shards, output_dir, *changes, "train.allow_changes=true") == 0
+    said = capsys.readouterr().err
+    assert "was 8" not in said and "batch of 8 images" in said
+
+
 def test_secrets_reach_no_file_and_no_line(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

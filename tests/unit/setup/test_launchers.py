@@ -5,13 +5,18 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[3]
 EIGHT_GPUS = "0,1,2,3,4,5,6,7"
-PRINT_ARGUMENTS = '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n'
+# Only what moves folders is run.
+PRINT_ARGUMENTS = f"""#!/usr/bin/env bash
+[[ $1 != */_move_aside.py ]] || PYTHONPATH={REPOSITORY} exec {sys.executable} "$@"
+printf "%s\\n" "$@"
+"""
 
 
 @pytest.fixture
@@ -177,6 +182,19 @@ def test_dry_launch_prints_a_command_that_can_be_pasted(repository):
     assert pasted.stdout == launch(repository, "run_1node.sh", "train.name=a b").stdout
 
 
+def test_a_run_that_is_alive_is_not_moved_aside(repository):
+    folder = repository / "output_vitg14"
+    make_run(folder)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, folder / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        result = launch(repository, "run_1node.sh", RESUME="False")
+        other.stdin.close()
+    assert "output_vitg14 is in use" in refusal(result)
+    assert (folder / "checkpoints/weights").read_text() == "precious"
+
+
 @pytest.mark.parametrize("resume", ["True", "true", "1"])
 def test_resuming_leaves_the_run_in_place(repository, resume):
     make_run(repository / "output_vitg14")
@@ -198,7 +216,7 @@ def test_starting_anew_moves_an_earlier_run_aside(repository, resume, proof):
     assert not run.exists()
     (aside,) = repository.glob("my run.*")
     assert re.fullmatch(r"my run\.\d{8}-\d{6}", aside.name)
-    assert {path.name for path in aside.iterdir()} == names
+    assert {path.name for path in aside.iterdir()} == names | {".lock"}
     assert str(aside) in result.stderr
 
 
