@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def main() -> int:
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
+        for failure in error.failures.values():
+            if failure.exitcode < 0:
+                how = signal.Signals(-failure.exitcode).name
+                sys.stderr.write(f"Local rank {failure.local_rank} (process {failure.pid}) was ended by {how}.\n")
         told = {USER_ERROR, *STATUS_OF.values()} & {failure.exitcode for failure in error.failures.values()}
         if told:
             return min(told)

@@ -24,6 +24,7 @@ _WEIGHT = {"least": 0, "most": 1e6}  # of a loss
 _PROBABILITY = {"least": 0, "most": 1}
 _EPOCHS = {"least": 0, "most": 1e9}
 _STEPS = {"least": 1, "most": 1e12}
+_SECONDS = {"least": 0, "most": 1e7}
 _SIDE = {"least": 1, "most": 8192}
 _TO_1000 = {"least": 0, "most": 1000}
 _STRENGTH = {"least": 0, "most": 100}
@@ -143,6 +144,8 @@ class TrainConfig:
     unfreeze_last_n_blocks: int = key(0, "n > 0: only the last n blocks, final norm and heads learn", **_TO_1000)
     skip_checkpointer: bool | None = key(False, "true: no checkpoints, so no resume")
     checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
+    hang_timeout: float = key(600.0, "seconds that a step, or waiting for local data, may take; 0: any", **_SECONDS)
+    start_timeout: float = key(3600.0, "the same for a first step, saving, exporting and remote data", **_SECONDS)
     allow_changes: bool = key(False, "resume a run with other values of what defines it")
     time_limit: float = key(0.0, "hours after which a run saves a checkpoint and stops; 0: none", least=0, most=1e6)
     keep_checkpoints: int = key(2, "newest complete checkpoints kept", least=1, most=1e6)

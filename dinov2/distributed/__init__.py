@@ -6,6 +6,7 @@ and every collective returns what it was given. All ranks must call a collective
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -16,12 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2.utils.cli import ToldElsewhere
+from dinov2.utils.cli import RUN_AGAIN, Stopped, ToldElsewhere
 
 # Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
 _TIMEOUT = timedelta(minutes=30)
 _T = TypeVar("_T")
 _alone = ContextVar("alone", default=False)
+
+
+# What gloo and NCCL say where the process at the other end is gone.
+_PEER_LOST = re.compile(r"(closed|reset) by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
 
 
 class MainProcessError(ToldElsewhere):
@@ -94,6 +99,21 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise
     finally:
         destroy_process_group()
+
+
+@contextlib.contextmanager
+def peer_lost() -> Iterator[None]:
+    """Turn what a collective raises within the block where another rank has ended into a `Stopped` of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if get_global_size() == 1 or isinstance(error, Stopped | MainProcessError) or not _PEER_LOST.search(str(error)):
+            raise
+        raise Stopped(
+            f"Rank {get_global_rank()} has lost another rank, which ended or was killed; the same command goes on from "
+            "the newest checkpoint.",
+            RUN_AGAIN,
+        ) from error
 
 
 def destroy_process_group() -> None:

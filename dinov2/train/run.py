@@ -35,6 +35,7 @@ from dinov2.train.state import TrainState, check_loss_modules, check_resumable, 
 from dinov2.train.stopping import StopRequest
 from dinov2.train.trainer import Trainer
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
+from dinov2.train.watchdog import Watchdog
 from dinov2.utils.cli import Stopped
 from dinov2.utils.secrets import public, public_text
 
@@ -111,6 +112,7 @@ class Run:
             if config.logging.wandb:
                 shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
                 sinks.add(WandbSink, self.output_dir, config.logging.wandb_project, shown)
+        watchdog = Watchdog(self.output_dir, self.state, config.train.hang_timeout, config.train.start_timeout)
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
             schedules=schedules,
@@ -122,8 +124,10 @@ class Run:
             sinks=[sinks],
             hooks=self._hooks(sinks),
             stop_asked=self.stop.asked,
+            phase=watchdog.phase,
+            is_remote=self._is_remote,
         )
-        with self.stop:
+        with self.stop, watchdog:
             trainer.fit()
             if self.state.step < plan.total_steps:
                 self._stopped()
@@ -189,7 +193,7 @@ class Run:
     def _open_data(self, saved: dict[str, Any] | None) -> OpenData:
         # Rank 0 lists files and reads footers, once for all.
         data = on_main_process(partial(open_data, self.config, self.output_dir / "stream_index", saved))
-        self._locations = data.locations
+        self._locations, self._is_remote = data.locations, any(source.is_remote for source in data.sources)
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         return data
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinov2.configs import load_config
-from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process
+from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process, peer_lost
 from dinov2.fsdp import Checkpointer
 from dinov2.logging import setup_logging
 from dinov2.train.output_folder import hold_output_dir
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
                 f"Output folder {str(output_dir)!r} holds no complete checkpoint to export; give --output-dir the "
                 "folder of a run that has saved one."
             )
-        with hold_output_dir(output_dir, resume=not args.no_resume), memory_advice(_SMALLER):
+        with hold_output_dir(output_dir, resume=not args.no_resume), memory_advice(_SMALLER), peer_lost():
             setup_logging(output_dir)
             run = Run(config, output_dir, device, args.eval_only)
             if args.eval_only:

@@ -4,6 +4,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class Trainer:
     sinks: Sequence[Sink] = ()  # receivers of metric records (rank 0 only; empty elsewhere)
     hooks: Sequence[Hook] = ()
     stop_asked: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
+    phase: Callable[..., AbstractContextManager[None]] = lambda *_, **__: contextlib.nullcontext()  # `Watchdog.phase`
+    is_remote: bool = False  # whether batches come over a network
 
     def __post_init__(self) -> None:
         self.guard, self._metrics = self.training_step.guard, MetricAccumulator()
@@ -53,16 +56,20 @@ class Trainer:
             self._begin_period()
             while self.state.step < self.plan.total_steps and not self.guard.stop_agreed:
                 asked = time.perf_counter()
-                batch = next(batches)
+                with self.phase("waiting for a batch", is_long=self.is_remote):
+                    batch = next(batches)
                 self._waited += time.perf_counter() - asked
                 self.guard.stop_asked = self.stop_asked()
-                self.train_step(batch)
-                for hook in self.hooks:
-                    hook.after_step(self.state, self.guard)
+                with self.phase("in a step", with_others=True):
+                    self.train_step(batch)
+                with self.phase("saving, exporting or probing", with_others=True, is_long=True):
+                    for hook in self.hooks:
+                        hook.after_step(self.state, self.guard)
             self.guard.flush()
             ended = self.state.step == self.plan.total_steps
-            for hook in self.hooks:
-                (hook.on_end if ended else hook.on_stop)(self.state, self.guard)
+            with self.phase("saving, exporting or probing", with_others=True, is_long=True):
+                for hook in self.hooks:
+                    (hook.on_end if ended else hook.on_stop)(self.state, self.guard)
 
     def train_step(self, batch: dict[str, Any]) -> None:
         """One optimiser step on one batch (device tensors); all ranks must call."""

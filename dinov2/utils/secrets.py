@@ -6,7 +6,9 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_URL = re.compile(r"""(?P<scheme>[a-zA-Z][\w+.-]{0,20}://)(?P<user>[^/\s'"@]*@)?(?P<path>[^\s'"?]*)(?P<query>\?[^\s'"]*)?""")
+_URL = re.compile(
+    r"""(?P<scheme>[a-zA-Z][\w+.-]{0,20}://)(?P<user>[^/\s'"@]*@)?(?P<path>[^\s'"?]*)(?P<query>\?[^\s'"]*)?"""
+)
 _SHORTEST = 6  # characters; what is shorter is no secret, and would be found in many a word
 _hidden: dict[str, str] = {}  # what is shown in place of each value
 

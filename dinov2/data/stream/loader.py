@@ -17,6 +17,7 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.source import DecodeError, EncodedSample, Source
 from dinov2.data.stream.order import SampleOrder
 from dinov2.data.stream.reader import RankReader
+from dinov2.distributed import get_global_rank
 from dinov2.utils.signals import heed_parent_only
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,13 @@ class TrainLoader:
                     )
                 yield batch
             raise failure[0]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"A decode worker of rank {get_global_rank()} has ended ({str(error).split('. ')[0]}), as it does for "
+                "want of memory; lower train.num_workers, train.prefetch_factor or data.memory_gib."
+            ) from error
         finally:
             steps.close()
             # DataLoader has no public close, and a worker's exception holds it in a reference cycle.

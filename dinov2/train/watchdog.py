@@ -1,0 +1,124 @@
+"""Watching for a rank that hangs: its main thread says what it does, a thread of its own looks at the clock."""
+
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinov2.distributed import get_global_rank
+from dinov2.train.state import TrainState
+from dinov2.utils.cli import RUN_AGAIN
+
+logger = logging.getLogger("dinov2")
+
+_LOOK_S, _BEAT_S = 1.0, 5.0  # between two looks at the clock, and two signs of life
+_SAY_S = 60.0  # of waiting after which a warning comes, and comes again
+_STALE_S = 4 * _BEAT_S  # after which a rank that shows no sign is taken for dead or stopped
+
+
+class Watchdog:
+    """Ends this process, and so the job, where a phase of a step takes longer than its limit.
+
+    While entered, each rank writes a line of JSON, ``logs/heartbeat.rank<R>.json`` (step, samples, phase, since, time),
+    every five seconds, for outside monitors and for the other ranks: whoever ends the job names those that are behind.
+    A rank that waits for others has a minute more than one that waits for something else, which therefore speaks first.
+
+    Args:
+        folder: of the run.
+        state: progress, which the trainer advances.
+        hang_s: seconds that a step, or the wait for a batch, may take; 0: no limit.
+        start_s: the same for the first step of this process, in which things are compiled; and for hooks.
+    """
+
+    def __init__(self, folder: Path, state: TrainState, hang_s: float, start_s: float):
+        self._state, self._hang_s, self._start_s = state, hang_s, start_s
+        self._rank, self._logs = get_global_rank(), folder / "logs"
+        self._first_step = state.step
+        self._phase: tuple[str, float, float] | None = None  # name, begin (monotonic), limit
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._file(self._rank).unlink(missing_ok=True)  # nothing is alive that a monitor could look for
+
+    @contextmanager
+    def phase(self, name: str, *, with_others: bool = False, is_long: bool = False) -> Iterator[None]:
+        """Name what the main thread does within the block: ``with_others`` where it may wait for other ranks."""
+        is_first = self._state.step == self._first_step
+        limit = self._start_s if is_long or is_first else self._hang_s
+        self._phase = name, time.monotonic(), limit + (_SAY_S if with_others else 0) if limit else float("inf")
+        try:
+            yield
+        finally:
+            self._phase = None
+
+    def _watch(self) -> None:
+        said, beaten = (None, 0.0), float("-inf")
+        while not self._stop.wait(_LOOK_S):
+            phase = self._phase
+            if time.monotonic() - beaten > _BEAT_S:
+                self._beat(phase)
+                beaten = time.monotonic()
+            if phase is None:
+                continue
+            name, begin, limit = phase
+            waited = time.monotonic() - begin
+            if waited > limit:
+                told = self._describe(name, waited), limit, self._others()
+                logger.error("%s; the limit is %.0f s, so that the run ends here. %s", *told)
+                for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
+                    worker.kill()
+                os._exit(RUN_AGAIN)
+            if said[0] != phase:
+                said = phase, _SAY_S
+            if waited > said[1] < limit:
+                said = phase, said[1] + _SAY_S
+                logger.warning("%s. %s", self._describe(name, waited), self._others())
+
+    def _describe(self, name: str, waited: float) -> str:
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - waited))
+        state = self._state
+        return (
+            f"Rank {self._rank} has been {name} since {since}, for {waited:.0f} s, after step {state.step} and "
+            f"{state.samples} samples"
+        )
+
+    def _others(self) -> str:
+        """Ranks that show no sign, or are at an earlier step than this one."""
+        behind = []
+        for path in sorted(self._logs.glob("heartbeat.rank*.json")):
+            try:
+                beat = json.loads(path.read_text())
+            except (OSError, ValueError):  # gone, or being written
+                continue
+            silent = time.time() - beat["time"]
+            if beat["rank"] != self._rank and (silent > _STALE_S or beat["step"] < self._state.step):
+                sign = f"no sign for {silent:.0f} s, " if silent > _STALE_S else ""
+                behind.append(f"rank {beat['rank']} ({sign}{beat['phase'] or 'between phases'}, step {beat['step']})")
+        return f"Behind are {', '.join(behind)}." if behind else "No other rank is behind."
+
+    def _beat(self, phase: tuple[str, float, float] | None) -> None:
+        now = time.time()
+        since = None if phase is None else now - (time.monotonic() - phase[1])
+        beat = {"rank": self._rank, **vars(self._state), "phase": phase and phase[0], "since": since, "time": now}
+        path = self._file(self._rank)
+        beside = path.with_suffix(".tmp")
+        try:
+            beside.write_text(json.dumps(beat) + "\n")
+            beside.replace(path)
+        except OSError:
+            pass  # a full disk: whoever writes something that counts says so
+
+    def _file(self, rank: int) -> Path:
+        return self._logs / f"heartbeat.rank{rank}.json"

@@ -1,0 +1,65 @@
+"""A main thread that hangs, in a process of its own; signs of life of other ranks."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinov2.train.state import TrainState
+from dinov2.train.watchdog import Watchdog
+
+HANGING = """
+import logging, sys, time
+from pathlib import Path
+from dinov2.train import watchdog
+from dinov2.train.state import TrainState
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+watchdog._SAY_S, watchdog._LOOK_S, watchdog._BEAT_S = 0.5, 0.05, 0.1
+state = TrainState(7, 56)
+with watchdog.Watchdog(Path(sys.argv[1]), state, hang_s=2, start_s=1000) as watch:
+    with watch.phase("in a step"):
+        pass
+    state.step, state.samples = 8, 64
+    with watch.phase("waiting for a batch", {extra}):
+        __import__("ctypes").CDLL(None).sleep(60)
+"""
+
+
+def run(folder: Path, extra: str = "") -> subprocess.CompletedProcess[str]:
+    (folder / "logs").mkdir()
+    stale = {"rank": 3, "step": 8, "samples": 64, "phase": "in a step", "since": 0.0, "time": time.time() - 90}
+    (folder / "logs/heartbeat.rank3.json").write_text(json.dumps(stale))
+    line = [sys.executable, "-c", HANGING.format(extra=extra), str(folder)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_a_rank_that_hangs_says_what_it_waits_for_and_ends(tmp_path: Path):
+    result = run(tmp_path)
+    assert result.returncode == 75
+    *warnings, error = result.stderr.splitlines()
+    assert len(warnings) == 3  # after half a second, one and one and a half
+    for part in ("Rank 0", "waiting for a batch", "step 8", "64 samples", "rank 3 (no sign for 9"):
+        assert part in error and part in warnings[0]
+    beat = json.loads((tmp_path / "logs/heartbeat.rank0.json").read_text())  # what a monitor sees of the dead
+    assert (beat["step"], beat["samples"], beat["phase"]) == (8, 64, "waiting for a batch")
+    assert beat["since"] <= beat["time"] < time.time()
+
+
+def test_one_that_waits_for_others_lets_them_speak_first(tmp_path: Path):
+    begun = time.monotonic()
+    assert run(tmp_path, "with_others=True").returncode == 75
+    assert time.monotonic() - begun > 2.5
+
+
+def test_nothing_is_left_of_a_run_that_ended_and_without_a_limit_none_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr("dinov2.train.watchdog._LOOK_S", 0.01)
+    with Watchdog(tmp_path, TrainState(), hang_s=0, start_s=0) as watch, watch.phase("in a step"):
+        time.sleep(0.1)
+        assert (tmp_path / "logs/heartbeat.rank0.json").exists()
+    assert not list((tmp_path / "logs").iterdir())
