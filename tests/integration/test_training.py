@@ -137,7 +137,7 @@ def test_a_non_finite_loss_stops_before_the_update(
 
     monkeypatch.setattr(SSLMetaArch, "compute_losses", poisoned)
     assert train(shards, tmp_path / "out") == 2
-    assert "Step 3 is not finite on rank 0 (samples 24 to 31)" in capsys.readouterr().err
+    assert "Step 4 is not finite on rank 0 (samples 24 to 31)" in capsys.readouterr().err
     good = checkpoint_tensors(tmp_path / "out", 3)
     for network in ("student", "teacher"):
         for name, tensor in getattr(archs[0], network).state_dict().items():

@@ -208,7 +208,7 @@ def test_a_periodic_action_never_records_a_bad_step():
         return losses | {"total_loss": losses["total_loss"] / (0.0 if trainer.state.step == 2 else 1.0)}
 
     trainer.training_step.arch.compute_losses = compute_losses
-    with pytest.raises(NonFiniteError, match="Step 2 is not finite on rank 0"):
+    with pytest.raises(NonFiniteError, match="Step 3 is not finite on rank 0"):
         trainer.fit()
     assert steps == [1, 2]
 
