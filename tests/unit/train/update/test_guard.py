@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -39,6 +41,25 @@ def test_a_non_finite_gradient_alone_stops_too():
     with pytest.raises(NonFiniteError, match=message):
         guard.observe(2, *values(1.0, float("inf")))
     assert guard.all_finite == 0
+
+
+def test_under_a_loss_scaler_gradients_are_noted_and_not_judged():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=0)
+    guard.observe(0, *values(1.0, float("inf")), scaled=True)
+    assert guard.all_finite == 1
+    with pytest.raises(NonFiniteError) as error:
+        guard.observe(1, *values(float("nan"), float("inf")), scaled=True)
+    assert (error.value.step, error.value.ranks) == (2, [0])
+    assert error.value.values["backbone"] == float("inf") and math.isnan(error.value.values["total_loss"])
+
+
+def test_a_collapse_is_agreed_on_at_once_and_stays():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=3)
+    agreed = []
+    for collapsed in (False, True, False):
+        guard.agree_on_collapse(collapsed)
+        agreed.append(guard.collapse_agreed)
+    assert agreed == [False, True, True]
 
 
 def test_without_gradient_norms_only_the_losses_count():
