@@ -163,11 +163,11 @@ class HealthWatch(Sink):
                 recent.append(record[name])
                 held = max(recent) - min(recent) < self._limits.constant * max(recent)
                 if held and len(recent) == _CONSTANT_RECORDS:
-                    still.append(f"{name} is {record[name]:.4f}")
+                    still.append(f"{name} at {record[name]:.4f}")
         if not still:
             return ""
         return (
-            f"{' and '.join(still)} and has not moved by more than {self._limits.constant:g} of it for "
-            f"{_CONSTANT_RECORDS} records: nothing is learnt; look at optim.base_lr, teacher.teacher_temp and "
+            f"no change above {self._limits.constant:g} of its value for {_CONSTANT_RECORDS} records in "
+            f"{', '.join(still)}: nothing is learnt; look at optim.base_lr, teacher.teacher_temp and "
             "dino.kde_loss_weight, and start from an earlier checkpoint."
         )

@@ -74,7 +74,8 @@ class FiniteGuard:
         self.all_finite = self.all_finite * (bad[:-1].sum() == 0)
         host = torch.empty(bad.shape, pin_memory=bad.is_cuda).copy_(bad, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if bad.is_cuda else None
-        terms = {name: value.detach() for name, value in {**losses, **norms}.items()}
+        terms = {**losses, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
+        terms = {name: value.detach() for name, value in terms.items()}
         self._pending.append(_Observation(step, terms, scaled, host, copied))
         if len(self._pending) > self._delay:
             self._check(self._pending.popleft())

@@ -50,7 +50,7 @@ def test_under_a_loss_scaler_gradients_are_noted_and_not_judged():
     with pytest.raises(NonFiniteError) as error:
         guard.observe(1, *values(float("nan"), float("inf")), scaled=True)
     assert (error.value.step, error.value.ranks) == (2, [0])
-    assert error.value.values["backbone"] == float("inf") and math.isnan(error.value.values["total_loss"])
+    assert error.value.values["grad_norm_backbone"] == float("inf") and math.isnan(error.value.values["total_loss"])
 
 
 def test_a_collapse_is_agreed_on_at_once_and_stays():
