@@ -10,8 +10,8 @@ from torch import Tensor
 from dinov2.distributed import all_gather_rows, all_reduce_sum
 from dinov2.loss import Assignments, StepOutputs
 
-# Elements of a tile of rows; targets of patches are not written out as a whole.
-_TILE_ELEMENTS = 2**24
+# Elements of a tile of rows: three of 16 MiB at a time, at the moment when a step needs the most memory.
+_TILE_ELEMENTS = 2**22
 _MOST_TOKENS = 1024  # rows of which RankMe is taken: an eigenvalue problem of that many
 
 
@@ -55,13 +55,13 @@ def target_figures(targets: Tensor | Assignments, row_weight: Tensor | None = No
     device = (targets.logits if factored else targets).device
     weight = torch.ones(num_rows, device=device) if row_weight is None else row_weight
     sums = torch.zeros(num_prototypes + 2, device=device)
+    sums[-1] = weight.sum()
     step = max(_TILE_ELEMENTS // num_prototypes, 1)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         p = _rows_of(targets, rows).float() if factored else targets[rows].float()
-        counted = weight[rows, None]
-        entropy = torch.special.entr(p).sum(1, keepdim=True)
-        sums += (torch.cat([p, entropy, torch.ones_like(entropy)], 1) * counted).sum(0)
+        sums[-2] += (torch.special.entr(p).sum(1) * weight[rows]).sum()
+        sums[:-2] += (p * weight[rows, None]).sum(0)
     sums = all_reduce_sum(sums)
     mass, entropy, count = sums[:-2], sums[-2], sums[-1]
     use = torch.special.entr(mass / count).sum().exp() / num_prototypes
