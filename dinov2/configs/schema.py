@@ -152,6 +152,7 @@ class TrainConfig:
     keep_checkpoints_every: int = key(
         0, "kept beside: those of steps that are multiples of it; 0: none", least=0, most=1e12
     )
+    on_collapse: Literal["warn", "stop"] = key("warn", "stop: ends the run, without a checkpoint of what has collapsed")
     async_checkpoints: bool = key(True, "written while training goes on, from a copy in host memory")
 
 

@@ -6,8 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from dinov2.data.augment.normalize import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.locate import INDEX, weights_path
 from dinov2.utils import files
@@ -70,6 +68,8 @@ def verify(file: Path) -> None:
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
+    import xxhash
+
     return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dinov2.logging.metrics import of_chance
+from dinov2.logging.metrics import is_of_training, of_chance
 from dinov2.utils.secrets import public
 
 logger = logging.getLogger("dinov2")
@@ -72,7 +72,7 @@ class ConsoleSink(Sink):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record's headline values, of a training step or of probes."""
-        if "total_loss" not in record:
+        if not is_of_training(record):
             shown = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith(_PROBED)]
             logger.info("step %d  %s", record["step"], "  ".join(shown))
             return

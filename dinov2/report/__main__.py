@@ -31,6 +31,7 @@ from dinov2.eval.features import embed_images, patch_feature_map, read_tiles
 from dinov2.eval.probe.results import aligned
 from dinov2.eval.probe.spread import mean_cosine, rankme
 from dinov2.hub import load_teacher
+from dinov2.logging.metrics import is_of_training
 from dinov2.report.figures import as_png, draw_crops, draw_curves, draw_neighbours, draw_pca
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
@@ -84,7 +85,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     for line in path.read_text().splitlines():
         with suppress(json.JSONDecodeError):
             record = json.loads(line)
-            if "/" not in "".join(record):
+            if is_of_training(record):
                 by_step[record["step"]] = record
     if not by_step:
         raise ValueError(f"{str(path)!r} holds no record yet; wait until the run has logged a step.")

@@ -34,7 +34,10 @@ class Hook:
 
 
 class PeriodicHook(Hook):
-    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it."""
+    """Runs ``action(state)`` every ``period`` steps and at the end of the run, once per step; all ranks call it.
+
+    Not of a collapse that stops the run: what was saved before stays the newest.
+    """
 
     def __init__(self, period: int, action: Callable[[TrainState], None]):
         self.period, self.action = period, action
@@ -54,7 +57,7 @@ class PeriodicHook(Hook):
         self._act(state, guard)
 
     def _act(self, state: TrainState, guard: FiniteGuard) -> None:
-        if self._last != state.step:
+        if self._last != state.step and not guard.collapse_agreed:
             guard.flush()
             self.action(state)
             self._last = state.step

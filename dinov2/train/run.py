@@ -21,7 +21,9 @@ from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.export import save_teacher
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.logging.chance import ChanceWatch
+from dinov2.logging.health import HealthWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+from dinov2.train.dump import RecentBatches, with_dump
 from dinov2.train.exports import export_path, list_export
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
@@ -34,12 +36,17 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, decode_state, describe_state
 from dinov2.train.stopping import StopRequest
 from dinov2.train.trainer import Trainer
+from dinov2.train.update.guard import NonFiniteError
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
 from dinov2.train.watchdog import Watchdog
 from dinov2.utils.cli import Stopped
 from dinov2.utils.secrets import public, public_text
 
 logger = logging.getLogger("dinov2")
+
+
+class CollapseError(RuntimeError):
+    """Training collapsed, and ``train.on_collapse`` is to stop there."""
 
 
 class Run:
@@ -83,7 +90,13 @@ class Run:
             logger.info("Resumed from %s.", self.checkpointer.path(self.state.step))
 
     def train(self) -> None:
-        """Train to the end of the plan; all ranks must call. Raises NonFiniteError, see `FiniteGuard`."""
+        """Train to the end of the plan; all ranks must call.
+
+        Raises:
+            NonFiniteError: see `FiniteGuard`.
+            CollapseError: on rank 0, where a collapse is to stop the run; MainProcessError on the others.
+            Stopped: if the run was asked to stop.
+        """
         if self.state.step >= self.plan.total_steps:
             logger.info(
                 "Nothing is left to train: the run in %s is at step %d of %d; more optim.epochs or a later "
@@ -102,13 +115,17 @@ class Run:
         if config.logging.samples:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step)
+        batches = recent = RecentBatches(batches, self.state.step)
         schedules = Schedules(config.optim, config.teacher, plan)
-        sinks = Sinks()
+        learning, patience = chance_patience(schedules, self.state, plan.total_steps, config.logging.period_iterations)
+        patches = config.ibot if config.ibot.separate_head else config.dino
+        prototypes = {"dino": config.dino.head_n_prototypes, "ibot": patches.head_n_prototypes}
+        sinks, health = Sinks(), HealthWatch(learning + patience, prototypes)
         if is_main_process():
-            watch = chance_watch(schedules, self.state, plan.total_steps, config.logging.period_iterations)
             sinks.add(ConsoleSink)
             sinks.add(JsonlSink, self.output_dir / "metrics.jsonl")
-            sinks.add(lambda: watch)
+            sinks.add(ChanceWatch, learning, patience)
+            sinks.add(lambda: health)
             if config.logging.wandb:
                 shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
                 sinks.add(WandbSink, self.output_dir, config.logging.wandb_project, shown)
@@ -126,9 +143,15 @@ class Run:
             stop_asked=self.stop.asked,
             phase=watchdog.phase,
             is_remote=self._is_remote,
+            collapsed=lambda: config.train.on_collapse == "stop" and bool(health.collapse),
         )
         with self.stop, watchdog:
-            trainer.fit()
+            try:
+                trainer.fit()
+            except NonFiniteError as error:
+                raise with_dump(error, recent, self.output_dir) from error
+            if trainer.guard.collapse_agreed:
+                on_main_process(partial(self._collapsed, health.collapse))
             if self.state.step < plan.total_steps:
                 self._stopped()
 
@@ -174,6 +197,10 @@ class Run:
             time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         done = f"Stopped by {reason} after step {self.state.step} of {self.plan.total_steps}"
         raise Stopped(f"{done}; {self._newest_checkpoint()}", status)
+
+    def _collapsed(self, what: str) -> NoReturn:
+        done = f"Stopped after step {self.state.step} of {self.plan.total_steps}, which was not saved: {what}"
+        raise CollapseError(f"{done} As it is, {self._newest_checkpoint()}")
 
     def _newest_checkpoint(self) -> str:
         if steps := self.checkpointer.steps():
@@ -235,10 +262,12 @@ class Run:
         return [*hooks, GarbageHook()]
 
 
-def chance_watch(schedules: Schedules, state: TrainState, total_steps: int, log_period: int) -> ChanceWatch:
-    """The watch of a run: from the end of all warm-up on, for a tenth of the run, but 5 records to 1000 steps."""
+def chance_patience(schedules: Schedules, state: TrainState, total_steps: int, log_period: int) -> tuple[int, int]:
+    """The end of all warm-up, and the steps after it in which losses must leave chance: a tenth of the run, but 5
+    records to 1000.
+    """
     learning = max(schedules.warmup_steps, schedules.frozen_steps, state.step)
-    return ChanceWatch(learning, max(5 * log_period, min(1000, total_steps // 10)))
+    return learning, max(5 * log_period, min(1000, total_steps // 10))
 
 
 def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: int) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from dinov2.fsdp import load_full_state_dict, shard
 from dinov2.layers import DINOHead
 from dinov2.loss import EAGER, Assignments, Centering, LossContext, StepOutputs, build_terms, sinkhorn_assignments_of
 from dinov2.models import build_model_from_cfg
+from dinov2.train.health import health_of_targets
 from dinov2.train.update.optim import parameter_groups
 from dinov2.train.update.weight_update import ema_update
 from dinov2.utils.dtypes import DTYPES
@@ -66,6 +67,11 @@ class SSLMetaArch(nn.Module):
         self.kernels = EAGER
         # Of the newest batch, what each loss that has such a level would be if the student told nothing apart.
         self.chance: dict[str, Tensor] = {}
+        # Whether figures of health are taken of the next batch; those of the newest one that they were taken of, and
+        # the teacher's class tokens (B, D) of its first views.
+        self.measures_health = False
+        self.health: dict[str, Tensor] = {}
+        self.class_tokens = torch.empty(0)
 
     def _network(self, backbone: nn.Module) -> nn.ModuleDict:
         network = nn.ModuleDict({"backbone": backbone})
@@ -192,6 +198,9 @@ class SSLMetaArch(nn.Module):
                 loss: level.detach() if isinstance(level, Tensor) else total.new_full((), level)
                 for loss, level in term.chance(outputs).items()
             }
+        if self.measures_health:
+            self.health = health_of_targets(outputs, self.losses)
+            self.class_tokens = outputs.teacher_class_tokens[0].clone()  # not a view, which would keep the others
         return {"total_loss": total, **losses}
 
     def _outputs(self, batch: Mapping[str, Any], teacher_temp: float) -> StepOutputs:

@@ -16,7 +16,7 @@ from dinov2.distributed import MainProcessError, destroy_process_group, init_pro
 from dinov2.fsdp import Checkpointer
 from dinov2.logging import setup_logging
 from dinov2.train.output_folder import hold_output_dir
-from dinov2.train.run import Run, dry_run
+from dinov2.train.run import CollapseError, Run, dry_run
 from dinov2.train.update.guard import NonFiniteError
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         receive_sigterm_when_parent_dies()  # or this rank would train on, alone
     try:
-        return run_command(lambda: _run(args), logger, errors=(DeviceError, NonFiniteError), resumable=not args.dry_run)
+        errors = (DeviceError, NonFiniteError, CollapseError)
+        return run_command(lambda: _run(args), logger, errors=errors, resumable=not args.dry_run)
     finally:
         destroy_process_group()  # may wait for the other ranks: after the error has been said
 

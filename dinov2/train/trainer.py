@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_rows
-from dinov2.logging.metrics import MetricAccumulator, relative_to_chance
+from dinov2.logging.metrics import HEALTH, GradNormLevel, MetricAccumulator, relative_to_chance
 from dinov2.logging.sinks import Sink
+from dinov2.train.health import health_of_tokens
 from dinov2.train.hooks import Hook
 from dinov2.train.plan.plan import RunPlan
 from dinov2.train.state import TrainState
@@ -37,13 +38,17 @@ class Trainer:
     stop_asked: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
     phase: Callable[..., AbstractContextManager[None]] = lambda *_, **__: contextlib.nullcontext()  # `Watchdog.phase`
     is_remote: bool = False  # whether batches come over a network
+    collapsed: Callable[[], bool] = lambda: False  # whether the records told this rank of a collapse that is to stop
 
     def __post_init__(self) -> None:
-        self.guard, self._metrics = self.training_step.guard, MetricAccumulator()
+        self.guard = self.training_step.guard
+        self._metrics, self._norms = MetricAccumulator(peaks=("total_loss", "grad_norm_")), GradNormLevel()
         self._begin_period()
 
     def fit(self) -> None:
-        """Train to the plan's last step, or until all ranks know that one was asked to stop; all ranks must call.
+        """Train to the plan's last step, or until all ranks know that one was asked to stop or saw a collapse.
+
+        All ranks must call. A collapse shows in ``guard.collapse_agreed``.
 
         Raises NonFiniteError if a loss or gradient was not finite; no update was made from that step on.
         """
@@ -54,7 +59,7 @@ class Trainer:
                 hook.on_start(self.state, self.guard)
             batches = iter(self.batches)
             self._begin_period()
-            while self.state.step < self.plan.total_steps and not self.guard.stop_agreed:
+            while self.state.step < self.plan.total_steps and not self._to_stop():
                 asked = time.perf_counter()
                 with self.phase("waiting for a batch", is_long=self.is_remote):
                     batch = next(batches)
@@ -71,23 +76,32 @@ class Trainer:
                 for hook in self.hooks:
                     (hook.on_end if ended else hook.on_stop)(self.state, self.guard)
 
+    def _to_stop(self) -> bool:
+        return self.guard.stop_agreed or self.guard.collapse_agreed
+
     def train_step(self, batch: dict[str, Any]) -> None:
         """One optimiser step on one batch (device tensors); all ranks must call."""
         values = self.schedules[self.state.step]
+        due = self._record_due(self.state.step + 1)
+        self.training_step.arch.measures_health = due
         metrics = self.training_step(self.state.step, batch, values)
         self.state.step += 1
         self.state.samples += self.plan.global_batch
-        self._log(metrics, values, batch["slide_ids"])
+        self._metrics.add(metrics)
+        if due:
+            self._record(values, batch["slide_ids"])
+            self.guard.agree_on_collapse(self.collapsed())
 
     def _begin_period(self) -> None:
         self._first_step, self._start, self._waited = self.state.step, time.perf_counter(), 0.0
 
-    def _log(self, metrics: dict[str, Tensor], values: ScheduleValues, slide_ids: Tensor) -> None:
-        self._metrics.add(metrics)
-        step, total = self.state.step, self.plan.total_steps
-        if step % self.log_period and step != total:
-            return
-        averages, device = relative_to_chance(self._metrics.reduce()), self.training_step.arch.device
+    def _record_due(self, step: int) -> bool:
+        return step % self.log_period == 0 or step == self.plan.total_steps
+
+    def _record(self, values: ScheduleValues, slide_ids: Tensor) -> None:
+        step, total, arch = self.state.step, self.plan.total_steps, self.training_step.arch
+        device = arch.device
+        averages = relative_to_chance(self._metrics.reduce(arch.health | health_of_tokens(arch.class_tokens)))
         # After the means, for which the host waits for the device.
         elapsed, steps = time.perf_counter() - self._start, step - self._first_step
         if device.type == "cuda":
@@ -98,6 +112,7 @@ class Trainer:
             "step": step,
             "total_steps": total,
             **averages,
+            f"{HEALTH}grad_norm_of_median": self._norms.of_median(averages),
             **vars(values),
             "img_per_s": steps * self.plan.global_batch / elapsed,
             "tflops": steps * self.flops / elapsed / 1e12,

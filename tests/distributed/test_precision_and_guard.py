@@ -204,8 +204,8 @@ def test_fp16_overflow_on_one_rank_skips_the_update_on_both(ranks: list[dict], w
 def test_a_bad_loss_on_one_rank_stops_both_at_the_last_good_step(ranks: list[dict], case: tuple[str, str]):
     both = [rank[case] for rank in ranks]
     for number, seen in enumerate(both):
-        # Step 2 of 8 images: 16 to 23, of which rank 1 has the second half.
-        assert "Step 2 is not finite on rank 1 (samples 20 to 23);" in seen["error"]
+        # The third step of 8 images: 16 to 23, of which rank 1 has the second half.
+        assert "Step 3 is not finite on rank 1 (samples 20 to 23);" in seen["error"]
         assert f"rank {number} has total_loss" in seen["error"]
         assert seen["stopped"] == 5  # the host looks three steps later
         assert not differing(seen["good"], seen["end"])

@@ -86,7 +86,9 @@ def test_a_folder_in_other_use_is_left_alone(run_folder: Path, tmp_path: Path, c
 
 def test_the_last_record_of_a_step_counts(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    records = [{"step": 1, "lr": 1.0}, {"step": 2, "lr": 2.0}, {"step": 1, "lr": 3.0}, {"step": 3, "lr": 4.0}]
+    order = (1, 1.0), (2, 2.0), (1, 3.0), (3, 4.0)
+    records = [{"step": step, "total_loss": 9.0, "health/rankme": 5.0, "lr": lr} for step, lr in order]
+    records.append({"step": 3, "held_out/rankme/value": 7.0})
     cut = '{"step": 2, "l' + json.dumps(records[2])
     path.write_text("\n".join([*map(json.dumps, records[:2]), cut, *map(json.dumps, records[2:])]))
     metrics = read_metrics(path)

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import threading
+from collections.abc import Mapping
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dinov2.configs import load_config
+from dinov2.logging.health import HealthWatch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
 from tests.helpers.checkpoints import flip, seal
@@ -137,12 +139,36 @@ def test_a_non_finite_loss_stops_before_the_update(
 
     monkeypatch.setattr(SSLMetaArch, "compute_losses", poisoned)
     assert train(shards, tmp_path / "out") == 2
-    assert "Step 3 is not finite on rank 0 (samples 24 to 31)" in capsys.readouterr().err
+    assert "Step 4 is not finite on rank 0 (samples 24 to 31)" in capsys.readouterr().err
+    dumped = json.loads((tmp_path / "out/dumps/step_4/rank_0.json").read_text())
+    assert dumped["indices"] == list(range(24, 32)) and dumped["values"]["total_loss"] == "nan"
+    assert dumped["values"]["grad_norm_backbone"] == "nan"
     good = checkpoint_tensors(tmp_path / "out", 3)
     for network in ("student", "teacher"):
         for name, tensor in getattr(archs[0], network).state_dict().items():
             assert torch.equal(tensor, good[f"/{network}/{name}"]), name
     assert (tmp_path / "out" / "last_checkpoint").read_text() == "step_0000003"
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_collapse_ends_a_run_that_asks_for_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, action: str
+):
+    """Told at step 6, at which a checkpoint is due."""
+
+    class AtStep6(HealthWatch):
+        def write(self, record: Mapping[str, Any]) -> None:
+            super().write(record)
+            if record["step"] == 6:
+                self.collapse = "the networks have collapsed."
+
+    monkeypatch.setattr("dinov2.train.run.HealthWatch", AtStep6)
+    out, stops = tmp_path / "out", action == "stop"
+    assert train(shards, out, f"train.on_collapse={action}") == (2 if stops else 0)
+    assert [record["step"] for record in read_metrics(out)] == list(range(1, 7 if stops else 9))
+    assert (out / "last_checkpoint").read_text() == ("step_0000003" if stops else "step_0000008")
+    assert (out / "eval").exists() == (not stops)
+    assert ("the networks have collapsed." in capsys.readouterr().err) == stops
 
 
 def test_no_resume_never_touches_an_existing_run(shards: Path, finished: Path, capsys: pytest.CaptureFixture):

@@ -64,6 +64,6 @@ class TrainingStep:
         """Look at losses and gradients, then change the weights unless one is bad; returns the norms by module."""
         norms = self.weight_update.grad_norms()
         # A non-finite gradient under a loss scaler is an overflow, which the scaler handles by itself.
-        self.guard.observe(step, losses, {} if self.weight_update.scaler else norms)
+        self.guard.observe(step, losses, norms, scaled=self.weight_update.scaler is not None)
         self.weight_update.apply(values.mom, self.guard.all_finite)
         return norms

@@ -9,7 +9,7 @@ import pytest
 
 from dinov2.logging.chance import ChanceWatch
 from dinov2.train.plan.plan import make_plan
-from dinov2.train.run import chance_watch
+from dinov2.train.run import chance_patience
 from dinov2.train.state import TrainState
 from dinov2.train.update.optim import Schedules
 from tests.helpers.training import tiny_config
@@ -94,7 +94,7 @@ def test_patience_of_a_run(overrides: tuple[str, ...], resumed_at: int, period: 
     config = tiny_config("train.OFFICIAL_EPOCH_LENGTH=100", *overrides)
     plan = make_plan(config, 1)
     schedules = Schedules(config.optim, config.teacher, plan)
-    watch = chance_watch(schedules, TrainState(resumed_at), plan.total_steps, period)
+    watch = ChanceWatch(*chance_patience(schedules, TrainState(resumed_at), plan.total_steps, period))
     for step in range(resumed_at + period, 6000, period):
         watch.write({"step": step, "ibot_of_chance": 1.0})
         if caplog.records:

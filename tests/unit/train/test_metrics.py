@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import median_abs_deviation
 
-from dinov2.logging.metrics import MetricAccumulator, relative_to_chance
+from dinov2.logging.metrics import GradNormLevel, MetricAccumulator, RunningMedian, relative_to_chance
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink
 from tests.helpers.spawn import run_ranks
 
@@ -32,6 +35,40 @@ def test_mean_over_a_period_then_anew():
     metrics.add({"a": torch.tensor(5.0), "b": torch.tensor(0.0)})
     assert metrics.reduce() == {"a": 5.0, "b": 0.0}
     assert metrics.reduce() == {}
+
+
+def test_the_largest_value_of_a_period_beside_its_mean():
+    metrics = MetricAccumulator(peaks=("total", "grad_norm_"))
+    for value in (1.0, 6.0, 2.0):
+        metrics.add({"total_loss": torch.tensor(value), "kde_loss": torch.tensor(value)})
+    expected = {"total_loss": 3.0, "kde_loss": 3.0, "health/total_loss_peak": 6.0, "health/rankme": 7.5}
+    assert metrics.reduce({"health/rankme": torch.tensor(7.5, dtype=torch.float64)}) == expected
+    metrics.add({"total_loss": torch.tensor(5.0), "kde_loss": torch.tensor(0.0)})
+    assert metrics.reduce()["health/total_loss_peak"] == 5.0
+
+
+def test_running_median_of_the_newest_finite_values():
+    values = np.random.default_rng(0).lognormal(size=120)
+    running = RunningMedian(length=50, least=10)
+    for number, value in enumerate(values):
+        running.before(math.inf)
+        median, deviation = running.before(value)
+        before = values[max(0, number - 50) : number]
+        if number < 10:
+            assert math.isnan(median) and math.isnan(deviation)
+        else:
+            assert median == pytest.approx(np.median(before))
+            assert deviation == pytest.approx(median_abs_deviation(before))
+
+
+def test_gradient_norms_against_their_medians():
+    level, found = GradNormLevel(), []
+    for number in range(14):
+        peaks = {"backbone": 2.0, "dino_head": 4.0, "frozen": 0.0}
+        peaks |= {12: {"dino_head": 40.0}, 13: {"backbone": math.inf}}.get(number, {})
+        found.append(level.of_median({f"health/grad_norm_{name}_peak": value for name, value in peaks.items()}))
+    assert all(math.isnan(value) for value in found[:10])
+    assert found[10:] == [1.0, 1.0, 10.0, 1.0]
 
 
 def reduce_on(rank: int) -> dict[str, float]:

@@ -193,6 +193,46 @@ def test_a_run_that_is_asked_to_stop_ends_after_that_step_with_what_is_wanted_th
     assert [event for _, event, _ in entries] == ["start", "step", "step", "step", "stop", "close"]
 
 
+FIGURES = {"class_token_std", "rankme", "grad_norm_of_median", "total_loss_peak"} | {
+    f"{term}_{figure}" for term in ("dino", "ibot") for figure in ("entropy", "prototype_use")
+}
+
+
+def test_records_hold_figures_of_health_and_only_their_steps_are_measured(monkeypatch: pytest.MonkeyPatch):
+    trainer = make_trainer(LIGHT, sinks=[sink := Records()], log_period=3)
+    measured: list[int] = []
+    compute = trainer.training_step.arch.compute_losses
+
+    def compute_losses(*args: Any) -> dict:
+        if trainer.training_step.arch.measures_health:
+            measured.append(trainer.state.step + 1)
+        return compute(*args)
+
+    monkeypatch.setattr(trainer.training_step.arch, "compute_losses", compute_losses)
+    trainer.fit()
+    assert measured == [record["step"] for record in sink.records] == [3, 6, 8]
+    for record in sink.records:
+        assert record.keys() >= {f"health/{name}" for name in FIGURES}
+        assert 0 < record["health/dino_entropy"] <= 1 and 1 <= record["health/rankme"] <= 8
+        assert record["health/total_loss_peak"] >= record["total_loss"]
+
+
+def test_a_collapse_ends_the_run_at_its_record_and_nothing_of_it_is_saved():
+    saved: list[int] = []
+    trainer = make_trainer(LIGHT, sinks=[sink := Records()], log_period=2)
+    trainer.collapsed = lambda: sink.records[-1]["step"] == 6
+    trainer.hooks = [CheckpointHook(3, lambda state: saved.append(state.step), finish=lambda: None)]
+    trainer.fit()
+    assert (trainer.state.step, saved, trainer.guard.collapse_agreed) == (6, [3], True)
+
+
+def test_a_collapse_at_the_last_step_is_not_saved_either():
+    saved: list[int] = []
+    hooks = [CheckpointHook(100, lambda state: saved.append(state.step), finish=lambda: None)]
+    make_trainer(LIGHT, hooks=hooks, collapsed=lambda: True, log_period=100).fit()
+    assert saved == []
+
+
 def test_a_finished_run_that_is_started_again_does_nothing():
     assert acted(3, start=STEPS) == []
 
@@ -208,7 +248,7 @@ def test_a_periodic_action_never_records_a_bad_step():
         return losses | {"total_loss": losses["total_loss"] / (0.0 if trainer.state.step == 2 else 1.0)}
 
     trainer.training_step.arch.compute_losses = compute_losses
-    with pytest.raises(NonFiniteError, match="Step 2 is not finite on rank 0"):
+    with pytest.raises(NonFiniteError, match="Step 3 is not finite on rank 0"):
         trainer.fit()
     assert steps == [1, 2]
 

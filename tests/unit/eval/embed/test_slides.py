@@ -159,7 +159,7 @@ def test_bad_input(teacher, slides, tmp_path, capsys, monkeypatch):
 
     assert f"Input '{tmp_path}/nothing' does not exist" in say(tmp_path / "nothing")
     assert "holds no image, Parquet shard or slide" in say(tmp_path / "empty")
-    assert "unknown format '.zip'" in say(tmp_path / "a.zip")
+    assert "dinov2.data.pack makes shards" in say(tmp_path / "a.zip")
     assert "may be images or slides by its endings; say which with --kind" in say(tmp_path / "a.tif")
     assert "--tile-size is 60, but the network takes multiples of its patch size 14" in say(slides, "--tile-size", 60)
     assert "--image-size is 30, but it must be a positive multiple" in say(slides, "--resize", 30)

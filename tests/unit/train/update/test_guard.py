@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def test_flag_is_sticky_and_the_host_looks_later():
     assert guard.all_finite == 0
     guard.observe(2, *values(1.0))
     assert guard.all_finite == 0
-    with pytest.raises(NonFiniteError, match=r"Step 1 is not finite on rank 0 \(samples 16 to 31\).*total_loss = nan"):
+    with pytest.raises(NonFiniteError, match=r"Step 2 is not finite on rank 0 \(samples 16 to 31\).*total_loss = nan"):
         guard.observe(3, *values(1.0))
 
 
@@ -29,16 +31,35 @@ def test_flush_looks_at_once():
     guard.observe(0, *values(1.0))
     guard.flush()
     guard.observe(1, *values(float("inf")))
-    with pytest.raises(NonFiniteError, match="Step 1"):
+    with pytest.raises(NonFiniteError, match="Step 2"):
         guard.flush()
 
 
 def test_a_non_finite_gradient_alone_stops_too():
     guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=0)
-    message = r"Step 2 is not finite in the gradient of all ranks \(samples 16 to 23\).*backbone = inf"
+    message = r"Step 3 is not finite in the gradient of all ranks \(samples 16 to 23\).*backbone = inf"
     with pytest.raises(NonFiniteError, match=message):
         guard.observe(2, *values(1.0, float("inf")))
     assert guard.all_finite == 0
+
+
+def test_under_a_loss_scaler_gradients_are_noted_and_not_judged():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=0)
+    guard.observe(0, *values(1.0, float("inf")), scaled=True)
+    assert guard.all_finite == 1
+    with pytest.raises(NonFiniteError) as error:
+        guard.observe(1, *values(float("nan"), float("inf")), scaled=True)
+    assert (error.value.step, error.value.ranks) == (2, [0])
+    assert error.value.values["grad_norm_backbone"] == float("inf") and math.isnan(error.value.values["total_loss"])
+
+
+def test_a_collapse_is_agreed_on_at_once_and_stays():
+    guard = FiniteGuard(torch.device("cpu"), global_batch=8, delay=3)
+    agreed = []
+    for collapsed in (False, True, False):
+        guard.agree_on_collapse(collapsed)
+        agreed.append(guard.collapse_agreed)
+    assert agreed == [False, True, True]
 
 
 def test_without_gradient_norms_only_the_losses_count():

@@ -149,9 +149,11 @@ def test_nothing_waits_for_the_device(overrides: tuple[str, ...]):
     """Fake tensors hold no values: reading one, for a shape, a branch or a record, raises."""
     step = make_step(*in_precision("bf16"), *overrides)
     step.guard = FiniteGuard(step.arch.device, 8, delay=3)  # as on a GPU
+    step.arch.measures_health = True
     batch = random_batch(step.arch.cfg)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = {name: mode.from_tensor(v) for name, v in batch.items() if isinstance(v, Tensor)}
         for number in range(2):
             metrics = step(number, batch, VALUES)
-        assert all(value.shape == () for value in metrics.values())
+        assert all(value.shape == () for value in (metrics | step.arch.health).values())
+        assert len(step.arch.health) == 4
