@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.distributed import get_global_rank
@@ -18,7 +19,15 @@ logger = logging.getLogger("dinov2")
 
 _LOOK_S, _BEAT_S = 1.0, 5.0  # between two looks at the clock, and two signs of life
 _SAY_S = 60.0  # of waiting after which a warning comes, and comes again
+_AWAKE_LOOKS = 10  # looks that this thread may be late by on a busy machine
 _STALE_S = 4 * _BEAT_S  # after which a rank that shows no sign is taken for dead or stopped
+
+
+@dataclass(frozen=True, eq=False)
+class _Phase:
+    name: str
+    since: float  # seconds since 1970
+    limit_s: float
 
 
 class Watchdog:
@@ -39,7 +48,7 @@ class Watchdog:
         self._state, self._hang_s, self._start_s = state, hang_s, start_s
         self._rank, self._logs = get_global_rank(), folder / "logs"
         self._first_step = state.step
-        self._phase: tuple[str, float, float] | None = None  # name, begin (monotonic), limit
+        self._phase: _Phase | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -57,40 +66,41 @@ class Watchdog:
         """Name what the main thread does within the block: ``with_others`` where it may wait for other ranks."""
         is_first = self._state.step == self._first_step
         limit = self._start_s if is_long or is_first else self._hang_s
-        self._phase = name, time.monotonic(), limit + (_SAY_S if with_others else 0) if limit else float("inf")
+        self._phase = _Phase(name, time.time(), limit + (_SAY_S if with_others else 0) if limit else float("inf"))
         try:
             yield
         finally:
             self._phase = None
 
     def _watch(self) -> None:
-        said, beaten = (None, 0.0), float("-inf")
+        current, waited, due, looked, beaten = None, 0.0, 0.0, time.monotonic(), float("-inf")
         while not self._stop.wait(_LOOK_S):
-            phase = self._phase
-            if time.monotonic() - beaten > _BEAT_S:
+            phase, now = self._phase, time.monotonic()
+            # Where this thread was not woken either, the whole process was suspended, which is no waiting.
+            passed, looked = min(now - looked, _AWAKE_LOOKS * _LOOK_S), now
+            if now - beaten > _BEAT_S:
                 self._beat(phase)
-                beaten = time.monotonic()
+                beaten = now
             if phase is None:
                 continue
-            name, begin, limit = phase
-            waited = time.monotonic() - begin
-            if waited > limit:
-                told = self._describe(name, waited), limit, self._others()
+            if phase is not current:
+                current, waited, due = phase, 0.0, _SAY_S
+            waited += passed
+            if waited > phase.limit_s:
+                told = self._describe(phase, waited), phase.limit_s, self._others()
                 logger.error("%s; the limit is %.0f s, so that the run ends here. %s", *told)
                 for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
                     worker.kill()
                 os._exit(RUN_AGAIN)
-            if said[0] != phase:
-                said = phase, _SAY_S
-            if waited > said[1] < limit:
-                said = phase, said[1] + _SAY_S
-                logger.warning("%s. %s", self._describe(name, waited), self._others())
+            if waited > due:
+                due += _SAY_S
+                logger.warning("%s. %s", self._describe(phase, waited), self._others())
 
-    def _describe(self, name: str, waited: float) -> str:
-        since = time.strftime("%H:%M:%S", time.localtime(time.time() - waited))
+    def _describe(self, phase: _Phase, waited: float) -> str:
+        since = time.strftime("%H:%M:%S", time.localtime(phase.since))
         state = self._state
         return (
-            f"Rank {self._rank} has been {name} since {since}, for {waited:.0f} s, after step {state.step} and "
+            f"Rank {self._rank} has been {phase.name} since {since}, for {waited:.0f} s, after step {state.step} and "
             f"{state.samples} samples"
         )
 
@@ -108,10 +118,9 @@ class Watchdog:
                 behind.append(f"rank {beat['rank']} ({sign}{beat['phase'] or 'between phases'}, step {beat['step']})")
         return f"Behind are {', '.join(behind)}." if behind else "No other rank is behind."
 
-    def _beat(self, phase: tuple[str, float, float] | None) -> None:
-        now = time.time()
-        since = None if phase is None else now - (time.monotonic() - phase[1])
-        beat = {"rank": self._rank, **vars(self._state), "phase": phase and phase[0], "since": since, "time": now}
+    def _beat(self, phase: _Phase | None) -> None:
+        name, since = (phase.name, phase.since) if phase else (None, None)
+        beat = {"rank": self._rank, **vars(self._state), "phase": name, "since": since, "time": time.time()}
         path = self._file(self._rank)
         beside = path.with_suffix(".tmp")
         try:

@@ -132,11 +132,11 @@ def test_slurm_job_runs_the_single_node_script_where_it_was_submitted(repository
 ENDING = "trap 'echo told; exit $1' USR1; echo ready; for _ in {1..600}; do sleep 0.1; done"
 
 
-def requeued(repository: Path, tmp_path: Path, *command: str, signalled: bool) -> tuple[int, list[str]]:
+def requeued(repository: Path, tmp_path: Path, *command: str, signalled: bool, after: int = 600):
     """Exit status, and what was said, of a command in a Slurm job that is signalled once it is ready."""
     (tmp_path / "scontrol").write_text('#!/usr/bin/env bash\necho scontrol "$@"\n')
     (tmp_path / "scontrol").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SECONDS": str(after)}
     script = repository / "scripts/_requeue.sh"
     process = subprocess.Popen([script, *command], env=environment, stdout=subprocess.PIPE, text=True)
     said = []
@@ -151,6 +151,7 @@ def test_slurm_job_is_queued_again_where_it_stopped_before_its_end(repository, t
     ending = ("bash", "-c", ENDING, "bash")
     queued = ["ready", "told", "scontrol requeue 17"]
     assert requeued(repository, tmp_path, *ending, "75", signalled=True) == (0, queued)
+    assert requeued(repository, tmp_path, *ending, "75", signalled=True, after=100) == (75, queued[:2])
     assert requeued(repository, tmp_path, *ending, "2", signalled=True) == (2, queued[:2])
     assert requeued(repository, tmp_path, "false", signalled=False) == (1, [])
     assert requeued(repository, tmp_path, "true", signalled=False) == (0, [])

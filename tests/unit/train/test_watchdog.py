@@ -1,6 +1,7 @@
 """A main thread that hangs, in a process of its own; signs of life of other ranks."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,19 @@ def test_one_that_waits_for_others_lets_them_speak_first(tmp_path: Path):
     begun = time.monotonic()
     assert run(tmp_path, "with_others=True").returncode == 75
     assert time.monotonic() - begun > 2.5
+
+
+def test_time_in_which_the_whole_process_is_suspended_is_no_waiting(tmp_path: Path):
+    code = HANGING.format(extra="").replace('__import__("ctypes").CDLL(None).sleep(60)', "time.sleep(2)")
+    code = code.replace("hang_s=2", "hang_s=6").replace("state.step,", "print(flush=True); state.step,")
+    (tmp_path / "logs").mkdir()
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(8)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=120) == 0
 
 
 def test_nothing_is_left_of_a_run_that_ended_and_without_a_limit_none_is_ended(
