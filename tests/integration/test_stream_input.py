@@ -65,10 +65,11 @@ def test_a_resumed_run_keeps_the_commit_of_the_hub(
     assert train("org/tissue", tmp_path / "out") == 0
     assert {hub.requests[kind] - before[kind] for kind in ("info", "tree")} == {0}
     capsys.readouterr()
-    assert train(newer, tmp_path / "out", "optim.epochs=3") == 2
+    longer = ("optim.epochs=3", "train.allow_changes=true")
+    assert train(newer, tmp_path / "out", *longer) == 2
     (error,) = errors(capsys)
     assert f"dataset '{newer}' changed since the checkpoint" in error
-    assert train(shards, tmp_path / "out", "optim.epochs=3") == 0  # a local copy of the old commit will do
+    assert train(shards, tmp_path / "out", *longer) == 0  # a local copy of the old commit will do
 
 
 def test_what_is_wrong_with_a_hub_dataset(
