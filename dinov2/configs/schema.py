@@ -109,7 +109,7 @@ class DataConfig:
     lanes: int = key(0, "V, interleaved read streams; 0: 8 x global batch or fewer", least=0, most=1e8)
     block_rows: int = key(64, "R, rows shuffled together inside a row group", least=1, most=1e8)
     memory_gib: float = key(16.0, "most that the reader of one process may hold", above=0, most=1e6)
-    retries: int = key(8, "of each remote read before training stops", least=1, most=1000)
+    outage_minutes: float = key(30.0, "that a server may fail to answer before training stops", least=0, most=1e5)
     max_corrupt_fraction: float = key(0.001, "of undecodable rows; training stops above it", **_PROBABILITY)
 
 
@@ -144,8 +144,8 @@ class TrainConfig:
     unfreeze_last_n_blocks: int = key(0, "n > 0: only the last n blocks, final norm and heads learn", **_TO_1000)
     skip_checkpointer: bool | None = key(False, "true: no checkpoints, so no resume")
     checkpoint_period_iterations: int = key(1250, "steps between checkpoints; one more at the end", **_STEPS)
-    hang_timeout: float = key(600.0, "seconds that a step, or waiting for local data, may take; 0: any", **_SECONDS)
-    start_timeout: float = key(3600.0, "the same for a first step, saving, exporting and remote data", **_SECONDS)
+    hang_timeout: float = key(600.0, "seconds that a step, or waiting for data, may take; 0: any", **_SECONDS)
+    start_timeout: float = key(3600.0, "the same for a start with its first step, saving and exporting", **_SECONDS)
     allow_changes: bool = key(False, "resume a run with other values of what defines it")
     time_limit: float = key(0.0, "hours after which a run saves a checkpoint and stops; 0: none", least=0, most=1e6)
     keep_checkpoints: int = key(2, "newest complete checkpoints kept", least=1, most=1e6)

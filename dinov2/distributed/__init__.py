@@ -68,8 +68,10 @@ def is_main_process() -> bool:
     return get_global_rank() == 0
 
 
-def init_process_group(device: torch.device) -> None:
+def init_process_group(device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
     """Join the process group that torchrun describes; does nothing when not started by torchrun.
+
+    A collective that takes longer than ``timeout`` raises a `RuntimeError` (gloo) or ends the process (NCCL).
 
     CUDA tensors travel by NCCL and CPU tensors (objects, checkpoint metadata) by gloo. A CUDA device becomes the
     current one; without an index it is the one numbered by ``LOCAL_RANK``.
@@ -77,11 +79,11 @@ def init_process_group(device: torch.device) -> None:
     if "RANK" not in os.environ or is_enabled():
         return
     if device.type != "cuda":
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
         return
     device = torch.device("cuda", get_local_rank() if device.index is None else device.index)
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
 
 
 @contextlib.contextmanager

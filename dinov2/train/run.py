@@ -60,8 +60,10 @@ class Run:
         MainProcessError: if that is so, and rank 0 says it.
     """
 
-    def __init__(self, config: Config, output_dir: Path, device: torch.device, eval_only: bool = False):
-        self.config, self.output_dir, self.device = config, output_dir, device
+    def __init__(
+        self, config: Config, output_dir: Path, device: torch.device, watchdog: Watchdog, eval_only: bool = False
+    ):
+        self.config, self.output_dir, self.device, self.watchdog = config, output_dir, device, watchdog
         on_main_process(partial(validate, config, get_global_size()))
         kept = config.train.keep_checkpoints, config.train.keep_checkpoints_every
         self.checkpointer = Checkpointer(output_dir, *kept, background=config.train.async_checkpoints)
@@ -73,7 +75,9 @@ class Run:
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
             data = self._open_data(saved)
             self.plan = self._make_plan(saved, data.num_tiles)
-        self.state = TrainState(saved["step"], saved["samples"]) if saved else TrainState()
+        self.state = watchdog.state
+        if saved:
+            self.state.step, self.state.samples = saved["step"], saved["samples"]
         self.loader = None if eval_only else self._open_stream(saved, data)
         built = config if eval_only else self.performance.applied(config)
         self.arch = build_arch(built, device, from_checkpoint=saved is not None)
@@ -129,7 +133,6 @@ class Run:
             if config.logging.wandb:
                 shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
                 sinks.add(WandbSink, self.output_dir, config.logging.wandb_project, shown)
-        watchdog = Watchdog(self.output_dir, self.state, config.train.hang_timeout, config.train.start_timeout)
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
             schedules=schedules,
@@ -141,11 +144,10 @@ class Run:
             sinks=[sinks],
             hooks=self._hooks(sinks),
             stop_asked=self.stop.asked,
-            phase=watchdog.phase,
-            is_remote=self._is_remote,
+            phase=self.watchdog.phase,
             collapsed=lambda: config.train.on_collapse == "stop" and bool(health.collapse),
         )
-        with self.stop, watchdog:
+        with self.stop:
             try:
                 trainer.fit()
             except NonFiniteError as error:
@@ -220,7 +222,9 @@ class Run:
     def _open_data(self, saved: dict[str, Any] | None) -> OpenData:
         # Rank 0 lists files and reads footers, once for all.
         data = on_main_process(partial(open_data, self.config, self.output_dir / "stream_index", saved))
-        self._locations, self._is_remote = data.locations, any(source.is_remote for source in data.sources)
+        self._locations = data.locations
+        if not any(source.is_remote for source in data.sources):
+            self.watchdog.outage_s = 0.0
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         return data
 

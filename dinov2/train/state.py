@@ -32,7 +32,7 @@ _FIXED_KEYS = (
 _FREE_KEYS = re.compile(
     r"(logging|evaluation|performance|debug|compute_precision)\..*|precision|MODEL\.WEIGHTS|optim\.early_stop"
     r"|online\.cache_dir|student\.(attention_backend|pretrained_weights)"
-    r"|data\.(path|kind|revision|datasets|retries|memory_gib|max_corrupt_fraction|slide_root)"
+    r"|data\.(path|kind|revision|datasets|outage_minutes|memory_gib|max_corrupt_fraction|slide_root)"
     r"|train\.(allow_changes|on_collapse|async_checkpoints|batch_size_per_gpu|checkpoint_period_iterations"
     r"|keep_checkpoints(_every)?"
     r"|num_workers|hang_timeout|start_timeout|output_dir|prefetch_factor|skip_checkpointer|time_limit|use_pretrained)"

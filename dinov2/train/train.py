@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from dinov2.configs import load_config
@@ -17,7 +18,9 @@ from dinov2.fsdp import Checkpointer
 from dinov2.logging import setup_logging
 from dinov2.train.output_folder import hold_output_dir
 from dinov2.train.run import CollapseError, Run, dry_run
+from dinov2.train.state import TrainState
 from dinov2.train.update.guard import NonFiniteError
+from dinov2.train.watchdog import Watchdog
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
 from dinov2.utils.launch import join_launch
@@ -25,6 +28,7 @@ from dinov2.utils.signals import receive_sigterm_when_parent_dies
 
 logger = logging.getLogger("dinov2")
 
+_UNTIL_WATCHED = timedelta(days=1)  # that a collective may take: the watchdog, which is told by the run, is faster
 _SMALLER = "lower train.batch_size_per_gpu, the crops or the heads, or use more GPUs"
 
 
@@ -66,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
         sys.stdout.write(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
         return
     device = select_device()
-    init_process_group(device)
+    init_process_group(device, _UNTIL_WATCHED)
     try:
         config = on_main_process(lambda: load_config(args.config_file, args.overrides))
         output_dir = Path(args.output_dir or config.train.output_dir)
@@ -77,11 +81,14 @@ def _run(args: argparse.Namespace) -> None:
             )
         with hold_output_dir(output_dir, resume=not args.no_resume), memory_advice(_SMALLER), peer_lost():
             setup_logging(output_dir)
-            run = Run(config, output_dir, device, args.eval_only)
-            if args.eval_only:
-                run.export_teacher(run.state)
-            else:
-                run.train()
+            limits = config.train.hang_timeout, config.train.start_timeout, 60 * config.data.outage_minutes
+            with Watchdog(output_dir, TrainState(), *limits) as watchdog:
+                with watchdog.phase("starting", with_others=True, is_long=True):
+                    run = Run(config, output_dir, device, watchdog, args.eval_only)
+                if args.eval_only:
+                    run.export_teacher(run.state)
+                else:
+                    run.train()
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         raise

@@ -37,7 +37,6 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     stop_asked: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
     phase: Callable[..., AbstractContextManager[None]] = lambda *_, **__: contextlib.nullcontext()  # `Watchdog.phase`
-    is_remote: bool = False  # whether batches come over a network
     collapsed: Callable[[], bool] = lambda: False  # whether the records told this rank of a collapse that is to stop
 
     def __post_init__(self) -> None:
@@ -59,13 +58,15 @@ class Trainer:
                 hook.on_start(self.state, self.guard)
             batches = iter(self.batches)
             self._begin_period()
+            first = self.state.step
             while self.state.step < self.plan.total_steps and not self._to_stop():
                 asked = time.perf_counter()
-                with self.phase("waiting for a batch", is_long=self.is_remote):
+                is_first = self.state.step == first
+                with self.phase("waiting for a batch", is_long=is_first):
                     batch = next(batches)
                 self._waited += time.perf_counter() - asked
                 self.guard.stop_asked = self.stop_asked()
-                with self.phase("in a step", with_others=True):
+                with self.phase("in a step", with_others=True, is_long=is_first):
                     self.train_step(batch)
                 with self.phase("saving, exporting or probing", with_others=True, is_long=True):
                     for hook in self.hooks:

@@ -40,14 +40,15 @@ class Watchdog:
     Args:
         folder: of the run.
         state: progress, which the trainer advances.
-        hang_s: seconds that a step, or the wait for a batch, may take; 0: no limit.
-        start_s: the same for the first step of this process, in which things are compiled; and for hooks.
+        hang_s: seconds that a phase may take; 0: no limit.
+        start_s: the same for a long one, such as the first step of this process, in which things are compiled.
+        outage_s: seconds that servers may fail to answer, which any phase may take in addition: one that a rank waits
+            for, or others for that rank. 0 once it is known that nothing comes over a network.
     """
 
-    def __init__(self, folder: Path, state: TrainState, hang_s: float, start_s: float):
-        self._state, self._hang_s, self._start_s = state, hang_s, start_s
+    def __init__(self, folder: Path, state: TrainState, hang_s: float, start_s: float, outage_s: float = 0.0):
+        self.state, self._hang_s, self._start_s, self.outage_s = state, hang_s, start_s, outage_s
         self._rank, self._logs = get_global_rank(), folder / "logs"
-        self._first_step = state.step
         self._phase: _Phase | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,9 +65,9 @@ class Watchdog:
     @contextmanager
     def phase(self, name: str, *, with_others: bool = False, is_long: bool = False) -> Iterator[None]:
         """Name what the main thread does within the block: ``with_others`` where it may wait for other ranks."""
-        is_first = self._state.step == self._first_step
-        limit = self._start_s if is_long or is_first else self._hang_s
-        self._phase = _Phase(name, time.time(), limit + (_SAY_S if with_others else 0) if limit else float("inf"))
+        limit = self._start_s if is_long else self._hang_s
+        limit += self.outage_s + (_SAY_S if with_others else 0) if limit else float("inf")
+        self._phase = _Phase(name, time.time(), limit)
         try:
             yield
         finally:
@@ -98,7 +99,7 @@ class Watchdog:
 
     def _describe(self, phase: _Phase, waited: float) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(phase.since))
-        state = self._state
+        state = self.state
         return (
             f"Rank {self._rank} has been {phase.name} since {since}, for {waited:.0f} s, after step {state.step} and "
             f"{state.samples} samples"
@@ -113,14 +114,14 @@ class Watchdog:
             except (OSError, ValueError):  # gone, or being written
                 continue
             silent = time.time() - beat["time"]
-            if beat["rank"] != self._rank and (silent > _STALE_S or beat["step"] < self._state.step):
+            if beat["rank"] != self._rank and (silent > _STALE_S or beat["step"] < self.state.step):
                 sign = f"no sign for {silent:.0f} s, " if silent > _STALE_S else ""
                 behind.append(f"rank {beat['rank']} ({sign}{beat['phase'] or 'between phases'}, step {beat['step']})")
         return f"Behind are {', '.join(behind)}." if behind else "No other rank is behind."
 
     def _beat(self, phase: _Phase | None) -> None:
         name, since = (phase.name, phase.since) if phase else (None, None)
-        beat = {"rank": self._rank, **vars(self._state), "phase": name, "since": since, "time": time.time()}
+        beat = {"rank": self._rank, **vars(self.state), "phase": name, "since": since, "time": time.time()}
         path = self._file(self._rank)
         beside = path.with_suffix(".tmp")
         try:

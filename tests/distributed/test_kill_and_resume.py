@@ -78,7 +78,7 @@ def test_sigkill_on_two_processes_resumes_on_one(tmp_path: Path):
     output_dir = tmp_path / "out"
     with HubServer() as hub:
         hub.push("org/tissue", shards)
-        # A read asks twice, for the address and for the bytes: with more faults some read fails all of its retries.
+        # A read asks twice, for the address and for the bytes: a read that meets many faults takes long.
         hub.faults = seeded_faults(0, {"503": 0.05, "cut": 0.05, "drop": 0.02, RETRY_AFTER: 0.02})
         env = environment() | hub.environment()
         process = subprocess.Popen(command(output_dir, "org/tissue", 2), env=env)

@@ -41,7 +41,9 @@ class _Files:
     def open(self, request: SourceRequest) -> Source:
         """Index the files, or read what the run's folder keeps."""
         data, container = request.config.data, self.container(request)
-        storage = open_storage(request.path, request.revision, data.retries, train_only=True, files=self.files)
+        storage = open_storage(
+            request.path, request.revision, 60 * data.outage_minutes, train_only=True, files=self.files
+        )
         return _open(request, storage, storage.list_files(), container)
 
 
@@ -138,7 +140,8 @@ class ImageList:
         """Read the table and look up the sizes of its files."""
         refuse_revision(request)
         data = request.config.data
-        storage, files, origins = open_image_list(request.path, data.retries, data.image_column, data.patient_pattern)
+        outage_s = 60 * data.outage_minutes
+        storage, files, origins = open_image_list(request.path, outage_s, data.image_column, data.patient_pattern)
         return _open(request, storage, files, None, origins)
 
 

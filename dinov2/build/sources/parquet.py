@@ -36,5 +36,6 @@ class ParquetShards:
         from dinov2.data.storage.locate import open_storage
 
         refuse_groups(request)
-        storage = open_storage(request.path, request.revision, request.config.data.retries, train_only=True)
-        return ParquetSource(storage, request.cache, request.config.data.image_column)
+        data = request.config.data
+        storage = open_storage(request.path, request.revision, 60 * data.outage_minutes, train_only=True)
+        return ParquetSource(storage, request.cache, data.image_column)

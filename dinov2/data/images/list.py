@@ -14,6 +14,7 @@ from dinov2.data.images.table import FIELDS, FILE_COLUMNS, file_column, read_tab
 from dinov2.data.storage.base import FileType, LocalStorage, Storage, StoredFile
 from dinov2.data.storage.fsspec import ObjectStorage
 from dinov2.data.storage.locate import open_storage
+from dinov2.data.storage.retry import OUTAGE_S
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _OTHERS = ("val", "valid", "validation", "dev", "test", "testing", "eval", "eval
 
 
 def open_image_list(
-    path: str, retries: int = 8, named: str = "", pattern: str = ""
+    path: str, outage_s: float = OUTAGE_S, named: str = "", pattern: str = ""
 ) -> tuple[Storage, list[StoredFile], Origins]:
     """Read a table that names images: where they lie, the files sorted by name, and their origins.
 
@@ -34,11 +35,11 @@ def open_image_list(
     file differ, or the split train is empty.
 
     Args:
-        retries: of each remote read.
+        outage_s: seconds that a server may fail to answer.
         named: name of the column of files, where it is none of `FILE_COLUMNS`.
         pattern: as of `Origins`.
     """
-    stored = open_storage(path, retries=retries, files=_TABLE)
+    stored = open_storage(path, outage_s=outage_s, files=_TABLE)
     (file,) = stored.list_files()
     table = read_table(stored.read_range(file.name, 0, file.size), stored.locate(file.name))
     column = file_column(list(table), named)
@@ -50,7 +51,7 @@ def open_image_list(
     names = table[column].to_pylist()
     if not names:
         raise ValueError(f"'{path}' names no image; at least one is expected")
-    storage, names = _located(path, isinstance(stored, LocalStorage), names, retries)
+    storage, names = _located(path, isinstance(stored, LocalStorage), names, outage_s)
     origins = as_told({name: table[name].combine_chunks() for name in (column, *FIELDS) if name in table.column_names})
     if len(order := sorted({name: row for row, name in reversed(list(enumerate(names)))}.items())) < len(names):
         check_alike(path, names, origins)
@@ -75,7 +76,7 @@ def _training(path: str, table: pa.Table) -> pa.Table:
     return table
 
 
-def _located(path: str, is_local: bool, names: list[str], retries: int) -> tuple[Storage, list[str]]:
+def _located(path: str, is_local: bool, names: list[str], outage_s: float) -> tuple[Storage, list[str]]:
     """Where the images of a list lie, and their names there, in the shortest form."""
     names = [name.removeprefix("file://") for name in names]
     location = os.path.dirname(path.removeprefix("file://"))
@@ -93,7 +94,7 @@ def _located(path: str, is_local: bool, names: list[str], retries: int) -> tuple
         where = "on one server or in one bucket" if is_local else f"below '{location}'"
         raise ValueError(f"'{path}' names '{(elsewhere or urls)[0]}'; images that all lie {where} are expected")
     names = [name.removeprefix(f"{location}/").removeprefix("./") for name in names]
-    return open_storage(location, retries=retries, files=IMAGES), names
+    return open_storage(location, outage_s=outage_s, files=IMAGES), names
 
 
 def _below(location: str, names: list[str]) -> list[str]:

@@ -6,17 +6,17 @@ from urllib.parse import unquote
 
 from dinov2.data.storage.base import PARQUET, FileType, LocalStorage, Storage
 from dinov2.data.storage.fsspec import COMMIT, HubStorage, ObjectStorage
-from dinov2.data.storage.retry import Retries
+from dinov2.data.storage.retry import OUTAGE_S, Retries
 
 _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
-_RETRIES_FOR_A_PATH = 2
+_OUTAGE_FOR_A_PATH_S = 3.0
 NAMES = "folder (with subfolders), glob, braces {00..99} or file; org/name[@revision] on the Hugging Face hub; s3://..."
 
 
 def open_storage(
-    dataset: str, revision: str = "", retries: int = 8, train_only: bool = False, files: FileType = PARQUET
+    dataset: str, revision: str = "", outage_s: float = OUTAGE_S, train_only: bool = False, files: FileType = PARQUET
 ) -> Storage:
     """Find the storage of a dataset; what is on the hub is pinned to a commit, named by the storage's `location`.
 
@@ -28,11 +28,11 @@ def open_storage(
             hf://datasets/org/name[@revision][/folder, glob or file] on the Hugging Face hub; or an fsspec URL
             (s3://, gs://, https://, ...).
         revision: branch, tag or commit of a hub dataset. A full commit wins over a revision in `dataset`.
-        retries: how often each request is repeated at most.
+        outage_s: seconds that its server may fail to answer.
         train_only: whether of a folder only the training split is taken, as it always is of a whole hub dataset.
         files: the type of the files that it consists of.
     """
-    policy = Retries(retries)
+    policy = Retries(outage_s)
     scheme, separator, path = dataset.partition("://") if "://" in dataset else ("", "", dataset)
     named = None
     if scheme == "hf":
@@ -59,7 +59,7 @@ def open_storage(
         return HubStorage(named["repo"], revision, named["path"] or "", policy, files)
     try:
         # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
-        found = HubStorage(named["repo"], revision, "", Retries(min(retries, _RETRIES_FOR_A_PATH)), files)
+        found = HubStorage(named["repo"], revision, "", Retries(min(outage_s, _OUTAGE_FOR_A_PATH_S)), files)
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
     return HubStorage(named["repo"], found.commit, "", policy, files)

@@ -20,6 +20,11 @@ from urllib.parse import urlsplit
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _thread = threading.local()
+OUTAGE_S = 1800.0
+"""That a server may fail to answer, where no setting says."""
+
+_LINE_S = 60.0  # between two lines about one server
+_told: dict[str, float] = {}  # by server, when this process last told of a failure
 # Names, not classes: those of the HTTP packages, of which none need be installed or loaded here.
 _PASSING = {
     *["ConnectionError", "TimeoutError", "gaierror", "SSLError", "IncompleteRead", "JSONDecodeError"],  # Python
@@ -96,52 +101,70 @@ class SharedPause:
 class Retries:
     """Repetition of a request. Waits double from retry to retry, with jitter, up to a bound."""
 
-    retries: int = 8  # after the first request
+    outage_s: float = OUTAGE_S  # from the first failure on, after which a request is given up
     first_wait_s: float = 1.0  # longest wait before the first retry
-    longest_wait_s: float = 300.0  # bound of the doubled waits
+    longest_wait_s: float = 60.0  # bound of the doubled waits
     longest_pause_s: float = 600.0  # bound of the time that a server may ask to be left alone
     connect_s: float = 10.0  # that a connection may take
     read_s: float = 60.0  # in which some bytes must come
     pause_folder: str = ""  # see `SharedPause`
     sleep: Callable[[float], None] = _pause
+    clock: Callable[[], float] = time.monotonic
 
     def call(self, url: str, request: Callable[[], _Result]) -> _Result:
         """Give what `request` returns, repeated while it fails for a reason that may pass.
 
         A 429 holds up all processes of this machine's user that ask the same server. The URL appears in messages, so
-        it must be one without credentials. RemoteError if all retries failed; what cannot pass is raised as it comes.
+        it must be one without credentials. RemoteError once the outage lasts too long; what cannot pass is raised as it
+        comes.
         """
-        from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+        from tenacity import RetryCallState, Retrying, retry_if_exception
 
-        pause = SharedPause(urlsplit(url).netloc, self.longest_pause_s, self.pause_folder)
+        server = urlsplit(url).netloc
+        pause = SharedPause(server, self.longest_pause_s, self.pause_folder)
+        began: list[float] = []  # when the first failure was met
+
+        def lasted() -> float:
+            return self.clock() - began[0] if began else 0.0
 
         def hold_up(state: RetryCallState) -> None:
             if remaining := pause.remaining_s():
                 self.sleep(remaining + self._jittered(self.first_wait_s))
 
         def wait(state: RetryCallState) -> float:
-            error, tried = state.outcome.exception(), state.attempt_number
+            error = state.outcome.exception()
             status, headers = answer(error)
+            began[:] = began or [self.clock()]
             asked = min(_asked_wait(status, headers), self.longest_pause_s)
-            doubled = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(tried - 1, 60))
+            doubled = min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(state.attempt_number - 1, 60))
             seconds = asked + self._jittered(self.first_wait_s if asked else doubled)
-            # While a pause is in force every thread runs into it; one line tells of it.
-            news = status != HTTPStatus.TOO_MANY_REQUESTS or pause.extend(seconds)
-            if tried <= self.retries:
-                values = url, reason(error), tried, self.retries, seconds
-                logger.log(logging.WARNING if news else logging.DEBUG, "%s: %s; retry %d of %d in %.1f s", *values)
-            return seconds
+            if status == HTTPStatus.TOO_MANY_REQUESTS:
+                pause.extend(seconds)
+            if lasted() < self.outage_s and self._is_due(server):
+                values = url, reason(error), lasted(), self.outage_s / 60
+                logger.warning("%s: %s; failing for %.0f s, and asked again for %g minutes", *values)
+            return min(seconds, max(0.0, self.outage_s - lasted())) if not asked else seconds
 
         def give_up(state: RetryCallState) -> None:
             error = state.outcome.exception()
             limited = answer(error)[0] == HTTPStatus.TOO_MANY_REQUESTS
             advice = "set HF_TOKEN for a higher limit (Hugging Face)" if limited else "check the network"
-            failure = f"'{url}' could not be read with {self.retries} retries ({reason(error)})"
-            raise RemoteError(f"{failure}; {advice}, raise data.retries or train from a local copy") from error
+            failure = f"'{url}' could not be read for {self.outage_s / 60:g} minutes ({reason(error)})"
+            raise RemoteError(f"{failure}; {advice}, raise data.outage_minutes or train from a local copy") from error
 
-        stop, retry = stop_after_attempt(self.retries + 1), retry_if_exception(is_transient)
-        hooks = {"before": hold_up, "retry_error_callback": give_up}
-        return Retrying(sleep=self.sleep, stop=stop, wait=wait, retry=retry, **hooks)(request)
+        hooks = {"before": hold_up, "retry_error_callback": give_up, "retry": retry_if_exception(is_transient)}
+        result = Retrying(sleep=self.sleep, stop=lambda _: lasted() >= self.outage_s, wait=wait, **hooks)(request)
+        if lasted() > _LINE_S and _told.pop(server, None):
+            logger.info("%s: answers again after %.0f s", url, lasted())
+        return result
+
+    def _is_due(self, server: str) -> bool:
+        """Whether to tell of a failure: of all threads that meet it, one may, once a minute."""
+        now = self.clock()
+        if now - _told.get(server, -_LINE_S) < _LINE_S:
+            return False
+        _told[server] = now
+        return True
 
     @staticmethod
     def _jittered(seconds: float) -> float:

@@ -63,7 +63,7 @@ def faults(file: Path | None, *overrides: str) -> list[str]:
         "data.lanes=1000000000000",
         "data.block_rows=0",
         "data.memory_gib=1e300",
-        "data.retries=1000000000",
+        "data.outage_minutes=1000000000",
         "data.validation_fraction=1",
         "data.max_corrupt_fraction=1.1",
         "online.max_patches=1000000000000",

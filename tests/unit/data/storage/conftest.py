@@ -10,10 +10,10 @@ from dinov2.data.storage.retry import Retries
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Retries:
-    """Eight tries within a second, pauses of their own."""
+    """Tries for two seconds, pauses of their own."""
     folder = tmp_path / "pauses"
     folder.mkdir()
-    return Retries(7, 0.01, 0.05, connect_s=5.0, read_s=5.0, pause_folder=str(folder))
+    return Retries(2.0, 0.01, 0.05, connect_s=5.0, read_s=5.0, pause_folder=str(folder))
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_forked_processes_and_their_parent(
     commit = hub.push("org/tiles", shards)
     url = {"s3": f"s3://{bucket}/tiles", "http": f"{hub.url}/datasets/org/tiles/resolve/{commit}"}[kind]
     # One try and little patience: a connection that a child took away from its parent shows.
-    storage = ObjectStorage(url, replace(quick, retries=0))
+    storage = ObjectStorage(url, replace(quick, outage_s=0))
     assert read_ranges(storage, shards, 0) == 0
     with multiprocessing.get_context("fork").Pool(2) as pool:
         there = pool.starmap_async(read_in_child, [(storage, shards, seed) for seed in (1, 2)])
@@ -149,7 +149,7 @@ def test_s3_errors(bucket: str, quick: Retries, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_store_that_fails_now_and_then(hub: HubServer, shards: Path, quick: Retries) -> None:
     commit = hub.push("org/tiles", shards)
-    storage = ObjectStorage(f"{hub.url}/datasets/org/tiles/resolve/{commit}", replace(quick, retries=11))
+    storage = ObjectStorage(f"{hub.url}/datasets/org/tiles/resolve/{commit}", replace(quick, outage_s=30))
     hub.faults = seeded_faults(0, {"503": 0.1, "429": 0.05, "drop": 0.05, "cut": 0.05})
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(lambda seed: read_ranges(storage, shards, seed, 5), range(4))) == 0
@@ -198,7 +198,7 @@ def test_memory(shards: Path, quick: Retries) -> None:
 
 
 def test_secrets_of_a_url_are_not_told(quick: Retries) -> None:
-    storage = ObjectStorage("http://me:secret@127.0.0.1:1/tiles", replace(quick, retries=0))
+    storage = ObjectStorage("http://me:secret@127.0.0.1:1/tiles", replace(quick, outage_s=0))
     assert storage.location == "http://127.0.0.1:1/tiles"
     with pytest.raises(RemoteError) as caught:
         storage.list_files()

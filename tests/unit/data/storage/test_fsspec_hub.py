@@ -74,7 +74,7 @@ def test_parquet_reads_through_it(hub: HubServer, tmp_path: Path, quick: Retries
     (tmp_path / "real").mkdir()
     pq.write_table(table, tmp_path / "real/x.parquet", row_group_size=50)
     hub.push("org/real", tmp_path / "real")
-    storage = HubStorage("org/real", "", "", replace(quick, retries=29))
+    storage = HubStorage("org/real", "", "", replace(quick, outage_s=60))
     hub.faults = seeded_faults(3, FAULTS)
     (file,) = storage.list_files()
     assert pq.read_table(RangedFile(storage, file.name, file.size)).equals(table)
@@ -83,7 +83,7 @@ def test_parquet_reads_through_it(hub: HubServer, tmp_path: Path, quick: Retries
 def test_bytes_are_the_local_ones_under_faults_from_threads(hub: HubServer, shards: Path, quick: Retries) -> None:
     hub.push("org/tiles", shards)
     hub.faults = seeded_faults(0, FAULTS)
-    storage = HubStorage("org/tiles", "", "", replace(quick, retries=29))
+    storage = HubStorage("org/tiles", "", "", replace(quick, outage_s=60))
     assert [file.name for file in storage.list_files()] == NAMES
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda seed: read_ranges(storage, shards, seed, 15), range(8))) == 0
@@ -92,7 +92,7 @@ def test_bytes_are_the_local_ones_under_faults_from_threads(hub: HubServer, shar
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_bytes_are_the_local_ones_in_another_process(hub: HubServer, shards: Path, quick: Retries, method: str) -> None:
     hub.push("org/tiles", shards)
-    storage = HubStorage("org/tiles", "", "", replace(quick, retries=29))
+    storage = HubStorage("org/tiles", "", "", replace(quick, outage_s=60))
     assert read_ranges(storage, shards, 0, 5) == 0  # so that there are connections to inherit
     hub.faults = seeded_faults(1, FAULTS)
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -112,7 +112,7 @@ def test_a_server_that_falls_silent_is_left(hub: HubServer, shards: Path, quick:
     assert len(storage.list_files()) == 3
     hub.faults = [Fault("hang")] * 2
     with pytest.raises(RemoteError, match="ReadTimeout"):
-        HubStorage("org/tiles", "", "", replace(impatient, retries=1))
+        HubStorage("org/tiles", "", "", replace(impatient, outage_s=0.1))
 
 
 @pytest.mark.parametrize("fault", [RATE_LIMITED, RETRY_AFTER], ids=["ratelimit", "retry-after"])
@@ -203,7 +203,7 @@ def test_a_server_without_ranges_is_refused(hub: HubServer, shards: Path, quick:
 
 def test_links_to_the_storage_behind_the_hub_are_not_told(hub: HubServer, shards: Path, quick: Retries) -> None:
     hub.push("org/tiles", shards)
-    storage = HubStorage("org/tiles", "", "", replace(quick, retries=0))
+    storage = HubStorage("org/tiles", "", "", replace(quick, outage_s=0))
     hub.faults = [None, Fault("503")]
     with pytest.raises(RemoteError, match="HTTP 503") as caught:
         storage.read_range("c d.parquet", 0, 1)

@@ -16,7 +16,7 @@ from tests.helpers.ranges import NAMES
 
 def names(dataset: str, revision: str = "") -> list[str]:
     """What a dataset lists."""
-    return [file.name for file in open_storage(dataset, revision, retries=0).list_files()]
+    return [file.name for file in open_storage(dataset, revision, outage_s=0).list_files()]
 
 
 def test_a_local_path_wins_over_the_hub(

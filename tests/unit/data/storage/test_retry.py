@@ -9,6 +9,7 @@ import random
 import socket
 import ssl
 import time
+import uuid
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
@@ -43,8 +44,8 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def retries(tmp_path: Path, waits: list[float]) -> Retries:
-    """The defaults, without the waiting."""
-    return Retries(pause_folder=str(tmp_path), sleep=waits.append)
+    """The defaults, on a clock that only waits move."""
+    return Retries(pause_folder=str(tmp_path), sleep=waits.append, clock=lambda: sum(waits))
 
 
 def refusal(status: int, headers: dict[str, str]) -> Exception:
@@ -135,12 +136,13 @@ def test_errors_of_the_http_packages_are_known() -> None:
 
 def test_waits_double_up_to_the_bound_and_are_jittered(retries: Retries, waits: list[float]) -> None:
     with pytest.raises(RemoteError):
-        replace(retries, retries=1999).call(URL, Failing(*[refusal(503, {})] * 2000))
-    assert len(waits) == 1999
+        replace(retries, outage_s=50_000).call(URL, Failing(*[refusal(503, {})] * 2000))
+    *waits, last = waits
+    assert len(waits) > 800 and sum(waits) + last == pytest.approx(50_000)
     for i, wait in enumerate(waits):
-        longest = min(300, 2 ** min(i, 10))
+        longest = min(60, 2 ** min(i, 10))
         assert longest / 2 <= wait <= longest
-    assert len({wait for wait in waits if wait > 150}) > 1900
+    assert len({wait for wait in waits if wait > 30}) > 700
 
 
 def dated(headers: dict[str, str]) -> dict[str, str]:
@@ -189,37 +191,38 @@ def test_other_headers_do_not_hold_up(
 
 
 @pytest.mark.parametrize(
-    ("error", "retried", "told"),
+    ("error", "outage_s", "told"),
     [
-        (refusal(503, {}), 2, ["2 retries", "HTTP 503 (Service Unavailable)", "check the network"]),
-        (refusal(429, {}), 0, ["0 retries", "HTTP 429 (Too Many Requests)", "set HF_TOKEN"]),
-        (ConnectionError("9 of 10\nbytes came"), 1, ["1 retries", "ConnectionError (9 of 10 bytes came)"]),
+        (refusal(503, {}), 90, ["1.5 minutes", "HTTP 503 (Service Unavailable)", "check the network"]),
+        (refusal(429, {}), 0, ["0 minutes", "HTTP 429 (Too Many Requests)", "set HF_TOKEN"]),
+        (ConnectionError("9 of 10\nbytes came"), 60, ["1 minutes", "ConnectionError (9 of 10 bytes came)"]),
     ],
 )
-def test_giving_up_names_url_count_reason_and_what_to_do(
-    retries: Retries, error: Exception, retried: int, told: list[str]
+def test_giving_up_names_url_time_reason_and_what_to_do(
+    retries: Retries, waits: list[float], error: Exception, outage_s: float, told: list[str]
 ) -> None:
-    request = Failing(*[error] * 5)
+    request = Failing(*[error] * 50)
     with pytest.raises(RemoteError) as caught:
-        replace(retries, retries=retried).call(URL, request)
-    assert request.calls == retried + 1
+        replace(retries, outage_s=outage_s).call(URL, request)
+    assert sum(waits) == pytest.approx(outage_s) and request.calls == 1 + len(waits)
     assert all(part in str(caught.value) for part in [URL, *told])
     assert caught.value.errno == errno.EIO  # a reader takes errors without one for corrupt files
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.errno) == (str(caught.value), errno.EIO)
 
 
-def test_each_retry_is_one_warning(retries: Retries, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(RemoteError):
-        replace(retries, retries=2).call(URL, Failing(*[refusal(503, {})] * 3))
-    assert [record.name for record in caplog.records] == ["dinov2.data.storage.retry"] * 2
-    assert "retry 1 of 2 in" in caplog.messages[0]
-    assert "retry 2 of 2 in" in caplog.messages[1]
+def test_of_an_outage_is_told_at_once_and_once_a_minute(
+    retries: Retries, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    servers = [f"https://{uuid.uuid4().hex}/shard" for _ in range(2)]  # nothing was told of these yet
+    assert retries.call(servers[0], Failing(*[refusal(503, {})] * 40)) == "bytes"
+    *warnings, end = caplog.records
+    assert {record.levelname for record in warnings} == {"WARNING"} and end.levelname == "INFO"
+    assert sum(waits) / 120 <= len(warnings) <= 1 + sum(waits) / 60  # a minute's end may fall into a wait
     caplog.clear()
-    limited = {"Retry-After": "100"}
-    with caplog.at_level(logging.WARNING):
-        for _ in range(20):  # as many threads, which meet the same limit
-            retries.call(URL, Failing(refusal(429, limited)))
+    for _ in range(20):  # as many threads, which meet the same limit
+        replace(retries, clock=lambda: 0.0).call(servers[1], Failing(refusal(429, {"Retry-After": "100"})))
     assert len(caplog.records) == 1
 
 
@@ -231,7 +234,7 @@ def test_seeded_generators_are_left_alone(retries: Retries) -> None:
 
 def test_a_limit_holds_up_other_processes_that_ask_the_same_server(retries: Retries, waits: list[float]) -> None:
     limited = Failing(refusal(429, {"Retry-After": "120"}))
-    other = multiprocessing.get_context("fork").Process(target=replace(retries, retries=0).call, args=(URL, limited))
+    other = multiprocessing.get_context("fork").Process(target=replace(retries, outage_s=0).call, args=(URL, limited))
     other.start()
     other.join()
     assert other.exitcode == 1  # gave up
@@ -277,11 +280,11 @@ def test_a_file_that_is_no_pause_of_ours_does_not_hold_up(tmp_path: Path) -> Non
 
 
 def test_where_no_pause_can_be_kept_the_caller_still_waits(waits: list[float]) -> None:
-    retries = Retries(pause_folder="/nowhere", sleep=waits.append)
+    retries = Retries(pause_folder="/nowhere", sleep=waits.append, clock=lambda: sum(waits))
     assert retries.call(URL, Failing(refusal(429, {"Retry-After": "50"}))) == "bytes"
     assert 50 < waits[0] <= 51
 
 
 def test_it_can_be_sent_to_other_processes() -> None:
-    retries: Any = Retries(retries=2)
+    retries: Any = Retries(outage_s=2)
     assert pickle.loads(pickle.dumps(retries)) == retries
