@@ -12,4 +12,4 @@ nvidia-smi -L >/dev/null 2>&1 || left_out+=" and not gpu"
 
 # One thread per worker: two workers that each take every core are slower than one.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "${PATHFM_TEST_WORKERS:-2}" -m "$left_out" "$@"
+exec .venv/bin/python -m pytest -n "${PATHFM_TEST_WORKERS:-2}" --dist worksteal -m "$left_out" "$@"

@@ -7,6 +7,8 @@
 #   NNODES, NODE_RANK          number of nodes and this one's number, 0 being the master
 #   NPROC_PER_NODE             processes on this node, one per GPU
 #   MASTER_ADDR, MASTER_PORT   where the nodes meet; without a port, a single node picks a free one
+#   MAX_RESTARTS               how often all processes are started anew, from the newest checkpoint, where one was lost:
+#                              3 on one node, else 0, since the nodes must know each other by their host names for it
 #   DRY_LAUNCH=1               prints the command and changes nothing
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -62,7 +64,9 @@ move_run_aside() {
 
 [[ -x $python ]] || die "Path-FM is not installed: run $root/install.sh first."
 for name in NNODES NPROC_PER_NODE; do require_count "$name" 1; done
+MAX_RESTARTS=${MAX_RESTARTS:-$((NNODES == 1 ? 3 : 0))}
 require_count NODE_RANK 0
+require_count MAX_RESTARTS 0
 [[ $NODE_RANK -lt $NNODES ]] || die "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES."
 # A relative name may also be one of the repository's own configurations.
 [[ -f $CONFIG_FILE || ! -f $root/$CONFIG_FILE ]] || CONFIG_FILE=$root/$CONFIG_FILE
@@ -86,11 +90,15 @@ esac
 torchrun=()
 if [[ $NNODES -gt 1 || $NPROC_PER_NODE -gt 1 ]]; then
     torchrun=("$root/scripts/_torchrun.py" --nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE")
+    torchrun+=(--max-restarts "$MAX_RESTARTS")
     if [[ $NNODES -eq 1 && -z ${MASTER_PORT:-} ]]; then
         torchrun+=(--standalone)
-    else
+    elif [[ $MAX_RESTARTS -eq 0 ]]; then
         torchrun+=(--node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:-127.0.0.1}")
         torchrun+=(--master_port "${MASTER_PORT:-29500}")
+    else
+        # With a master address, processes that are started anew would meet in the store of those before them.
+        torchrun+=(--rdzv-backend c10d --rdzv-id path-fm --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
     fi
 fi
 command=(

@@ -8,14 +8,30 @@ import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.agent.server import WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dinov2.utils.cli import USER_ERROR
+from dinov2.utils.cli import LOST, USER_ERROR
 from dinov2.utils.signals import STATUS_OF
+
+_MEANT = {USER_ERROR, *STATUS_OF.values()}  # ends that a start in the same place would only repeat
+
+
+class _Agent(LocalElasticAgent):
+    """Does not start those anew (``--max-restarts``) that have ended because they were asked to or cannot go on."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode in _MEANT for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
 
 
 def main() -> int:
@@ -24,15 +40,18 @@ def main() -> int:
     # PET_<OPTION> is the default of each option; those of newer versions are nothing to older ones.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in STATUS_OF))
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "3600")  # for a checkpoint; a second signal does not wait
+    # Processes that are started again must not meet in the store of those before them, whose keys they would read.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    api.LocalElasticAgent = _Agent
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
+        statuses = {LOST if failure.exitcode < 0 else failure.exitcode for failure in error.failures.values()}
         for failure in error.failures.values():
             if failure.exitcode < 0:
                 how = signal.Signals(-failure.exitcode).name
                 sys.stderr.write(f"Local rank {failure.local_rank} (process {failure.pid}) was ended by {how}.\n")
-        told = {USER_ERROR, *STATUS_OF.values()} & {failure.exitcode for failure in error.failures.values()}
-        if told:
+        if told := statuses & {LOST, *_MEANT}:
             return min(told)
         raise
     except SignalException as error:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2.utils.cli import RUN_AGAIN, Stopped, ToldElsewhere
+from dinov2.utils.cli import LOST, Stopped, ToldElsewhere
 
 # Ranks wait while rank 0 downloads weights or reads the footers of a large dataset.
 _TIMEOUT = timedelta(minutes=30)
@@ -114,7 +114,7 @@ def peer_lost() -> Iterator[None]:
         raise Stopped(
             f"Rank {get_global_rank()} has lost another rank, which ended or was killed; the same command goes on from "
             "the newest checkpoint.",
-            RUN_AGAIN,
+            LOST,
         ) from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dinov2.distributed import get_global_rank
 from dinov2.train.state import TrainState
-from dinov2.utils.cli import RUN_AGAIN
+from dinov2.utils.cli import LOST
 
 logger = logging.getLogger("dinov2")
 
@@ -92,7 +92,7 @@ class Watchdog:
                 logger.error("%s; the limit is %.0f s, so that the run ends here. %s", *told)
                 for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
                     worker.kill()
-                os._exit(RUN_AGAIN)
+                os._exit(LOST)
             if waited > due:
                 due += _SAY_S
                 logger.warning("%s. %s", self._describe(phase, waited), self._others())

@@ -21,6 +21,7 @@ USER_ERROR = 2  # one sentence has said what the user can mend
 INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C: 130
 TERMINATED = 128 + signal.SIGTERM  # 143; 129 after SIGHUP
 RUN_AGAIN = STATUS_OF[signal.SIGUSR1]  # 75: stopped at a limit of time, of Slurm for instance
+LOST = 76  # another process of the run was killed, or one hangs
 
 
 class Terminated(BaseException):

@@ -8,25 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launches import command, finish, kill_all, processes_of, start, wait_for_step
-from tests.helpers.runs import write_tissue_shards
+from tests.helpers.launches import children, command, finish, kill_all, processes_of, ranks, start, wait_for_step
 
 LONG = ("optim.epochs=500", "train.num_workers=1", "train.checkpoint_period_iterations=5", "train.hang_timeout=20")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tissue_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-def children(pid: int) -> list[int]:
-    """Child processes, oldest first."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def ranks(launcher: int, output_dir: Path) -> list[int]:
-    """The ranks that a launcher has started, in order."""
-    return [pid for pid in children(launcher) if pid in processes_of(output_dir)]
 
 
 def disturb(data: Path, output_dir: Path, whom: str, number: signal.Signals) -> tuple[int, str]:
@@ -46,10 +30,10 @@ def disturb(data: Path, output_dir: Path, whom: str, number: signal.Signals) -> 
 @pytest.mark.parametrize(
     ("whom", "number", "status", "sentence"),
     [
-        ("worker", signal.SIGSTOP, 75, "Rank 1 has been waiting for a batch"),
+        ("worker", signal.SIGSTOP, 76, "Rank 1 has been waiting for a batch"),
         ("worker", signal.SIGKILL, 2, "A decode worker of rank 1 has ended"),
-        ("rank", signal.SIGSTOP, 75, "Behind are rank 1 (no sign for"),
-        ("rank", signal.SIGKILL, 75, "was ended by SIGKILL"),
+        ("rank", signal.SIGSTOP, 76, "Behind are rank 1 (no sign for"),
+        ("rank", signal.SIGKILL, 76, "was ended by SIGKILL"),
     ],
 )
 def test_of_two_ranks(data: Path, tmp_path: Path, whom: str, number: signal.Signals, status: int, sentence: str):

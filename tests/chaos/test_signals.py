@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import signal
@@ -11,43 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers.launches import command, finish, kill_all, processes_of, start, wait_for_step
-from tests.helpers.runs import checkpoint_tensors, read_metrics, write_tissue_shards
+from tests.helpers.launches import (
+    LAUNCHED,
+    STEPS,
+    assert_resumes_as,
+    command,
+    finish,
+    kill_all,
+    processes_of,
+    start,
+    wait_for_step,
+)
 
-STEPS = 24
-LONG = ("optim.epochs=6", "train.num_workers=1", "train.checkpoint_period_iterations=1000")
+SELDOM = "train.checkpoint_period_iterations=1000"
+LONG = (*LAUNCHED, SELDOM)
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGHUP: 129}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tissue_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Uninterrupted runs by number of processes."""
-
-    @functools.cache
-    def run(processes: int) -> Path:
-        output_dir = tmp_path_factory.mktemp("whole") / "out"
-        status, said = finish(start(command(output_dir, data, processes, *LONG)))
-        assert status == 0, said
-        return output_dir
-
-    return run
-
-
-def assert_resumes_as(whole: Path, output_dir: Path, data: Path, processes: int) -> None:
-    """Go on with a run; its losses and tensors are those of the uninterrupted one, to the bit."""
-    status, said = finish(start(command(output_dir, data, processes, *LONG)))
-    assert status == 0, said
-    curves = [{r["step"]: r["total_loss"] for r in read_metrics(folder)} for folder in (whole, output_dir)]
-    assert curves[0] == curves[1] and curves[0].keys() == set(range(1, STEPS + 1))
-    one, other = (checkpoint_tensors(folder, STEPS) for folder in (whole, output_dir))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def steps_saved(output_dir: Path) -> list[int]:
@@ -73,7 +51,7 @@ def test_a_signalled_run_saves_and_resumes_as_if_nothing_had_been(
     (saved,) = steps_saved(output_dir)
     assert (status, 3 <= saved < STEPS) == (STATUS[number], True), said
     assert str(output_dir / f"checkpoints/step_{saved:07d}") in said and "Traceback" not in said
-    assert_resumes_as(whole(processes), output_dir, data, processes)
+    assert_resumes_as(whole(processes), output_dir, data, processes, SELDOM)
 
 
 @pytest.mark.slow
@@ -85,7 +63,7 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(data: Path, whole: Cal
     finish(process)  # the pipe is closed when the last rank has ended
     (saved,) = steps_saved(output_dir)
     assert 3 <= saved < STEPS and not processes_of(output_dir)
-    assert_resumes_as(whole(2), output_dir, data, 2)
+    assert_resumes_as(whole(2), output_dir, data, 2, SELDOM)
 
 
 def test_a_run_ends_before_slurm_does(data: Path, tmp_path: Path):
@@ -124,4 +102,4 @@ def test_at_random_moments(data: Path, whole: Callable[[int], Path], tmp_path: P
     status, said = finish(process)
     assert status in (0, STATUS[number], 128 + number, -number), said  # before Python has begun it ends as any process
     assert "Traceback" not in said, said
-    assert_resumes_as(whole(processes), output_dir, data, processes)
+    assert_resumes_as(whole(processes), output_dir, data, processes, SELDOM)

@@ -10,11 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import dinov2
-from tests.helpers.runs import TINY
+from tests.helpers.runs import TINY, checkpoint_tensors, read_metrics
 
 ROOT = Path(dinov2.__file__).parents[1]
-BATCH, PATIENCE_S = 8, 600.0  # the patience only guards against hanging, on the busiest machine
+BATCH, STEPS = 8, 24
+PATIENCE_S = 600.0  # only guards against hanging, on the busiest machine
+LAUNCHED = ("optim.epochs=6", "train.num_workers=1")  # a run of so many steps
 
 
 def command(output_dir: Path, data: Path | str, processes: int, *overrides: str) -> list[str]:
@@ -55,6 +59,22 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Losses of every step and tensors of the last checkpoint are equal to the bit."""
+    curves = [{record["step"]: record["total_loss"] for record in read_metrics(run)} for run in (one, other)]
+    assert curves[0] == curves[1] and curves[0].keys() == set(range(1, STEPS + 1))
+    tensors = [checkpoint_tensors(run, STEPS) for run in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def assert_resumes_as(whole: Path, output_dir: Path, data: Path | str, processes: int, *overrides: str) -> None:
+    """Go on with a run; it ends as the uninterrupted one, to the bit."""
+    status, said = finish(start(command(output_dir, data, processes, *LAUNCHED, *overrides)))
+    assert status == 0, said
+    assert_equal_runs(whole, output_dir)
+
+
 def processes_of(output_dir: Path) -> list[int]:
     """Those whose command line names the folder, workers included."""
     found = []
@@ -70,3 +90,13 @@ def kill_all(output_dir: Path, number: signal.Signals = signal.SIGKILL) -> None:
     for pid in processes_of(output_dir):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def children(pid: int) -> list[int]:
+    """Child processes, oldest first."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ranks(launcher: int, output_dir: Path) -> list[int]:
+    """The ranks that a launcher has started, in order."""
+    return [pid for pid in children(launcher) if pid in processes_of(output_dir)]

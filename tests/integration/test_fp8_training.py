@@ -13,22 +13,14 @@ from dinov2.data import MultiCrops, Sample, normalize
 from dinov2.layers.linear import use_fp8
 from dinov2.train.run import build_arch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from tests.helpers.fp8 import scaled_mm
 from tests.helpers.training import in_precision, tiny_config
 
 IMAGES, TEACHER_TEMP = 8, 0.04
 
 
-def scaled_mm(
-    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, *, out_dtype: torch.dtype,
-    bias: torch.Tensor | None = None, use_fast_accum: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    product = (a.float() @ b.float()) * scale_a * scale_b
-    return (product if bias is None else product + bias.float()).to(out_dtype)
-
-
 @pytest.fixture(autouse=True)
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for CPUs, which the unit tests are of, can take a minute a step."""
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
 
 

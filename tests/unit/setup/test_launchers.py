@@ -76,7 +76,8 @@ def refusal(result):
 def test_one_node_by_default_starts_eight_processes(repository, tmp_path):
     arguments = arguments_of(launch(repository, "run_1node.sh", "optim.lr=1e-4", "train.name=a b", cwd=tmp_path))
     assert arguments == [
-        *(str(repository / "scripts/_torchrun.py"), "--nnodes", "1", "--nproc_per_node", "8", "--standalone"),
+        *(str(repository / "scripts/_torchrun.py"), "--nnodes", "1", "--nproc_per_node", "8"),
+        *("--max-restarts", "3", "--standalone"),
         str(repository / "dinov2/train/train.py"),
         *("--config-file", str(repository / "dinov2/configs/train/vitg14_reg4.yaml")),
         *("--output-dir", str(repository / "output_vitg14"), "optim.lr=1e-4", "train.name=a b"),
@@ -106,7 +107,7 @@ def test_variables_override_the_defaults(repository, tmp_path):
         )
     )
     assert value_of(arguments, "--nproc_per_node") == "2"
-    assert value_of(arguments, "--master_port") == "29777"
+    assert value_of(arguments, "--rdzv-endpoint") == "127.0.0.1:29777"
     assert "--standalone" not in arguments
     assert value_of(arguments, "--config-file") == str(repository / "dinov2/configs/train/other.yaml")
     assert value_of(arguments, "--output-dir") == "my run"
@@ -118,6 +119,11 @@ def test_nodes_agree_on_where_to_meet(repository):
     for option in ("--nnodes", "--nproc_per_node", "--master_addr", "--master_port", "--config-file"):
         assert value_of(master, option) == value_of(other, option)
     assert (value_of(master, "--node_rank"), value_of(other, "--node_rank")) == ("0", "2")
+    restarting = {"MAX_RESTARTS": "2", "NNODES": "3", "MASTER_ADDR": "10.0.0.1"}
+    master = arguments_of(launch(repository, "run_master_node.sh", **restarting))
+    other = arguments_of(launch(repository, "run_other_nodes.sh", NODE_RANK="2", **restarting))
+    assert master == [item.replace("run_other_nodes.sh", "run_master_node.sh") for item in other]
+    assert (value_of(master, "--rdzv-backend"), value_of(master, "--max-restarts")) == ("c10d", "2")
 
 
 def test_slurm_job_runs_the_single_node_script_where_it_was_submitted(repository, tmp_path):
@@ -152,6 +158,7 @@ def test_slurm_job_is_queued_again_where_it_stopped_before_its_end(repository, t
     queued = ["ready", "told", "scontrol requeue 17"]
     assert requeued(repository, tmp_path, *ending, "75", signalled=True) == (0, queued)
     assert requeued(repository, tmp_path, *ending, "75", signalled=True, after=100) == (75, queued[:2])
+    assert requeued(repository, tmp_path, *ending, "76", signalled=True) == (0, queued)
     assert requeued(repository, tmp_path, *ending, "2", signalled=True) == (2, queued[:2])
     assert requeued(repository, tmp_path, "false", signalled=False) == (1, [])
     assert requeued(repository, tmp_path, "true", signalled=False) == (0, [])
