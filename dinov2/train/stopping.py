@@ -29,15 +29,17 @@ class StopRequest:
 
     def __init__(self, hours: float, newest: Callable[[], str], longest_save: Callable[[], float]):
         self._newest, self._longest_save = newest, longest_save
-        started = float(os.environ.get(STARTED) or time.time())
-        self._limit = started + 3600 * hours if hours else float("inf")
-        end = os.environ.get(_SLURM_END, "")
-        self._slurm_end = float(end) if end.isdigit() else float("inf")
+        now, end = time.time(), os.environ.get(_SLURM_END, "")
+        limit = float(os.environ.get(STARTED) or now) + 3600 * hours if hours else float("inf")
+        slurm_end = float(end) if end.isdigit() else float("inf")
+        self._ends = {"train.time_limit": limit, "Slurm": slurm_end}  # in seconds since 1970
+        # On a clock that nobody sets.
+        self._limit, self._slurm_end = (time.monotonic() + at - now for at in (limit, slurm_end))
         self._watch = SignalWatch(self._first_signal, self._next_signal)
 
     def __enter__(self) -> "StopRequest":
         self._watch.__enter__()
-        for end, what in ((self._limit, "train.time_limit"), (self._slurm_end, "Slurm")):
+        for what, end in self._ends.items():
             if end < float("inf"):
                 logger.info("%s ends this run at %s.", what, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end)))
         return self
@@ -56,9 +58,9 @@ class StopRequest:
     def _reason(self) -> tuple[str, int] | None:
         if (number := self._watch.received) is not None:
             return number.name, STATUS_OF[number]
-        if time.time() > self._limit:
+        if time.monotonic() > self._limit:
             return "train.time_limit", RUN_AGAIN
-        if time.time() > self._slurm_end - _MARGIN_S - 2 * self._longest_save():
+        if time.monotonic() > self._slurm_end - _MARGIN_S - 2 * self._longest_save():
             return "the end of the Slurm job", RUN_AGAIN
         return None
 

@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks, each in its own process."""
 
+import faulthandler
 import os
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def _tracebacks(folder: Path) -> str:
 
 
 def _run_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
