@@ -120,6 +120,11 @@ class Checkpointer:
         if not self.background:
             self.finish()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save in the background has ended with an error, which `finish` will raise."""
+        return self._pending is not None and self._pending[1].done() and self._pending[1].exception() is not None
+
     def finish(self) -> None:
         """Wait for the save that is under way, if there is one; raises OSError where it failed. All ranks must call."""
         if self._pending is None:

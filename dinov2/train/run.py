@@ -143,7 +143,7 @@ class Run:
             flops=on_main_process(lambda: self.costs.flops(plan.local_batch).model),
             sinks=[sinks],
             hooks=self._hooks(sinks),
-            stop_asked=self.stop.asked,
+            stop_asked=lambda: self.stop.asked() or self.checkpointer.has_failed,
             phase=self.watchdog.phase,
             collapsed=lambda: config.train.on_collapse == "stop" and bool(health.collapse),
         )
