@@ -141,8 +141,12 @@ def attention_maps(
         model(network_input(squares, Colours(mean, std), device_of(model)), is_training=True)
     finally:
         hook.remove()
-    q, k, _ = seen[-1].float().reshape(len(images), -1, 3, attention.num_heads, model.embed_dim // attention.num_heads)\
+    q, k, _ = (
+        seen[-1]
+        .float()
+        .reshape(len(images), -1, 3, attention.num_heads, model.embed_dim // attention.num_heads)
         .permute(2, 0, 3, 1, 4)
+    )
     weights = (q[:, :, :prefix] @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[..., prefix:]
     side = round(weights.shape[-1] ** 0.5)
     return weights.unflatten(-1, (side, side)).cpu().numpy()

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2.report.figures import as_png, draw_curves
-from dinov2.report.page import is_ours, log_tables, read_runs, render, tables_of, write_page
-from dinov2.report.pictures import Pictures, draw_pictures, exports_of
-from dinov2.report.records import SIGNS, Run
+from dinov2.report.page import Pictures, is_ours, log_tables, read_runs, render, tables_of, write_page
+from dinov2.report.records import SIGNS, Run, exports_of
 from dinov2.report.serve import HOST, PageServer, state_of
 from dinov2.utils.cli import add_options, run_command
 from dinov2.utils.environment import DeviceError
@@ -87,11 +85,15 @@ def _pictures(args: argparse.Namespace, runs: Sequence[Run], device: str | None 
         return Pictures(missing=["Pictures: they are drawn for one run at a time; give the folder of one."])
     if not any((runs[0].folder / sign).exists() for sign in SIGNS):
         return Pictures()
+    from dinov2.report.pictures import draw_pictures  # imports that take seconds, and that curves do without
+
     return draw_pictures(runs[0].folder, args.tiles, args.device or device)
 
 
 def _beside(runs: Sequence[Run], pictures: Pictures) -> dict[str, bytes]:
     """Files for other use, by name: pictures, curves as one, embeddings."""
+    from dinov2.report.figures import as_png, draw_curves
+
     files = {name: png for name, (_, _, png) in pictures.images.items()}
     if runs[0].metrics:
         files["loss_curves.png"] = as_png(draw_curves(runs[0].metrics))

@@ -144,7 +144,10 @@ def _title(name: str) -> str:
 
 
 class Curves:
-    """Figures of runs with one common range of steps; `page_parts` is what a page needs to draw them."""
+    """Figures of runs with one common range of steps; `page_parts` is what a page needs to draw them.
+
+    What is drawn of a run is named ``run-<number>``.
+    """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
@@ -155,9 +158,14 @@ class Curves:
         self._figures: list[Any] = []
 
     def sections(self) -> dict[str, list[dict[str, Any]]]:
-        """Figures of `sections_of` and of probes by heading: ``number``, ``title``, ``advice`` and ``alt`` of each."""
+        """Figures of `sections_of` and of probes by heading: ``number``, ``title``, ``advice``, ``alt`` and ``legend``.
+
+        The latter is label, colour and dash of the curves of one run; runs have a common one, by `COLOURS`.
+        """
         drawn = {
-            heading: [self._entry(panel.title, panel.advice, *self._draw(panel)) for panel in panels]
+            heading: [
+                self._entry(panel.title, panel.advice, *self._draw(panel), self._legend(panel)) for panel in panels
+            ]
             for heading, panels in sections_of(self._runs).items()
         }
         if probes := dict.fromkeys(name for run in self._runs for name in run.probes):
@@ -177,10 +185,28 @@ class Curves:
             documents, (item,) = standalone_docs_json_and_render_items(self._figures)
         return documents, item.to_json()
 
-    def _entry(self, title: str, advice: str, plot: Any, last: dict[str, str]) -> dict[str, Any]:
+    def _entry(
+        self, title: str, advice: str, plot: Any, last: dict[str, str], legend: Sequence[Any] = ()
+    ) -> dict[str, Any]:
         self._figures.append(plot)
         alt = f"Chart of {title} against the step. " + "; ".join(f"{name}: {text}" for name, text in last.items())
-        return {"number": len(self._figures) - 1, "title": title, "advice": advice, "alt": alt}
+        return {"number": len(self._figures) - 1, "title": title, "advice": advice, "alt": alt, "legend": legend}
+
+    def _legend(self, panel: Panel) -> list[tuple[str, str, str]]:
+        if len(panel.names) == 1:
+            return []
+        styles = [self._style(0, place, name) for place, name in enumerate(panel.names)]
+        grey = len(self._runs) > 1
+        return [
+            (panel.label(name), "currentcolor" if grey else colour, dash)
+            for name, (colour, dash) in zip(panel.names, styles, strict=True)
+        ]
+
+    def _style(self, number: int, place: int, name: str) -> tuple[str, str]:
+        """Colour and dash of a run's curve: colours are of curves where there is one run, else of runs."""
+        alone = len(self._runs) == 1
+        dash = place if not alone or name == "last_layer_lr" else 0  # which lies on the rate of the others
+        return COLOURS[(place if alone else number) % len(COLOURS)], _DASHES[dash % len(_DASHES)]
 
     def _draw(self, panel: Panel) -> tuple[Any, dict[str, str]]:
         alone, several = len(self._runs) == 1, len(panel.names) > 1
@@ -194,16 +220,14 @@ class Curves:
         limits = robust_range(((run.metrics["step"], run.metrics[name]) for run, _, name, _ in shown), log)
         plot, last = self._plot(limits, log), {}
         for run, number, name, place in shown:
-            colour = COLOURS[(place if alone else number) % len(COLOURS)]
+            colour, dash = self._style(number, place, name)
             label = panel.label(name) if alone else run.name + (f": {panel.label(name)}" if several else "")
-            options = {"color": colour, "line_dash": "solid" if alone else _DASHES[place % len(_DASHES)]}
-            if several or not alone:
-                options["legend_label"] = label
+            options = {"color": colour, "line_dash": dash, "name": f"run-{number}"}
             last[label] = self._line(plot, run.metrics["step"], run.metrics[name], options)
         self._marks(plot)
         if panel.reference is not None:
             plot.add_layout(Span(location=panel.reference, dimension="width", line_color="#8a8f98", line_dash="dashed"))
-        return self._finished(plot), last
+        return plot, last
 
     def _line(self, plot: Any, steps: np.ndarray, values: np.ndarray, options: dict[str, Any]) -> str:
         """Draw one curve, many points faint under their running mean; return its first and last value in words."""
@@ -212,12 +236,12 @@ class Curves:
             return "no finite value"
         first, last = (f"{values[i]:.4g} at step {steps[i]:,.0f}" for i in (finite[0], finite[-1]))
         if len(values) >= _SMOOTHED_FROM:
-            plot.line(steps, values, line_width=1, alpha=0.3, color=options["color"])
+            plot.line(steps, values, line_width=1, alpha=0.3, color=options["color"], name=options["name"])
             values = running_mean(values, len(values) // 50)
         data = ColumnDataSource({"step": steps, "value": values})
         plot.line("step", "value", source=data, line_width=2, **options)
         if len(finite) < 3:  # a line of one point is none
-            plot.scatter("step", "value", source=data, size=6, color=options["color"])
+            plot.scatter("step", "value", source=data, size=6, color=options["color"], name=options["name"])
         return first if first == last else f"{first}, {last}"
 
     def _probe(self, name: str) -> tuple[Any, dict[str, str]]:
@@ -230,17 +254,16 @@ class Curves:
         plot, last = self._plot(robust_range(series, log=False, settled=0.0), log=False), {}
         for run, number, probed in shown:
             colour = COLOURS[number % len(COLOURS)]
-            label = {} if len(self._runs) == 1 else {"legend_label": run.name}
             columns = {"step": probed.steps, "value": probed.values, "low": probed.low, "high": probed.high}
             data = ColumnDataSource({key: np.asarray(column, np.float64) for key, column in columns.items()})
-            plot.line("step", "value", source=data, line_width=2, color=colour, **label)
-            plot.scatter("step", "value", source=data, size=6, color=colour)
+            plot.line("step", "value", source=data, line_width=2, color=colour, name=f"run-{number}")
+            plot.scatter("step", "value", source=data, size=6, color=colour, name=f"run-{number}")
             if np.isfinite(probed.low).any():
                 ends = ColumnDataSource({key: c[np.isfinite(data.data["low"])] for key, c in data.data.items()})
                 plot.add_layout(Whisker(base="step", lower="low", upper="high", source=ends, line_color=colour))
             last[run.name] = _in_words(probed)
         self._marks(plot)
-        return self._finished(plot), last
+        return plot, last
 
     def _plot(self, limits: tuple[float, float], log: bool) -> Any:
         plot = figure(
@@ -271,12 +294,6 @@ class Curves:
             colour = "#8a8f98" if len(self._runs) == 1 else COLOURS[number % len(COLOURS)]
             for step in run.restarts:
                 plot.add_layout(Span(location=step, dimension="height", line_color=colour, line_dash="dotted"))
-
-    def _finished(self, plot: Any) -> Any:
-        for legend in plot.legend:
-            legend.update(background_fill_color=None, border_line_color=None, label_text_color="#7d828b", padding=2,
-                          label_text_font_size="11px", spacing=0, click_policy="hide", location="top_right")  # fmt: skip
-        return plot
 
 
 def robust_range(

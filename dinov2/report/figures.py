@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -25,21 +24,15 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def as_webp(png: bytes) -> bytes:
-    """The same picture for a page, at a quarter of the bytes."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "WEBP", quality=82, method=4)
-    return buffer.getvalue()
-
-
 def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
     """Every loss, absolute and of chance, the learning rate, gradient norms and the throughput against the step."""
-    panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss")}
+    panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss") and "/" not in name}
     if of_chance := [name for name in metrics if name.endswith(OF_CHANCE)]:
         panels["losses, of chance"] = of_chance
-    panels["learning rate"] = ["lr"]
+    panels["learning rate"] = [name for name in metrics if name == "lr"]
     panels["gradient norm before clipping"] = [name for name in metrics if name.startswith("grad_norm")]
-    panels["images per second"] = ["img_per_s"]
+    panels["images per second"] = [name for name in metrics if name == "img_per_s"]
+    panels = {title: names for title, names in panels.items() if names} or {"": []}
     columns, rows = 3, -(-len(panels) // 3)
     figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -5,7 +5,6 @@ All that is asked for here may be missing, and is then said to be.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from dinov2.eval.features import attention_maps, embed_images, patch_feature_map
 from dinov2.eval.probe.spread import mean_cosine, rankme
 from dinov2.hub import load_teacher
 from dinov2.report.figures import as_png, draw_attention, draw_crops, draw_neighbours, draw_pca
+from dinov2.report.page import Pictures
+from dinov2.report.records import exports_of, step_of
 from dinov2.utils.environment import memory_advice, select_device
 
 logger = logging.getLogger("dinov2.report")
@@ -34,30 +35,7 @@ MAX_TILES = 512  # embedded, spread evenly over the dataset
 SHOWN_TILES = 8  # as maps
 MAX_EXPORTS = 4  # of which maps are drawn, the first and the newest among them
 CROP_TILES = 4  # two pairs, since masks are shared out over the four global crops of a pair
-Table = list[tuple[str, ...]]
-"""A row of headings, then rows of cells."""
-
 _CANNOT = (ValueError, OSError, ImportError, RuntimeError, KeyError, AttributeError)  # be shown; each is then said
-
-
-@dataclass
-class Pictures:
-    """Pictures by file name, each with title, text for who does not see it, and the bytes of a PNG."""
-
-    images: dict[str, tuple[str, str, bytes]] = field(default_factory=dict)
-    embeddings: np.ndarray | None = None  # (N, D) of the newest export
-    tables: dict[str, Table] = field(default_factory=dict)  # by heading
-    missing: list[str] = field(default_factory=list)
-
-
-def exports_of(folder: Path) -> list[Path]:
-    """Exported teachers of a run in order of their steps."""
-    exports = [path for path in folder.glob("eval/training_*/teacher_checkpoint.pth") if _step(path).isdigit()]
-    return sorted(exports, key=lambda path: int(_step(path)))
-
-
-def _step(path: Path) -> str:
-    return path.parent.name.rpartition("_")[2]
 
 
 def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = None) -> Pictures:
@@ -89,7 +67,9 @@ def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = N
     data = attempt("Training data", lambda: open_data(config, _index_of(folder)))
     of = f"tiles of {tiles}"
     if data:
-        if crops := attempt("Crops", lambda: draw_crops(*augmented_batch(config, data.source), config.student.patch_size)):
+        if crops := attempt(
+            "Crops", lambda: draw_crops(*augmented_batch(config, data.source), config.student.patch_size)
+        ):
             alt = "One tile a row: the tile, its two global crops with masked patches grey, and its local crops."
             _add(drawn, "crops.png", "Augmented crops, masked patches grey", alt, crops)
         if not source:
@@ -135,7 +115,7 @@ def _draw_embedded(
             features = {}
             for path in spread_out(exports, MAX_EXPORTS):
                 teacher = model if path == newest else load_teacher(str(path)).to(on)
-                features[f"step {_step(path)}"] = patch_feature_map(teacher, shown, size=size, **norm)
+                features[f"step {step_of(path)}"] = patch_feature_map(teacher, shown, size=size, **norm)
             return draw_pca(shown, features)
 
         def attention() -> Figure:

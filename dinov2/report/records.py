@@ -245,6 +245,17 @@ def read_warnings(path: Path) -> list[tuple[str, str]]:
     return _WARNING.findall(path.read_text(errors="replace"))[-MOST_WARNINGS:]
 
 
+def exports_of(folder: Path) -> list[Path]:
+    """Exported teachers of a run in order of their steps."""
+    exports = folder.glob("eval/training_*/teacher_checkpoint.pth")
+    return sorted((path for path in exports if path.parent.name[9:].isdigit()), key=step_of)
+
+
+def step_of(export: Path) -> int:
+    """Step of an export of `exports_of`."""
+    return int(export.parent.name.rpartition("_")[2])
+
+
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """What each launch of a run noted at its start; empty for versions that noted nothing."""
     attempts = []
@@ -318,7 +329,7 @@ def facts_of(folder: Path, run: Run, records: list[dict[str, Any]], price: float
     note("backbone", f"{run.config['student.arch']}/{run.config.get('student.patch_size', '?')}"
          if "student.arch" in run.config else None)  # fmt: skip
     note("data", run.config.get("data.path"))
-    note("exports", len(list(folder.glob("eval/training_*/teacher_checkpoint.pth"))))
+    note("exports", len(exports_of(folder)))
     return facts
 
 
