@@ -117,6 +117,7 @@ def watch(args: argparse.Namespace) -> None:
         return render(runs, drawn[exports], state)
 
     with PageServer(args.port, make, partial(state_of, args.runs)) as server:
+        server.page()  # what is wrong with the arguments is to be said here
         logger.info("http://%s:%d shows the report and follows the run; Ctrl-C ends it.", HOST, server.server_port)
         server.serve_forever()
 

@@ -4,10 +4,11 @@ import base64
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bokeh.resources import Resources
@@ -40,6 +41,15 @@ class Pictures:
     embeddings: np.ndarray | None = None  # (N, D) of the newest export
     tables: dict[str, Table] = field(default_factory=dict)  # by heading
     missing: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, draw: Callable[[], Any]) -> Any:
+        """What ``draw`` returns; None, and one more sentence of what is missing, if it cannot."""
+        try:
+            return draw()
+        except (ValueError, OSError, ImportError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            logger.debug("%s:", what, exc_info=True)
+            self.missing.append(f"{what}: {' '.join(str(error).split())[:300]}")
+        return None
 
 
 def read_runs(folders: Sequence[Path], price: float | None) -> list[Run]:

@@ -4,12 +4,12 @@ All that is asked for here may be missing, and is then said to be.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -21,8 +21,9 @@ from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample, Source
 from dinov2.data.stream.derived import make_source
 from dinov2.data.stream.order import SampleOrder
+from dinov2.eval.datasets.images import ParquetTiles
 from dinov2.eval.features import attention_maps, embed_images, patch_feature_map, read_tiles
-from dinov2.eval.probe.spread import mean_cosine, rankme
+from dinov2.eval.probe.spread import mean_cosine, rankme, site_leakage
 from dinov2.hub import load_teacher
 from dinov2.report.figures import as_png, draw_attention, draw_crops, draw_neighbours, draw_pca
 from dinov2.report.page import Pictures
@@ -35,7 +36,6 @@ MAX_TILES = 512  # embedded, spread evenly over the dataset
 SHOWN_TILES = 8  # as maps
 MAX_EXPORTS = 4  # of which maps are drawn, the first and the newest among them
 CROP_TILES = 4  # two pairs, since masks are shared out over the four global crops of a pair
-_CANNOT = (ValueError, OSError, ImportError, RuntimeError, KeyError, AttributeError)  # be shown; each is then said
 
 
 def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = None) -> Pictures:
@@ -47,29 +47,22 @@ def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = N
             training data.
         device: None takes the GPU, where there is one.
 
-    Raises FileNotFoundError or ValueError if ``tiles`` cannot be read; of all else what is missing is in the result.
+    Raises FileNotFoundError or ValueError if ``tiles`` cannot be read, DeviceError if the device cannot be used; of all
+    else what is missing is in the result.
     """
     drawn = Pictures()
     source = ParquetSource(tiles) if tiles else None
     exports = exports_of(folder)
 
-    def attempt(what: str, draw: Callable[[], Any]) -> Any:
-        try:
-            return draw()
-        except _CANNOT as error:
-            logger.debug("%s:", what, exc_info=True)
-            drawn.missing.append(f"{what}: {' '.join(str(error).split())[:300]}")
-        return None
-
-    config = attempt("Pictures", lambda: load_config(folder / "config.yaml"))
+    on = select_device(device) if device else drawn.attempt("Device", select_device)
+    config = drawn.attempt("Pictures", lambda: load_config(folder / "config.yaml"))
     if config is None:
         return drawn
-    data = attempt("Training data", lambda: open_data(config, _index_of(folder)))
+    data = drawn.attempt("Training data", lambda: open_data(config, _index_of(folder)))
     of = f"tiles of {tiles}"
     if data:
-        if crops := attempt(
-            "Crops", lambda: draw_crops(*augmented_batch(config, data.source), config.student.patch_size)
-        ):
+        patch = config.student.patch_size
+        if crops := drawn.attempt("Crops", lambda: draw_crops(*augmented_batch(config, data.source), patch)):
             alt = "One tile a row: the tile, its two global crops with masked patches grey, and its local crops."
             _add(drawn, "crops.png", "Augmented crops, masked patches grey", alt, crops)
         if not source:
@@ -80,8 +73,8 @@ def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = N
         drawn.missing.append("Embeddings: no teacher is exported yet; train.py --eval-only exports the newest one.")
     elif not source:
         drawn.missing.append("Embeddings: there are no tiles to embed; --tiles names a folder of Parquet shards.")
-    else:
-        attempt("Embeddings", lambda: _draw_embedded(drawn, config, exports, source, of, device, attempt))
+    elif on:
+        drawn.attempt("Embeddings", lambda: _draw_embedded(drawn, config, exports, source, of, on))
     return drawn
 
 
@@ -95,11 +88,10 @@ def _add(drawn: Pictures, file: str, title: str, alt: str, figure: Figure) -> No
 
 
 def _draw_embedded(
-    drawn: Pictures, config: Config, exports: list[Path], source: Source, of: str, device: str | None,
-    attempt: Callable[[str, Callable[[], Any]], Any],
-) -> None:  # fmt: skip
+    drawn: Pictures, config: Config, exports: list[Path], source: Source, of: str, on: torch.device
+) -> None:
     norm = {"mean": config.augmentation.normalize_mean, "std": config.augmentation.normalize_std}
-    newest, on, patch = exports[-1], select_device(device), config.student.patch_size
+    newest, patch = exports[-1], config.student.patch_size
     with memory_advice("use --device cpu"):
         model = load_teacher(str(newest)).to(on)
         pixels = list(read_tiles(source, MAX_TILES))
@@ -108,6 +100,8 @@ def _draw_embedded(
         figures = (f"{mean_cosine(drawn.embeddings):.4f}", f"{rankme(drawn.embeddings):.2f}")
         heads = ("tiles", "width", "mean off-diagonal cosine", "RankMe")
         drawn.tables[f"Embeddings of {of} by {name}"] = [heads, (*map(str, drawn.embeddings.shape), *figures)]
+        if leakage := drawn.attempt("Site leakage", lambda: _site_leakage(source, drawn.embeddings)):
+            drawn.tables[f"Sites of {of}"] = [("", "nearest ten", "all"), ("tiles of the same site", *leakage)]
         shown = with_tissue(pixels, SHOWN_TILES)
         size = max(patch, min(shown[0].shape[:2]) // patch * patch)  # about their own
 
@@ -121,15 +115,23 @@ def _draw_embedded(
         def attention() -> Figure:
             return draw_attention(shown, attention_maps(model, shown, size=size, **norm))
 
-        if sheet := attempt("Patch features", maps):
+        if sheet := drawn.attempt("Patch features", maps):
             alt = "Tiles, and under them maps of their patch features in false colours, a row for each export."
             _add(drawn, "pca.png", f"Patch features of {of}, export by export", alt, sheet)
-        if sheet := attempt("Attention", attention):
+        if sheet := drawn.attempt("Attention", attention):
             alt = "Tiles, and under them which patches class token and registers attend to, light where much."
             _add(drawn, "attention.png", f"Attention in the last block of {name}", alt, sheet)
         alt = "Rows of tiles: one, then those with the nearest embeddings, with their cosines."
         title = f"Some of {of}, and the nearest to them by cosine of the class token"
         _add(drawn, "neighbours.png", title, alt, draw_neighbours(pixels, drawn.embeddings))
+
+
+def _site_leakage(source: Source, embeddings: np.ndarray) -> tuple[str, ...]:
+    """Percentages of `site_leakage`, of the tiles that `read_tiles` takes."""
+    origins = ParquetTiles([source], MAX_TILES).origins()
+    if len(origins) != len(embeddings):
+        raise ValueError("Some tiles are corrupt, so that it is not measured.")
+    return tuple(f"{fraction:.1%}" for fraction in site_leakage(embeddings, origins))
 
 
 def spread_out(items: list[Any], most: int) -> list[Any]:

@@ -91,7 +91,7 @@ def read_run(folder: Path, name: str, price: float | None = None) -> Run:
     if not run.probes:
         run.missing.append("Probes: none was measured; section evaluation of the configuration names what is.")
     run.warnings = _told(run, "logs/rank_0.log", "warnings", lambda: read_warnings(folder / "logs/rank_0.log")) or []
-    run.facts = facts_of(folder, run, steps, price)
+    run.facts = _told(run, "metrics.jsonl", "facts", lambda: facts_of(folder, run, steps, price)) or {}
     return run
 
 
