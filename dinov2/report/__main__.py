@@ -48,6 +48,7 @@ def _checked_output(output: Path | None) -> Path | None:
     """The place for the page, if it may be taken."""
     if output is None:
         return None
+    output = output.expanduser()
     if output.suffix.lower() == ".html":
         if output.exists() and not is_ours(output):
             raise ValueError(f"'{output}' is not a page of an earlier report; give --output a new name.")
@@ -122,13 +123,6 @@ def watch(args: argparse.Namespace) -> None:
         server.serve_forever()
 
 
-def _existing_folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"'{text}' is no folder; give the output folder of a training run")
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -136,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="examples: python -m dinov2.report output; python -m dinov2.report output --watch; "
         "python -m dinov2.report run_a run_b --output compared.html",
     )
-    parser.add_argument("runs", type=_existing_folder, nargs="+", metavar="RUN", help="output folder of a training run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folder of a training run")
     parser.add_argument("--tiles", help="Parquet folder of tiles to embed (default: validation or training tiles)")
     parser.add_argument(
         "--output",
@@ -150,11 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-pictures", action="store_true", help="leave out all that needs tiles or a teacher")
     add_options(parser, "--device")
     args = parser.parse_args(argv)
-    if args.output:
-        args.output = args.output.expanduser()
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    return run_command(lambda: (watch if args.watch else make_report)(args), logger, errors=(DeviceError,))
+
+    def body() -> None:
+        args.runs = [run.expanduser() for run in args.runs]
+        for run in args.runs:
+            if not run.is_dir():
+                raise ValueError(f"'{run}' is no folder; give the output folder of a training run.")
+        (watch if args.watch else make_report)(args)
+
+    return run_command(body, logger, errors=(DeviceError,))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def test_exports_for_other_libraries(teacher: Path, tmp_path: Path, library: str
 
 def test_report(resumed: tuple[Path, int], shards: Path, tmp_path: Path):
     assert run("dinov2.report", f"{resumed[0]} --tiles {shards} --output {tmp_path / 'report'}") == 0
-    files = {"report.html", "loss_curves.png", "crops.png", "pca.png", "neighbours.png", "embeddings.npy"}
+    files = {"report.html", "loss_curves.png", "crops.png", "pca.png", "attention.png", "neighbours.png",
+             "embeddings.npy"}  # fmt: skip
     assert {path.name for path in (tmp_path / "report").iterdir()} == files
 
 
