@@ -322,12 +322,11 @@ def robust_range(
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over each value and those up to ``window - 1`` before it, of those that are finite; NaN where none is."""
-    finite = np.isfinite(values)
-    sums, counts = np.cumsum(np.where(finite, values, 0.0)), np.cumsum(finite).astype(np.float64)
-    for totals in (sums, counts):
-        totals[window:] -= totals[:-window].copy()
+    padded = np.concatenate([np.full(window - 1, np.nan), values])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)
+    finite = np.isfinite(windows)
     with np.errstate(invalid="ignore"):
-        return sums / counts
+        return np.where(finite, windows, 0.0).sum(1) / finite.sum(1)
 
 
 def _in_words(probed: Probed) -> str:
