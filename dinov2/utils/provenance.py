@@ -17,8 +17,16 @@ def package_versions(names: tuple[str, ...] = ("torch", "torchvision", "numpy", 
 
 
 def code_version() -> str:
-    """Commit of this code, with ``-dirty`` where files differ from it; the package's version where there is no git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    """Commit of this code, with ``-dirty`` where files differ from it; the package's version where git has none of it,
+    as where the package is installed into a folder of another repository.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*")
     return version("path-fm")
