@@ -77,7 +77,7 @@ train=(
     "$python" dinov2/train/train.py --config-file dinov2/configs/train/demo.yaml --output-dir "$demo/run"
     data.path="$demo/parquet/train"
 )
-stage "4/7 Training" "Watch total, ibot and kde fall. After the first checkpoint the process is killed (SIGKILL)."
+stage "4/7 Training" "Watch the total loss fall. After the first checkpoint the process is killed (SIGKILL)."
 train_until_killed
 
 stage "5/7 Resuming" "The same command resumes from the checkpoint: the steps it makes again have the same losses."
@@ -98,7 +98,7 @@ stain was repainted: as they are, the tiles' colours tell the two tissues apart,
 copies colour is at chance (0.5); what the teacher has over its random start there, it has learnt from this one slide.
   run        $demo/run (config.yaml, metrics.jsonl, checkpoints/, eval/)
   teacher    $teacher
-  drawings   $demo/report/{loss_curves,crops,pca,neighbours}.png
+  drawings   $demo/report/{loss_curves,crops,pca,attention,neighbours}.png
   labelled   $demo/labelled/ (tiles, labels.csv)
   report     $demo/report/report.html
 END

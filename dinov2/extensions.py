@@ -84,3 +84,13 @@ PROBES = Registry(
     },
 )
 """Measures of a teacher's features: `dinov2.eval.probe.task.Probe`."""
+
+SINKS = Registry(
+    "sink of metrics",
+    {
+        "wandb": "dinov2.logging.sinks:WandbSink",
+        "tensorboard": "dinov2.logging.tensorboard:TensorBoardSink",
+    },
+)
+"""Receivers of records beside the console and ``metrics.jsonl``: `dinov2.logging.sinks.Sink`, made of output folder,
+``logging.wandb_project`` and configuration."""

@@ -343,10 +343,11 @@ class EvaluationConfig:
 class LoggingConfig:
     """Sinks of metrics, and how often they are written."""
 
-    period_iterations: int = key(10, "steps per record of console, metrics.jsonl and W&B", **_STEPS)
+    period_iterations: int = key(10, "steps per record of console, metrics.jsonl and sinks", **_STEPS)
     samples: bool = key(False, "true: logs/samples.rankN.jsonl says which samples each step consumed")
     wandb: bool = key(True, "Weights & Biases; offline unless logged in; never prompts")
     wandb_project: str = key("path-fm", "its project")
+    sinks: tuple[str, ...] = key((), "further ones: [tensorboard]", registry="SINKS")
 
 
 @dataclass(frozen=True)

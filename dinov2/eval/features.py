@@ -116,6 +116,42 @@ def patch_feature_map(
     return patches.unflatten(1, (side, side)).numpy()
 
 
+@torch.no_grad()
+def attention_maps(
+    model: nn.Module,
+    images: Sequence[np.ndarray],
+    *,
+    size: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> np.ndarray:
+    """Attention from class token and registers to patches in the last block, mean of the heads; see `embed_images`.
+
+    Returns float32 (N, 1 + registers, rows, columns), of one forward pass. Raises ValueError if the backbone has no
+    blocks with a joint projection ``attn.qkv``, as vision transformers have.
+    """
+    try:
+        attention, prefix = model.blocks[-1].attn, model.num_prefix_tokens
+        seen: list[Tensor] = []
+        hook = attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"A {type(model).__name__} has no attention of a known kind ({error}).") from error
+    try:
+        squares = [centred_square(image, size) for image in images]
+        model(network_input(squares, Colours(mean, std), device_of(model)), is_training=True)
+    finally:
+        hook.remove()
+    q, k, _ = (
+        seen[-1]
+        .float()
+        .reshape(len(images), -1, 3, attention.num_heads, model.embed_dim // attention.num_heads)
+        .permute(2, 0, 3, 1, 4)
+    )
+    weights = (q[:, :, :prefix] @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[..., prefix:]
+    side = round(weights.shape[-1] ** 0.5)
+    return weights.unflatten(-1, (side, side)).cpu().numpy()
+
+
 def extract_features(
     backbone: nn.Module, images: TileImages, embedding: Embedding, skip_corrupt: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ def setup_logging(output_dir: Path | None = None) -> logging.Logger:
         handler.close()
     rank = get_global_rank()
     where = "" if is_main_process() else f"[rank {rank}] "
-    formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {where}%(message)s", datefmt="%H:%M:%S")
+    formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {where}%(message)s", datefmt="%m-%d %H:%M:%S")
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     handlers: list[logging.Handler] = [console]

@@ -1,4 +1,4 @@
-"""Where records of metrics go: the console, ``metrics.jsonl``, W&B. None of them can stop a run."""
+"""Where records of metrics go: the console, ``metrics.jsonl``, W&B and others. None of them can stop a run."""
 
 import contextlib
 import json
@@ -7,17 +7,20 @@ import math
 import os
 import secrets
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dinov2.logging.metrics import is_of_training, of_chance
+from dinov2.logging.metrics import is_of_training
+from dinov2.logging.names import grouped
 from dinov2.utils.secrets import public
 
 logger = logging.getLogger("dinov2")
 
 _PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
+_COLUMNS = 100 - len("01-31 12:00:00 I ")
 _WANDB_TIMEOUT_S = 30  # W&B's own is 90; nodes without internet wait all of it
 
 
@@ -33,10 +36,14 @@ class Sink:
 
 
 class Sinks(Sink):
-    """Several sinks, of which one that cannot be made, or fails, is left out from then on, with a warning."""
+    """Several sinks, of which one that cannot be made, or fails, is left out from then on, with a warning.
 
-    def __init__(self) -> None:
+    Each record gets the wall time, ``time`` in seconds since 1970, and ``attempt``, the number of the run's launch.
+    """
+
+    def __init__(self, attempt: int = 1) -> None:
         self._sinks: list[Sink] = []
+        self._attempt = attempt
 
     def add(self, make: Callable[..., Sink], *arguments: Any) -> None:
         """Make one more; raises ImportError where its library is missing."""
@@ -49,6 +56,7 @@ class Sinks(Sink):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Hand the record to each."""
+        record = {**record, "attempt": self._attempt, "time": round(time.time(), 3)}
         for sink in list(self._sinks):
             try:
                 sink.write(record)
@@ -68,26 +76,20 @@ class Sinks(Sink):
 
 
 class ConsoleSink(Sink):
-    """One line per record: step, losses, absolute and of chance, lr, gradient norm, speed, data, memory, time left."""
+    """One line per record, which with date and time fits into 100 columns; of probes their headlines."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log the record's headline values, of a training step or of probes."""
+        """Log step, total loss, learning rate, speed, wait for data and time left; or headlines of probes."""
         if not is_of_training(record):
             shown = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith(_PROBED)]
-            logger.info("step %d  %s", record["step"], "  ".join(shown))
+            text = f"step {record['step']}  " + "  ".join(text.replace(" ", "\xa0") for text in shown)
+            lines = textwrap.fill(text, _COLUMNS, subsequent_indent="  ", break_long_words=False)
+            logger.info("%s", lines.replace("\xa0", " "))
             return
-        losses = "  ".join(
-            f"{name.removesuffix('_loss').removesuffix('_crops')} {value:.4f}"
-            + (f" ({record[of_chance(name)]:.1%} of chance)" if of_chance(name) in record else "")
-            for name, value in record.items()
-            if name.endswith("_loss")
-        )
-        slides = f"  {record['slides_per_batch']} slides" if "slides_per_batch" in record else ""
-        norm = max(value for name, value in record.items() if name.startswith("grad_norm"))
         logger.info(
-            "step %d/%d  %s  lr %.2e  grad norm %.2f  %.1f img/s  data wait %.0f%%%s  %.1f GiB  ETA %s",
-            record["step"], record["total_steps"], losses, record["lr"], norm, record["img_per_s"],
-            record["data_wait_pct"], slides, record["memory_gib"], timedelta(seconds=round(record["eta_s"])),
+            "step %d/%d  total %#.5g  lr %.2e  %.*f img/s  wait %.0f%%  ETA %s",
+            record["step"], record["total_steps"], record["total_loss"], record["lr"],
+            int(record["img_per_s"] < 100), record["img_per_s"], record["data_wait_pct"], _duration(record["eta_s"]),
         )  # fmt: skip
 
 
@@ -119,6 +121,7 @@ class JsonlSink(Sink):
 class WandbSink(Sink):
     """A Weights & Biases run whose id is kept in the output folder, so that a resume continues it.
 
+    Names are grouped (`dinov2.logging.names.grouped`), each a panel section of its dashboard.
     Without a login or network the run is kept offline under the output folder; nothing is ever asked.
     """
 
@@ -147,7 +150,7 @@ class WandbSink(Sink):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record."""
-        self._run.log(dict(record))
+        self._run.log({grouped(name): value for name, value in record.items()})
 
     def close(self) -> None:
         """Finish the run."""
@@ -167,6 +170,16 @@ def _cut_torn_line(file: Any) -> None:
         end = start
     if end < size:
         file.truncate(end)
+
+
+def _duration(seconds: float) -> str:
+    """Its two largest units."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m"
+    return f"{minutes // 1440}d {minutes % 1440 // 60:02d}h"
 
 
 def _or_null(value: Any) -> Any:

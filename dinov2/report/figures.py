@@ -1,4 +1,4 @@
-"""Drawings of a run: metrics, augmented crops, patch features."""
+"""Sheets of pictures of a run: augmented crops, patch features, neighbours, attention; and curves as a picture."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from dinov2.logging.metrics import OF_CHANCE
 
 MASK_GREY = 110
 MAX_LOCAL_CROPS = 6  # shown per tile
-PCA_PAIRS_PER_ROW = 4
 NEIGHBOUR_ROWS, NEIGHBOUR_COLUMNS = 6, 8  # tiles asked about; each and its neighbours
 
 
@@ -26,12 +26,13 @@ def as_png(figure: Figure) -> bytes:
 
 def draw_curves(metrics: Mapping[str, np.ndarray]) -> Figure:
     """Every loss, absolute and of chance, the learning rate, gradient norms and the throughput against the step."""
-    panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss")}
+    panels = {name.replace("_", " "): [name] for name in metrics if name.endswith("_loss") and "/" not in name}
     if of_chance := [name for name in metrics if name.endswith(OF_CHANCE)]:
         panels["losses, of chance"] = of_chance
-    panels["learning rate"] = ["lr"]
+    panels["learning rate"] = [name for name in metrics if name == "lr"]
     panels["gradient norm before clipping"] = [name for name in metrics if name.startswith("grad_norm")]
-    panels["images per second"] = ["img_per_s"]
+    panels["images per second"] = [name for name in metrics if name == "img_per_s"]
+    panels = {title: names for title, names in panels.items() if names} or {"": []}
     columns, rows = 3, -(-len(panels) // 3)
     figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -83,26 +84,47 @@ def draw_crops(tiles: Sequence[np.ndarray], batch: Mapping[str, Tensor], patch_s
     return figure
 
 
-def draw_pca(tiles: Sequence[np.ndarray], features: np.ndarray) -> Figure:
-    """Tiles, each beside the first three principal components of its patch features as red, green and blue.
+def draw_pca(tiles: Sequence[np.ndarray], features: Mapping[str, np.ndarray]) -> Figure:
+    """Tiles, and under them the first three principal components of their patch features as red, green and blue.
 
-    The features are (len(tiles), rows, columns, D); the components are those of all tiles together.
+    Features by label are (len(tiles), rows, columns, D), a row of maps each. The components are those of all tiles
+    together, turned so that they come nearest to the last row's: colours mean the same from row to row.
     """
-    pca = PCA(3, svd_solver="full")
-    scores = pca.fit_transform(features.reshape(-1, features.shape[-1]).astype(np.float64))
-    low, high = np.percentile(scores, [2, 98], axis=0)
-    colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*features.shape[:3], 3)
-    columns, lines = 2 * min(PCA_PAIRS_PER_ROW, len(tiles)), -(-len(tiles) // PCA_PAIRS_PER_ROW)
-    figure = Figure(figsize=(1.6 * columns, 1.7 * lines + 0.4), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for tile, colour, left, right in zip(tiles, colours, axes[::2], axes[1::2], strict=False):
-        _show(left, tile)
-        _show(right, colour)
-    for axis in axes[2 * len(tiles) :]:
-        axis.set_visible(False)
-    fraction = np.nan_to_num(pca.explained_variance_ratio_).sum()  # of no variance where all features are equal
-    title = f"tiles, and three principal components of their patch features ({fraction:.0%} of the variance)"
-    figure.suptitle(title, fontsize=10)
+    scores, explained = {}, 0.0
+    for label, maps in features.items():
+        pca = PCA(3, svd_solver="full")
+        found = pca.fit_transform(maps.reshape(-1, maps.shape[-1]).astype(np.float64))
+        scores[label] = found / np.maximum(found.std(0), 1e-12)
+        explained = np.nan_to_num(pca.explained_variance_ratio_).sum()  # of no variance where all features are equal
+    (*_, last), rows = scores.values(), [("tile", tiles)]
+    for label, found in scores.items():
+        turned = found @ orthogonal_procrustes(found, last)[0]
+        low, high = np.percentile(turned, [2, 98], axis=0)
+        colours = np.clip((turned - low) / np.maximum(high - low, 1e-12), 0, 1)
+        rows.append((label, colours.reshape(*features[label].shape[:3], 3)))
+    return _sheet(rows, f"three principal components, {explained:.0%} of the variance in the last row")
+
+
+def draw_attention(tiles: Sequence[np.ndarray], maps: np.ndarray) -> Figure:
+    """Tiles, and under them attention (len(tiles), 1 + registers, rows, columns) to their patches, light where high.
+
+    Each map has its own scale.
+    """
+    names = ["class token", *(f"register {number + 1}" for number in range(maps.shape[1] - 1))]
+    return _sheet([("tile", tiles), *((name, maps[:, place]) for place, name in enumerate(names))], "")
+
+
+def _sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], title: str) -> Figure:
+    """Labelled rows of as many images each."""
+    columns = len(rows[0][1])
+    figure = Figure(figsize=(1.4 * columns + 0.4, 1.42 * len(rows) + (0.3 if title else 0)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for (label, images), line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, image in zip(line, images, strict=True):
+            _show(axis, image)
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
 
 

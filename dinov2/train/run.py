@@ -19,10 +19,12 @@ from dinov2.configs import Config, public_config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.export import save_teacher
+from dinov2.extensions import SINKS
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.health import HealthWatch
-from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink
+from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks
+from dinov2.train.attempts import note_attempt
 from dinov2.train.dump import RecentBatches, with_dump
 from dinov2.train.exports import export_path, list_export
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
@@ -126,13 +128,14 @@ class Run:
         prototypes = {"dino": config.dino.head_n_prototypes, "ibot": patches.head_n_prototypes}
         sinks, health = Sinks(), HealthWatch(learning + patience, prototypes)
         if is_main_process():
+            sinks = Sinks(note_attempt(self.output_dir, self.state.step, plan.world_size, name or "CPU"))
             sinks.add(ConsoleSink)
             sinks.add(JsonlSink, self.output_dir / "metrics.jsonl")
             sinks.add(ChanceWatch, learning, patience)
             sinks.add(lambda: health)
-            if config.logging.wandb:
-                shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
-                sinks.add(WandbSink, self.output_dir, config.logging.wandb_project, shown)
+            shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
+            for sink in dict.fromkeys(("wandb",) * config.logging.wandb + config.logging.sinks):
+                sinks.add(SINKS[sink], self.output_dir, config.logging.wandb_project, shown)
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
             schedules=schedules,

@@ -42,6 +42,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.guard = self.training_step.guard
         self._metrics, self._norms = MetricAccumulator(peaks=("total_loss", "grad_norm_")), GradNormLevel()
+        self._paced_from: tuple[int, float] | None = None  # step and time of the first record
         self._begin_period()
 
     def fit(self) -> None:
@@ -96,6 +97,12 @@ class Trainer:
     def _begin_period(self) -> None:
         self._first_step, self._start, self._waited = self.state.step, time.perf_counter(), 0.0
 
+    def _pace(self, latest: float) -> float:
+        """Seconds per step since the first record, which holds compilation; exports, probes and checkpoints count."""
+        now = time.perf_counter()
+        first_step, begun = self._paced_from = self._paced_from or (self.state.step, now)
+        return (now - begun) / (self.state.step - first_step) if self.state.step > first_step else latest
+
     def _record_due(self, step: int) -> bool:
         return step % self.log_period == 0 or step == self.plan.total_steps
 
@@ -112,13 +119,14 @@ class Trainer:
         record = {
             "step": step,
             "total_steps": total,
+            "samples": self.state.samples,
             **averages,
             f"{HEALTH}grad_norm_of_median": self._norms.of_median(averages),
             **vars(values),
             "img_per_s": steps * self.plan.global_batch / elapsed,
             "tflops": steps * self.flops / elapsed / 1e12,
             "data_wait_pct": 100 * self._waited / elapsed,
-            "eta_s": (total - step) * elapsed / steps,
+            "eta_s": (total - step) * self._pace(elapsed / steps),
             "slides_per_batch": all_gather_rows(slide_ids).unique().numel(),
             "memory_gib": memory,  # the most so far: of tensors on a GPU, of the process on a CPU
         }

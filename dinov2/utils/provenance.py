@@ -1,8 +1,10 @@
 """Versions of what a run was made with."""
 
 import platform
+import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 def package_versions(names: tuple[str, ...] = ("torch", "torchvision", "numpy", "pyarrow")) -> dict[str, str]:
@@ -12,3 +14,19 @@ def package_versions(names: tuple[str, ...] = ("torch", "torchvision", "numpy", 
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def code_version() -> str:
+    """Commit of this code, with ``-dirty`` where files differ from it; the package's version where git has none of it,
+    as where the package is installed into a folder of another repository.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    with suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--abbrev=12", "--dirty", "--exclude=*")
+    return version("path-fm")

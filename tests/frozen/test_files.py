@@ -30,7 +30,7 @@ TINY_RUN = HERE / "tiny_run.yaml"
 METRICS = {
     "step", "total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "ibot_loss", "koleo_loss", "kde_loss",
     "lr", "wd", "mom", "teacher_temp", "grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head",
-    "img_per_s", "data_wait_pct", "tflops", "memory_gib",
+    "img_per_s", "data_wait_pct", "tflops", "memory_gib", "samples", "epoch", "attempt", "time",
 }  # fmt: skip
 SHARD = {
     "task_id": "string", "slide_path": "string", "x": "int32", "y": "int32", "level": "int32", "tile_size": "int32",
@@ -77,7 +77,14 @@ def teacher(resumed: tuple[Path, int]) -> Path:
 def test_output_folder(resumed: tuple[Path, int], shards: Path):
     folder, start = resumed
     last = f"step_{start + 2:07d}"
-    for name in ("config.yaml", "metrics.jsonl", "last_checkpoint", "logs/rank_0.log", "stream_index"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "attempts.jsonl",
+        "last_checkpoint",
+        "logs/rank_0.log",
+        "stream_index",
+    ):
         assert (folder / name).is_file(), name
     assert (folder / "last_checkpoint").read_text().strip() == last
     before = max(start, 3 * ((start + 1) // 3))  # one is due every third step
@@ -97,9 +104,19 @@ def test_output_folder(resumed: tuple[Path, int], shards: Path):
 def test_metrics(resumed: tuple[Path, int]):
     records = read_metrics(resumed[0])
     assert all(record.keys() >= METRICS for record in records)
+    assert [record["samples"] for record in records] == [4 * record["step"] for record in records]
+    assert {record["attempt"] for record in records} == {1, 2} and records[-1]["attempt"] == 2
     steps = [record["step"] for record in records]
     assert steps[-2:] == [resumed[1] + 1, resumed[1] + 2]
     assert set(steps) >= set(range(1, resumed[1] + 3))
+
+
+def test_launches(resumed: tuple[Path, int]):
+    launches = [json.loads(line) for line in (resumed[0] / "attempts.jsonl").read_text().splitlines()]
+    assert [(launch["attempt"], launch["step"]) for launch in launches] == [(1, 0), (2, resumed[1])]
+    assert launches[0].keys() == {"attempt", "time", "step", "host", "processes", "device", "commit"}
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert head.returncode or head.stdout.startswith(launches[0]["commit"].removesuffix("-dirty"))
 
 
 def test_starts_that_train_nothing(resumed: tuple[Path, int], shards: Path, tmp_path: Path):
@@ -159,7 +176,8 @@ def test_exports_for_other_libraries(teacher: Path, tmp_path: Path, library: str
 
 def test_report(resumed: tuple[Path, int], shards: Path, tmp_path: Path):
     assert run("dinov2.report", f"{resumed[0]} --tiles {shards} --output {tmp_path / 'report'}") == 0
-    files = {"report.html", "loss_curves.png", "crops.png", "pca.png", "neighbours.png", "embeddings.npy"}
+    files = {"report.html", "loss_curves.png", "crops.png", "pca.png", "attention.png", "neighbours.png",
+             "embeddings.npy"}  # fmt: skip
     assert {path.name for path in (tmp_path / "report").iterdir()} == files
 
 

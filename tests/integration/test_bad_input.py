@@ -40,7 +40,7 @@ def errors(capsys: pytest.CaptureFixture) -> list[str]:
     """The error lines of what was written to stderr, which must hold no traceback."""
     text = capsys.readouterr().err
     assert "Traceback" not in text
-    return [line for line in text.splitlines() if line[9:11] == "E "]
+    return [line for line in text.splitlines() if line[14:17] == " E "]
 
 
 @pytest.mark.parametrize(

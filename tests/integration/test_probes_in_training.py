@@ -88,7 +88,7 @@ def test_what_cannot_be_probed_is_refused(
 ):
     data = f"train.streaming_dataset_path={shards}"
     assert main(["--output-dir", str(tmp_path / "out"), *TINY, data, override]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line[9:11] == "E "]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line[14:17] == " E "]
     assert len(errors) == 1 and message in errors[0]
 
 

@@ -1,7 +1,10 @@
-"""Spread of embeddings, which needs no labels: RankMe, ODCorr and the mean cosine."""
+"""Spread of embeddings, which needs no labels: RankMe, ODCorr, the mean cosine, and how sites show in it."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from dinov2.data.source import Origin
 from dinov2.eval.probe.results import Result
 from dinov2.eval.probe.task import Probe, TaskFeatures
 
@@ -52,6 +55,29 @@ def mean_cosine(embeddings: np.ndarray) -> float:
     z = z / np.linalg.norm(z, axis=1, keepdims=True)
     n = len(z)
     return float((np.square(z.sum(0)).sum() - n) / (n * (n - 1)))
+
+
+def site_leakage(embeddings: np.ndarray, origins: Sequence[Origin], neighbours: int = 10) -> tuple[float, float]:
+    """How often near embeddings (N, D) are of one site, and how often any two are: 0 to 1, of tiles of other slides.
+
+    The first is the mean, over tiles, of the fraction of the nearest ones by cosine that are of the tile's site; the
+    second that of all. Tiles without a site, or with no tile of another slide, do not count. ValueError if fewer than
+    two sites are left.
+    """
+    sites, slides = (np.array([getattr(origin, name) for origin in origins]) for name in ("site", "slide"))
+    known = sites != ""
+    if len(set(sites[known])) < 2:
+        raise ValueError("The tiles name fewer than two sites, as a column site of shards does.")
+    z, sites, slides = np.asarray(embeddings, np.float64)[known], sites[known], slides[known]
+    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    cosines, found, chance = z @ z.T, [], []
+    for tile, slide in enumerate(slides):
+        others = np.flatnonzero(slides != slide)
+        if len(others):
+            nearest = others[np.argsort(-cosines[tile, others], kind="stable")[:neighbours]]
+            found.append((sites[nearest] == sites[tile]).mean())
+            chance.append((sites[others] == sites[tile]).mean())
+    return float(np.mean(found)), float(np.mean(chance))
 
 
 def odcorr(embeddings: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.eval import embed_images, patch_feature_map, read_tiles
+from dinov2.eval import attention_maps, embed_images, patch_feature_map, read_tiles
 from dinov2.eval.datasets.images import ImageFiles
 from dinov2.eval.features import Embedding, embed_tiles, extract_features
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -61,6 +61,29 @@ def test_patch_features_lie_where_their_patches_do():
     maps = patch_feature_map(Echo(), [image], size=28, mean=[0] * 3, std=[1] * 3)
     lower_left = image[14:, :14].transpose(2, 0, 1).reshape(-1) / 255
     np.testing.assert_allclose(maps[0, 1, 0], lower_left, atol=1e-6)
+
+
+def test_attention_is_that_of_torch_and_lies_where_its_patches_do():
+    model = randomise(DinoVisionTransformer(**SMALL, num_register_tokens=2)).eval()
+    last = model.blocks[-1].attn
+    reference = torch.nn.MultiheadAttention(SMALL["embed_dim"], SMALL["num_heads"], batch_first=True)
+    reference.in_proj_weight.data, reference.in_proj_bias.data = last.qkv.weight.data, last.qkv.bias.data
+    entered = []
+    hook = last.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    mixed = last.qkv.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    maps = attention_maps(model, random_images(2, 56, 56), size=56)
+    hook.remove()
+    mixed.remove()
+    tokens = entered[-1].reshape(2, 3 + 16, -1)
+    _, expected = reference(tokens, tokens, tokens, need_weights=True)
+    assert maps.shape == (2, 3, 4, 4) and maps.dtype == np.float32
+    np.testing.assert_allclose(maps.reshape(2, 3, 16), expected[:, :3, 3:].detach(), rtol=1e-4, atol=1e-6)
+    assert not last.qkv._forward_hooks
+
+
+def test_attention_of_what_has_none_is_an_error():
+    with pytest.raises(ValueError, match="Echo"):
+        attention_maps(Echo(), random_images(1, 28, 28), size=28)
 
 
 def test_nothing_to_embed_is_an_error():

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.neighbors import NearestNeighbors
 
-from dinov2.eval import mean_cosine, odcorr, rankme
+from dinov2.data.source import Origin
+from dinov2.eval import mean_cosine, odcorr, rankme, site_leakage
 
 
 def test_rankme_of_orthonormal_rows_is_their_number():
@@ -58,3 +60,26 @@ def test_odcorr_limits():
     assert np.isnan(odcorr(np.ones((3, 4))))
     with pytest.raises(ValueError, match="1 is given, 2 are needed"):
         odcorr(hadamard[:1])
+
+
+def test_site_leakage_of_the_nearest_of_other_slides():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 6)) + 2
+    slides = [f"slide{number % 8}" for number in range(40)]
+    origins = [Origin(slide, "", f"site{int(slide[-1]) % 3}") for slide in slides]
+    shares, chances = [], []
+    for number in range(40):
+        others = [i for i in range(40) if slides[i] != slides[number]]
+        same = np.array([origins[i].site == origins[number].site for i in others])
+        nearest = NearestNeighbors(n_neighbors=7, metric="cosine").fit(rows[others])
+        shares.append(same[nearest.kneighbors(rows[[number]])[1][0]].mean())
+        chances.append(same.mean())
+    assert site_leakage(rows, origins, 7) == pytest.approx((np.mean(shares), np.mean(chances)))
+
+
+def test_sites_apart_leak_all_and_fewer_than_two_nothing_to_tell():
+    rows = np.repeat(np.eye(2), 12, axis=0)
+    origins = [Origin(f"slide{number // 3}", "", "ab"[number // 12]) for number in range(24)]
+    assert site_leakage(rows, [*origins[:-1], Origin("other")], 5)[0] == 1.0
+    with pytest.raises(ValueError):
+        site_leakage(rows, [Origin(origin.slide, "", "a") for origin in origins])

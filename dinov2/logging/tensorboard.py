@@ -1,0 +1,39 @@
+"""TensorBoard as a sink of metrics."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinov2.logging.names import POSITION, grouped
+from dinov2.logging.sinks import Sink
+
+
+class TensorBoardSink(Sink):
+    """Event files in ``tensorboard/`` of the output folder, one more for each launch; names are grouped.
+
+    Of steps that a resumed run makes again TensorBoard shows those of the later file. Raises ImportError, with advice,
+    if the package is missing.
+    """
+
+    def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "logging.sinks names tensorboard, which is not installed; PATHFM_EXTRAS=dev,slides,tensorboard "
+                "./install.sh installs it."
+            ) from error
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write the record's numbers, at its step and wall time."""
+        step, when = int(record["step"]), record.get("time", time.time())
+        for name, value in record.items():
+            if name not in POSITION and isinstance(value, int | float):
+                self._writer.add_scalar(grouped(name), value, step, walltime=when)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
