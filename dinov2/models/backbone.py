@@ -17,6 +17,7 @@ _VIT_SETTINGS = (
     "patch_size", "ffn_layer", "qkv_bias", "proj_bias", "ffn_bias", "num_register_tokens", "interpolate_antialias",
     "interpolate_offset",
 )  # fmt: skip
+_ALIASES = {"layerscale_init": "init_values"}  # DINOv3's keyword
 
 
 class Backbone(nn.Module):
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
     num_prefix_tokens: int = 1  # that are no patches (class token, registers), for those who count tokens
     supports_patch_index: ClassVar[bool] = False  # by `forward_features`; otherwise all tokens are computed
     compiled_methods: ClassVar[tuple[str, ...]] = ()  # beside the blocks', that compile into one graph each
+    needs_all_crops: bool = False  # whether a batch is told from those of other sizes only where all come in one call
 
     @abstractmethod
     def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
@@ -87,8 +89,9 @@ class Backbone(nn.Module):
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone, Backbone, int] | tuple[Backbone, int]:
     """Build student and teacher backbones with fresh weights, on the default device.
 
-    A backbone is given ``student.options`` and those of the other settings that its signature names; one that takes
-    arbitrary keywords is given all. Sections ``student``, ``crops`` and, where there is one, ``debug`` are read.
+    A backbone is given ``student.options`` and those of the other settings that its signature names, and that a
+    `functools.partial` has not fixed; one that takes arbitrary keywords is given all. Sections ``student``, ``crops``
+    and, where there is one, ``debug`` are read.
 
     Returns student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.
     Raises ValueError if the architecture is unknown, or cannot be built with these settings.
@@ -108,6 +111,11 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
     make, options = BACKBONES[arch], dict(getattr(student, "options", {}))
     try:
         teacher = make(**_accepted(make, settings) | options)
+        if teacher.patch_size != student.patch_size:
+            raise ValueError(
+                f"student.arch = {student.arch!r} has patches of {teacher.patch_size} px, but student.patch_size = "
+                f"{student.patch_size}; set that to {teacher.patch_size}, and sides of crops to multiples of it."
+            )
         if only_teacher:
             return teacher, teacher.embed_dim
         return make(**_accepted(make, settings | drop_path) | options), teacher, teacher.embed_dim
@@ -121,5 +129,6 @@ def _accepted(make: Callable[..., Backbone], settings: dict[str, Any]) -> dict[s
     parameters = inspect.signature(make).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return settings
-    names = {parameter.name for parameter in parameters}
+    names = {parameter.name for parameter in parameters} - getattr(make, "keywords", {}).keys()
+    settings = settings | {alias: settings[name] for alias, name in _ALIASES.items()}
     return {name: value for name, value in settings.items() if name in names}
