@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub import layouts, locate
+from dinov2.hub import layouts, layouts_dinov3, locate
 from dinov2.hub.locate import INDEX, no_such_file, weights_path
 from dinov2.hub.record import verify
 
@@ -212,6 +212,8 @@ def head_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
 
 def layout(state: Mapping[str, Tensor]) -> str:
     """Whose names an `unwrapped` state dict has: "transformers", "timm" or, all others, "meta"."""
+    if of_dinov3 := layouts_dinov3.layout(state):
+        return of_dinov3
     if "embeddings.cls_token" in state:
         return "transformers"
     # timm's names are Meta's but for registers and SwiGLU, and no mask token.
@@ -223,11 +225,13 @@ def layout(state: Mapping[str, Tensor]) -> str:
 def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     """Find the backbone in a checkpoint and give it Meta's names; a mask token that it has not is zero.
 
-    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, in any
-    wrappers and with any heads beside them (see `unwrapped`), and chunked block names. Where nothing of the kind is
-    found the result is empty or fits no model.
+    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, of
+    DINOv2, DINOv3 and plain ViTs, in any wrappers and with any heads beside them (see `unwrapped`), and chunked block
+    names. Where nothing of the kind is found the result is empty or fits no model.
     """
     state = unwrapped(checkpoint)
+    if layouts_dinov3.layout(state):
+        return layouts_dinov3.to_meta(layouts.from_chunks(state))
     by_layout = {"transformers": layouts.from_transformers, "timm": layouts.from_timm, "meta": layouts.from_chunks}
     return by_layout[layout(state)](state)
 
@@ -240,7 +244,7 @@ def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
     if not whole:
         return backbone_state_dict(checkpoint)
     found = _below(state, min(whole, key=_rank))
-    return layouts.with_mask_token(found) if layouts.is_vit(model) else found
+    return layouts.with_mask_token(found) if "mask_token" in names else found
 
 
 def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
@@ -251,7 +255,12 @@ def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
     """
     checkpoint = read_checkpoint(name)
     state = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions)
-    gains = {key: value for key, value in model.state_dict().items() if layouts.is_vit(model) and ".ls" in key}
+    if layouts_dinov3.is_dinov3(model) and "pos_embed" not in state and "cls_token" in state:
+        state, told = layouts_dinov3.completed(model, state)
+        for what in told:
+            logger.info("Weights %r: %s.", name, what)
+    has_gains = layouts.is_vit(model) or layouts_dinov3.is_dinov3(model)
+    gains = {key: value for key, value in model.state_dict().items() if has_gains and ".ls" in key}
     if gains and "cls_token" in state and not gains.keys() & state.keys():
         logger.info("Weights %r have no LayerScale: its gains start at one, which leaves their function.", name)
         state |= {key: torch.ones_like(value) for key, value in gains.items()}
@@ -296,7 +305,11 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     if other:
         found = ", ".join(f"{dtype} in {name}" for dtype, name in other.items())
         raise ValueError(f"Weights {source!r} hold {found}; floating-point numbers are expected (fp32, fp16, bf16).")
-    check_finite({name: state[name] for name, _ in model.named_parameters()}, source)
+    computed_with = [
+        *(name for name, _ in model.named_parameters()),
+        *(key for key in own if key.endswith("bias_mask")),
+    ]
+    check_finite({name: state[name] for name in computed_with}, source)
 
 
 def _differs(found: Tensor, expected: Tensor) -> bool:

@@ -50,7 +50,7 @@ class Dinov3VisionTransformer(PackedTransformer):
         pos_embed_rope_shift_coords: float | None = None, pos_embed_rope_jitter_coords: float | None = None,
         pos_embed_rope_rescale_coords: float | None = None,
         embed_dim: int = 768, depth: int = 12, num_heads: int = 12, ffn_ratio: float = 4.0, qkv_bias: bool = True,
-        drop_path_rate: float = 0.0, drop_path_uniform: bool = True, layerscale_init: float | None = None,
+        drop_path_rate: float = 0.0, drop_path_uniform: bool = True, layerscale_init: float | None = 1e-5,
         norm_layer: str = "layernorm", ffn_layer: str = "mlp", ffn_bias: bool = True, proj_bias: bool = True,
         n_storage_tokens: int = 0, mask_k_bias: bool = False, untie_cls_and_patch_norms: bool = False,
         untie_global_and_local_cls_norm: bool = False,
