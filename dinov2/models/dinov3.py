@@ -62,7 +62,7 @@ class Dinov3VisionTransformer(PackedTransformer):
                 raise ValueError(f"{name} is {value!r}; one of {', '.join(known)} is expected.")
         if embed_dim % (4 * num_heads):
             raise ValueError(
-                f"embed_dim = {embed_dim} is not a multiple of 4 x num_heads = {4 * num_heads}, as rotary positions "
+                f"embed_dim = {embed_dim} is not a multiple of four times num_heads = {num_heads}, as rotary positions "
                 "need it."
             )
         rope = {

@@ -334,10 +334,13 @@ def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *a
 
 
 def _vit(arch: str, embed_dim: int, depth: int, num_heads: int) -> Callable[..., DinoVisionTransformer]:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+
     def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
         kwargs |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-        model = DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **kwargs)
-        model.arch = arch
+        model = DinoVisionTransformer(**sizes | kwargs)
+        # One of other sizes (``student.options``) tells them itself.
+        model.arch = "" if model._sizes.keys() & kwargs.keys() else arch
         return model
 
     make.__name__ = make.__qualname__ = arch
@@ -351,4 +354,5 @@ vit_tiny = _vit("vit_tiny", 192, 12, 3)  # DeiT's ViT-Ti (arXiv:2012.12877)
 vit_small = _vit("vit_small", 384, 12, 6)
 vit_base = _vit("vit_base", 768, 12, 12)
 vit_large = _vit("vit_large", 1024, 24, 16)
+vit_huge = _vit("vit_huge", 1280, 32, 16)  # of Virchow2; UNI-2's is vit_giant2 with 24 blocks
 vit_giant2 = _vit("vit_giant2", 1536, 40, 24)  # DINOv2's own ViT-g
