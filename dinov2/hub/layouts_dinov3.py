@@ -208,13 +208,6 @@ def completed(model: Dinov3VisionTransformer, state: Mapping[str, Tensor]) -> tu
     return state, told
 
 
-def traits(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a state dict has beside what `dinov2.hub.layouts.traits` tells, in words; nothing of other networks."""
-    if "cls_token" not in state:
-        return {}
-    return {"norms": f"{'' if 'cls_norm.weight' in state else 'no '}norm of class tokens alone"}
-
-
 def vit_from_shapes(
     path: str, state: Mapping[str, Tensor], config: Mapping[str, Any], eps: float
 ) -> Dinov3VisionTransformer:

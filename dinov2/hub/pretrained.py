@@ -254,6 +254,14 @@ def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
     the checkpoint; raises as `read_checkpoint` and `check_fit` do.
     """
     checkpoint = read_checkpoint(name)
+    state = starting_state(model, checkpoint, name, positions)
+    check_fit(model, state, name)
+    model.load_state_dict(state)
+    return checkpoint
+
+
+def starting_state(model: nn.Module, checkpoint: Any, name: str, positions: bool = True) -> dict[str, Tensor]:
+    """What `load_pretrained` makes of a checkpoint for a model, which may be on the meta device."""
     state = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions)
     if layouts_dinov3.is_dinov3(model) and "pos_embed" not in state and "cls_token" in state:
         state, told = layouts_dinov3.completed(model, state)
@@ -264,15 +272,20 @@ def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
     if gains and "cls_token" in state and not gains.keys() & state.keys():
         logger.info("Weights %r have no LayerScale: its gains start at one, which leaves their function.", name)
         state |= {key: torch.ones_like(value) for key, value in gains.items()}
-    check_fit(model, state, name)
-    model.load_state_dict(state)
-    return checkpoint
+    return state
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Make sure that a state dict has exactly the keys and shapes of a model, and finite weights.
+    """Make sure that a state dict is what `check_shapes` expects, and finite; raises ValueError."""
+    check_shapes(model, state, source)
+    masks = [key for key in state if key.endswith("bias_mask")]
+    check_finite({name: state[name] for name in (*dict(model.named_parameters()), *masks)}, source)
 
-    Raises ValueError, which says both sizes where a ViT's differ, else names misfits, or tensors that are not finite.
+
+def check_shapes(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict has exactly the keys and shapes of a model; reads no values.
+
+    Raises ValueError, which says both sizes where a ViT's differ, else names misfits.
     Weights with another number of registers are refused too: registers take part in every attention, so neither
     fresh ones nor their absence would leave the features as they were trained.
     """
@@ -305,11 +318,6 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     if other:
         found = ", ".join(f"{dtype} in {name}" for dtype, name in other.items())
         raise ValueError(f"Weights {source!r} hold {found}; floating-point numbers are expected (fp32, fp16, bf16).")
-    computed_with = [
-        *(name for name, _ in model.named_parameters()),
-        *(key for key in own if key.endswith("bias_mask")),
-    ]
-    check_finite({name: state[name] for name in computed_with}, source)
 
 
 def _differs(found: Tensor, expected: Tensor) -> bool:

@@ -72,7 +72,7 @@ class Dinov3VisionTransformer(PackedTransformer):
             "rescale_coords": pos_embed_rope_rescale_coords,
         }  # fmt: skip
         self._arguments = {
-            "img_size": img_size, "patch_size": patch_size, "in_chans": in_chans,
+            "patch_size": patch_size, "in_chans": in_chans,
             **{f"pos_embed_rope_{name}": value for name, value in rope.items()},
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "ffn_ratio": ffn_ratio,
             "qkv_bias": qkv_bias, "layerscale_init": layerscale_init, "norm_layer": norm_layer,
@@ -81,7 +81,7 @@ class Dinov3VisionTransformer(PackedTransformer):
             "untie_global_and_local_cls_norm": untie_global_and_local_cls_norm,
         }  # fmt: skip
         self.embed_dim = self.num_features = embed_dim
-        self.num_heads, self.patch_size, self.n_blocks = num_heads, patch_size, depth
+        self.num_heads, self.img_size, self.patch_size, self.n_blocks = num_heads, img_size, patch_size, depth
         self.n_storage_tokens, self.num_prefix_tokens = n_storage_tokens, 1 + n_storage_tokens
         self.attention_backend = attention_backend
         self.untie_global_and_local_cls_norm = self.needs_all_crops = untie_global_and_local_cls_norm
@@ -117,7 +117,7 @@ class Dinov3VisionTransformer(PackedTransformer):
 
     def describe(self) -> dict[str, Any]:
         """As of `Backbone`."""
-        return {"arch": "dinov3_vit", **self._arguments}
+        return {"arch": "dinov3_vit", "img_size": self.img_size, **self._arguments}
 
     def layer_of(self, parameter_name: str) -> int:
         """As of `Backbone`; all final norms are of the last layer."""
