@@ -14,7 +14,7 @@ from typing import Any
 from dinov2.hub.export import verify
 from dinov2.hub.export.formats import arguments_of, files_for, fit_to_images, resampled_by, timm_file
 from dinov2.hub.layouts import is_vit
-from dinov2.hub.layouts_dinov3 import is_dinov3
+from dinov2.hub.layouts_dinov3 import is_dinov3, rounding_of_periods
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import save_teacher, write_new
@@ -65,6 +65,11 @@ def _export(args: argparse.Namespace) -> int:
     arguments = arguments_of(model) if is_known or args.verify is not None else None
     colours = Colours(*normalisation(args.checkpoint, args.mean, args.std)[:2])
     files = files_for(args.format, model, DTYPES[args.dtype], colours, described)
+    if is_dinov3(model) and (rounding := rounding_of_periods(model)) > 1e-6:
+        logger.warning(
+            "The teacher's periods of rotary positions are rounded by up to %.1g of each, as in Meta's files; timm's "
+            "and transformers' are exact, and outputs will differ a little.", rounding,
+        )  # fmt: skip
     done = "wrote" if write_new(args.output, files) else "already there:"
     sys.stdout.write(f"{done} {', '.join(sorted(files))} in {args.output}\n")
     alike = not is_vit(model) or _resamples_alike(args.format, arguments)

@@ -77,7 +77,7 @@ def check_backbone(config: Config, with_weights: bool = True) -> None:
         backbone, _ = build_model_from_cfg(config, only_teacher=True)
     path = starting_weights(config) if with_weights else ""
     if path and not is_url(path) and is_here(path):
-        state = starting_state(backbone, read_checkpoint(path), path, config.student.pretrained_pos_embed)
+        state, _ = starting_state(backbone, read_checkpoint(path), config.student.pretrained_pos_embed)
         check_shapes(backbone, state, path)
 
 

@@ -150,6 +150,13 @@ def has_key_bias(state: Mapping[str, Tensor]) -> bool:
     return any(not bias.is_meta and bool(bias.chunk(3)[1].any()) for bias in biases)
 
 
+def rounding_of_periods(model: Dinov3VisionTransformer) -> float:
+    """Largest relative distance of the periods from those that follow from the base: Meta's files hold rounded ones."""
+    rope, periods = model.rope_embed, model.rope_embed.periods.detach().double()
+    exact = RopePositionEmbedding(4 * len(periods), rope.base, rope.min_period, rope.max_period).periods.double()
+    return float((periods / exact - 1).abs().max())
+
+
 def _unmasked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights without periods, and with masked biases in place of biases and masks."""
     masks = {key.removesuffix("_mask"): value for key, value in state.items() if key.endswith(".bias_mask")}
@@ -202,7 +209,7 @@ def completed(model: Dinov3VisionTransformer, state: Mapping[str, Tensor]) -> tu
         local, of_class = f"local_cls_norm.{kind}", state.get(f"cls_norm.{kind}", state.get(f"norm.{kind}"))
         if local in own and local not in state and of_class is not None:
             state[local] = of_class.clone()
-            told += ["local_cls_norm starts as the norm of global class tokens"] if kind == "weight" else []
+            told += ["have no norm of local class tokens: it starts as that of others"] if kind == "weight" else []
         elif local not in own:
             state.pop(local, None)
     return state, told

@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -244,7 +244,7 @@ def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
     if not whole:
         return backbone_state_dict(checkpoint)
     found = _below(state, min(whole, key=_rank))
-    return layouts.with_mask_token(found) if "mask_token" in names else found
+    return layouts.with_mask_token(found) if {"mask_token", "cls_token"} <= set(names) else found
 
 
 def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
@@ -254,25 +254,27 @@ def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
     the checkpoint; raises as `read_checkpoint` and `check_fit` do.
     """
     checkpoint = read_checkpoint(name)
-    state = starting_state(model, checkpoint, name, positions)
+    state, notes = starting_state(model, checkpoint, positions)
     check_fit(model, state, name)
     model.load_state_dict(state)
+    for note in notes:
+        logger.info("Weights %r %s.", name, note)
     return checkpoint
 
 
-def starting_state(model: nn.Module, checkpoint: Any, name: str, positions: bool = True) -> dict[str, Tensor]:
-    """What `load_pretrained` makes of a checkpoint for a model, which may be on the meta device."""
-    state = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions)
+def starting_state(
+    model: nn.Module, checkpoint: Any, positions: bool = True
+) -> tuple[dict[str, Tensor], Sequence[str]]:
+    """What `load_pretrained` makes of a checkpoint for a model, which may be on the meta device, and notes on that."""
+    state, notes = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions), []
     if layouts_dinov3.is_dinov3(model) and "pos_embed" not in state and "cls_token" in state:
-        state, told = layouts_dinov3.completed(model, state)
-        for what in told:
-            logger.info("Weights %r: %s.", name, what)
+        state, notes = layouts_dinov3.completed(model, state)
     has_gains = layouts.is_vit(model) or layouts_dinov3.is_dinov3(model)
     gains = {key: value for key, value in model.state_dict().items() if has_gains and ".ls" in key}
     if gains and "cls_token" in state and not gains.keys() & state.keys():
-        logger.info("Weights %r have no LayerScale: its gains start at one, which leaves their function.", name)
+        notes.append("have no LayerScale: its gains start at one, which leaves their function")
         state |= {key: torch.ones_like(value) for key, value in gains.items()}
-    return state
+    return state, notes
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -111,11 +111,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
     make, options = BACKBONES[arch], dict(getattr(student, "options", {}))
     try:
         teacher = make(**_accepted(make, settings) | options)
-        if teacher.patch_size != student.patch_size:
-            raise ValueError(
-                f"student.arch = {student.arch!r} has patches of {teacher.patch_size} px, but student.patch_size = "
-                f"{student.patch_size}; set that to {teacher.patch_size}, and sides of crops to multiples of it."
-            )
+        _check(teacher, cfg)
         if only_teacher:
             return teacher, teacher.embed_dim
         return make(**_accepted(make, settings | drop_path) | options), teacher, teacher.embed_dim
@@ -123,6 +119,20 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
         raise ValueError(
             f"student.arch = {student.arch!r} cannot be built with student.options = {options} ({error})."
         ) from error
+
+
+def _check(backbone: Backbone, cfg: Any) -> None:
+    arch, patch, given = cfg.student.arch, backbone.patch_size, cfg.student.patch_size
+    if patch != given:
+        raise ValueError(
+            f"student.arch = {arch!r} has patches of {patch} px, but student.patch_size = {given}; set that to "
+            f"{patch}, and sides of crops to multiples of it."
+        )
+    if backbone.needs_all_crops and hasattr(cfg, "debug") and not cfg.debug.packed_crops:
+        raise ValueError(
+            f"debug.packed_crops = false cannot be with student.arch = {arch!r} and these student.options, which tell "
+            "local crops from global ones where both come in one call; set it to true."
+        )
 
 
 def _accepted(make: Callable[..., Backbone], settings: dict[str, Any]) -> dict[str, Any]:

@@ -53,11 +53,6 @@ class SSLMetaArch(nn.Module):
             student_backbone, teacher_backbone, self.embed_dim = build_model_from_cfg(cfg)
             self.student = self._network(student_backbone)
             self.teacher = self._network(teacher_backbone)
-        if student_backbone.needs_all_crops and not cfg.debug.packed_crops:
-            raise ValueError(
-                f"debug.packed_crops = false cannot be with {cfg.student.arch}, whose norm of local class tokens needs "
-                "global and local crops in one call; set it to true, or untie_global_and_local_cls_norm to false."
-            )
         self.copy_student_to_teacher()
         self.teacher.requires_grad_(False)
         self.teacher.eval()

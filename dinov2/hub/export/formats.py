@@ -160,7 +160,11 @@ def _whole_ratio(arguments: Mapping[str, Any]) -> int:
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    cast = {key: tensor.detach().to(dtype).contiguous().clone() for key, tensor in state.items()}
+    cast = {
+        # Periods of rotary positions are no weights, and rounded to 16 bit would turn far patches elsewhere.
+        key: tensor.detach().to(tensor.dtype if key.endswith(".periods") else dtype).contiguous().clone()
+        for key, tensor in state.items()
+    }
     for key, tensor in cast.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"The teacher's {key} is not finite in {dtype}; finite weights are expected.")
