@@ -57,8 +57,10 @@ _JOINT = {
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename timm's tensors; the mask token, which only training uses, is zero, and beside registers the class
-    token's position, which timm has not.
+    """Rename timm's tensors; the mask token, which only training uses, is zero.
+
+    Beside registers the class token has no position in timm's DINOv2, so that it is zero here; in other models, such
+    as Virchow2, registers too have positions, which become part of them.
     """
     renamed = {}
     for key, tensor in state.items():
@@ -69,8 +71,14 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
         renamed["register_tokens" if key == "reg_token" else key] = tensor
     if "register_tokens" in renamed:
-        zero = torch.zeros_like(renamed["pos_embed"][:, :1])
-        renamed["pos_embed"] = torch.cat([zero, renamed["pos_embed"]], dim=1)
+        positions, number = renamed["pos_embed"], num_registers(renamed)
+        tokens = positions.shape[1]
+        if math.isqrt(tokens) ** 2 != tokens and math.isqrt(max(tokens - 1 - number, 0)) ** 2 == tokens - 1 - number:
+            first, of_registers, positions = positions.split([1, number, tokens - 1 - number], dim=1)
+            renamed["register_tokens"] = renamed["register_tokens"] + of_registers
+        else:
+            first = torch.zeros_like(positions[:, :1])
+        renamed["pos_embed"] = torch.cat([first, positions], dim=1)
     return with_mask_token(renamed)
 
 
@@ -145,10 +153,10 @@ def from_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def with_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ViT's weights with its mask token in two dimensions, zero where they have none."""
-    token, found = state["cls_token"], state.get("mask_token")
+    token, found = state["cls_token"], state.get("mask_token", state.get("masked_embed"))  # the latter is iBOT's
     if found is None or found.numel() == token.shape[-1]:  # some have it in three dimensions
         found = torch.zeros_like(token[0]) if found is None else found.reshape(1, -1)
-    return {**state, "mask_token": found}
+    return {key: value for key, value in state.items() if key != "masked_embed"} | {"mask_token": found}
 
 
 def traits(state: Mapping[str, Tensor]) -> dict[str, str]:
