@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dinov2.configs import Config
+from dinov2.configs.schema import StudentConfig
 from dinov2.hub.locate import hub_id, is_here, weights_path
 from dinov2.hub.pretrained import (
     check_finite,
@@ -18,7 +19,7 @@ from dinov2.hub.pretrained import (
     read_checkpoint,
     starting_state,
 )
-from dinov2.models import build_model_from_cfg
+from dinov2.models.backbone import build_model_from_cfg, ignored_settings
 
 logger = logging.getLogger("dinov2")
 
@@ -70,11 +71,18 @@ def starting_weights(config: Config) -> str:
 def check_backbone(config: Config, with_weights: bool = True) -> None:
     """Make sure that the backbone can be built and, where its starting weights are here, that they fit it.
 
-    Nothing is allocated but what reading a file takes. Raises ValueError, or as `starting_weights` and
-    `read_checkpoint`.
+    Nothing is allocated but what reading a file takes. Settings that the backbone does not take are logged. Raises
+    ValueError, or as `starting_weights` and `read_checkpoint`.
     """
     with torch.device("meta"):
         backbone, _ = build_model_from_cfg(config, only_teacher=True)
+    student, usual = config.student, StudentConfig()
+    for name in ignored_settings(config):
+        if getattr(student, name) != getattr(usual, name):
+            logger.warning(
+                "student.%s = %r has no effect on %s; what it takes goes into student.options.",
+                name, getattr(student, name), student.arch,
+            )  # fmt: skip
     path = starting_weights(config) if with_weights else ""
     if path and not is_url(path) and is_here(path):
         state, _ = starting_state(backbone, read_checkpoint(path), config.student.pretrained_pos_embed)

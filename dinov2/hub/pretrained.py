@@ -40,6 +40,11 @@ _OUTER = ("model_state_dict.", "model.", "state_dict.", "teacher.", "module.", "
 
 def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
     """Address of Meta's weights of an architecture; without a feed-forward layer that is left unchecked."""
+    if arch.startswith("dinov3_"):
+        raise ValueError(
+            f"Meta gives out the weights of {arch} on request alone, so that they have no public address; name the file, "
+            "folder or hub id in student.pretrained_weights."
+        )
     if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
         raise ValueError(
             f"There are no published DINOv2 weights for {arch} with patch size {patch_size} and {num_register_tokens} "

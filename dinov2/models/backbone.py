@@ -121,6 +121,13 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
         ) from error
 
 
+def ignored_settings(cfg: Any) -> list[str]:
+    """Keys of section ``student`` that the configured backbone, if it is known, has no use for."""
+    arch = cfg.student.arch
+    taken = _accepted(BACKBONES[arch], dict.fromkeys(_VIT_SETTINGS)) if arch in BACKBONES else _VIT_SETTINGS
+    return [name for name in _VIT_SETTINGS if name not in taken]
+
+
 def _check(backbone: Backbone, cfg: Any) -> None:
     arch, patch, given = cfg.student.arch, backbone.patch_size, cfg.student.patch_size
     if patch != given:
@@ -140,5 +147,5 @@ def _accepted(make: Callable[..., Backbone], settings: dict[str, Any]) -> dict[s
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return settings
     names = {parameter.name for parameter in parameters} - getattr(make, "keywords", {}).keys()
-    settings = settings | {alias: settings[name] for alias, name in _ALIASES.items()}
+    settings = settings | {alias: settings[name] for alias, name in _ALIASES.items() if name in settings}
     return {name: value for name, value in settings.items() if name in names}

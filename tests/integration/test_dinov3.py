@@ -16,6 +16,9 @@ from dinov2.train.train import main
 from tests.helpers.runs import NARROW_DINOV3, TINY, checkpoint_tensors, read_metrics
 
 TWO_STEPS = (*TINY, *NARROW_DINOV3, "student.drop_path_rate=0.1", "optim.early_stop=0.5")
+PUBLISHED_SIZE = (
+    "student.arch=dinov3_vits16", "student.patch_size=16", "crops.global_crops_size=64", "crops.local_crops_size=32",
+)  # fmt: skip
 STARTED = ("optim.early_stop=0.25", "performance.recompute=full")
 
 
@@ -38,6 +41,15 @@ def test_two_steps(run: Path):
         checkpoint_tensors(run, 2)[f"/{role}/backbone.local_cls_norm.weight"] for role in ("teacher", "student")
     )
     assert not torch.equal(first, last)
+
+
+def test_a_resumed_run_is_the_same(run: Path, shards: Path, tmp_path: Path):
+    """Draws of positions and of stochastic depth follow from seed and step; periods and masks are in checkpoints."""
+    for stop in ("optim.early_stop=0.25", "optim.early_stop=0.5"):
+        assert main(["--output-dir", str(tmp_path / "out"), *TWO_STEPS, f"data.path={shards}", stop]) == 0
+    expected, found = checkpoint_tensors(run, 2), checkpoint_tensors(tmp_path / "out", 2)
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert "/student/backbone.rope_embed.periods" in found
 
 
 def test_the_teacher_opens_again(teacher: Path):
@@ -75,8 +87,9 @@ def refused(
     """The sentence with which a run is refused that has no data, which are opened later."""
     status = main(["--output-dir", str(tmp_path / "out"), *base, f"data.path={tmp_path / 'none'}", *overrides])
     error = capsys.readouterr().err
-    assert status == 2 and "Traceback" not in error and error.count("\n") == 1
-    return error
+    *warnings, sentence = error.splitlines()
+    assert status == 2 and "Traceback" not in error and all(" W " in line for line in warnings)
+    return sentence
 
 
 def test_weights_of_another_kind_are_refused(teacher: Path, capsys: pytest.CaptureFixture, tmp_path: Path):
@@ -102,6 +115,8 @@ def test_weights_of_another_kind_are_refused(teacher: Path, capsys: pytest.Captu
         (("student.arch=dinov3_vits16",), "student.patch_size"),
         (("student.options.depth=none",), "student.options"),
         (("student.options.ffn_layer=swiglufused",), "ffn_layer"),
+        (("train.use_pretrained=true", "student.arch=dinov3_vits16", "student.patch_size=8"), "student.patch_size"),
+        (("train.use_pretrained=true", *PUBLISHED_SIZE), "student.pretrained_weights"),
     ],
 )
 def test_impossible_backbones_are_refused(
