@@ -42,8 +42,8 @@ def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_laye
     """Address of Meta's weights of an architecture; without a feed-forward layer that is left unchecked."""
     if arch.startswith("dinov3_"):
         raise ValueError(
-            f"Meta gives out the weights of {arch} on request alone, so that they have no public address; name the file, "
-            "folder or hub id in student.pretrained_weights."
+            f"Meta gives out the weights of {arch} on request alone, so that they have no public address; name the "
+            "file, folder or hub id in student.pretrained_weights."
         )
     if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
         raise ValueError(

@@ -49,8 +49,9 @@ class Linear(nn.Linear):
 class KeyMaskedLinear(Linear):
     """Joint projection of queries, keys and values whose bias leaves the keys out (DINOv3).
 
-    A bias of all keys alike adds the same to every score of a query, which softmax takes away again. The mask, 1 and
-    over the middle third 0, is a buffer of the state dict: NaN until `reset_mask`, or a state dict, sets it.
+    Without rotary positions a bias of all keys adds the same to every score of a query, which softmax takes away again.
+    The mask, 1 and over the middle third 0, is a buffer of the state dict: NaN until `reset_mask`, or a state dict,
+    sets it.
     """
 
     bias_mask: Tensor
