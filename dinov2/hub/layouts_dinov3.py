@@ -21,14 +21,13 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}
 NORM_LAYERS = {1e-5: "layernormbf16", 1e-6: "layernorm"}
 """Names of layer norms by their eps."""
 
-# Modules of a block, or none, by Meta's name and by timm's; then those by transformers'.
+# Modules, those of a block without its number, by Meta's name and by timm's; then by transformers'.
 _TIMM = {
     "storage_tokens": "reg_token",
     "ls1.gamma": "gamma_1",
     "ls2.gamma": "gamma_2",
     "mlp.w1": "mlp.fc1_g",
     "mlp.w2": "mlp.fc1_x",
-    "attn.qkv": "attn.qkv",
 }
 _TIMM_OF_SWIGLU = {"mlp.w3": "mlp.fc2"}
 _TRANSFORMERS = {
