@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.hub.export import verify
-from dinov2.hub.export.formats import files_for, resampled_by
-from dinov2.hub.layouts import is_vit, resize_grid, vit_arguments
+from dinov2.hub.export.formats import arguments_of, files_for, fit_to_images, resampled_by, timm_file
+from dinov2.hub.layouts import is_vit
+from dinov2.hub.layouts_dinov3 import is_dinov3, rounding_of_periods
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import save_teacher, write_new
@@ -58,22 +59,29 @@ def _export(args: argparse.Namespace) -> int:
     described = description(args.checkpoint)
     model = load_teacher(args.checkpoint)
     if args.image_size is not None:
-        resize_grid(model, args.image_size)
+        fit_to_images(model, args.image_size)
     # Another backbone has a file and a JSON of its own names, which no library opens.
-    arguments = vit_arguments(model) if is_vit(model) or args.verify is not None else None
+    is_known = is_vit(model) or is_dinov3(model)
+    arguments = arguments_of(model) if is_known or args.verify is not None else None
     colours = Colours(*normalisation(args.checkpoint, args.mean, args.std)[:2])
     files = files_for(args.format, model, DTYPES[args.dtype], colours, described)
+    if is_dinov3(model) and (rounding := rounding_of_periods(model)) > 1e-6:
+        logger.warning(
+            "The teacher's periods of rotary positions are rounded by up to %.1g of each, as in Meta's files; timm's "
+            "and transformers' are exact, and outputs will differ a little.", rounding,
+        )  # fmt: skip
     done = "wrote" if write_new(args.output, files) else "already there:"
     sys.stdout.write(f"{done} {', '.join(sorted(files))} in {args.output}\n")
-    alike = arguments is None or _resamples_alike(args.format, arguments)
+    alike = not is_vit(model) or _resamples_alike(args.format, arguments)
     if args.verify is None:
         return cli.DONE
     side, patch = arguments["img_size"], arguments["patch_size"]
     # One patch less: the position grid is resampled.
     sides = [side] if not alike or side == patch else [side, side - patch]
     expected = [verify.tokens(model, tiles, side, colours) for side in sides]
+    of_timm = timm_file(model, colours) if args.format == "meta" else {}
     del model  # one at a time: the largest takes 9 GB
-    theirs = verify.open_export(args.format, args.output, arguments)
+    theirs = verify.open_export(args.format, args.output, of_timm)
     holds = True
     for side, ours in zip(sides, expected, strict=True):
         found = verify.Agreement(ours, verify.tokens(theirs, tiles, side, colours))

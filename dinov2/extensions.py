@@ -65,8 +65,15 @@ TISSUE_RULES = Registry(
 BACKBONES = Registry(
     "backbone",
     {
-        name: f"dinov2.models.vision_transformer:{name}"
-        for name in ("vit_demo", "vit_shallow", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
+        **{
+            f"vit_{size}": f"dinov2.models.vision_transformer:vit_{size}"
+            for size in ("demo", "shallow", "tiny", "small", "base", "large", "huge", "giant2")
+        },
+        **{
+            f"dinov3_{size}": f"dinov2.models.dinov3:dinov3_{size}"
+            for size in ("vits16", "vits16plus", "vitb16", "vitl16", "vitl16plus", "vith16plus", "vit7b16")
+        },
+        "dinov3_vit": "dinov2.models.dinov3:Dinov3VisionTransformer",
     },
 )
 """Networks that turn images into tokens: `dinov2.models.backbone.Backbone`."""

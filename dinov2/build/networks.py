@@ -2,11 +2,24 @@
 
 import logging
 
+import torch
 from torch import nn
 
 from dinov2.configs import Config
-from dinov2.hub.locate import hub_id, weights_path
-from dinov2.hub.pretrained import check_finite, check_found, head_state_dict, load_pretrained, published_url
+from dinov2.configs.schema import StudentConfig
+from dinov2.hub.locate import hub_id, is_here, weights_path
+from dinov2.hub.pretrained import (
+    check_finite,
+    check_found,
+    check_shapes,
+    head_state_dict,
+    is_url,
+    load_pretrained,
+    published_url,
+    read_checkpoint,
+    starting_state,
+)
+from dinov2.models.backbone import build_model_from_cfg, ignored_settings
 
 logger = logging.getLogger("dinov2")
 
@@ -53,6 +66,27 @@ def starting_weights(config: Config) -> str:
                 f"{key} = {weights!r} is no file; give a file, a folder, an id on the Hugging Face hub or a URL."
             )
     return export or student.pretrained_weights
+
+
+def check_backbone(config: Config, with_weights: bool = True) -> None:
+    """Make sure that the backbone can be built and, where its starting weights are here, that they fit it.
+
+    Nothing is allocated but what reading a file takes. Settings that the backbone does not take are logged. Raises
+    ValueError, or as `starting_weights` and `read_checkpoint`.
+    """
+    with torch.device("meta"):
+        backbone, _ = build_model_from_cfg(config, only_teacher=True)
+    student, usual = config.student, StudentConfig()
+    for name in ignored_settings(config):
+        if getattr(student, name) != getattr(usual, name):
+            logger.warning(
+                "student.%s = %r has no effect on %s; what it takes goes into student.options.",
+                name, getattr(student, name), student.arch,
+            )  # fmt: skip
+    path = starting_weights(config) if with_weights else ""
+    if path and not is_url(path) and is_here(path):
+        state, _ = starting_state(backbone, read_checkpoint(path), config.student.pretrained_pos_embed)
+        check_shapes(backbone, state, path)
 
 
 def check_starting_weights(config: Config) -> None:

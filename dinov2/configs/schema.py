@@ -233,9 +233,13 @@ class StudentConfig:
     """The backbone; the teacher's is the same, without stochastic depth."""
 
     arch: str = key(
-        "vit_large", "vit_demo, vit_shallow, vit_tiny, vit_small, vit_base, vit_large, vit_giant2", registry="BACKBONES"
+        "vit_large",
+        "vit_demo, vit_shallow, vit_tiny, vit_small, vit_base, vit_large, vit_huge, vit_giant2; dinov3_vits16, ...",
+        registry="BACKBONES",
     )
-    options: Mapping[str, Any] = key({}, "options of a backbone that is no ViT")
+    options: Mapping[str, Any] = key(
+        {}, "further arguments of the backbone, which win over other keys, such as {depth: 24}"
+    )
     patch_size: int = key(14, "side of a patch in px", least=1, most=1024)
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
     layerscale: float = key(1.0e-05, "initial gain of each residual branch", **_TO_1000)

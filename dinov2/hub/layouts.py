@@ -20,7 +20,9 @@ HEADS = {128: 4, 192: 3, 256: 4, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 LAYER_NORM_EPS = 1e-6
 """Of DINOv2's layer norms."""
 
-_DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3}
+_DIMENSIONS = {
+    "cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3, "storage_tokens": 3
+}  # fmt: skip
 
 # Modules by Meta's name and by the one that transformers writes to files, in every version; then those of a block.
 _MODULES = {
@@ -55,8 +57,10 @@ _JOINT = {
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename timm's tensors; the mask token, which only training uses, is zero, and beside registers the class
-    token's position, which timm has not.
+    """Rename timm's tensors; the mask token, which only training uses, is zero.
+
+    Beside registers the class token has no position in timm's DINOv2, so that it is zero here; in other models, such
+    as Virchow2, registers too have positions, which become part of them.
     """
     renamed = {}
     for key, tensor in state.items():
@@ -67,8 +71,14 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
         renamed["register_tokens" if key == "reg_token" else key] = tensor
     if "register_tokens" in renamed:
-        zero = torch.zeros_like(renamed["pos_embed"][:, :1])
-        renamed["pos_embed"] = torch.cat([zero, renamed["pos_embed"]], dim=1)
+        positions, number = renamed["pos_embed"], num_registers(renamed)
+        tokens = positions.shape[1]
+        if math.isqrt(tokens) ** 2 != tokens and math.isqrt(max(tokens - 1 - number, 0)) ** 2 == tokens - 1 - number:
+            first, of_registers, positions = positions.split([1, number, tokens - 1 - number], dim=1)
+            renamed["register_tokens"] = renamed["register_tokens"] + of_registers
+        else:
+            first = torch.zeros_like(positions[:, :1])
+        renamed["pos_embed"] = torch.cat([first, positions], dim=1)
     return with_mask_token(renamed)
 
 
@@ -143,10 +153,10 @@ def from_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def with_mask_token(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ViT's weights with its mask token in two dimensions, zero where they have none."""
-    token, found = state["cls_token"], state.get("mask_token")
+    token, found = state["cls_token"], state.get("mask_token", state.get("masked_embed"))  # the latter is iBOT's
     if found is None or found.numel() == token.shape[-1]:  # some have it in three dimensions
         found = torch.zeros_like(token[0]) if found is None else found.reshape(1, -1)
-    return {**state, "mask_token": found}
+    return {key: value for key, value in state.items() if key != "masked_embed"} | {"mask_token": found}
 
 
 def traits(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -154,9 +164,11 @@ def traits(state: Mapping[str, Tensor]) -> dict[str, str]:
     if "cls_token" not in state or "patch_embed.proj.weight" not in state:
         return {}
     layers = {"MLP": state.get("blocks.0.mlp.fc1.weight"), "SwiGLU": state.get("blocks.0.mlp.w12.weight")}
+    layers["split SwiGLU"] = state.get("blocks.0.mlp.w1.weight")
     return {
+        "positions": "learned positions (DINOv2)" if "pos_embed" in state else "rotary positions (DINOv3)",
         "width": f"width {state['cls_token'].shape[-1]}",
-        "depth": f"{_depth(state)} blocks",
+        "depth": f"{depth_of(state)} blocks",
         "patch": f"patches of {state['patch_embed.proj.weight'].shape[-1]} px",
         "registers": f"{num_registers(state)} registers",
         "gains": f"{'' if 'blocks.0.ls1.gamma' in state else 'no '}LayerScale",
@@ -164,24 +176,28 @@ def traits(state: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def _depth(state: Mapping[str, Tensor]) -> int:
+def depth_of(state: Mapping[str, Tensor]) -> int:
+    """Count the blocks of a ViT's weights."""
     return 1 + max((int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))), default=-1)
 
 
 def num_registers(state: Mapping[str, Tensor]) -> int:
     """Count the registers of a ViT's weights."""
-    return state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    tokens = [state[key] for key in ("register_tokens", "storage_tokens") if key in state]
+    return tokens[0].shape[1] if tokens else 0
 
 
 def require_vit(path: str, state: Mapping[str, Tensor]) -> None:
     """Make sure that the tensors by which a ViT's architecture is told are there; raises ValueError."""
-    absent = [key for key in _DIMENSIONS if key not in state and key != "register_tokens"]
-    if absent:
-        raise ValueError(f"Weights {path!r} hold no backbone: {', '.join(absent)} missing; a DINOv2 ViT is expected.")
+    absent = [key for key in _DIMENSIONS if key not in state and key not in ("register_tokens", "storage_tokens")]
+    if absent and absent != ["pos_embed"] * ("rope_embed.periods" in state or "storage_tokens" in state):
+        raise ValueError(
+            f"Weights {path!r} hold no backbone: {', '.join(absent)} missing; a DINOv2 or DINOv3 ViT is expected."
+        )
     for key, dimensions in _DIMENSIONS.items():
         if key in state and (state[key].ndim != dimensions or not state[key].numel()):
             raise ValueError(
-                f"Weights {path!r} hold no DINOv2 ViT: {key} is {tuple(state[key].shape)}, of other than {dimensions} "
+                f"Weights {path!r} hold no ViT: {key} is {tuple(state[key].shape)}, of other than {dimensions} "
                 "dimensions."
             )
 
@@ -243,7 +259,7 @@ def _arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "in_chans": state["patch_embed.proj.weight"].shape[1],
         "embed_dim": width,
-        "depth": _depth(state),
+        "depth": depth_of(state),
         "mlp_ratio": hidden_over_width,
         "ffn_layer": ffn_layer,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,

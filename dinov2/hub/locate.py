@@ -35,7 +35,7 @@ def weights_path(name: str) -> Path:
             f"Weights {name!r} have an address that is not read; http, https and file URLs, hf://org/name[/file] and "
             "local paths are."
         )
-    path = Path(name.removeprefix("local-dir:")).expanduser()
+    path = _local(name)
     if path.is_dir():
         files = [entry.name for entry in path.iterdir() if entry.is_file()]
         return path / _chosen(repr(str(path)), files)
@@ -49,11 +49,20 @@ def check_found(name: str) -> None:
 
     Raises as `weights_path`, and FileNotFoundError if there is no such file here.
     """
-    path = Path(name.removeprefix("local-dir:")).expanduser()
+    path = _local(name)
     if not path.exists() and (hub := hub_id(name)):
         _from_hub(hub, download=False)
     elif not weights_path(name).is_file():
         raise no_such_file(name)
+
+
+def is_here(name: str) -> bool:
+    """Whether a name is that of a file or folder on this machine."""
+    return _local(name).exists()
+
+
+def _local(name: str) -> Path:
+    return Path(name.removeprefix("local-dir:")).expanduser()
 
 
 def no_such_file(name: str) -> FileNotFoundError:

@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub import layouts, locate
+from dinov2.hub import layouts, layouts_dinov3, locate
 from dinov2.hub.locate import INDEX, no_such_file, weights_path
 from dinov2.hub.record import verify
 
@@ -40,6 +40,11 @@ _OUTER = ("model_state_dict.", "model.", "state_dict.", "teacher.", "module.", "
 
 def published_url(arch: str, patch_size: int, num_register_tokens: int, ffn_layer: str | None = None) -> str:
     """Address of Meta's weights of an architecture; without a feed-forward layer that is left unchecked."""
+    if arch.startswith("dinov3_"):
+        raise ValueError(
+            f"Meta gives out the weights of {arch} on request alone, so that they have no public address; name the "
+            "file, folder or hub id in student.pretrained_weights."
+        )
     if arch not in _PUBLISHED or patch_size != 14 or num_register_tokens not in (0, 4):
         raise ValueError(
             f"There are no published DINOv2 weights for {arch} with patch size {patch_size} and {num_register_tokens} "
@@ -212,6 +217,8 @@ def head_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
 
 def layout(state: Mapping[str, Tensor]) -> str:
     """Whose names an `unwrapped` state dict has: "transformers", "timm" or, all others, "meta"."""
+    if of_dinov3 := layouts_dinov3.layout(state):
+        return of_dinov3
     if "embeddings.cls_token" in state:
         return "transformers"
     # timm's names are Meta's but for registers and SwiGLU, and no mask token.
@@ -223,11 +230,13 @@ def layout(state: Mapping[str, Tensor]) -> str:
 def backbone_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     """Find the backbone in a checkpoint and give it Meta's names; a mask token that it has not is zero.
 
-    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, in any
-    wrappers and with any heads beside them (see `unwrapped`), and chunked block names. Where nothing of the kind is
-    found the result is empty or fits no model.
+    Known are our exports, OpenMidnight's and Midnight's teachers, Meta's files, those of transformers and timm, of
+    DINOv2, DINOv3 and plain ViTs, in any wrappers and with any heads beside them (see `unwrapped`), and chunked block
+    names. Where nothing of the kind is found the result is empty or fits no model.
     """
     state = unwrapped(checkpoint)
+    if layouts_dinov3.layout(state):
+        return layouts_dinov3.to_meta(layouts.from_chunks(state))
     by_layout = {"transformers": layouts.from_transformers, "timm": layouts.from_timm, "meta": layouts.from_chunks}
     return by_layout[layout(state)](state)
 
@@ -240,7 +249,7 @@ def weights_for(model: nn.Module, checkpoint: Any) -> dict[str, Tensor]:
     if not whole:
         return backbone_state_dict(checkpoint)
     found = _below(state, min(whole, key=_rank))
-    return layouts.with_mask_token(found) if layouts.is_vit(model) else found
+    return layouts.with_mask_token(found) if {"mask_token", "cls_token"} <= set(names) else found
 
 
 def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
@@ -250,20 +259,40 @@ def load_pretrained(model: nn.Module, name: str, positions: bool = True) -> Any:
     the checkpoint; raises as `read_checkpoint` and `check_fit` do.
     """
     checkpoint = read_checkpoint(name)
-    state = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions)
-    gains = {key: value for key, value in model.state_dict().items() if layouts.is_vit(model) and ".ls" in key}
-    if gains and "cls_token" in state and not gains.keys() & state.keys():
-        logger.info("Weights %r have no LayerScale: its gains start at one, which leaves their function.", name)
-        state |= {key: torch.ones_like(value) for key, value in gains.items()}
+    state, notes = starting_state(model, checkpoint, positions)
     check_fit(model, state, name)
     model.load_state_dict(state)
+    for note in notes:
+        logger.info("Weights %r %s.", name, note)
     return checkpoint
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Make sure that a state dict has exactly the keys and shapes of a model, and finite weights.
+def starting_state(
+    model: nn.Module, checkpoint: Any, positions: bool = True
+) -> tuple[dict[str, Tensor], Sequence[str]]:
+    """What `load_pretrained` makes of a checkpoint for a model, which may be on the meta device, and notes on that."""
+    state, notes = layouts.with_grid_of(model, weights_for(model, checkpoint), own=not positions), []
+    if layouts_dinov3.is_dinov3(model) and "pos_embed" not in state and "cls_token" in state:
+        state, notes = layouts_dinov3.completed(model, state)
+    has_gains = layouts.is_vit(model) or layouts_dinov3.is_dinov3(model)
+    gains = {key: value for key, value in model.state_dict().items() if has_gains and ".ls" in key}
+    if gains and "cls_token" in state and not gains.keys() & state.keys():
+        notes.append("have no LayerScale: its gains start at one, which leaves their function")
+        state |= {key: torch.ones_like(value) for key, value in gains.items()}
+    return state, notes
 
-    Raises ValueError, which says both sizes where a ViT's differ, else names misfits, or tensors that are not finite.
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict is what `check_shapes` expects, and finite; raises ValueError."""
+    check_shapes(model, state, source)
+    masks = [key for key in state if key.endswith("bias_mask")]
+    check_finite({name: state[name] for name in (*dict(model.named_parameters()), *masks)}, source)
+
+
+def check_shapes(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make sure that a state dict has exactly the keys and shapes of a model; reads no values.
+
+    Raises ValueError, which says both sizes where a ViT's differ, else names misfits.
     Weights with another number of registers are refused too: registers take part in every attention, so neither
     fresh ones nor their absence would leave the features as they were trained.
     """
@@ -296,7 +325,6 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     if other:
         found = ", ".join(f"{dtype} in {name}" for dtype, name in other.items())
         raise ValueError(f"Weights {source!r} hold {found}; floating-point numbers are expected (fp32, fp16, bf16).")
-    check_finite({name: state[name] for name, _ in model.named_parameters()}, source)
 
 
 def _differs(found: Tensor, expected: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.extensions import BACKBONES
-from dinov2.hub import layouts, pretrained
+from dinov2.hub import layouts, layouts_dinov3, pretrained
 from dinov2.hub.locate import weights_path
 from dinov2.hub.record import read_record
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -84,6 +84,8 @@ def load_teacher(
     if model is None:
         state = pretrained.backbone_state_dict(checkpoint)
         model = inferred_backbone(path, state, pretrained.layout(pretrained.unwrapped(checkpoint)))
+        if layouts_dinov3.is_dinov3(model):
+            state, _ = layouts_dinov3.completed(model, state)
     else:
         state = pretrained.weights_for(model, checkpoint)
         if layouts.is_vit(model):
@@ -138,7 +140,7 @@ def stated_backbone(path: str) -> nn.Module | None:
         with torch.device("meta"):
             model = make(**arguments)
         # A ViT gets all its tensors from the file; others may have tables that no file holds.
-        return model if layouts.is_vit(model) else make(**arguments)
+        return model if layouts.is_vit(model) or layouts_dinov3.is_dinov3(model) else make(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The architecture in the JSON beside {path!r} does not describe a backbone ({error})."
@@ -155,20 +157,27 @@ def _trained_arch(described: Mapping[str, Any]) -> str | None:
 def inferred_backbone(path: str, state: Mapping[str, Tensor], layout: str) -> nn.Module:
     """Build, without weights, the ViT that tensors under Meta's names are of; a ``config.json`` may tell its heads."""
     layouts.require_vit(path, state)
-    beside, heads, eps = Path(path).with_name("config.json"), None, layouts.LAYER_NORM_EPS
+    is_dinov3 = "pos_embed" not in state
+    beside, heads, eps = Path(path).with_name("config.json"), None, 1e-5 if is_dinov3 else layouts.LAYER_NORM_EPS
+    config: dict[str, Any] = {}
     if layout != "meta" and beside.is_file():
+        usual = "silu" if "blocks.0.mlp.w1.weight" in state else "gelu"
         try:
             config = json.loads(beside.read_text())
-            heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
-            activation, eps = config.get("hidden_act", "gelu"), float(config.get("layer_norm_eps", eps))
+            config |= config.get("model_args", {})
+            heads = config.get("num_attention_heads") or config.get("num_heads")
+            activation, eps = config.get("hidden_act", usual), float(config.get("layer_norm_eps", eps))
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{str(beside)!r} does not describe a model ({error!r}); mend or remove it.") from error
-        if activation != "gelu":
-            raise ValueError(f"{str(beside)!r} has hidden_act = {activation!r}, but a DINOv2 ViT has 'gelu'.")
+        if activation != usual:
+            raise ValueError(f"{str(beside)!r} has hidden_act = {activation!r}, but this ViT has {usual!r}.")
         if heads is not None and not (isinstance(heads, int) and heads > 0):
             raise ValueError(f"{str(beside)!r} has {heads!r} attention heads; a positive number is expected.")
     with torch.device("meta"):
-        model = layouts.vit_from_shapes(path, state, layout, heads)
+        if is_dinov3:
+            model = layouts_dinov3.vit_from_shapes(path, state, config, eps)
+        else:
+            model = layouts.vit_from_shapes(path, state, layout, heads)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps

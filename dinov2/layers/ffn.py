@@ -58,6 +58,29 @@ class SwiGLUFFNFused(SwiGLUFFN):
         super().__init__(in_features, gated_width(hidden_features), *args, **kwargs)
 
 
-def gated_width(hidden: int) -> int:
-    """Width of either half of a `SwiGLUFFNFused` in place of an MLP with ``hidden`` features."""
-    return (int(hidden * 2 / 3) + 7) // 8 * 8
+class SwiGLUFFNSplit(nn.Module):
+    """w3(silu(w1(x)) * w2(x)), as DINOv3 holds it; `gated_width` wide, rounded up to a multiple of ``align_to``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] | None = None,
+        bias: bool = True,
+        align_to: int = 8,
+    ):
+        super().__init__()
+        width = gated_width(hidden_features, align_to)
+        self.w1 = Linear(in_features, width, bias=bias)
+        self.w2 = Linear(in_features, width, bias=bias)
+        self.w3 = Linear(width, in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each row."""
+        x = x.to(self.w1.weight.dtype)
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+def gated_width(hidden: int, align_to: int = 8) -> int:
+    """Width of either half of a SwiGLU layer in place of an MLP with ``hidden`` features: two thirds, rounded up."""
+    return -(-int(hidden * 2 / 3) // align_to) * align_to

@@ -35,11 +35,39 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map each row."""
         if self.fp8 is None and self.low_precision_weight is None:
-            return super().forward(x)
+            return F.linear(x, self.weight, self.added())
         dtype = self.low_precision_weight.dtype if self.fp8 is None else COMPUTE_DTYPE
         rows = x.to(dtype).reshape(-1, self.in_features)
-        out = _Matmul.apply(rows, self.weight, self.low_precision_weight, self.bias, self.fp8)
+        out = _Matmul.apply(rows, self.weight, self.low_precision_weight, self.added(), self.fp8)
         return out.reshape(*x.shape[:-1], self.out_features)
+
+    def added(self) -> Tensor | None:
+        """Return the bias that is added."""
+        return self.bias
+
+
+class KeyMaskedLinear(Linear):
+    """Joint projection of queries, keys and values whose bias leaves the keys out (DINOv3).
+
+    Without rotary positions a bias of all keys adds the same to every score of a query, which softmax takes away again.
+    The mask, 1 and over the middle third 0, is a buffer of the state dict: NaN until `reset_mask`, or a state dict,
+    sets it.
+    """
+
+    bias_mask: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("bias_mask", torch.full((out_features,), torch.nan))
+
+    def reset_mask(self) -> None:
+        """Mask the keys' third."""
+        of_keys = torch.arange(self.out_features, device=self.bias_mask.device) * 3 // self.out_features == 1
+        self.bias_mask.copy_(~of_keys)
+
+    def added(self) -> Tensor | None:
+        """Return the bias of queries and values, zero for keys."""
+        return self.bias * self.bias_mask.to(self.bias.dtype)
 
 
 def keep_low_precision_weights(module: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
@@ -89,6 +117,8 @@ def draw_weights(network: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, KeyMaskedLinear):
+                module.reset_mask()
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 

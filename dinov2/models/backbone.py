@@ -17,6 +17,7 @@ _VIT_SETTINGS = (
     "patch_size", "ffn_layer", "qkv_bias", "proj_bias", "ffn_bias", "num_register_tokens", "interpolate_antialias",
     "interpolate_offset",
 )  # fmt: skip
+_ALIASES = {"layerscale_init": "init_values"}  # DINOv3's keyword
 
 
 class Backbone(nn.Module):
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
     num_prefix_tokens: int = 1  # that are no patches (class token, registers), for those who count tokens
     supports_patch_index: ClassVar[bool] = False  # by `forward_features`; otherwise all tokens are computed
     compiled_methods: ClassVar[tuple[str, ...]] = ()  # beside the blocks', that compile into one graph each
+    needs_all_crops: bool = False  # whether a batch is told from those of other sizes only where all come in one call
 
     @abstractmethod
     def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
@@ -87,8 +89,9 @@ class Backbone(nn.Module):
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone, Backbone, int] | tuple[Backbone, int]:
     """Build student and teacher backbones with fresh weights, on the default device.
 
-    A backbone is given ``student.options`` and those of the other settings that its signature names; one that takes
-    arbitrary keywords is given all. Sections ``student``, ``crops`` and, where there is one, ``debug`` are read.
+    A backbone is given ``student.options`` and those of the other settings that its signature names, and that a
+    `functools.partial` has not fixed; one that takes arbitrary keywords is given all. Sections ``student``, ``crops``
+    and, where there is one, ``debug`` are read.
 
     Returns student, teacher (the same without stochastic depth) and their width; with ``only_teacher`` the last two.
     Raises ValueError if the architecture is unknown, or cannot be built with these settings.
@@ -108,6 +111,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
     make, options = BACKBONES[arch], dict(getattr(student, "options", {}))
     try:
         teacher = make(**_accepted(make, settings) | options)
+        _check(teacher, cfg)
         if only_teacher:
             return teacher, teacher.embed_dim
         return make(**_accepted(make, settings | drop_path) | options), teacher, teacher.embed_dim
@@ -117,9 +121,31 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Backbone
         ) from error
 
 
+def ignored_settings(cfg: Any) -> list[str]:
+    """Keys of section ``student`` that the configured backbone, if it is known, has no use for."""
+    arch = cfg.student.arch
+    taken = _accepted(BACKBONES[arch], dict.fromkeys(_VIT_SETTINGS)) if arch in BACKBONES else _VIT_SETTINGS
+    return [name for name in _VIT_SETTINGS if name not in taken]
+
+
+def _check(backbone: Backbone, cfg: Any) -> None:
+    arch, patch, given = cfg.student.arch, backbone.patch_size, cfg.student.patch_size
+    if patch != given:
+        raise ValueError(
+            f"student.arch = {arch!r} has patches of {patch} px, but student.patch_size = {given}; set that to "
+            f"{patch}, and sides of crops to multiples of it."
+        )
+    if backbone.needs_all_crops and hasattr(cfg, "debug") and not cfg.debug.packed_crops:
+        raise ValueError(
+            f"debug.packed_crops = false cannot be with student.arch = {arch!r} and these student.options, which tell "
+            "local crops from global ones where both come in one call; set it to true."
+        )
+
+
 def _accepted(make: Callable[..., Backbone], settings: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(make).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return settings
-    names = {parameter.name for parameter in parameters}
+    names = {parameter.name for parameter in parameters} - getattr(make, "keywords", {}).keys()
+    settings = settings | {alias: settings[name] for alias, name in _ALIASES.items() if name in settings}
     return {name: value for name, value in settings.items() if name in names}

@@ -1,6 +1,7 @@
 """Vision transformer with registers, several crop sizes in one call, and DINOv2's names."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dinov2.layers import Block, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused
 from dinov2.layers.attention_backends import require_kernel
 from dinov2.layers.linear import draw_weights
+from dinov2.layers.norm import at_least_float32
 from dinov2.layers.packing import Segments, pack, unpack
 from dinov2.layers.stochastic_depth import draw_orders
 from dinov2.models.backbone import Backbone
@@ -26,7 +28,170 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-class DinoVisionTransformer(Backbone):
+class PackedTransformer(Backbone):
+    """Transformer of whose blocks the tokens of several crop sizes go through each as one packed matrix.
+
+    A subclass gives `prepare_tokens_with_masks` and sets the attributes; the rest has defaults.
+    """
+
+    supports_patch_index: ClassVar[bool] = True
+    compiled_methods: ClassVar[tuple[str, ...]] = ("prepare_tokens_with_masks",)
+    patch_embed: nn.Module
+    mask_token: Tensor  # (1, D)
+    norm: nn.Module  # the final one
+    num_heads: int
+    attention_backend: str
+
+    @abstractmethod
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Tokens before the first block, float32 or better: class token, registers, patches, (B, 1 + R + N, D)."""
+
+    def masked_patches(self, x: Tensor, masks: Tensor | None) -> Tensor:
+        """Embedded patches, the mask token in place of those that are masked, float32 or better: (B, N, D)."""
+        patches = at_least_float32(self.patch_embed(x))
+        if masks is not None:
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(f"masks are {tuple(masks.shape)}; {tuple(patches.shape[:2])} is expected.")
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        return patches
+
+    def rotations(self, sizes: Sequence[tuple[int, int]]) -> list[list[Tensor] | None]:
+        """Per block, the rotations of queries and keys for grids of these rows and columns, see `Block`; here none."""
+        return [None] * len(self.blocks)
+
+    def final_norms(self, crop: int) -> tuple[nn.Module, nn.Module]:
+        """Norm of the class token and registers, and that of the patches, of the crop size with this number."""
+        return self.norm, self.norm
+
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None
+    ) -> Any:
+        """As of `Backbone`; several batches go through the blocks in one pass.
+
+        With ``patch_index`` the last block is computed for class tokens and these patches alone.
+
+        Returns:
+            Per batch a dict: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
+            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given.
+        """
+        if isinstance(x, Tensor):
+            return self._forward_crops([x], [masks], patch_index)[0]
+        return self._forward_crops(x, masks if masks is not None else [None] * len(x), patch_index)
+
+    def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
+        """`forward_features` of one batch."""
+        return self._forward_crops([images], [masks])[0]
+
+    def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As of `Backbone`: the attention backend."""
+        width = self.embed_dim // self.num_heads
+        require_kernel(self.attention_backend, head_width=width, dtype=dtype, device=device)
+
+    def forward_features_list(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict]:
+        """Meta's name for `forward_features` of a list."""
+        return self._forward_crops(x_list, masks_list)
+
+    def _forward_crops(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patch_index: Tensor | None = None
+    ) -> list[dict[str, Any]]:
+        x, segments = self._pack(crops, masks)
+        rotations = self.rotations([self._grid(crop) for crop in crops])
+        selected = None if patch_index is None else self._selected_rows(segments, patch_index)
+        orders = None
+        if self.training and any(block.drop_path_rate for block in self.blocks):
+            # Per segment int64 (2 * depth, B): the images that each branch of each block keeps come first.
+            orders = draw_orders(segments, 2 * len(self.blocks), x.device)
+        for i, (block, of_patches) in enumerate(zip(self.blocks, rotations, strict=True)):
+            of_block = [order[2 * i : 2 * i + 2] for order in orders] if orders else None
+            x = block(x, segments, of_block, selected if i == len(self.blocks) - 1 else None, of_patches)
+        if selected is not None:
+            norms = [self.final_norms(i) for i in range(len(segments))]
+            parts = [*(batch for batch, _ in segments), len(patch_index)]
+            *class_tokens, patches = _normed(x, parts, [*(norm for norm, _ in norms), norms[0][1]])
+            outputs = [{"x_norm_clstoken": tokens} for tokens in class_tokens]
+            outputs[0]["x_norm_indexedtokens"] = patches
+            return outputs
+        prefix = self.num_prefix_tokens
+        return [
+            {
+                "x_norm_clstoken": normed[:, 0],
+                "x_norm_regtokens": normed[:, 1:prefix],
+                "x_norm_patchtokens": normed[:, prefix:],
+                "x_prenorm": prenorm,
+                "masks": mask,
+            }
+            for prenorm, normed, mask in zip(unpack(x, segments), self._all_normed(x, segments), masks, strict=True)
+        ]
+
+    def _all_normed(self, x: Tensor, segments: Segments) -> list[Tensor]:
+        """Packed rows after the final norms, one (B, N, D) per segment."""
+        norms = [self.final_norms(i) for i in range(len(segments))]
+        if all(norm is self.norm for pair in norms for norm in pair):
+            return unpack(self.norm(x), segments)
+        prefix = self.num_prefix_tokens
+        return [
+            torch.cat([of_prefix(part[:, :prefix]), of_patches(part[:, prefix:])], dim=1)
+            for part, (of_prefix, of_patches) in zip(unpack(x, segments), norms, strict=True)
+        ]
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
+    def _selected_rows(self, segments: Segments, patch_index: Tensor) -> Tensor:
+        """Packed rows of every image's class token, segment by segment, then of the first segment's patches."""
+        rows, start = [], 0
+        for batch, tokens in segments:
+            rows.append(start + tokens * torch.arange(batch, device=patch_index.device))
+            start += batch * tokens
+        image = patch_index.div(segments[0][1] - self.num_prefix_tokens, rounding_mode="floor")
+        return torch.cat([*rows, patch_index + self.num_prefix_tokens * (image + 1)])
+
+    def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
+        tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
+        return pack(tokens), tuple((len(t), t.shape[1]) for t in tokens)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+        return_extra_tokens: bool = False,
+    ) -> tuple:
+        """Patch tokens after some of the blocks.
+
+        Args:
+            n: how many of the last blocks, or which blocks by number.
+            reshape: return maps (B, D, H/p, W/p) in place of (B, N, D).
+            return_class_token, return_extra_tokens: give each as a tuple with its class token (B, D), its registers
+                (B, R, D) or both.
+            norm: apply the final norm.
+        """
+        depth = len(self.blocks)
+        numbers = range(depth - n, depth) if isinstance(n, int) else n
+        rows, segments = self._pack([x], [None])
+        outputs = []
+        for i, (block, rotations) in enumerate(zip(self.blocks, self.rotations([self._grid(x)]), strict=True)):
+            rows = block(rows, segments, rotations=rotations)
+            if i in numbers:
+                outputs.append((self._all_normed if norm else unpack)(rows, segments)[0])
+        if len(outputs) != len(numbers):
+            raise ValueError(f"n is {n}, but the blocks are numbered 0 to {depth - 1}.")
+        prefix = self.num_prefix_tokens
+        patches = [out[:, prefix:] for out in outputs]
+        if reshape:
+            patches = [p.unflatten(1, self._grid(x)).permute(0, 3, 1, 2).contiguous() for p in patches]
+        parts = [patches]
+        if return_class_token:
+            parts.append([out[:, 0] for out in outputs])
+        if return_extra_tokens:
+            parts.append([out[:, 1:prefix] for out in outputs])
+        return tuple(zip(*parts, strict=True)) if len(parts) > 1 else tuple(patches)
+
+
+class DinoVisionTransformer(PackedTransformer):
     """ViT (Dosovitskiy et al., arXiv:2010.11929) as DINOv2 (arXiv:2304.07193) uses it, with optional registers
     (Darcet et al., arXiv:2309.16588). State-dict keys and constructor keywords are those of Meta's class.
 
@@ -39,9 +204,6 @@ class DinoVisionTransformer(Backbone):
         interpolate_antialias, interpolate_offset: see `resample_positions`.
         mlp_ratio, init_values, attention_backend, inverse_gather: see `Block`.
     """
-
-    supports_patch_index: ClassVar[bool] = True
-    compiled_methods: ClassVar[tuple[str, ...]] = ("prepare_tokens_with_masks",)
 
     def __init__(
         self,
@@ -76,14 +238,13 @@ class DinoVisionTransformer(Backbone):
             nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
         )
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
-        rates = [drop_path_rate * (1 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
             block_fn(
                 dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, **biases, drop_path=rate,
                 init_values=init_values or None, act_layer=act_layer, ffn_layer=FFN_LAYERS[ffn_layer],
                 attention_backend=attention_backend, inverse_gather=inverse_gather,
             )
-            for rate in rates
+            for rate in drop_path_rates(drop_path_rate, drop_path_uniform, depth)
         )  # fmt: skip
         self.norm = LayerNorm(embed_dim)
         self.head = nn.Identity()
@@ -100,25 +261,6 @@ class DinoVisionTransformer(Backbone):
         nn.init.zeros_(self.mask_token)
         draw_weights(self)
 
-    def forward_features(
-        self, x: Tensor | Sequence[Tensor], masks: Any = None, patch_index: Tensor | None = None
-    ) -> Any:
-        """As of `Backbone`; several batches go through the blocks in one pass.
-
-        With ``patch_index`` the last block is computed for class tokens and these patches alone.
-
-        Returns:
-            Per batch a dict: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
-            (B, N, D), ``x_prenorm`` (B, 1 + R + N, D), ``masks`` as given.
-        """
-        if isinstance(x, Tensor):
-            return self._forward_crops([x], [masks], patch_index)[0]
-        return self._forward_crops(x, masks if masks is not None else [None] * len(x), patch_index)
-
-    def tokens(self, images: Tensor, masks: Tensor | None) -> dict[str, Any]:
-        """`forward_features` of one batch."""
-        return self._forward_crops([images], [masks])[0]
-
     def describe(self) -> dict[str, Any]:
         """As of `Backbone`; the sizes only where no name stands for them."""
         return {
@@ -129,67 +271,11 @@ class DinoVisionTransformer(Backbone):
             **{name: getattr(self, name) for name in _TOLD},
         }
 
-    def check_kernels(self, dtype: torch.dtype, device: torch.device) -> None:
-        """As of `Backbone`: the attention backend."""
-        width = self.embed_dim // self.num_heads
-        require_kernel(self.attention_backend, head_width=width, dtype=dtype, device=device)
-
-    def forward_features_list(self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]) -> list[dict]:
-        """Meta's name for `forward_features` of a list."""
-        return self._forward_crops(x_list, masks_list)
-
-    def _forward_crops(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patch_index: Tensor | None = None
-    ) -> list[dict[str, Any]]:
-        x, segments = self._pack(crops, masks)
-        selected = None if patch_index is None else self._selected_rows(segments, patch_index)
-        orders = None
-        if self.training and any(block.drop_path_rate for block in self.blocks):
-            # Per segment int64 (2 * depth, B): the images that each branch of each block keeps come first.
-            orders = draw_orders(segments, 2 * self.n_blocks, x.device)
-        for i, block in enumerate(self.blocks):
-            of_block = [order[2 * i : 2 * i + 2] for order in orders] if orders else None
-            x = block(x, segments, of_block, selected if i == self.n_blocks - 1 else None)
-        if selected is not None:
-            *class_tokens, patches = self.norm(x).split([*(batch for batch, _ in segments), len(patch_index)])
-            outputs = [{"x_norm_clstoken": tokens} for tokens in class_tokens]
-            outputs[0]["x_norm_indexedtokens"] = patches
-            return outputs
-        prefix = self.num_prefix_tokens
-        return [
-            {
-                "x_norm_clstoken": normed[:, 0],
-                "x_norm_regtokens": normed[:, 1:prefix],
-                "x_norm_patchtokens": normed[:, prefix:],
-                "x_prenorm": prenorm,
-                "masks": mask,
-            }
-            for prenorm, normed, mask in zip(unpack(x, segments), unpack(self.norm(x), segments), masks, strict=True)
-        ]
-
-    def _selected_rows(self, segments: Segments, patch_index: Tensor) -> Tensor:
-        """Packed rows of every image's class token, segment by segment, then of the first segment's patches."""
-        rows, start = [], 0
-        for batch, tokens in segments:
-            rows.append(start + tokens * torch.arange(batch, device=patch_index.device))
-            start += batch * tokens
-        image = patch_index.div(segments[0][1] - self.num_prefix_tokens, rounding_mode="floor")
-        return torch.cat([*rows, patch_index + self.num_prefix_tokens * (image + 1)])
-
-    def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
-        tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
-        return pack(tokens), tuple((len(t), t.shape[1]) for t in tokens)
-
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Class token, registers and patches with positions, float32 or better: (B, 1 + R + N, D)."""
         height, width = x.shape[-2:]
-        patches = self.patch_embed(x)
-        dtype = torch.promote_types(patches.dtype, torch.float32)
-        patches = patches.to(dtype)
-        if masks is not None:
-            if masks.shape != patches.shape[:2]:
-                raise ValueError(f"masks are {tuple(masks.shape)}; {tuple(patches.shape[:2])} is expected.")
-            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(dtype), patches)
+        patches = self.masked_patches(x, masks)
+        dtype = patches.dtype
         tokens = torch.cat([self.cls_token.to(dtype).expand(len(x), -1, -1), patches], dim=1)
         tokens = tokens + self.interpolate_pos_encoding(tokens, height, width)
         if self.register_tokens is None:
@@ -202,38 +288,6 @@ class DinoVisionTransformer(Backbone):
         size = (height // self.patch_size, width // self.patch_size)
         pos_embed = self.pos_embed.to(x.dtype)
         return resample_positions(pos_embed, size, self.interpolate_antialias, self.interpolate_offset)
-
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
-    ) -> tuple:
-        """Patch tokens after some of the blocks.
-
-        Args:
-            n: how many of the last blocks, or which blocks by number.
-            reshape: return maps (B, D, H/p, W/p) in place of (B, N, D).
-            return_class_token: pair each with its class token (B, D).
-            norm: apply the final norm.
-        """
-        numbers = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
-        rows, segments = self._pack([x], [None])
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            rows = block(rows, segments)
-            if i in numbers:
-                outputs.append(unpack(self.norm(rows) if norm else rows, segments)[0])
-        if len(outputs) != len(numbers):
-            raise ValueError(f"n is {n}, but the blocks are numbered 0 to {self.n_blocks - 1}.")
-        class_tokens = [out[:, 0] for out in outputs]
-        patches = [out[:, self.num_prefix_tokens :] for out in outputs]
-        if reshape:
-            grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-            patches = [p.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for p in patches]
-        return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
 
 
 def resample_positions(pos_embed: Tensor, size: tuple[int, int], antialias: bool = True, offset: float = 0.0) -> Tensor:
@@ -259,6 +313,18 @@ def resample_positions(pos_embed: Tensor, size: tuple[int, int], antialias: bool
     return torch.cat([pos_embed[:, :1], patches], dim=1)
 
 
+def drop_path_rates(rate: float, uniform: bool, depth: int) -> list[float]:
+    """Rate of stochastic depth of each block: the same, or rising linearly from 0 to it."""
+    return [rate * (1 if uniform else i / max(depth - 1, 1)) for i in range(depth)]
+
+
+def _normed(rows: Tensor, sizes: Sequence[int], norms: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """Parts of packed rows, of these sizes, each after its norm."""
+    if all(norm is norms[0] for norm in norms):
+        return norms[0](rows).split(sizes)
+    return [norm(part) for part, norm in zip(rows.split(sizes), norms, strict=True)]
+
+
 def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
     """Rename ``blocks.<chunk>.<i>.`` to ``blocks.<i>.`` in place."""
     for key in [key for key in state if key.startswith(f"{prefix}blocks.")]:
@@ -268,10 +334,13 @@ def _unchunk_blocks(module: nn.Module, state: dict[str, Tensor], prefix: str, *a
 
 
 def _vit(arch: str, embed_dim: int, depth: int, num_heads: int) -> Callable[..., DinoVisionTransformer]:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+
     def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
         kwargs |= {"patch_size": patch_size, "num_register_tokens": num_register_tokens}
-        model = DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **kwargs)
-        model.arch = arch
+        model = DinoVisionTransformer(**sizes | kwargs)
+        # One of other sizes (``student.options``) tells them itself.
+        model.arch = "" if model._sizes.keys() & kwargs.keys() else arch
         return model
 
     make.__name__ = make.__qualname__ = arch
@@ -285,4 +354,5 @@ vit_tiny = _vit("vit_tiny", 192, 12, 3)  # DeiT's ViT-Ti (arXiv:2012.12877)
 vit_small = _vit("vit_small", 384, 12, 6)
 vit_base = _vit("vit_base", 768, 12, 12)
 vit_large = _vit("vit_large", 1024, 24, 16)
+vit_huge = _vit("vit_huge", 1280, 32, 16)  # of Virchow2; UNI-2's is vit_giant2 with 24 blocks
 vit_giant2 = _vit("vit_giant2", 1536, 40, 24)  # DINOv2's own ViT-g

@@ -14,7 +14,7 @@ import torch
 
 from dinov2.build.augmentation import device_batches
 from dinov2.build.data import OpenData, build_loader, check_rows, describe_stream, open_data, order_parameters
-from dinov2.build.networks import check_starting_weights, load_starting_weights
+from dinov2.build.networks import check_backbone, check_starting_weights, load_starting_weights
 from dinov2.configs import Config, public_config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -74,6 +74,7 @@ class Run:
             on_main_process(partial(check_resumable, saved, config))
         if not eval_only:
             self.performance = resolve_performance(config, device)
+            on_main_process(partial(check_backbone, config, with_weights=saved is None))
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
             data = self._open_data(saved)
             self.plan = self._make_plan(saved, data.num_tiles)
@@ -317,6 +318,7 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
 def dry_run(config: Config, world_size: int) -> str:
     """Check configuration and data, some rows of which are decoded; describe the plan without allocating weights."""
     validate(config, world_size)
+    check_backbone(config)
     name, compiled = "", config.performance.compile is not False
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())

@@ -15,7 +15,7 @@ from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.run import build_arch
 from dinov2.train.update.optim import ScheduleValues, adam_state, build_optimizer
 from tests.helpers.batches import random_batch
-from tests.helpers.runs import TINY
+from tests.helpers.runs import NARROW_DINOV3, TINY
 from tests.helpers.spawn import run_ranks
 from tests.helpers.toys import Discriminator
 from tests.helpers.training import CPU, whole
@@ -74,9 +74,11 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
          "performance.prefetch_blocks=2"),
         (TERM,),
         ("student.arch=tests.helpers.toys:Patches", "optim.layerwise_decay=0.7", "train.unfreeze_last_n_blocks=1"),
+        (*NARROW_DINOV3, "student.options.pos_embed_rope_rescale_coords=null",  # which ranks draw each for themselves
+         "student.options.untie_cls_and_patch_norms=true"),
     ],
     ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled", "term-with-weights",
-         "own-backbone"],
+         "own-backbone", "dinov3"],
 )  # fmt: skip
 def test_two_processes_equal_one(overrides: tuple[str, ...]):
     one = two_steps(0, overrides)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2.models.dinov3 import Dinov3VisionTransformer
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 SMALL = {"img_size": 56, "patch_size": 14, "embed_dim": 96, "depth": 3, "num_heads": 4, "init_values": 1.0}
@@ -31,6 +32,15 @@ def randomise(module: nn.Module) -> nn.Module:
 def random_backbone(**kwargs: Any) -> DinoVisionTransformer:
     """A float64 backbone in evaluation mode."""
     return randomise(DinoVisionTransformer(**{**SMALL, **kwargs})).double().eval()
+
+
+def random_dinov3(**kwargs: Any) -> Dinov3VisionTransformer:
+    """A float64 backbone in evaluation mode, as the published ones but for its sizes."""
+    published = {
+        "img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 4, "layerscale_init": 1.0,
+        "norm_layer": "layernormbf16", "n_storage_tokens": 4, "mask_k_bias": True,
+    }  # fmt: skip
+    return randomise(Dinov3VisionTransformer(**published | kwargs)).double().eval()
 
 
 def chunked(state: dict[str, Tensor], chunk: int = 2) -> dict[str, Tensor]:

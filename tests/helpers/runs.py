@@ -53,6 +53,20 @@ TINY = (
     ),
 )
 
+NARROW_DINOV3 = (
+    "student.arch=dinov3_vit",
+    "student.ffn_layer=swiglu",
+    "student.options.embed_dim=64",
+    "student.options.depth=2",
+    "student.options.num_heads=2",
+    "student.options.norm_layer=layernormbf16",
+    "student.options.n_storage_tokens=4",
+    "student.options.mask_k_bias=true",
+    "student.options.pos_embed_rope_rescale_coords=2.0",
+    "student.options.untie_global_and_local_cls_norm=true",
+)
+"""Over `TINY`: DINOv3's 7B in all but its sizes and the bias of queries and values."""
+
 
 def write_tissue_shards(folder: Path, shards: int = 3, rows: int = 30, size: int = 64) -> Path:
     """Parquet shards of distinct JPEG crops of scikit-image's micrograph, nanopath's two columns."""

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.layouts import to_timm, to_transformers, vit_arguments, width_ratio
+from dinov2.hub.export import dinov3
+from dinov2.hub.layouts import resize_grid, to_timm, to_transformers, vit_arguments, width_ratio
+from dinov2.hub.layouts_dinov3 import is_dinov3
+from dinov2.hub.layouts_dinov3 import to_timm as dinov3_to_timm
+from dinov2.hub.layouts_dinov3 import to_transformers as dinov3_to_transformers
 from dinov2.hub.pixels import Colours
 from dinov2.hub.teacher import describe
 from dinov2.layers.ffn import gated_width
@@ -37,10 +41,10 @@ def files_for(
     if target == "meta":  # a backbone that is no ViT is written under its own names
         described = {**described, "architecture": describe(model)}
         return {"backbone.pth": _cast(state, dtype), "backbone.json": described}
-    arguments = vit_arguments(model)
+    side = arguments_of(model)["img_size"]
     if target == "timm":
-        return {"model.safetensors": _cast(to_timm(state), dtype), "config.json": timm_config(arguments, colours)}
-    side = arguments["img_size"]
+        config, rename = timm_file(model, colours), dinov3_to_timm if is_dinov3(model) else to_timm
+        return {"model.safetensors": _cast(rename(state), dtype), "config.json": config}
     processor = {  # resizes the shorter edge and cuts the centre out
         "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,  # bicubic
@@ -48,8 +52,34 @@ def files_for(
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(colours.mean), "image_std": list(colours.std),
     }  # fmt: skip
-    weights, config = _cast(to_transformers(state), dtype), transformers_config(arguments, dtype)
+    if is_dinov3(model):
+        weights, config = dinov3_to_transformers, dinov3.transformers_config(model, dtype)
+    else:
+        weights, config = to_transformers, transformers_config(vit_arguments(model), dtype)
+    weights = _cast(weights(state), dtype)
     return {"model.safetensors": weights, "preprocessor_config.json": processor, "config.json": config}
+
+
+def arguments_of(model: nn.Module) -> dict[str, Any]:
+    """Constructor keywords of a ViT of DINOv2 or DINOv3; raises ValueError for another backbone."""
+    return model.describe() if is_dinov3(model) else vit_arguments(model)
+
+
+def timm_file(model: nn.Module, colours: Colours) -> dict[str, Any]:
+    """timm's ``config.json`` of a model."""
+    return dinov3.timm_config(model, colours) if is_dinov3(model) else timm_config(vit_arguments(model), colours)
+
+
+def fit_to_images(model: nn.Module, image_size: int) -> None:
+    """Make square images of so many px a ViT's own: its position grid is resampled, if it has one; in place."""
+    if not is_dinov3(model):
+        resize_grid(model, image_size)
+    elif image_size < model.patch_size or image_size % model.patch_size:
+        raise ValueError(
+            f"The image size is {image_size}; a positive multiple of the patch's {model.patch_size} px is expected."
+        )
+    else:
+        model.img_size = image_size
 
 
 def timm_config(arguments: Mapping[str, Any], colours: Colours) -> dict[str, Any]:
@@ -130,7 +160,11 @@ def _whole_ratio(arguments: Mapping[str, Any]) -> int:
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    cast = {key: tensor.detach().to(dtype).contiguous().clone() for key, tensor in state.items()}
+    cast = {
+        # Periods of rotary positions are no weights, and rounded to 16 bit would turn far patches elsewhere.
+        key: tensor.detach().to(tensor.dtype if key.endswith(".periods") else dtype).contiguous().clone()
+        for key, tensor in state.items()
+    }
     for key, tensor in cast.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"The teacher's {key} is not finite in {dtype}; finite weights are expected.")

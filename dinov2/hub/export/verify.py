@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.export.formats import timm_config
 from dinov2.hub.pixels import Colours, centred_square, network_input
 
 LIBRARIES = {"meta": "timm", "timm": "timm", "hf": "transformers"}
@@ -63,12 +62,12 @@ def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Co
     return torch.cat(found)
 
 
-def open_export(target: str, folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
+def open_export(target: str, folder: Path, of_timm: Mapping[str, Any]) -> nn.Module:
     """Open the files in a folder with their library, as its users do.
 
-    ``arguments`` are those of `dinov2.hub.layouts.vit_arguments`, which files in Meta's format do not hold for timm.
+    ``of_timm`` is timm's ``config.json``, which files in Meta's format do not have.
     """
-    config = timm_config(arguments, Colours()) if target == "meta" else json.loads((folder / "config.json").read_text())
+    config = of_timm if target == "meta" else json.loads((folder / "config.json").read_text())
     if target == "hf":
         import transformers
 

@@ -17,7 +17,7 @@ from dinov2.configs import load_config
 from dinov2.export import main as export_command
 from dinov2.export import save_teacher
 from dinov2.extensions import BACKBONES
-from dinov2.hub import load_teacher, pretrained
+from dinov2.hub import layouts_dinov3, load_teacher, pretrained
 from dinov2.hub.layouts import HEADS
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
@@ -164,8 +164,10 @@ def test_position_grid_of_the_file_is_kept(tmp_path):
 
 def test_heads_are_those_of_the_architectures():
     with torch.device("meta"):
-        models = [BACKBONES[name]() for name in BACKBONES]
-    assert {model.embed_dim: model.num_heads for model in models}.items() <= HEADS.items()
+        models = {name: BACKBONES[name]() for name in BACKBONES}
+    for heads, names in ((HEADS, "vit_"), (layouts_dinov3.HEADS, "dinov3_vit")):
+        found = {model.embed_dim: model.num_heads for name, model in models.items() if name.startswith(names)}
+        assert found.items() <= heads.items()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_heads_are_those_of_the_architectures():
             '{"step": 7}',
             r"teacher.json' does not describe a teacher's architecture .*architecture.*; mend or remove it",
         ),
-        ('{"architecture": {"arch": "vit_huge"}}', "names arch 'vit_huge'; one of vit_demo, vit_shallow, vit_tiny"),
+        ('{"architecture": {"arch": "vit_vast"}}', "names arch 'vit_vast'; one of vit_demo, vit_shallow, vit_tiny"),
         ('{"architecture": {"arch": "vit_demo", "patches": 14}}', "does not describe a backbone .*'patches'"),
         (
             '{"architecture": {"arch": "vit_tiny", "patch_size": 14}}',
@@ -202,7 +204,7 @@ def test_architecture_that_cannot_be_inferred(tmp_path):
 
 def test_files_that_hold_no_teacher(tmp_path):
     torch.save({"teacher": {"token.weight": torch.zeros(1, 1, 128)}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth' hold no backbone: cls_token, pos_embed, .* a DINOv2 ViT is"):
+    with pytest.raises(ValueError, match=r"other.pth' hold no backbone: cls_token, pos_embed, .* a DINOv2 or DINOv3"):
         load_teacher(tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_teacher(tmp_path / "none.pth")
@@ -283,8 +285,8 @@ def test_wrong_config_beside(config, message, tmp_path):
 
 def spoilt(state: dict, kind: str) -> dict:
     """Checkpoints that resemble a DINOv2 backbone."""
-    if kind == "DINOv3":  # rotary positions, registers of another name
-        return {**without(state, "pos_embed", "register_tokens"), "storage_tokens": state["register_tokens"]}
+    if kind == "no positions":
+        return without(state, "pos_embed", "register_tokens")
     if kind == "fork with more":
         return {**state, "blocks.0.adapter.weight": torch.zeros(2)}
     if kind == "tensor missing":
@@ -309,7 +311,7 @@ def without(state: dict, *keys: str) -> dict:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("DINOv3", "hold no backbone: pos_embed missing; a DINOv2 ViT is expected"),
+        ("no positions", "hold no backbone: pos_embed missing; a DINOv2 or DINOv3 ViT is expected"),
         ("fork with more", "do not fit the model: unknown: blocks.0.adapter.weight"),
         ("tensor missing", "do not fit the model: missing: blocks.2.mlp.fc1.weight"),
         ("block missing", "do not fit the model: .*missing: blocks.0.attn"),

@@ -9,6 +9,7 @@ from dinov2.configs import load_config
 from dinov2.configs.schema import StudentConfig
 from dinov2.extensions import BACKBONES
 from dinov2.models import build_model_from_cfg
+from dinov2.models.backbone import ignored_settings
 from dinov2.models.vision_transformer import FFN_LAYERS
 from tests.helpers.runs import TINY
 
@@ -64,3 +65,30 @@ def test_teacher_alone():
     teacher, width = build_model_from_cfg(config(), only_teacher=True)
     assert (teacher.embed_dim, width) == (128, 128)
     assert not any(block.drop_path_rate for block in teacher.blocks)
+
+
+def test_named_dinov3_keeps_its_kinds_and_takes_rates_gains_and_options():
+    settings = config(
+        "student.arch=dinov3_vits16plus", "student.patch_size=16", "crops.global_crops_size=64",
+        "crops.local_crops_size=32", "student.layerscale=0.25", "student.ffn_layer=mlp", "student.qkv_bias=false",
+        "student.drop_path_rate=0.3", "student.drop_path_uniform=false", "student.options.depth=2",
+        "student.options.n_storage_tokens=1",
+    )  # fmt: skip
+    with torch.device("meta"):
+        student, teacher, width = build_model_from_cfg(settings)
+    assert (width, len(student.blocks), student.num_prefix_tokens, student.num_heads) == (384, 2, 2, 6)
+    assert [block.drop_path_rate for block in student.blocks] == [0, 0.3]
+    assert student.blocks[0].ls1.init_values == 0.25
+    assert {"blocks.0.mlp.w1.weight", "blocks.0.attn.qkv.bias"} <= teacher.state_dict().keys()
+    assert set(ignored_settings(settings)) >= {"ffn_layer", "qkv_bias", "num_register_tokens"}
+    assert ignored_settings(config()) == []
+
+
+def test_sizes_by_options():
+    with torch.device("meta"):
+        student, _, width = build_model_from_cfg(config("student.arch=vit_giant2", "student.options.depth=24"))
+    assert (width, len(student.blocks)) == (1536, 24)
+    described = student.describe()
+    with torch.device("meta"):
+        again = BACKBONES[described.pop("arch")](**described)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}

@@ -316,7 +316,7 @@ def test_checkpoints_that_are_no_teacher(kind, tmp_path, caplog):
     elif kind == "absent":
         message, path = "does not exist; give a .pth", tmp_path / "none.pth"
     elif kind == "no backbone":
-        message = "hold no backbone: cls_token, pos_embed, patch_embed.proj.weight missing; a DINOv2 ViT is expected"
+        message = "hold no backbone: cls_token, pos_embed, patch_embed.proj.weight missing; a DINOv2 or DINOv3 ViT"
         torch.save({"teacher": {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, path)
         forget(path)
     else:
