@@ -28,6 +28,7 @@ AUGMENTATIONS = Registry(
         "jitter": "dinov2.data.augment.steps.jitter:Jitter",
         "grayscale": "dinov2.data.augment.steps.grayscale:Grayscale",
         "blur": "dinov2.data.augment.steps.blur:Blur",
+        "solarize": "dinov2.data.augment.steps.solarize:Solarize",
     },
 )
 """Steps of the augmentation after the crop: `dinov2.data.augment.step.AugmentationStep`."""

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
@@ -18,6 +18,7 @@ from dinov2.data.augment.steps.grayscale import Grayscale
 from dinov2.data.augment.steps.hed import Hed
 from dinov2.data.augment.steps.jitter import ADJUSTMENTS, Jitter
 from dinov2.data.augment.steps.rotate90 import Rotate90
+from dinov2.data.augment.steps.solarize import Solarize
 from dinov2.extensions import AUGMENTATIONS, BUILT_IN_STEPS
 from tests.helpers.augmentation import OFF, options
 from tests.helpers.closeness import assert_close
@@ -152,6 +153,16 @@ def test_hue_turns_as_in_pillows_hsv(tiles, turn):
 
 def test_grayscale_is_pillows_luma(tiles):
     assert_close(tiles, lambda tile: Grayscale(options()).apply(tile, True), lambda image: image.convert("L"), 1, 0.01)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 128, 255, 256])
+def test_solarisation_is_pillows(tissue, threshold):
+    solarize = Solarize(Solarize.Options(prob_global1=0.3, threshold=threshold))
+    assert np.array_equal(solarize.apply(tissue, True), ImageOps.solarize(Image.fromarray(tissue), threshold))
+    grey = tissue[..., 0]
+    assert np.array_equal(solarize.apply(grey, True), ImageOps.solarize(Image.fromarray(grey), threshold))
+    for view, probability in zip(VIEWS, (0.3, 0.2, 0.0), strict=True):
+        assert_rate(draws(solarize, view=view), probability)
 
 
 def test_steps_leave_their_input_alone(tissue):
