@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C: 130
 TERMINATED = 128 + signal.SIGTERM  # 143; 129 after SIGHUP
 RUN_AGAIN = STATUS_OF[signal.SIGUSR1]  # 75: stopped at a limit of time, of Slurm for instance
 LOST = 76  # another process of the run was killed, or one hangs
+
+_HELP_WIDTH = 100  # columns
+_started: list[str] = []  # by which names commands were started, the last one counts
 
 
 class Terminated(BaseException):
@@ -99,6 +103,39 @@ def run_command(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def command_parser(
+    prog: str, description: str, *examples: str, epilog: str = "", **kwargs: Any
+) -> argparse.ArgumentParser:
+    """Parser of a command, whose help ends in examples.
+
+    Args:
+        prog: how the command is started, where `started_as` has not said otherwise.
+        description: one paragraph, or several lines that stay as they are.
+        examples: arguments of a command line each.
+        epilog: what the help says before them, one paragraph.
+    """
+    prog = _started[-1] if _started else prog
+    if "\n" not in description:
+        description = textwrap.fill(description, _HELP_WIDTH)
+    ends = [textwrap.fill(epilog, _HELP_WIDTH)] if epilog else []
+    if examples:
+        ends.append("\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]))
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog="\n\n".join(ends),
+        formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs,
+    )  # fmt: skip
+
+
+@contextmanager
+def started_as(prog: str) -> Iterator[None]:
+    """Within the block, parsers say that their command is started so."""
+    _started.append(prog)
+    try:
+        yield
+    finally:
+        _started.pop()
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
