@@ -42,7 +42,11 @@ logger = logging.getLogger("dinov2")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="HEST_evaluation.py", description=__doc__.split("\n")[0])
+    parser = cli.command_parser(
+        "python HEST_evaluation.py",
+        __doc__.split("\n")[0],
+        "--checkpoint output/eval/training_12500 --output output_hest --pooling cls_mean",
+    )
     cli.add_options(parser, "--checkpoint")
     add = parser.add_argument
     add("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="(%(default)s)")

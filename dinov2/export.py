@@ -29,9 +29,10 @@ logger = logging.getLogger("dinov2")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.export",
-        description="Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
+    parser = cli.command_parser(
+        "python -m dinov2.export",
+        "Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
+        "--checkpoint output --format hf --output teacher_hf --verify",
         epilog="Exit status: 0 written, 1 written but --verify found a difference, 2 not written, with the reason.",
     )
     cli.add_options(parser, "--checkpoint")

@@ -39,7 +39,7 @@ from dinov2.data.slides.identity import slides_and_patients
 from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
 from dinov2.data.slides.sample_list import read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, run_command, told_failures
 from dinov2.utils.files import (
     check_description,
     check_report,
@@ -258,7 +258,11 @@ def _check_openmidnights(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(
+        "python prepatching_scripts/build_parquet_sample_dataset.py",
+        __doc__.splitlines()[0],
+        "tiles.txt --output shards --encoding jpeg --shuffle",
+    )
     add = parser.add_argument
     add(
         "sample_list",

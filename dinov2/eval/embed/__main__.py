@@ -42,7 +42,12 @@ logger = logging.getLogger("dinov2")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = "Embed images, Parquet datasets or slides with a teacher."
-    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.embed", description=description)
+    parser = cli.command_parser(
+        "python -m dinov2.eval.embed",
+        description,
+        "--checkpoint output --input /data/slides --output embeddings --format hdf5 --mpp 0.5",
+        "--checkpoint output --input /data/tiles --output embeddings",
+    )
     add, grid = parser.add_argument, Grid()
     cli.add_options(parser, "--checkpoint")
     add(

@@ -41,7 +41,12 @@ logger = logging.getLogger("dinov2")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = "Probe a teacher's features on labelled tiles."
-    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.probe", description=description)
+    parser = cli.command_parser(
+        "python -m dinov2.eval.probe",
+        description,
+        "--checkpoint output --data tissue=/data/tissue",
+        "--checkpoint output --data bach=/data/bach --probes knn,linear_eva --output probes.csv",
+    )
     default, add = Probing(), parser.add_argument
     cli.add_options(parser, "--checkpoint")
     add(
