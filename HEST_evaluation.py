@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dinov2.hub import load_teacher
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    args.checkpoint = teacher_file(args.checkpoint)
     _check_folders(args)
     model, transform = _encoder(args)
     if args.offline:

@@ -14,6 +14,7 @@ from typing import Any
 from dinov2.hub.export import verify
 from dinov2.hub.export.formats import files_for, resampled_by
 from dinov2.hub.layouts import is_vit, resize_grid, vit_arguments
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import save_teacher, write_new
@@ -21,6 +22,7 @@ from dinov2.hub.teacher import description, load_teacher
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
+from dinov2.utils.provenance import how_to_install
 
 __all__ = ["main", "save_teacher"]
 
@@ -50,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    args.checkpoint = teacher_file(args.checkpoint)
     library = verify.LIBRARIES[args.format]
     if args.verify is not None:
         if find_spec(library) is None:
             needs = f"--verify of --format {args.format} needs {library}"
-            raise ImportError(f"{needs}, which is not installed: pip install {library}.")
+            raise ImportError(f"{needs}, which is not installed; {how_to_install('export')}.")
         tiles = verify.read_tiles(args.verify or None)
     described = description(args.checkpoint)
     model = load_teacher(args.checkpoint)

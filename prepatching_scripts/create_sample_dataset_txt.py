@@ -27,7 +27,7 @@ from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, log_doubts, rule_of_options
-from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, log_failures, run_command, told_failures
 from dinov2.utils.files import json_lines, leftovers, write_new
 from dinov2.utils.jobs import run_jobs
 
@@ -87,7 +87,9 @@ def create_sample_list(
     lines, description = _lines(found, made, sampling, digest), _description(found, made, sampling, digest)
     write_new({output: lines, meta: description, failures: json_lines(_failures(found, made))})
     shutil.rmtree(parts)
-    total, failed = sum(len(draw.rows) for draw in made), sum(bool(draw.failure) for draw in made)
+    reasons = {row.path: draw.failure for row, draw in zip(found.slides, made, strict=True) if draw.failure}
+    log_failures(logger, reasons, failures)
+    total, failed = sum(len(draw.rows) for draw in made), len(reasons)
     logger.info("%d tiles of %d slides are in %s", total, len(made) - failed, output)
     return len(made), failed
 

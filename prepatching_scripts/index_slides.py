@@ -13,7 +13,7 @@ from pathlib import Path
 from dinov2.data.slides.find import find_slides
 from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
 from dinov2.data.slides.resolution import MppTable, log_notes, read_mpp_table
-from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, log_failures, run_command, told_failures
 from dinov2.utils.files import json_lines, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -52,6 +52,7 @@ def index_collection(
     log_notes(logger, ((slide, indexes.outline(slide).resolution.notes) for slide in indexes if slide in fresh))
     records = [{"slide": slide, "reason": failures[slide]} for slide in keys if slide in failures]
     write_text(output / FAILURES_NAME, json_lines(records))
+    log_failures(logger, {record["slide"]: record["reason"] for record in records}, output / FAILURES_NAME)
     logger.info("%d of %d slides are in %s", len(keys) - len(records), len(keys), index)
     return len(keys), len(records)
 

@@ -20,6 +20,7 @@ from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.teacher import POOLINGS
 from dinov2.logging import setup_logging
 from dinov2.utils.cli import DONE, run_command
+from dinov2.utils.provenance import how_to_install
 
 BACKBONE = "pathfm/teacher"
 _CONFIGS = Path(__file__).parents[2] / "eval_configs"
@@ -131,9 +132,7 @@ def _registered() -> Callable[[], None]:
         from eva.__main__ import main as run
         from eva.vision.models.networks.backbones import backbone_registry
     except ImportError as error:
-        raise ImportError(
-            f"kaiko-eva cannot be imported ({error}); PATHFM_EXTRAS=dev,slides,eval ./install.sh installs it."
-        ) from error
+        raise ImportError(f"kaiko-eva cannot be imported ({error}); {how_to_install('eval')}.") from error
     if BACKBONE not in backbone_registry.entries():
         backbone_registry.register(BACKBONE)(teacher)
     return run

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TERMINATED = 128 + signal.SIGTERM  # 143; 129 after SIGHUP
 RUN_AGAIN = STATUS_OF[signal.SIGUSR1]  # 75: stopped at a limit of time, of Slurm for instance
 LOST = 76  # another process of the run was killed, or one hangs
 
+_TOLD = 10  # failures whose reason is said on the console
 _HELP_WIDTH = 100  # columns
 _started: list[str] = []  # by which names commands were started, the last one counts
 
@@ -46,6 +48,14 @@ class Stopped(RuntimeError):
 
 class ToldElsewhere(RuntimeError):
     """An end whose reason another process of the same command says."""
+
+
+def log_failures(logger: logging.Logger, reasons: Mapping[str, str], report: Path) -> None:
+    """Say why the first of some items failed, by their names, and where the others are listed."""
+    for name, reason in islice(reasons.items(), _TOLD):
+        logger.warning("'%s' failed: %s", name, reason)
+    if len(reasons) > _TOLD:
+        logger.warning("%d more have failed; see %s.", len(reasons) - _TOLD, report)
 
 
 def told_failures(failed: int, total: int, what: str, report: Path) -> str:
@@ -162,7 +172,7 @@ _COLOUR = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
 _COLOUR["help"] = "to normalise images with (default: as trained, else ImageNet's)"
 # One name for each option, its older spellings in single commands, which stay valid, and what argparse is told of it.
 _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--checkpoint": ((), {"required": True, "help": "teacher: what dinov2.hub.load_teacher opens"}),
+    "--checkpoint": ((), {"required": True, "help": "teacher: a run's folder, or what else load_teacher opens"}),
     "--pooling": (("--output-tokens", "--embedding"), {
         "choices": ("cls", "cls_mean"), "default": "cls",
         "help": "class token, or followed by the mean patch token (%(default)s)",

@@ -21,7 +21,16 @@ from dinov2.data.kinds import open_source
 from dinov2.data.pack.shard import SOURCE_KEY, PackJob, pack_shard
 from dinov2.data.source import Source
 from dinov2.extensions import SOURCES
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, command_parser, local_folder, run_command
+from dinov2.utils.cli import (
+    DONE,
+    FAILURES,
+    add_options,
+    at_least,
+    command_parser,
+    local_folder,
+    log_failures,
+    run_command,
+)
 from dinov2.utils.files import check_apart, check_report, json_lines, leftovers, locked, naming_full_disk, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -62,6 +71,7 @@ def pack_dataset(source: Source, destination: Path, shard_bytes: int, workers: i
     words = "%d shards written, %d were there: %d tiles, %.1f MB in %.1f s"
     logger.info(words, len(missing), len(there), source.num_rows - len(lost), size / 1e6, seconds)
     if lost:
+        log_failures(logger, lost, destination / _FAILURES)
         logger.error("%d of %d images cannot be read, see %s", len(lost), source.num_rows, destination / _FAILURES)
     return len(lost)
 

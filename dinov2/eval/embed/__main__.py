@@ -23,6 +23,7 @@ from dinov2.eval.embed.inputs import KINDS, Grid, open_input
 from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts
 from dinov2.eval.features import Embedding
 from dinov2.hub import load_teacher, trained_with
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.pretrained import local_weights
 from dinov2.hub.record import normalisation
 from dinov2.hub.teacher import describe
@@ -98,6 +99,7 @@ def _run(args: argparse.Namespace) -> None:
 def _embed(args: argparse.Namespace, device: torch.device) -> None:
     if args.format == "hdf5":
         import_h5py()
+    args.checkpoint = teacher_file(args.checkpoint)
     stride = args.tile_size if args.stride is None else args.stride
     grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue, rule_of_options(args), args.mpp_tolerance)
     location, target = Path(args.input).expanduser().resolve(), args.output.resolve()
