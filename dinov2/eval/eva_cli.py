@@ -19,7 +19,7 @@ from torch import nn
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.teacher import POOLINGS
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import DONE, run_command
+from dinov2.utils.cli import DONE, INTERRUPTED, run_command
 from dinov2.utils.provenance import how_to_install
 
 BACKBONE = "pathfm/teacher"
@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = ["eva", *arguments]  # eva's callbacks read the configuration's name there, too
     try:
         _registered()()
+    except KeyboardInterrupt:
+        logger.error("Interrupted.")
+        return INTERRUPTED
     finally:
         if {"-h", "--help"} & set(arguments):
             sys.stdout.write(f"{_EXAMPLES}\n")
