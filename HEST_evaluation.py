@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dinov2.hub import load_teacher
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
@@ -42,7 +43,11 @@ logger = logging.getLogger("dinov2")
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="HEST_evaluation.py", description=__doc__.split("\n")[0])
+    parser = cli.command_parser(
+        "python HEST_evaluation.py",
+        __doc__.split("\n")[0],
+        "--checkpoint output/eval/training_12500 --output output_hest --pooling cls_mean",
+    )
     cli.add_options(parser, "--checkpoint")
     add = parser.add_argument
     add("--datasets", nargs="+", default=list(DATASETS), metavar="NAME", help="(%(default)s)")
@@ -67,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    args.checkpoint = teacher_file(args.checkpoint)
     _check_folders(args)
     model, transform = _encoder(args)
     if args.offline:

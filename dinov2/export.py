@@ -15,6 +15,7 @@ from dinov2.hub.export import verify
 from dinov2.hub.export.formats import arguments_of, files_for, fit_to_images, resampled_by, timm_file
 from dinov2.hub.layouts import is_vit
 from dinov2.hub.layouts_dinov3 import is_dinov3, rounding_of_periods
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.pixels import Colours
 from dinov2.hub.record import normalisation
 from dinov2.hub.save import save_teacher, write_new
@@ -22,6 +23,7 @@ from dinov2.hub.teacher import description, load_teacher
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
+from dinov2.utils.provenance import how_to_install
 
 __all__ = ["main", "save_teacher"]
 
@@ -30,9 +32,10 @@ logger = logging.getLogger("dinov2")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.export",
-        description="Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
+    parser = cli.command_parser(
+        "python -m dinov2.export",
+        "Write a teacher's backbone for Meta's code and eva (meta), timm, or transformers (hf).",
+        "--checkpoint output --format hf --output teacher_hf --verify",
         epilog="Exit status: 0 written, 1 written but --verify found a difference, 2 not written, with the reason.",
     )
     cli.add_options(parser, "--checkpoint")
@@ -50,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    args.checkpoint = teacher_file(args.checkpoint)
     library = verify.LIBRARIES[args.format]
     if args.verify is not None:
         if find_spec(library) is None:
             needs = f"--verify of --format {args.format} needs {library}"
-            raise ImportError(f"{needs}, which is not installed: pip install {library}.")
+            raise ImportError(f"{needs}, which is not installed; {how_to_install('export')}.")
         tiles = verify.read_tiles(args.verify or None)
     described = description(args.checkpoint)
     model = load_teacher(args.checkpoint)

@@ -39,7 +39,7 @@ from dinov2.data.slides.identity import slides_and_patients
 from dinov2.data.slides.resolution import MPP_TOLERANCE, read_mpp_table
 from dinov2.data.slides.sample_list import read_list_description, read_sample_list
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, rule_of_options
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, log_failures, run_command, told_failures
 from dinov2.utils.files import (
     check_description,
     check_report,
@@ -196,6 +196,9 @@ def build_dataset(build: Build) -> tuple[int, int]:
         write_text(build.report, json_lines(records))
     else:  # no other file then lies among the shards, which some readers of folders would trip over
         build.report.unlink(missing_ok=True)
+    # Of each slide one tile: what ails it ails the others.
+    reasons = {record["slide_path"]: record["reason"] for record in reversed(records)}
+    log_failures(logger, reasons, build.report)
     total = sum(len(build.rows[number]) for number in mine)
     logger.info("%d of %d tiles are in %s", total - len(records), total, output)
     return total, len(records)
@@ -258,7 +261,11 @@ def _check_openmidnights(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(
+        "python prepatching_scripts/build_parquet_sample_dataset.py",
+        __doc__.splitlines()[0],
+        "tiles.txt --output shards --encoding jpeg --shuffle",
+    )
     add = parser.add_argument
     add(
         "sample_list",

@@ -27,7 +27,7 @@ from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
 from dinov2.data.slides.tissue import TissueRule, add_rule_options, log_doubts, rule_of_options
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, log_failures, run_command, told_failures
 from dinov2.utils.files import json_lines, leftovers, write_new
 from dinov2.utils.jobs import run_jobs
 
@@ -87,7 +87,9 @@ def create_sample_list(
     lines, description = _lines(found, made, sampling, digest), _description(found, made, sampling, digest)
     write_new({output: lines, meta: description, failures: json_lines(_failures(found, made))})
     shutil.rmtree(parts)
-    total, failed = sum(len(draw.rows) for draw in made), sum(bool(draw.failure) for draw in made)
+    reasons = {row.path: draw.failure for row, draw in zip(found.slides, made, strict=True) if draw.failure}
+    log_failures(logger, reasons, failures)
+    total, failed = sum(len(draw.rows) for draw in made), len(reasons)
     logger.info("%d tiles of %d slides are in %s", total, len(made) - failed, output)
     return len(made), failed
 
@@ -152,7 +154,11 @@ def _description(found: FoundSlides, made: list[SlideDraw], sampling: Sampling, 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(
+        "python prepatching_scripts/create_sample_dataset_txt.py",
+        __doc__.splitlines()[0],
+        "/data/slides --output tiles.txt --mpp 0.5 --per-mpp 100 --preview previews",
+    )
     add = parser.add_argument
     add("slides", type=Path, help="folder (with subfolders), text or .csv file of paths, or one slide")
     add("--output", type=Path, required=True, help="list to write; must not exist")
@@ -173,7 +179,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")
     if not (sys.argv[1:] if argv is None else argv):
         parser.error(
-            "name the slides and the list, as in: create_sample_dataset_txt.py /data/TCGA --output sample_dataset.txt "
+            "name the slides and the list, as in: /data/TCGA --output sample_dataset.txt "
             "(data_root, output_filename, patch_size and min_ratio of OpenMidnight's script are SLIDES, --output, "
             "--tile-size and --min-tissue)"
         )

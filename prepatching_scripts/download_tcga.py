@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, command_parser, run_command, told_failures
 from dinov2.utils.files import json_lines, write_json, write_text
 from prepatching_scripts.gdc.download import Downloads, Stopped, part_of
 from prepatching_scripts.gdc.manifest import GdcFile, manifest_lines, read_manifest
@@ -164,7 +164,12 @@ def read_token(path: Path | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit status of `dinov2.utils.cli`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(
+        "python prepatching_scripts/download_tcga.py",
+        __doc__.splitlines()[0],
+        "--filter --project TCGA-BRCA --output /data/TCGA",
+        "--manifest gdc_manifest.txt --output /data/TCGA",
+    )
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--manifest", type=Path, help="manifest from the GDC portal or its API")
     listed = f"TCGA's open-access SVS slides; the list is kept as {FOUND} in the output folder"

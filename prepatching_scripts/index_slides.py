@@ -5,7 +5,6 @@ With --zarr, FOLDER/zarr/ holds a JSON file per slide that opens it as Zarr arra
 where it was; slides that are indexed and have kept their size are not parsed again.
 """
 
-import argparse
 import logging
 from collections import Counter
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from dinov2.data.slides.find import find_slides
 from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
 from dinov2.data.slides.resolution import MppTable, log_notes, read_mpp_table
-from dinov2.utils.cli import DONE, FAILURES, add_options, run_command, told_failures
+from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, log_failures, run_command, told_failures
 from dinov2.utils.files import json_lines, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -53,13 +52,18 @@ def index_collection(
     log_notes(logger, ((slide, indexes.outline(slide).resolution.notes) for slide in indexes if slide in fresh))
     records = [{"slide": slide, "reason": failures[slide]} for slide in keys if slide in failures]
     write_text(output / FAILURES_NAME, json_lines(records))
+    log_failures(logger, {record["slide"]: record["reason"] for record in records}, output / FAILURES_NAME)
     logger.info("%d of %d slides are in %s", len(keys) - len(records), len(keys), index)
     return len(keys), len(records)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit status of `dinov2.utils.cli`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(
+        "python prepatching_scripts/index_slides.py",
+        __doc__.splitlines()[0],
+        "/data/slides --output index --workers 8",
+    )
     parser.add_argument("slides", help="folder (with subfolders), text or .csv file of paths or URLs, slide, or URL")
     parser.add_argument("--output", type=Path, required=True, help=f"folder of {INDEX_NAME}")
     add_options(parser, "--slide-root", "--mpp-file")

@@ -8,7 +8,6 @@ DAB marks glands, so that the micrograph also says what tissue the tiles of the 
 writes such tiles as PNG, and their classes into `labels.csv`.
 """
 
-import argparse
 import csv
 import io
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinov2.utils.cli import run_command
+from dinov2.utils.cli import command_parser, run_command
 from dinov2.utils.files import replacing, write_text
 
 logger = logging.getLogger("make_demo_slide")
@@ -148,7 +147,11 @@ def _starts(length: int, side: int, step: int) -> range:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns an exit status of `dinov2.utils.cli`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(
+        "python prepatching_scripts/make_demo_slide.py",
+        __doc__.splitlines()[0],
+        "--output-dir slides --labelled labelled",
+    )
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the two slides")
     parser.add_argument("--labelled", type=Path, metavar="FOLDER", help="new folder for labelled tiles")
     args = parser.parse_args(argv)

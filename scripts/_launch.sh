@@ -2,7 +2,7 @@
 # The one place that builds the torchrun line. The run_*.sh scripts set the variables; arguments are
 # section.key=value overrides and train.py's own flags.
 #
-#   CONFIG_FILE, OUTPUT_DIR    what is trained and where its results go
+#   CONFIG_FILE, OUTPUT_DIR    what is trained (a YAML file, or a recipe by its name) and where its results go
 #   RESUME                     True goes on from OUTPUT_DIR; False moves an existing run aside first
 #   NNODES, NODE_RANK          number of nodes and this one's number, 0 being the master
 #   NPROC_PER_NODE             processes on this node, one per GPU
@@ -16,6 +16,31 @@ python=$root/.venv/bin/python
 
 die() { printf '%s: %s\n' "$(basename "${DINOV2_RUN_SCRIPT:-_launch.sh}")" "$*" >&2; exit 1; }
 note() { printf '%s\n' "$*" >&2; }
+# Prints the comments at the head of the script that was called, and of this one.
+show_help() {
+    local file script=${DINOV2_RUN_SCRIPT:-$root/scripts/_launch.sh}
+    for file in "$script" "$root/scripts/_launch.sh"; do
+        sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$file"
+        echo
+    done
+    printf 'examples:\n'
+    printf '  CONFIG_FILE=vits14_reg4 OUTPUT_DIR=output_vits14 %s data.path=/data/tiles\n' "$script"
+    printf '  DRY_LAUNCH=1 %s\n' "$script"
+}
+
+# Names that others' launchers have for ours, and that would be without effect here.
+warn_of_unread() {
+    local pair given
+    for pair in CONFIG:CONFIG_FILE CONFIG_PATH:CONFIG_FILE RECIPE:CONFIG_FILE OUTPUT:OUTPUT_DIR OUT_DIR:OUTPUT_DIR \
+        OUTPUT_PATH:OUTPUT_DIR OUTPUT_FOLDER:OUTPUT_DIR NUM_GPUS:NPROC_PER_NODE NGPUS:NPROC_PER_NODE \
+        N_GPUS:NPROC_PER_NODE GPUS:NPROC_PER_NODE GPUS_PER_NODE:NPROC_PER_NODE NPROC:NPROC_PER_NODE \
+        NUM_NODES:NNODES N_NODES:NNODES NODES:NNODES MASTER:MASTER_ADDR MASTER_IP:MASTER_ADDR \
+        RESTARTS:MAX_RESTARTS NO_RESUME:RESUME DRY_RUN:DRY_LAUNCH; do
+        given=${pair%%:*}
+        [[ -z ${!given:-} ]] || note "$given=${!given} is read by nothing here: the variable is ${pair#*:}."
+    done
+}
+
 is_dry() { [[ ${DRY_LAUNCH:-} == 1 ]]; }
 
 require_count() { [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || die "$1=${!1} is not a whole number of at least $2."; }
@@ -36,6 +61,8 @@ check_gpus() {
     gpus=$(visible_gpus)
     if [[ -z $asked_for_cpu || ( $gpus -eq 0 && $NPROC_PER_NODE -eq 1 ) ]]; then
         note "No GPU is visible: training on the CPU."
+    elif [[ $NPROC_PER_NODE -gt $gpus ]] && is_dry; then
+        note "NPROC_PER_NODE=$NPROC_PER_NODE needs as many GPUs and $gpus are visible here."
     elif [[ $NPROC_PER_NODE -gt $gpus ]]; then
         die "NPROC_PER_NODE=$NPROC_PER_NODE needs as many GPUs and $gpus are visible: lower it," \
             "name more in CUDA_VISIBLE_DEVICES, or set that to '' to train on the CPU."
@@ -62,6 +89,10 @@ move_run_aside() {
     fi
 }
 
+for argument in "$@"; do
+    if [[ $argument == --help || $argument == -h ]]; then show_help && exit; fi
+done
+warn_of_unread
 [[ -x $python ]] || die "Path-FM is not installed: run $root/install.sh first."
 for name in NNODES NPROC_PER_NODE; do require_count "$name" 1; done
 MAX_RESTARTS=${MAX_RESTARTS:-$((NNODES == 1 ? 3 : 0))}

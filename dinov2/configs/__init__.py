@@ -4,6 +4,7 @@ from dinov2.configs.loader import (
     config_from_mapping,
     load_config,
     public_config,
+    recipes,
     save_config,
     saved_config,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "config_from_mapping",
     "load_config",
     "public_config",
+    "recipes",
     "save_config",
     "saved_config",
     "validate",

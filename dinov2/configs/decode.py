@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -65,7 +66,8 @@ class Decoder:
         except (TypeError, ValueError, LookupError, OverflowError):
             problem = "not valid"
         if not problem:
-            return converted
+            is_home = key.is_path and converted.startswith("~")
+            return os.path.expanduser(converted) if is_home else converted
         if isinstance(value, Mapping) and value:
             problem = f"not a section, so {path}.{next(iter(value))} cannot be set"
         named = f"{path} (given as {self._spelled[path]})" if path in self._spelled else path

@@ -21,6 +21,7 @@ class Key:
     most: float | None = None
     above: float | None = None  # and exclusive
     below: float | None = None
+    is_path: bool = False  # of a file or folder: a leading ~ is the user's home
     # Table in `dinov2.extensions` of which the value is a name. Of a mapping the names are the keys, and the values
     # are decoded by each part's ``Options`` dataclass.
     registry: str = ""

@@ -23,14 +23,17 @@ from dinov2.utils.secrets import hide, hide_urls, public
 
 logger = logging.getLogger("dinov2")
 
+_RECIPES = Path(__file__).with_name("train")
+
 
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults <- YAML file, if any <- ``section.key=value`` overrides in YAML syntax, and decode the result.
 
-    FileNotFoundError without the file; ConfigError, which lists all that is wrong, if it does not fit the schema.
+    Where there is no such file, its name may be that of a shipped recipe, as ``vits14_reg4``. FileNotFoundError if
+    there is neither; ConfigError, which lists all that is wrong, if it does not fit the schema.
     """
     faults: list[str] = []
-    layers = [] if config_file is None else [_read_file(Path(config_file), faults)]
+    layers = [] if config_file is None else [_read_file(_find_file(config_file), faults)]
     layers += [_read_override(override, faults) for override in overrides]
     return _decode(layers, faults)
 
@@ -96,9 +99,25 @@ def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
     return dataclasses.replace(config, precision=dtypes.pop() if len(dtypes) == 1 else "mixed")
 
 
+def recipes() -> list[str]:
+    """Names of the shipped recipes, which `load_config` takes in place of a file."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def _find_file(name: str | Path) -> Path:
+    """A file, or a recipe of that name."""
+    path = Path(name).expanduser()
+    recipe = _RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.is_file():
+        return path
+    if len(path.parts) == 1 and recipe.is_file():
+        return recipe
+    raise FileNotFoundError(
+        f"Config file {str(name)!r} does not exist; give the path of a YAML file, or a recipe: {', '.join(recipes())}."
+    )
+
+
 def _read_file(path: Path, faults: list[str]) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"Config file {str(path)!r} does not exist; give the path of a YAML file.")
     try:
         loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except (YamlError, UnicodeDecodeError, OSError) as error:

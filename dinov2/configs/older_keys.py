@@ -14,6 +14,7 @@ class OlderKey(NamedTuple):
 
     new: str = ""  # key that has taken its place
     ignored: str = ""  # why it decides nothing, where it is accepted without effect
+    usual: tuple[str, ...] = ()  # values of a key without effect that our own files state; they bring no notice
     only: tuple[str, ...] = ()  # of a key without effect the values that are still accepted; empty accepts any
 
 
@@ -54,7 +55,7 @@ OLDER_KEYS = {
     "student.block_chunks": OlderKey(ignored="blocks are never chunked; weights saved in chunks still load"),
     "compute_precision.*.*.mixed_precision.buffer_dtype": OlderKey(ignored="the networks have no buffers"),
     "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
-        ignored="the teacher has no gradients to reduce"
+        ignored="the teacher has no gradients to reduce", usual=("fp32",)
     ),
 }
 """Every older key; ``*`` stands for any part of a path."""
@@ -87,7 +88,8 @@ class OlderKeys:
                     given_as = f"{old} = {shortened(value)} is not available"
                     self.faults.append(f"{given_as}: {entry.ignored}; {only} is accepted.")
                 elif entry.ignored:
-                    self.notices.append(f"Config key {old} has no effect: {entry.ignored}.")
+                    notice = f"Config key {old} has no effect: {entry.ignored}."
+                    self.notices += [] if value in entry.usual else [notice]
                 elif entry.new in ("data.kind", "data.path"):
                     given[old] = value
                 elif not _put(layer, entry.new, value):

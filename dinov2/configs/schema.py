@@ -39,7 +39,7 @@ _PROBES = ("knn", "linear", "rankme", "odcorr")
 class ModelConfig:
     """Starting weights under Meta's name."""
 
-    WEIGHTS: str = key("", "teacher export to start from: backbone, and each head that it holds")
+    WEIGHTS: str = key("", "teacher export to start from: backbone, and each head that it holds", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ComputePrecisionConfig:
 class DatasetConfig:
     """One entry of ``data.datasets``: a dataset of a mixture and its fraction of the samples."""
 
-    path: str = key("", "as data.path")
+    path: str = key("", "as data.path", is_path=True)
     kind: str = key("auto", "as data.kind", **_KIND)
     weight: float = key(1.0, "fraction of the samples, up to a common factor", above=0, most=1e9)
     revision: str = key("", "as data.revision")
@@ -90,21 +90,21 @@ class DatasetConfig:
 class DataConfig:
     """The tiles that are trained on; see [data.md](data.md)."""
 
-    path: str = key("", "folder, glob, file, hub dataset (org/name) or URL")
+    path: str = key("", "folder, glob, file, hub dataset (org/name) or URL", is_path=True)
     kind: str = key("auto", "one of those in data.md, or a further one; auto: as it is recognised", **_KIND)
     revision: str = key("", "branch, tag or commit on the hub; a resumed run keeps its commit")
     image_column: str = key("", "column of images of Parquet shards, or of paths of a list; dataset of HDF5")
     datasets: tuple[DatasetConfig, ...] = key((), "a mixture in place of path: [{path: a, weight: 3}, {path: b}]")
     options: Mapping[str, Any] = key({}, "options of further kinds: {kind: {...}}", registry="SOURCES")
-    groups_file: str = key("", "CSV file,patient,slide,site of tiles in folders, archives and HDF5 files")
+    groups_file: str = key("", "CSV file,patient,slide,site of tiles in folders, archives and HDF5 files", is_path=True)
     patient_pattern: str = key("", "of their names, with groups as in (?P<patient>..), slide, site")
-    exclusion_file: str = key("", "patients or slides, one per line, that are never trained on")
+    exclusion_file: str = key("", "patients or slides, one per line, that are never trained on", is_path=True)
     excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
-    mpp_file: str = key("", "CSV slide,mpp: um per level-0 px, in place of what slides say")
+    mpp_file: str = key("", "CSV slide,mpp: um per level-0 px, in place of what slides say", is_path=True)
     mpp_tolerance: float = key(0.2, "fraction by which slides may be coarser than what is asked", least=0, most=1)
-    slide_root: str = key("", "where a sample list's slides were moved; empty: as listed")
+    slide_root: str = key("", "where a sample list's slides were moved; empty: as listed", is_path=True)
     sample_list_columns: Literal[0, 4, 6] = key(0, "of a sample list; 0: as its .meta.json says, else 4")
     lanes: int = key(0, "V, interleaved read streams; 0: 8 x global batch or fewer", least=0, most=1e8)
     block_rows: int = key(64, "R, rows shuffled together inside a row group", least=1, most=1e8)
@@ -126,7 +126,7 @@ class OnlineConfig:
     tissue_options: Mapping[str, Any] = key({}, "options of these rules: {name: {...}}", registry="TISSUE_RULES")
     slide_fraction: float = key(1.0, "of the slides, chosen by hash of the seed", above=0, most=1)
     max_patches: int = key(0, "distinct tiles; 0: without end", least=0, most=2**30)
-    cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder")
+    cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class TrainConfig:
     """Batch, steps, checkpoints."""
 
     batch_size_per_gpu: int | Auto = key(64, "images per process; auto: what the GPU holds", least=1, most=1e6)
-    output_dir: str = key(".", "the run's folder where --output-dir is not given")
+    output_dir: str = key(".", "the run's folder where --output-dir is not given", is_path=True)
     seed: int = key(0, "of everything random", least=0, most=2**64 - 1)
     num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
     prefetch_factor: int = key(4, "batches that each worker prepares ahead", least=1, most=1024)
@@ -244,7 +244,9 @@ class StudentConfig:
     drop_path_rate: float = key(0.3, "stochastic depth of the student", least=0, below=1)
     layerscale: float = key(1.0e-05, "initial gain of each residual branch", **_TO_1000)
     drop_path_uniform: bool = key(True, "false: the rate grows linearly from 0 in the first block")
-    pretrained_weights: str = key("", "backbone weights to start from: file, folder, hub id (org/name) or URL")
+    pretrained_weights: str = key(
+        "", "backbone weights to start from: file, folder, hub id (org/name) or URL", is_path=True
+    )
     pretrained_pos_embed: bool = key(True, "take the position grid of weights to start from; false: noise")
     ffn_layer: FfnLayer = key("mlp", "swiglufused: two thirds as wide, as published")
     qkv_bias: bool = key(True, "bias of queries, keys and values")
@@ -321,9 +323,9 @@ class DebugConfig:
 class LabelledConfig:
     """One entry of ``evaluation.labelled``: a folder of tiles, and a CSV of labels where folders do not say them."""
 
-    path: str = key("", "folder of tiles")
+    path: str = key("", "folder of tiles", is_path=True)
     name: str = key("", "of the task; empty: the folder's")
-    labels: str = key("", "CSV of labels; empty: the subfolders are the classes")
+    labels: str = key("", "CSV of labels; empty: the subfolders are the classes", is_path=True)
 
 
 @dataclass(frozen=True)
@@ -332,9 +334,9 @@ class EvaluationConfig:
 
     eval_period_iterations: int = key(12500, "between teacher exports and between probes", **_STEPS)
     keep_exports: int = key(0, "newest teacher exports kept of those that the run made; 0: all", least=0, most=1e6)
-    bach_root: str = key("", "this benchmark's folder: probed on while training")
-    breakhis_root: str = key("", "the same for BreakHis")
-    pcam_root: str = key("", "the same for PatchCamelyon")
+    bach_root: str = key("", "this benchmark's folder: probed on while training", is_path=True)
+    breakhis_root: str = key("", "the same for BreakHis", is_path=True)
+    pcam_root: str = key("", "the same for PatchCamelyon", is_path=True)
     labelled: tuple[LabelledConfig, ...] = key((), "further tiles: [{path: tiles/, name: subtype, labels: labels.csv}]")
     probes: tuple[str, ...] = key(
         _PROBES, "of knn, linear, linear_eva, linear_kaiko, logistic, few_shot, rankme, odcorr", **_PROBE

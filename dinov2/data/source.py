@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov2.configs import Config
+from dinov2.utils.provenance import how_to_install
 
 _JPEG_2000_SIZES = b"\xff\x4f\xff\x51"  # begins the codestream
 _STARTS = (  # first bytes of a file, its format
@@ -205,7 +206,7 @@ def _by_tifffile(data: bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise DecodeError("this kind of TIFF file needs tifffile: pip install 'path-fm[slides]'") from error
+        raise DecodeError(f"this kind of TIFF file needs tifffile; {how_to_install('slides')}") from error
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             page = tiff.pages[0]

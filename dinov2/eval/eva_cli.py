@@ -19,10 +19,13 @@ from torch import nn
 from dinov2.hub import load_teacher, trained_with
 from dinov2.hub.teacher import POOLINGS
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import DONE, run_command
+from dinov2.utils.cli import DONE, INTERRUPTED, run_command
+from dinov2.utils.provenance import how_to_install
 
 BACKBONE = "pathfm/teacher"
 _CONFIGS = Path(__file__).parents[2] / "eval_configs"
+_EXAMPLES = """examples:
+  CHECKPOINT_PATH=teacher.pth DATA_ROOT=/data/bach pathfm eva predict_fit --config bach"""
 
 logger = logging.getLogger("dinov2")
 
@@ -88,9 +91,18 @@ def check_inputs(arguments: Sequence[str], environment: MutableMapping[str, str]
         raise FileNotFoundError(f"DATA_ROOT={root} is not a folder; docs/evaluation.md says what it should hold.")
 
 
+def with_configurations(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the file of each of our configurations that is named, as ``--config bach``."""
+    options = ["", *arguments][:-1]
+    return [
+        str(file) if option == "--config" and (file := _CONFIGS / f"{name}.yaml").is_file() else name
+        for option, name in zip(options, arguments, strict=True)
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run eva; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = with_configurations(sys.argv[1:] if argv is None else argv)
     setup_logging()
 
     def prepare() -> None:
@@ -106,7 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("Evaluating on the %s.", "GPU" if torch.cuda.is_available() else "CPU: no GPU is usable")
         return DONE
     sys.argv = ["eva", *arguments]  # eva's callbacks read the configuration's name there, too
-    _registered()()
+    try:
+        _registered()()
+    except KeyboardInterrupt:
+        logger.error("Interrupted.")
+        return INTERRUPTED
+    finally:
+        if {"-h", "--help"} & set(arguments):
+            sys.stdout.write(f"{_EXAMPLES}\n")
     return DONE
 
 
@@ -116,9 +135,7 @@ def _registered() -> Callable[[], None]:
         from eva.__main__ import main as run
         from eva.vision.models.networks.backbones import backbone_registry
     except ImportError as error:
-        raise ImportError(
-            f"kaiko-eva cannot be imported ({error}); PATHFM_EXTRAS=dev,slides,eval ./install.sh installs it."
-        ) from error
+        raise ImportError(f"kaiko-eva cannot be imported ({error}); {how_to_install('eval')}.") from error
     if BACKBONE not in backbone_registry.entries():
         backbone_registry.register(BACKBONE)(teacher)
     return run

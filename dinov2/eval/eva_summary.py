@@ -3,7 +3,6 @@
 Reads what ``scripts/run_eva.sh`` leaves in OUTPUT, writes ``summary.md`` and ``summary.csv`` there and shows the page.
 """
 
-import argparse
 import csv
 import json
 import logging
@@ -15,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import run_command
+from dinov2.utils.cli import command_parser, run_command
 from dinov2.utils.files import replacing, write_text
 
 TASKS = (
@@ -128,7 +127,11 @@ def _clock(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.eva_summary", description=__doc__.split("\n")[0])
+    parser = command_parser(
+        "python -m dinov2.eval.eva_summary",
+        __doc__.split(":")[0] + ".",
+        "output_eva",
+    )
     parser.add_argument("output", type=Path, help="folder that scripts/run_eva.sh wrote")
     output = parser.parse_args(argv).output
     setup_logging()

@@ -192,7 +192,7 @@ def extract_features(
     gathered = []
     hidden = not (embedding.show_progress and is_main_process())
     with _evaluation_mode(backbone):
-        for first in tqdm(own, "features", disable=hidden, leave=False):
+        for first in tqdm(own, "features", disable=hidden or None, leave=False):
             tiles = list(islice(squares, min(size, count - first)))
             tiles += tiles[-1:] * (size - len(tiles))
             gathered.append(all_gather_rows(embed_tiles(backbone, tiles, embedding)).cpu())

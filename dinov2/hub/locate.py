@@ -1,10 +1,13 @@
 """From the name of weights to a file here: a path, a folder of timm or transformers, an id on the Hugging Face hub."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
+
+logger = logging.getLogger("dinov2")
 
 # In the order in which a folder of several is searched; the indexes name the parts of weights that are split.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -15,6 +18,7 @@ _HUB = re.compile(
     r"(/(?P<file>.+))?"
 )
 _SCHEME = re.compile(r"(?!https?:|file:|hf:)[A-Za-z][A-Za-z0-9+.-]*://")
+_EXPORTS = "training_[0-9]*/teacher_checkpoint.pth"
 INDEX = ".index.json"
 """Ending of a file that lists the files over which weights are split."""
 
@@ -23,7 +27,8 @@ def weights_path(name: str) -> Path:
     """Path of the file that a name means, its index where it is split; paths of files stay as they are, there or not.
 
     Names are a file; a folder that holds one (``model.safetensors`` of several; timm's ``local-dir:`` may stand
-    before it); ``org/name[@revision]`` on the hub, timm's ``hf-hub:org/name``, or ``hf://org/name[@revision][/file]``.
+    before it); the folder of a run, or its ``eval``, of which the newest teacher is taken; ``org/name[@revision]`` on
+    the hub, timm's ``hf-hub:org/name``, or ``hf://org/name[@revision][/file]``.
     What is here wins over the hub, from which weights are downloaded to its cache once, with their configurations.
 
     Raises ValueError for a URL of a scheme that is not read; IsADirectoryError if a folder holds no weights, or
@@ -37,11 +42,30 @@ def weights_path(name: str) -> Path:
         )
     path = _local(name)
     if path.is_dir():
+        if export := newest_export(path):
+            return export
         files = [entry.name for entry in path.iterdir() if entry.is_file()]
         return path / _chosen(repr(str(path)), files)
     if path.exists() or not (hub := hub_id(name)):
         return path
     return _from_hub(hub)
+
+
+def newest_export(folder: Path) -> Path | None:
+    """The teacher of the latest step in the folder of a run, or in its ``eval``; None where it holds none."""
+    exports = [*folder.glob(f"eval/{_EXPORTS}"), *folder.glob(_EXPORTS)]
+    return max(exports, key=lambda path: int(path.parent.name.partition("_")[2]), default=None)
+
+
+def teacher_file(name: str) -> str:
+    """The name of one file in place of a run's folder, whose newest teacher may be another one by and by."""
+    path = Path(name).expanduser()
+    export = newest_export(path) if path.is_dir() else None
+    if export is None and (path / "checkpoints").is_dir():
+        raise FileNotFoundError(f"Run '{name}' has exported no teacher yet; pathfm train --eval-only exports one.")
+    if export:
+        logger.info("The teacher is '%s'.", export)
+    return str(export or name)
 
 
 def check_found(name: str) -> None:

@@ -4,8 +4,6 @@ import logging
 import sys
 from pathlib import Path
 
-from dinov2.distributed import get_global_rank, is_main_process
-
 
 class _LogFile(logging.FileHandler):
     """A log that, where its file cannot be written, says so once on stderr, instead of a traceback for each line."""
@@ -31,11 +29,11 @@ def setup_logging(output_dir: Path | None = None) -> logging.Logger:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    rank = get_global_rank()
-    where = "" if is_main_process() else f"[rank {rank}] "
+    rank = _global_rank()
+    where = f"[rank {rank}] " if rank else ""
     formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {where}%(message)s", datefmt="%m-%d %H:%M:%S")
     console = logging.StreamHandler(sys.stderr)
-    console.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    console.setLevel(logging.WARNING if rank else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if output_dir is not None:
         (output_dir / "logs").mkdir(exist_ok=True)
@@ -44,3 +42,11 @@ def setup_logging(output_dir: Path | None = None) -> logging.Logger:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     return logger
+
+
+def _global_rank() -> int:
+    if "torch" not in sys.modules:  # there is no process group, and whoever only says an error need not wait for it
+        return 0
+    from dinov2.distributed import get_global_rank
+
+    return get_global_rank()

@@ -7,6 +7,7 @@ from typing import Any
 
 from dinov2.logging.names import POSITION, grouped
 from dinov2.logging.sinks import Sink
+from dinov2.utils.provenance import how_to_install
 
 
 class TensorBoardSink(Sink):
@@ -21,8 +22,7 @@ class TensorBoardSink(Sink):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "logging.sinks names tensorboard, which is not installed; PATHFM_EXTRAS=dev,slides,tensorboard "
-                "./install.sh installs it."
+                f"logging.sinks names tensorboard, which is not installed; {how_to_install('tensorboard')}."
             ) from error
         self._writer = SummaryWriter(str(output_dir / "tensorboard"))
 

@@ -18,7 +18,7 @@ import numpy as np
 from dinov2.report.page import Pictures, is_ours, log_tables, read_runs, render, tables_of, write_page
 from dinov2.report.records import SIGNS, Run, exports_of
 from dinov2.report.serve import HOST, PageServer, state_of
-from dinov2.utils.cli import add_options, run_command
+from dinov2.utils.cli import add_options, command_parser, run_command
 from dinov2.utils.environment import DeviceError
 
 logger = logging.getLogger("dinov2.report")
@@ -125,10 +125,11 @@ def watch(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="A page about runs: curves, health, probes, facts; of one run also crops, maps and neighbours.",
-        epilog="examples: python -m dinov2.report output; python -m dinov2.report output --watch; "
-        "python -m dinov2.report run_a run_b --output compared.html",
+    parser = command_parser(
+        "python -m dinov2.report",
+        "A page about runs: curves, health, probes, facts; of one run also crops, maps and neighbours.",
+        "output --watch",
+        "run_a run_b --output compared.html",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folder of a training run")
     parser.add_argument("--tiles", help="Parquet folder of tiles to embed (default: validation or training tiles)")

@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C: 130
 TERMINATED = 128 + signal.SIGTERM  # 143; 129 after SIGHUP
 RUN_AGAIN = STATUS_OF[signal.SIGUSR1]  # 75: stopped at a limit of time, of Slurm for instance
 LOST = 76  # another process of the run was killed, or one hangs
+
+_TOLD = 10  # failures whose reason is said on the console
+_HELP_WIDTH = 100  # columns
+_started: list[str] = []  # by which names commands were started, the last one counts
 
 
 class Terminated(BaseException):
@@ -42,6 +48,14 @@ class Stopped(RuntimeError):
 
 class ToldElsewhere(RuntimeError):
     """An end whose reason another process of the same command says."""
+
+
+def log_failures(logger: logging.Logger, reasons: Mapping[str, str], report: Path) -> None:
+    """Say why the first of some items failed, by their names, and where the others are listed."""
+    for name, reason in islice(reasons.items(), _TOLD):
+        logger.warning("'%s' failed: %s", name, reason)
+    if len(reasons) > _TOLD:
+        logger.warning("%d more have failed; see %s.", len(reasons) - _TOLD, report)
 
 
 def told_failures(failed: int, total: int, what: str, report: Path) -> str:
@@ -101,6 +115,39 @@ def run_command(
             signal.signal(number, handler)
 
 
+def command_parser(
+    prog: str, description: str, *examples: str, epilog: str = "", **kwargs: Any
+) -> argparse.ArgumentParser:
+    """Parser of a command, whose help ends in examples.
+
+    Args:
+        prog: how the command is started, where `started_as` has not said otherwise.
+        description: one paragraph, or several lines that stay as they are.
+        examples: arguments of a command line each.
+        epilog: what the help says before them, one paragraph.
+    """
+    prog = _started[-1] if _started else prog
+    if "\n" not in description:
+        description = textwrap.fill(description, _HELP_WIDTH)
+    ends = [textwrap.fill(epilog, _HELP_WIDTH)] if epilog else []
+    if examples:
+        ends.append("\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]))
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog="\n\n".join(ends),
+        formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs,
+    )  # fmt: skip
+
+
+@contextmanager
+def started_as(prog: str) -> Iterator[None]:
+    """Within the block, parsers say that their command is started so."""
+    _started.append(prog)
+    try:
+        yield
+    finally:
+        _started.pop()
+
+
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
     """Type of an option for argparse: a number of a kind that is not below `least`."""
 
@@ -125,7 +172,7 @@ _COLOUR = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
 _COLOUR["help"] = "to normalise images with (default: as trained, else ImageNet's)"
 # One name for each option, its older spellings in single commands, which stay valid, and what argparse is told of it.
 _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--checkpoint": ((), {"required": True, "help": "teacher: what dinov2.hub.load_teacher opens"}),
+    "--checkpoint": ((), {"required": True, "help": "teacher: a run's folder, or what else load_teacher opens"}),
     "--pooling": (("--output-tokens", "--embedding"), {
         "choices": ("cls", "cls_mean"), "default": "cls",
         "help": "class token, or followed by the mean patch token (%(default)s)",

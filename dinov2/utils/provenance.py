@@ -1,4 +1,4 @@
-"""Versions of what a run was made with."""
+"""Versions of what a run was made with, and how to get what is missing."""
 
 import platform
 import subprocess
@@ -14,6 +14,11 @@ def package_versions(names: tuple[str, ...] = ("torch", "torchvision", "numpy", 
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def how_to_install(extra: str) -> str:
+    """The end of a sentence on a package that is missing: what installs an optional part of Path-FM."""
+    return f"PATHFM_EXTRAS={','.join(dict.fromkeys(('dev', 'slides', extra)))} ./install.sh installs it"
 
 
 def code_version() -> str:

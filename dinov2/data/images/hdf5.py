@@ -9,6 +9,7 @@ import numpy as np
 
 from dinov2.data.images.container import Contents, Member
 from dinov2.data.storage.base import FileType, LocalStorage, Storage, StoredFile
+from dinov2.utils.provenance import how_to_install
 
 NAMES = ("imgs", "images", "image", "img", "tiles", "tile", "patches", "patch", "x", "data")
 """Last parts of the names of datasets that are looked for, in lower case, the first ones first."""
@@ -88,7 +89,7 @@ def import_h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("HDF5 needs h5py, which is not installed: pip install 'path-fm[hdf5]'.") from error
+        raise ImportError(f"HDF5 needs h5py, which is not installed; {how_to_install('hdf5')}.") from error
     return h5py
 
 

@@ -32,7 +32,7 @@ from dinov2.data.storage.locate import NAMES, open_storage
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.order import SampleOrder
 from dinov2.extensions import SOURCES
-from dinov2.utils.cli import DONE, FAILURES, at_least, run_command
+from dinov2.utils.cli import DONE, FAILURES, at_least, command_parser, run_command
 from dinov2.utils.files import write_text
 
 logger = logging.getLogger("inspect")
@@ -334,9 +334,11 @@ def _named(records: list[dict[str, Any]]) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.data.inspect",
-        description=__doc__.rpartition("\n\n")[0],
+    parser = command_parser(
+        "python -m dinov2.data.inspect",
+        __doc__.rpartition("\n\n")[0],
+        "/data/tiles",
+        "/data/tiles --batch 3072 --ranks 64 --json report.json",
         epilog="Exit status: 0 usable for training, 1 not usable (with the reason), 2 wrong arguments or no dataset.",
     )
     parser.add_argument("source", metavar="SRC", help=NAMES)

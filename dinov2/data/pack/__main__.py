@@ -21,7 +21,16 @@ from dinov2.data.kinds import open_source
 from dinov2.data.pack.shard import SOURCE_KEY, PackJob, pack_shard
 from dinov2.data.source import Source
 from dinov2.extensions import SOURCES
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, local_folder, run_command
+from dinov2.utils.cli import (
+    DONE,
+    FAILURES,
+    add_options,
+    at_least,
+    command_parser,
+    local_folder,
+    log_failures,
+    run_command,
+)
 from dinov2.utils.files import check_apart, check_report, json_lines, leftovers, locked, naming_full_disk, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -62,6 +71,7 @@ def pack_dataset(source: Source, destination: Path, shard_bytes: int, workers: i
     words = "%d shards written, %d were there: %d tiles, %.1f MB in %.1f s"
     logger.info(words, len(missing), len(there), source.num_rows - len(lost), size / 1e6, seconds)
     if lost:
+        log_failures(logger, lost, destination / _FAILURES)
         logger.error("%d of %d images cannot be read, see %s", len(lost), source.num_rows, destination / _FAILURES)
     return len(lost)
 
@@ -88,10 +98,10 @@ def _finished(destination: Path, names: set[str], identity: bytes) -> set[str]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.data.pack",
-        description=__doc__.partition(": python")[0] + ".\n\n" + __doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m dinov2.data.pack",
+        __doc__.partition(": python")[0] + ".\n\n" + __doc__.partition("\n\n")[2],
+        "/data/images /data/tiles --workers 8",
         epilog="Exit status: 0 done, 1 done but some images cannot be read, 2 not done, with the reason.",
     )
     parser.add_argument("source", metavar="SRC", help="what data.path would name")

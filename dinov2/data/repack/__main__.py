@@ -15,7 +15,7 @@ from dinov2.data.parquet.footer import Footer, Foreign, Unusable, image_column, 
 from dinov2.data.repack.shard import SOURCE_KEY, RepackJob, repack_shard
 from dinov2.data.storage.base import LocalStorage, Storage, StoredFile
 from dinov2.data.storage.locate import NAMES, open_storage
-from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, local_folder, run_command
+from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, command_parser, local_folder, run_command
 from dinov2.utils.files import check_apart, check_report, json_lines, leftovers, locked, naming_full_disk, write_text
 from dinov2.utils.jobs import run_jobs
 
@@ -125,9 +125,10 @@ def _check_destination(source: str, storage: Storage, destination: Path) -> None
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2.data.repack",
-        description=__doc__.split(":")[0] + ".",
+    parser = command_parser(
+        "python -m dinov2.data.repack",
+        __doc__.split(":")[0] + ".",
+        "/data/tiles /data/tiles_repacked --workers 8",
         epilog="Needs as much disk as SRC. Each process holds about three of SRC's pages besides 64 rows: some "
         "0.5 GB for oversized row groups of 100 kB images. Ctrl-C ends after the files being written; the same "
         "command then goes on. Exit status: 0 done, 1 done but some files cannot be read, 2 not done, with the reason.",

@@ -8,6 +8,7 @@ from typing import Any
 
 from dinov2.data.slides.tables import decoded
 from dinov2.data.storage.base import public_name
+from dinov2.utils.provenance import how_to_install
 
 _CONVERT = "converted to OME-TIFF (QuPath, or bfconvert of Bio-Formats) it is read"
 UNREAD = {
@@ -64,7 +65,7 @@ def import_package(name: str, need: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{need} (the 'slides' extra).") from error
+        raise ImportError(f"{need}; {how_to_install('slides')}.") from error
 
 
 def unread_at(file: Path) -> Path | None:

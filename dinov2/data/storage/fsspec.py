@@ -20,6 +20,7 @@ from dinov2.data.storage.base import PARQUET, FileType, StoredFile, no_files, pu
 from dinov2.data.storage.patterns import expand_braces, fixed_folder, has_braces, has_pattern
 from dinov2.data.storage.retry import RemoteError, Retries, answer, reason
 from dinov2.data.storage.train_split import CARD
+from dinov2.utils.provenance import how_to_install
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "crc32c", "checksum")
 _VERSION_KEYS += ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
@@ -306,7 +307,7 @@ def _connect(process: int, thread: int, url: str, connect_s: float, read_s: floa
             options["client_kwargs"] = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
-        advice = 'pip install "path-fm[s3]"' if is_s3 else str(error)
+        advice = how_to_install("s3") if is_s3 else str(error)
         raise ImportError(f"a package for {scheme}:// is not installed: {advice}") from error
     except ValueError as error:
         raise ValueError(f"dataset '{public_name(url)}' cannot be opened ({error})") from error

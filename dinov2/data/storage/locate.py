@@ -11,6 +11,8 @@ from dinov2.data.storage.retry import OUTAGE_S, Retries
 _ID = r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _HUB_URL = re.compile(rf"hf://datasets/{_ID}(?:/(?P<path>.*))?")
 _BARE_ID = re.compile(_ID)
+# A misspelt path looks like an id, so that a hub that is out of reach is soon given up.
+_ASKED_FOR_A_PATH = {"connect_s": 3.0, "read_s": 10.0}
 _OUTAGE_FOR_A_PATH_S = 3.0
 NAMES = "folder (with subfolders), glob, braces {00..99} or file; org/name[@revision] on the Hugging Face hub; s3://..."
 
@@ -58,8 +60,10 @@ def open_storage(
     if separator:
         return HubStorage(named["repo"], revision, named["path"] or "", policy, files)
     try:
-        # A misspelt path looks like an id, so a hub that is out of reach is soon given up.
-        found = HubStorage(named["repo"], revision, "", Retries(min(outage_s, _OUTAGE_FOR_A_PATH_S)), files)
+        # Beside the folder that it would lie in, it is all the more so: no second attempt.
+        patience = 0.0 if os.path.isdir(os.path.dirname(path)) else _OUTAGE_FOR_A_PATH_S
+        soon = Retries(min(outage_s, patience), **_ASKED_FOR_A_PATH)
+        found = HubStorage(named["repo"], revision, "", soon, files)
     except (OSError, ValueError) as error:
         raise type(error)(f"there is no local path '{dataset}', and {error}") from error
     return HubStorage(named["repo"], found.commit, "", policy, files)

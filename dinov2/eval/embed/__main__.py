@@ -23,6 +23,7 @@ from dinov2.eval.embed.inputs import KINDS, Grid, open_input
 from dinov2.eval.embed.run import DESCRIPTION, Fitting, Output, embed_parts
 from dinov2.eval.features import Embedding
 from dinov2.hub import load_teacher, trained_with
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.pretrained import local_weights
 from dinov2.hub.record import normalisation
 from dinov2.hub.teacher import describe
@@ -42,7 +43,12 @@ logger = logging.getLogger("dinov2")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = "Embed images, Parquet datasets or slides with a teacher."
-    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.embed", description=description)
+    parser = cli.command_parser(
+        "python -m dinov2.eval.embed",
+        description,
+        "--checkpoint output --input /data/slides --output embeddings --format hdf5 --mpp 0.5",
+        "--checkpoint output --input /data/tiles --output embeddings",
+    )
     add, grid = parser.add_argument, Grid()
     cli.add_options(parser, "--checkpoint")
     add(
@@ -93,6 +99,7 @@ def _run(args: argparse.Namespace) -> None:
 def _embed(args: argparse.Namespace, device: torch.device) -> None:
     if args.format == "hdf5":
         import_h5py()
+    args.checkpoint = teacher_file(args.checkpoint)
     stride = args.tile_size if args.stride is None else args.stride
     grid = Grid(args.mpp, args.tile_size, stride, args.min_tissue, rule_of_options(args), args.mpp_tolerance)
     location, target = Path(args.input).expanduser().resolve(), args.output.resolve()

@@ -28,6 +28,7 @@ from dinov2.eval.probe.run import AGGREGATIONS, Probing, option_flags, options_f
 from dinov2.eval.probe.start import RANDOM, random_start
 from dinov2.extensions import PROBES
 from dinov2.hub import load_teacher, trained_with
+from dinov2.hub.locate import teacher_file
 from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
@@ -41,7 +42,12 @@ logger = logging.getLogger("dinov2")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = "Probe a teacher's features on labelled tiles."
-    parser = argparse.ArgumentParser(prog="python -m dinov2.eval.probe", description=description)
+    parser = cli.command_parser(
+        "python -m dinov2.eval.probe",
+        description,
+        "--checkpoint output --data tissue=/data/tissue",
+        "--checkpoint output --data bach=/data/bach --probes knn,linear_eva --output probes.csv",
+    )
     default, add = Probing(), parser.add_argument
     cli.add_options(parser, "--checkpoint")
     add(
@@ -111,6 +117,8 @@ def _probe(args: argparse.Namespace, device: torch.device) -> None:
         for name, tiles in list(tasks.items()):
             grey = ChosenTiles(tiles.images, range(len(tiles.images)), flat_grey)
             tasks[f"{name}_grey"] = replace(tiles, images=grey)
+    args.checkpoint = _teacher_file(args.checkpoint)
+    args.compare = args.compare and _teacher_file(args.compare)
     backbone, embedding, step = _open_teacher(args.checkpoint, args, device)
     compared = None if args.compare is None else _open_teacher(args.compare, args, device)
     results = run_probes(backbone, tasks, embedding, probing, compared and compared[:2])
@@ -143,6 +151,11 @@ def _open_teacher(
         autocast=None if args.dtype == "fp32" else DTYPES[args.dtype], show_progress=True,
     )  # fmt: skip
     return backbone.to(device), embedding, trained.get("step")
+
+
+def _teacher_file(checkpoint: str) -> str:
+    start = RANDOM if checkpoint.startswith(RANDOM) else ""
+    return start + teacher_file(checkpoint.removeprefix(start))
 
 
 def open_tasks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -12,7 +13,7 @@ import yaml
 
 import dinov2
 from dinov2 import extensions
-from dinov2.configs import Config, ConfigError, config_from_mapping, load_config, save_config, validate
+from dinov2.configs import Config, ConfigError, config_from_mapping, load_config, recipes, save_config, validate
 from dinov2.configs.decode import keys_of
 from dinov2.configs.fields import Key, key
 from dinov2.utils.registry import Registry
@@ -231,3 +232,33 @@ def test_options_of_registered_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(ConfigError, match=r"losses.strict cannot be used: bad is no name\.$"):
         load_config(None, [DATA, "losses.strict.name=bad"])
     assert load_config(None, [DATA, "losses.strict.name=good"]).losses["strict"].weight == 1.0
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = [
+        "data.path", "data.mpp_file", "data.slide_root", "data.groups_file", "data.exclusion_file", "online.cache_dir",
+        "train.output_dir", "student.pretrained_weights", "MODEL.WEIGHTS", "evaluation.bach_root",
+    ]  # fmt: skip
+    config = load_config(None, [f"{path}=~/x" for path in keys] + ["evaluation.labelled=[{path: ~/x, labels: ~/y}]"])
+    found = [getattr(getattr(config, section), name) for section, name in (path.split(".") for path in keys)]
+    assert found == ["/home/me/x"] * len(keys)
+    (labelled,) = config.evaluation.labelled
+    assert (labelled.path, labelled.labels) == ("/home/me/x", "/home/me/y")
+    mixture = load_config(None, ["data.datasets=[{path: ~/x}, {path: org/name}]"]).data.datasets
+    assert [dataset.path for dataset in mixture] == ["/home/me/x", "org/name"]
+    assert load_config(None, ["train.streaming_dataset_path=~/x"]).data.path == "/home/me/x"
+    assert load_config(None, [DATA, "logging.wandb_project=~x"]).logging.wandb_project == "~x"
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_run_s_own_file_brings_no_notices(
+    recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("dinov2"), "propagate", True)
+    config = load_config(recipe, [DATA])
+    save_config(config, tmp_path / "config.yaml")
+    caplog.clear()
+    with caplog.at_level("INFO", "dinov2"):
+        assert load_config(tmp_path / "config.yaml") == config
+    assert not caplog.messages

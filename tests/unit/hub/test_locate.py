@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dinov2.hub import load_teacher, trained_with
-from dinov2.hub.locate import check_found, weights_path
+from dinov2.hub.locate import check_found, teacher_file, weights_path
 from dinov2.hub.pretrained import read_checkpoint
 from dinov2.models.vision_transformer import vit_demo
 from tests.helpers.backbones import randomise, transformers_weights
@@ -121,3 +121,24 @@ def test_paths_of_files_do_not_ask_the_hub(hub):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             read_checkpoint(name)
     assert not hub.requests
+
+
+@pytest.mark.parametrize(("place", "step"), [("", 12), ("eval", 12), ("eval/training_9", 9)])
+def test_a_run_stands_for_its_newest_teacher(tmp_path, place: str, step: int):
+    for number in (9, 12, 3):
+        folder = tmp_path / f"run/eval/training_{number}"
+        folder.mkdir(parents=True)
+        (folder / "teacher_checkpoint.pth").touch()
+        (folder / "teacher_checkpoint.json").write_text(json.dumps({"step": number}))
+    name = str(tmp_path / "run" / place)
+    teacher = tmp_path / f"run/eval/training_{step}/teacher_checkpoint.pth"
+    assert weights_path(name) == teacher
+    assert trained_with(name)["step"] == step
+    assert Path(teacher_file(name)) in (teacher, teacher.parent)
+
+
+def test_a_run_without_a_teacher(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError):
+        teacher_file(str(tmp_path))
+    assert teacher_file("org/name") == "org/name"

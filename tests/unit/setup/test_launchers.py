@@ -298,3 +298,26 @@ def test_hidden_gpus_train_on_the_cpu(repository):
 def test_missing_installation_is_named(repository):
     shutil.rmtree(repository / ".venv")
     assert "install.sh first" in refusal(launch(repository, "run_1node.sh"))
+
+
+def test_a_line_is_shown_without_gpus(repository):
+    result = launch(repository, "run_1node.sh", DRY_LAUNCH="1", CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 0
+    assert "train.py" in result.stdout
+    assert "NPROC_PER_NODE=8" in result.stderr
+    assert launch(repository, "run_1node.sh", CUDA_VISIBLE_DEVICES="0").returncode == 1
+
+
+def test_variables_of_other_names_are_warned_of(repository):
+    result = launch(repository, "run_1node.sh", CONFIG="other.yaml", NUM_GPUS="4")
+    assert result.returncode == 0
+    told = result.stderr.splitlines()
+    assert [line for line in told if "CONFIG_FILE" in line] and [line for line in told if "NPROC_PER_NODE" in line]
+    assert not launch(repository, "run_1node.sh").stderr
+
+
+def test_help_of_a_launcher(repository):
+    (repository / ".venv/bin/python").unlink()
+    result = launch(repository, "run_short_1gpu.sh", "--help")
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("CONFIG_FILE", "OUTPUT_DIR", "DRY_LAUNCH", "examples:"))

@@ -74,3 +74,25 @@ def test_the_first_failure_is_told_with_its_reason(tmp_path: Path) -> None:
     report.write_text('{"slide": "a b.svs", "reason": "cut short"}\n{"slide": "c.svs", "reason": "gone"}\n')
     told = cli.told_failures(2, 5, "slides", report)
     assert all(part in told for part in ("2 of 5 slides", "'a b.svs'", "cut short", str(report)))
+
+
+def test_reasons_of_failures_are_on_the_console(caplog: pytest.LogCaptureFixture):
+    logger = logging.getLogger("tool")
+    cli.log_failures(logger, {f"{number}.svs": f"reason {number}" for number in range(12)}, Path("failures.jsonl"))
+    told = caplog.messages
+    assert len(told) == 11
+    assert all(f"{number}.svs" in told[number] and f"reason {number}" in told[number] for number in range(10))
+    assert "2 more" in told[-1] and "failures.jsonl" in told[-1]
+    caplog.clear()
+    cli.log_failures(logger, {}, Path("failures.jsonl"))
+    assert not caplog.messages
+
+
+def test_a_parser_says_how_its_command_was_started():
+    def helped() -> str:
+        return cli.command_parser("python tool.py", "Does it.", "a --b", epilog="Exit status.").format_help()
+
+    assert helped().rstrip().splitlines()[-1] == "  python tool.py a --b"
+    with cli.started_as("pathfm tool"):
+        assert helped().rstrip().splitlines()[-1] == "  pathfm tool a --b"
+    assert helped().startswith("usage: python tool.py")

@@ -126,7 +126,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("scheme", "package", "message"),
     [
-        ("s3", "s3fs", r'a package for s3:// is not installed: pip install "path-fm\[s3\]"'),
+        ("s3", "s3fs", "a package for s3:// is not installed: PATHFM_EXTRAS=dev,slides,s3 ./install.sh"),
         ("gs", "gcsfs", "a package for gs:// is not installed: Please install gcsfs"),
     ],
 )

@@ -1,0 +1,59 @@
+"""The command line of train.py: what it accepts, and what it answers before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dinov2.configs import load_config, recipes
+from dinov2.train.train import parse_args
+
+RECIPE = ("--config-file", "vits14_reg4")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train.seed", "=", "1", "data.path=a"], ["train.seed=1", "data.path=a"]),
+        (["train.seed", "=1", "data.path=", "a"], ["train.seed=1", "data.path=a"]),
+        (["losses.bare=", "train.seed=1"], ["losses.bare=", "train.seed=1"]),
+        (["data.path=a", "b"], ["data.path=a", "b"]),
+        (["optim.base_lr", "=", "-1"], ["optim.base_lr=-1"]),
+    ],
+)
+def test_blanks_around_the_equals_sign(words: list[str], expected: list[str]):
+    assert parse_args(words).overrides == expected
+
+
+def test_blanks_within_an_override():
+    assert load_config(None, ["train.seed = 3"]).train.seed == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [*RECIPE, "data.pth=a"],
+        [*RECIPE, "data.path=a", "crops.local_crops_size=97"],
+        ["--config-file", "no_such_recipe"],
+        ["--output-dir", "out", "data.path=a"],
+    ],
+)
+def test_mistakes_are_answered_before_torch_is_imported(line: list[str]):
+    program = f"import sys; from dinov2.train.train import main; print(main({line}), 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.split() == ["2", "False"], result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_recipes_open_by_name(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    assert {"demo", "vits14_reg4", "vitg14_reg4"} <= set(recipes())
+    assert load_config("vits14_reg4").student.arch == load_config("vits14_reg4.yaml").student.arch == "vit_small"
+    with pytest.raises(FileNotFoundError, match="vitg14_reg4_short1"):
+        load_config("vits14_reg5")
+    with pytest.raises(FileNotFoundError):
+        load_config("elsewhere/vits14_reg4.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vits14_reg4").write_text("student: {arch: vit_large}")
+    assert load_config("vits14_reg4").student.arch == "vit_large"  # a file goes before a recipe
