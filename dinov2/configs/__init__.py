@@ -1,10 +1,10 @@
 """Typed run configuration: defaults <- YAML file <- ``section.key=value`` overrides."""
 
+from dinov2.configs.files import recipes
 from dinov2.configs.loader import (
     config_from_mapping,
     load_config,
     public_config,
-    recipes,
     save_config,
     saved_config,
 )

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.decode import Decoder
 from dinov2.configs.fields import shortened
+from dinov2.configs.files import read_layers
 from dinov2.configs.older_keys import MODULES, OlderKeys, merge
 from dinov2.configs.schema import Config
 from dinov2.configs.validate import ConfigError, combination_faults
@@ -23,17 +24,15 @@ from dinov2.utils.secrets import hide, hide_urls, public
 
 logger = logging.getLogger("dinov2")
 
-_RECIPES = Path(__file__).with_name("train")
-
 
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Merge defaults <- YAML file, if any <- ``section.key=value`` overrides in YAML syntax, and decode the result.
 
-    Where there is no such file, its name may be that of a shipped recipe, as ``vits14_reg4``. FileNotFoundError if
-    there is neither; ConfigError, which lists all that is wrong, if it does not fit the schema.
+    The file goes over the one that it extends, see `read_layers`, which finds recipes by name too. FileNotFoundError
+    if it is not there; ConfigError, which lists all that is wrong, if it does not fit the schema.
     """
     faults: list[str] = []
-    layers = [] if config_file is None else [_read_file(_find_file(config_file), faults)]
+    layers = [] if config_file is None else read_layers(config_file, faults)
     layers += [_read_override(override, faults) for override in overrides]
     return _decode(layers, faults)
 
@@ -97,37 +96,6 @@ def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
         raise ConfigError([*faults, *combination_faults(config, 1, decoder.faulty)])
     dtypes = {getattr(getattr(config.compute_precision, n), m).mixed_precision.param_dtype for n, m in MODULES}
     return dataclasses.replace(config, precision=dtypes.pop() if len(dtypes) == 1 else "mixed")
-
-
-def recipes() -> list[str]:
-    """Names of the shipped recipes, which `load_config` takes in place of a file."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
-
-
-def _find_file(name: str | Path) -> Path:
-    """A file, or a recipe of that name."""
-    path = Path(name).expanduser()
-    recipe = _RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    if path.is_file():
-        return path
-    if len(path.parts) == 1 and recipe.is_file():
-        return recipe
-    raise FileNotFoundError(
-        f"Config file {str(name)!r} does not exist; give the path of a YAML file, or a recipe: {', '.join(recipes())}."
-    )
-
-
-def _read_file(path: Path, faults: list[str]) -> Mapping[str, Any]:
-    try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8"))
-    except (YamlError, UnicodeDecodeError, OSError) as error:
-        faults.append(f"Config file {str(path)!r} is not YAML that can be read: {error}.")
-        return {}
-    if isinstance(loaded, Mapping | None):
-        return loaded or {}
-    kind = "a list" if isinstance(loaded, list) else f"the value {shortened(loaded)}"
-    faults.append(f"Config file {str(path)!r} holds {kind}; sections with keys are expected.")
-    return {}
 
 
 def _read_override(override: str, faults: list[str]) -> Mapping[str, Any]:

@@ -284,8 +284,8 @@ class OptimConfig:
     min_lr: float = key(1.0e-06, "learning rate at the end of its cosine", **_TO_1000)
     clip_grad: float = key(3.0, "largest gradient norm, backbone and each head; 0: off", least=0, most=1e9)
     freeze_last_layer_epochs: float = key(1.0, "in which the heads' last layers do not learn", **_EPOCHS)
-    scaling_rule: Literal["sqrt_wrt_1024", "none"] = key(
-        "sqrt_wrt_1024", "peak = base_lr x sqrt(global batch / 1024); none: base_lr"
+    scaling_rule: Literal["sqrt_wrt_1024", "four_sqrt_wrt_1024", "none"] = key(
+        "sqrt_wrt_1024", "peak = base_lr x sqrt(global batch / 1024); four: 4 times that, as DINOv3; none: base_lr"
     )
     patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding", **_TO_1000)
     layerwise_decay: float = key(0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10)

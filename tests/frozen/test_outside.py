@@ -66,6 +66,8 @@ META_DIFFERS = (  # from our defaults
     PRECISION.format("student", "backbone", "reduce_dtype=fp16"),
     "train.dataset_path=ImageNet:split=TRAIN", "student.patch_size=16", "student.interpolate_antialias=false",
     "student.interpolate_offset=0.1", "crops.local_crops_size=96",
+    "augmentation.hed_prob=0", "augmentation.brightness=0.4", "augmentation.contrast=0.4",  # in its code
+    "augmentation.saturation=0.2", "augmentation.hue=0.1", "augmentation.steps={solarize: {}}",
 )  # fmt: skip
 OPENMIDNIGHT_DIFFERS = (  # from our vitg14_reg4.yaml
     "data.kind=parquet",

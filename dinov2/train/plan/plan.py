@@ -94,7 +94,8 @@ class RunPlan:
 def make_plan(
     config: Config, world_size: int, global_batch: int | None = None, num_tiles: int | None = None
 ) -> RunPlan:
-    """Derive the plan; the sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``).
+    """Derive the plan; the sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``; the
+    rule of that name in DINOv3 is four times as much).
 
     ``global_batch`` is that of the run being resumed, or what ``auto`` found; None takes the configured one. Of
     ``num_tiles`` tiles, ``optim.epochs: auto`` makes `AUTO_PASSES` at most while these are fewer than `AUTO_IMAGES`
@@ -118,14 +119,14 @@ def make_plan(
         fewest, most = AUTO_PASSES
         images = max(fewest * num_tiles, min(most * num_tiles, AUTO_IMAGES))
         epochs, epoch_steps, auto_tiles = AUTO_EPOCHS, max(1, round(images / batch / AUTO_EPOCHS)), num_tiles
-    scale = math.sqrt(batch / 1024) if optim.scaling_rule == "sqrt_wrt_1024" else 1.0
+    factor = {"none": 0, "sqrt_wrt_1024": 1, "four_sqrt_wrt_1024": 4}[optim.scaling_rule]
     return RunPlan(
         world_size=world_size,
         global_batch=batch,
         epoch_steps=epoch_steps,
         total_steps=max(1, round(min(epochs, optim.early_stop or epochs) * epoch_steps)),
         schedule_steps=round(epochs * epoch_steps),
-        peak_lr=optim.base_lr * scale,
+        peak_lr=optim.base_lr * (factor * math.sqrt(batch / 1024) if factor else 1),
         auto_tiles=auto_tiles,
     )
 

@@ -31,4 +31,4 @@ class Solarize(AugmentationStep):
 
     def apply(self, image: np.ndarray, params: bool) -> np.ndarray:
         """Invert the levels of an image."""
-        return cv2.LUT(image, np.where(_LEVELS < self.options.threshold, _LEVELS, 255 - _LEVELS))
+        return cv2.LUT(image, np.where(self.options.threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
