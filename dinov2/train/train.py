@@ -15,7 +15,8 @@ try:
     from dinov2.configs import Config, load_config, recipes, validate
 except ModuleNotFoundError as error:
     python = Path(__file__).parents[2] / ".venv/bin/python"
-    sys.exit(f"{sys.executable} has no {error.name}: use {python}, which ./install.sh makes.")
+    sys.stderr.write(f"{sys.executable} has no {error.name}: use {python}, which ./install.sh makes.\n")
+    sys.exit(2)
 from dinov2.logging import setup_logging
 from dinov2.utils.cli import command_parser, run_command
 from dinov2.utils.launch import join_launch

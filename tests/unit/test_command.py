@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 from dinov2.command import COMMANDS, main
+from tests.helpers.commands import ROOT
 
 
 def test_every_command_is_listed(capsys: pytest.CaptureFixture):
@@ -76,3 +79,12 @@ def test_ctrl_c_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("dinov2.command.demo", interrupted)
     assert main(["demo"]) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", [["dinov2/train/train.py"], ["-m", "dinov2.report"], ["-m", "dinov2.data.inspect"]])
+def test_another_python_names_the_one_to_use(line: list[str]):
+    without_packages = [sys.executable, "-S", *line, "--help"]
+    result = subprocess.run(without_packages, cwd=ROOT, env={}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert str(ROOT / ".venv/bin/python") in result.stderr
+    assert len(result.stderr.splitlines()) == 1
