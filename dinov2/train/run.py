@@ -63,9 +63,15 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, output_dir: Path, device: torch.device, watchdog: Watchdog, eval_only: bool = False
+        self,
+        config: Config,
+        output_dir: Path,
+        device: torch.device,
+        eval_only: bool = False,
+        watchdog: Watchdog | None = None,
     ):
-        self.config, self.output_dir, self.device, self.watchdog = config, output_dir, device, watchdog
+        self.config, self.output_dir, self.device = config, output_dir, device
+        self.watchdog = watchdog or Watchdog(output_dir, TrainState(), 0, 0)
         on_main_process(partial(validate, config, get_global_size()))
         kept = config.train.keep_checkpoints, config.train.keep_checkpoints_every
         self.checkpointer = Checkpointer(output_dir, *kept, background=config.train.async_checkpoints)
@@ -78,7 +84,7 @@ class Run:
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
             data = self._open_data(saved)
             self.plan = self._make_plan(saved, data.num_tiles)
-        self.state = watchdog.state
+        self.state = self.watchdog.state
         if saved:
             self.state.step, self.state.samples = saved["step"], saved["samples"]
         self.loader = None if eval_only else self._open_stream(saved, data)

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
             limits = config.train.hang_timeout, config.train.start_timeout, 60 * config.data.outage_minutes
             with Watchdog(output_dir, TrainState(), *limits) as watchdog:
                 with watchdog.phase("starting", with_others=True, is_long=True):
-                    run = Run(config, output_dir, device, watchdog, args.eval_only)
+                    run = Run(config, output_dir, device, args.eval_only, watchdog)
                 if args.eval_only:
                     run.export_teacher(run.state)
                 else:
