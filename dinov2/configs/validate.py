@@ -84,11 +84,13 @@ def _crop_faults(config: Config) -> Iterator[str]:
 
 def _gram_faults(config: Config) -> Iterator[str]:
     crops, gram = config.crops, config.losses.get("gram")
-    has_teacher = gram is not None and gram.is_used and not gram.ema_teacher
     size, pure = crops.gram_teacher_crops_size, crops.gram_teacher_no_distortions
+    if size is None and not pure:
+        return
+    has_teacher = gram is not None and gram.is_used and not gram.ema_teacher
     key, other = f"crops.gram_teacher_crops_size = {size}", "crops.gram_teacher_no_distortions"
     if size is None:
-        if has_teacher and pure:
+        if has_teacher:
             yield f"{other} = true has no effect without crops.gram_teacher_crops_size; give one, or set false."
     elif not has_teacher:
         yield (

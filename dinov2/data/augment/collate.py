@@ -59,8 +59,9 @@ class MultiCropCollate:
             ``global_crops`` uint8 (2B, 3, S, S), all first views, then all second; ``local_crops`` uint8
             (L*B, 3, s, s), likewise; ``gram_crops`` uint8 (2B, 3, S', S') where samples have them; ``masks``
             bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N patches, ascending, then 0 as padding;
-            ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64
-            (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each; ``replaced`` int.
+            ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on padding; ``n_masked`` int64 ();
+            ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64 (B,), 63 bits that all ranks agree
+            on; ``rows``, the row group and row of each; ``replaced`` int.
         """
         indices = [sample.index for sample in samples]
         numbers = Counter(index // 2 for index in indices)
