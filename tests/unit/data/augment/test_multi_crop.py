@@ -28,9 +28,10 @@ def test_views_of_a_gram_teacher_are_the_global_ones_undistorted():
     """Box, flips and turns of the global views, at their own size; all other views stay as they were."""
     image = np.random.default_rng(0).integers(0, 256, (96, 80, 3), np.uint8)
     sized = {"global_crops_size": 32, "gram_teacher_no_distortions": True}
-    plain = make_augmentation(steps=TURNS, global_crops_size=32)
-    with_gram = make_augmentation(steps=TURNS, gram_teacher_crops_size=64, **sized)
-    undistorted = make_augmentation(**OFF, steps=TURNS, horizontal_flip_prob=0.5, global_crops_size=64)
+    plain = make_augmentation(options(steps=TURNS), global_crops_size=32)
+    with_gram = make_augmentation(options(steps=TURNS), gram_teacher_crops_size=64, **sized)
+    only_moved = options(**OFF | {"horizontal_flip_prob": 0.5}, steps=TURNS)
+    undistorted = make_augmentation(only_moved, global_crops_size=64)
     for index in range(8):
         expected, found = plain(image, index), with_gram(image, index)
         assert equal(expected, found) and expected.gram_crops is None
