@@ -220,7 +220,8 @@ class Run:
 
     def _warn_of_room(self) -> None:
         """Say at the start that a later checkpoint will not fit; each is checked before it is written, too."""
-        disk, there = disk_needs(self.config, self.plan, self.costs), len(self.checkpointer.steps())
+        networks = self.costs.student, self.costs.gram_teacher
+        disk, there = disk_needs(self.config, self.plan, *networks), len(self.checkpointer.steps())
         needed, free = max(disk.checkpoints - there, 0) * disk.checkpoint, shutil.disk_usage(self.output_dir).free
         if free < needed:
             logger.warning(

@@ -7,6 +7,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+from torch import nn
+
 from dinov2.configs.schema import AUTO_EPOCHS, Config
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel
@@ -169,19 +171,19 @@ class DiskNeeds:
         return ", ".join(f"{n:,} {name}{'s'[: n != 1]} of {_size(size)}" for n, name, size in parts if n)
 
 
-def disk_needs(config: Config, plan: RunPlan, costs: StepCosts) -> DiskNeeds:
+def disk_needs(config: Config, plan: RunPlan, student: nn.Module, gram_teacher: nn.Module | None = None) -> DiskNeeds:
     """What a run writes: float32 student, teachers and AdamW's two moments; and teachers alone."""
     train, evaluation, steps = config.train, config.evaluation, plan.total_steps
-    parameters = list(costs.student.parameters())
+    parameters = list(student.parameters())
     weights = 4 * sum(p.numel() for p in parameters)
     moments = 8 * sum(p.numel() for p in parameters if p.requires_grad)
     kept = steps // train.keep_checkpoints_every if train.keep_checkpoints_every else 0
     made = math.ceil(steps / train.checkpoint_period_iterations)
     exports = math.ceil(steps / evaluation.eval_period_iterations)
-    gram_teacher = [] if costs.gram_teacher is None else costs.gram_teacher.parameters()
+    snapshot = [] if gram_teacher is None else gram_teacher.parameters()
     return DiskNeeds(
         checkpoints=0 if train.skip_checkpointer else min(made, train.keep_checkpoints + 1 + kept),
-        checkpoint=2 * weights + moments + 4 * sum(p.numel() for p in gram_teacher),
+        checkpoint=2 * weights + moments + 4 * sum(p.numel() for p in snapshot),
         exports=min(exports, evaluation.keep_exports + 1 if evaluation.keep_exports else exports),
         export=weights,
     )
@@ -202,7 +204,7 @@ def describe_plan(
     parameters = sum(p.numel() for p in costs.student.parameters())
     flops = costs.flops(plan.local_batch)
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
-    disk = disk_needs(config, plan, costs)
+    disk = disk_needs(config, plan, costs.student, costs.gram_teacher)
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
