@@ -8,10 +8,11 @@ from torch import nn
 
 from dinov2.loss.gram import Gram
 from dinov2.train.gram_teacher import GramTeacher
+from dinov2.train.performance.apply import accelerate
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.helpers.batches import random_batch
-from tests.helpers.training import tiny_config
+from tests.helpers.training import in_precision, tiny_config
 
 FROZEN = ("losses.gram.it_load_ema_teacher=0", "losses.gram.img_level=true")
 
@@ -58,6 +59,20 @@ def test_it_does_not_run_where_its_loss_has_no_weight():
     assert arch.compute_losses(batch, 0.05, 0.5)["gram_loss"] == 0
     arch.begin_step(0, epoch=1.5)
     assert arch.compute_losses(batch, 0.05, 1.5)["gram_loss"] > 0
+
+
+def test_its_16_bit_weights_follow():
+    arch = SSLMetaArch(tiny_config(*in_precision("bf16"), *FROZEN)).train()
+    of_step = accelerate(arch, compile=False)
+    pairs = arch.gram_teacher.low_precision
+    assert len(of_step) == 2 * len(pairs) > 0
+    with torch.no_grad():
+        for parameter in arch.teacher.backbone.parameters():
+            parameter.add_(0.5)
+    before = [low.clone() for _, low in pairs]
+    arch.begin_step(0, epoch=1.0)
+    for (weight, low), old in zip(pairs, before, strict=True):
+        assert torch.equal(low, weight.bfloat16()) and not torch.equal(low, old)
 
 
 @pytest.mark.parametrize("size", [56, 112])
