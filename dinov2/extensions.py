@@ -12,6 +12,7 @@ LOSSES = Registry(
         "ibot": "dinov2.loss.ibot:IBOT",
         "kde": "dinov2.loss.spreading:KDE",
         "koleo": "dinov2.loss.spreading:KoLeo",
+        "gram": "dinov2.loss.gram:Gram",
     },
 )
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""

@@ -13,6 +13,8 @@ from dinov2.data.augment.step import AugmentationStep
 from dinov2.data.stream.to_device import on_device
 from dinov2.extensions import AUGMENTATIONS, BUILT_IN_STEPS
 
+_CROPS = ("global_crops", "local_crops", "gram_crops")
+
 
 def build_steps(augmentation: AugmentationConfig) -> dict[str, AugmentationStep]:
     """Steps of the augmentation by name, in the order of application.
@@ -45,6 +47,6 @@ def device_batches(batches: Iterable[dict[str, Any]], config: Config, device: to
     mean, std = config.augmentation.normalize_mean, config.augmentation.normalize_std
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        return batch | {name: normalize(batch[name], mean, std) for name in ("global_crops", "local_crops")}
+        return batch | {name: normalize(batch[name], mean, std) for name in _CROPS if name in batch}
 
     return on_device(batches, device, prepare)

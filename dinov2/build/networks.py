@@ -51,6 +51,27 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
     logger.info("Initialised from %s: %s.", path, ", ".join(loaded))
 
 
+def load_gram_teacher(backbone: nn.Module, weights: str) -> None:
+    """Fill the gram teacher from weights of its architecture; raises ValueError, which names the key, or OSError."""
+    try:
+        load_pretrained(backbone, weights)
+    except ValueError as error:
+        raise _of_gram_teacher(error) from error
+    logger.info("The gram teacher is initialised from %s.", weights)
+
+
+def gram_weights(config: Config) -> str:
+    """Path, id on the hub or URL of the gram teacher's weights, or an empty text; FileNotFoundError without a file."""
+    gram = config.losses.get("gram")
+    weights = gram.ckpt if gram is not None and gram.is_used else ""
+    _check_is_file("losses.gram.ckpt", weights)
+    return weights
+
+
+def _of_gram_teacher(error: ValueError) -> ValueError:
+    return ValueError(f"losses.gram.ckpt, the gram teacher, must be of the student's architecture: {error}")
+
+
 def starting_weights(config: Config) -> str:
     """Path, id on the hub or URL of the weights that the configuration names, or an empty text.
 
@@ -61,15 +82,21 @@ def starting_weights(config: Config) -> str:
     if config.train.use_pretrained:
         return published_url(student.arch, student.patch_size, student.num_register_tokens, student.ffn_layer)
     for key, weights in (("MODEL.WEIGHTS", export), ("student.pretrained_weights", student.pretrained_weights)):
-        if weights and "://" not in weights and not hub_id(weights) and not weights_path(weights).is_file():
-            raise FileNotFoundError(
-                f"{key} = {weights!r} is no file; give a file, a folder, an id on the Hugging Face hub or a URL."
-            )
+        _check_is_file(key, weights)
     return export or student.pretrained_weights
+
+
+def _check_is_file(key: str, weights: str) -> None:
+    if weights and "://" not in weights and not hub_id(weights) and not weights_path(weights).is_file():
+        raise FileNotFoundError(
+            f"{key} = {weights!r} is no file; give a file, a folder, an id on the Hugging Face hub or a URL."
+        )
 
 
 def check_backbone(config: Config, with_weights: bool = True) -> None:
     """Make sure that the backbone can be built and, where its starting weights are here, that they fit it.
+
+    Those of the gram teacher are looked at, too.
 
     Nothing is allocated but what reading a file takes. Settings that the backbone does not take are logged. Raises
     ValueError, or as `starting_weights` and `read_checkpoint`.
@@ -83,9 +110,19 @@ def check_backbone(config: Config, with_weights: bool = True) -> None:
                 "student.%s = %r has no effect on %s; what it takes goes into student.options.",
                 name, getattr(student, name), student.arch,
             )  # fmt: skip
-    path = starting_weights(config) if with_weights else ""
+    if not with_weights:
+        return
+    _check_weights(backbone, starting_weights(config), config.student.pretrained_pos_embed)
+    weights = gram_weights(config)
+    try:
+        _check_weights(backbone, weights)
+    except ValueError as error:
+        raise _of_gram_teacher(error) from error
+
+
+def _check_weights(backbone: nn.Module, path: str, positions: bool = True) -> None:
     if path and not is_url(path) and is_here(path):
-        state, _ = starting_state(backbone, read_checkpoint(path), config.student.pretrained_pos_embed)
+        state, _ = starting_state(backbone, read_checkpoint(path), positions)
         check_shapes(backbone, state, path)
 
 
@@ -94,5 +131,5 @@ def check_starting_weights(config: Config) -> None:
 
     Raises as `starting_weights`.
     """
-    if path := starting_weights(config):
+    for path in filter(None, (starting_weights(config), gram_weights(config))):
         check_found(path)

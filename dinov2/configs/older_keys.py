@@ -53,12 +53,14 @@ OLDER_KEYS = {
     "augmentation.backend": OlderKey(ignored="there is one backend", only=("fast",)),
     "optim.lr": OlderKey(ignored="the learning rate is optim.base_lr under optim.scaling_rule"),
     "student.block_chunks": OlderKey(ignored="blocks are never chunked; weights saved in chunks still load"),
+    "gram.loss_weight": OlderKey("losses.gram.weight"),
+    "gram.*": OlderKey("losses.gram.*"),
     "compute_precision.*.*.mixed_precision.buffer_dtype": OlderKey(ignored="the networks have no buffers"),
     "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
         ignored="the teacher has no gradients to reduce", usual=("fp32",)
     ),
 }
-"""Every older key; ``*`` stands for any part of a path."""
+"""Every older key; ``*`` stands for any part of a path, at the end of a successor for the same."""
 
 _SWITCHES = ("train.streaming_from_hf", "train.online_patching")
 
@@ -82,7 +84,7 @@ class OlderKeys:
         names_data = isinstance(data, dict) and ("path" in data or "datasets" in data)
         for pattern, entry in OLDER_KEYS.items():
             for old, parent, name in list(_matches(layer, pattern.split("."))):
-                value = parent.pop(name)
+                value, new = parent.pop(name), entry.new.replace("*", name)
                 if entry.only and value not in entry.only:
                     only = " or ".join(entry.only)
                     given_as = f"{old} = {shortened(value)} is not available"
@@ -92,15 +94,16 @@ class OlderKeys:
                     self.notices += [] if value in entry.usual else [notice]
                 elif entry.new in ("data.kind", "data.path"):
                     given[old] = value
-                elif not _put(layer, entry.new, value):
-                    self.faults.append(f"{old} and {entry.new} are the same key; give one of the two.")
+                elif not _put(layer, new, value):
+                    self.faults.append(f"{old} and {new} are the same key; give one of the two.")
                 else:
-                    self.spelled[entry.new] = old
+                    self.spelled[new] = old
         if given:
             self._choose_data(layer, given)
         elif names_data and self._chosen:
             _put(layer, "data.kind", "auto")
             self._chosen = False
+        _drop_empty(layer, "gram")
         self._rename_arch(layer.get("student"))
         if layer.get("precision") in ("bf16", "fp16", "fp32"):
             for network, module in MODULES:
@@ -161,6 +164,12 @@ def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tup
             yield here, layer, name
         elif name in layer:
             yield from _matches(layer[name], pattern[1:], here)
+
+
+def _drop_empty(layer: dict[str, Any], section: str) -> None:
+    """Drop a section all of whose keys have gone elsewhere."""
+    if not layer.get(section, True):
+        del layer[section]
 
 
 def _put(layer: MutableMapping[str, Any], path: str, value: Any) -> bool:

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from dinov2.configs.fields import key
 from dinov2.extensions import BUILT_IN_LOSSES, BUILT_IN_STEPS
 
+AUTO_EPOCHS = 100
+"""Epochs of ``optim.epochs: auto``, of equal length: warm-ups, told in epochs, keep their fraction of the run."""
+
 Precision = Literal["bf16", "fp16", "fp32"]
 ShardingStrategy = Literal["SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD", "HYBRID_SHARD"]
 Auto = Literal["auto"]
@@ -199,6 +202,17 @@ class CropsConfig:
     local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile", above=0, most=1)
     global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
     local_crops_size: int = key(98, "side of a local view in px, a multiple of the patch", **_SIDE)
+    gram_teacher_crops_size: int | None = key(
+        None, "side of the gram teacher's view of the same box; null: it sees the global views", **_SIDE
+    )
+    gram_teacher_no_distortions: bool = key(
+        False, "true: its views are only flipped and turned; false: the global views"
+    )
+
+    @property
+    def gram_views_size(self) -> int | None:
+        """Side of the gram teacher's own views; None where it sees the global ones."""
+        return self.gram_teacher_crops_size if self.gram_teacher_no_distortions else None
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
         )
 
     found = chain(
-        _crop_faults(config), _mask_faults(config), _data_faults(config), _online_faults(config),
+        _crop_faults(config), _gram_faults(config), _mask_faults(config), _data_faults(config), _online_faults(config),
         _step_faults(config, world_size), _range_faults(config), _network_faults(config), _precision_faults(config),
     )  # fmt: skip
     return list(filter(is_judged, found))
@@ -60,8 +60,8 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
 
 def _crop_faults(config: Config) -> Iterator[str]:
     crops, patch = config.crops, config.student.patch_size
-    for name in ("global_crops_size", "local_crops_size"):
-        size = getattr(crops, name)
+    for name in ("global_crops_size", "local_crops_size", "gram_teacher_crops_size"):
+        size = getattr(crops, name) or patch  # of the gram teacher none may be given
         below, patches = size // patch * patch, (size // patch) ** 2
         if size % patch:
             near = " or ".join(str(side) for side in (below, below + patch) if side)
@@ -79,6 +79,28 @@ def _crop_faults(config: Config) -> Iterator[str]:
         yield (
             f"{key} = {kernel} is too wide for views of {smallest} px, the smaller of crops.global_crops_size and "
             f"crops.local_crops_size; expected below {2 * smallest}."
+        )
+
+
+def _gram_faults(config: Config) -> Iterator[str]:
+    crops, gram = config.crops, config.losses.get("gram")
+    size, pure = crops.gram_teacher_crops_size, crops.gram_teacher_no_distortions
+    if size is None and not pure:
+        return
+    has_teacher = gram is not None and gram.is_used and not gram.ema_teacher
+    key, other = f"crops.gram_teacher_crops_size = {size}", "crops.gram_teacher_no_distortions"
+    if size is None:
+        if has_teacher:
+            yield f"{other} = true has no effect without crops.gram_teacher_crops_size; give one, or set false."
+    elif not has_teacher:
+        yield (
+            f"{key} is a view for a frozen gram teacher, which section losses does not have; set it to null, or give "
+            "losses.gram with ema_teacher: false."
+        )
+    elif not pure and size != crops.global_crops_size:
+        yield (
+            f"{key} with {other} = false is not crops.global_crops_size = {crops.global_crops_size}: views of another "
+            f"size are taken undistorted only; set {other} = true, or the size to null."
         )
 
 

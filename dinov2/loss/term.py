@@ -1,5 +1,6 @@
 """A term of the objective: what it is told of a step, and how the configured ones are built."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import attrgetter
@@ -36,6 +37,7 @@ class StepOutputs:
     kernels: PrototypeKernels  # passes over prototype logits
     patch_tokens: Tensor | None = None  # (V, B, N, D) student's, where a term needs them (`LossTerm.needs`)
     teacher_patch_tokens: Tensor | None = None  # (V, B, N, D) teacher's, likewise
+    gram_patch_tokens: Tensor | None = None  # (V, B, N', D) the gram teacher's; None where not asked for, or off
     slides: Sequence[str] = ()  # name of each image's slide, B of them; empty where the batch does not say
     slide_ids: Tensor | None = None  # int64 (B,), a hash of each; None where the batch does not say
     indices: Tensor | None = None  # int64 (B,), sample indices on the run's axis; None where the batch does not say
@@ -48,6 +50,7 @@ class LossContext:
     embed_dim: int  # D
     class_prototypes: int  # K of the class tokens' head
     patch_prototypes: int  # K' of the patches' head
+    epochs: float = math.inf  # that the schedules span
 
 
 class LossTerm(nn.Module):
@@ -59,8 +62,8 @@ class LossTerm(nn.Module):
     """
 
     # Optional fields of `StepOutputs` that are to be filled: ``patch_tokens`` brings those of student and teacher, at
-    # the cost of computing the last block for all tokens.
-    needs: ClassVar[frozenset[str]] = frozenset()
+    # the cost of computing the last block for all tokens; ``gram_patch_tokens`` a further network and its forward pass.
+    needs: frozenset[str] = frozenset()
     meta_keys: ClassVar[Mapping[str, str]] = {}  # of a built-in term: options, and Meta's keys that set them
 
     @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class LossTerm(nn.Module):
         weight: float = key(1.0, "weight in the total loss; 0 leaves the term out", least=0)
         _: KW_ONLY  # so that the keys of a subclass come second
         ramp_epochs: tuple[float, float] = key((0.0, 0.0), "the weight rises from 0 between these epochs", least=0)
+
+        @property
+        def is_used(self) -> bool:
+            """Whether the term is added."""
+            return self.weight > 0
 
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__()
@@ -89,6 +97,10 @@ class LossTerm(nn.Module):
         """
         return {}
 
+    def figures(self, outputs: StepOutputs) -> Mapping[str, Tensor]:
+        """Return what is logged beside the losses, 0-d, of steps with a record; its mean over ranks is taken."""
+        return {}
+
     def weight_at(self, epoch: float) -> float:
         """Return the factor of the losses in the total, ``options.weight`` after the ramp; epochs may be fractional."""
         start, end = self.options.ramp_epochs
@@ -98,7 +110,7 @@ class LossTerm(nn.Module):
 
 
 def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
-    """Build the terms of the configuration whose weight is above 0, by name, on the default device.
+    """Build the terms of the configuration that are used, whose weight is above 0, by name, on the default device.
 
     Sections ``dino`` and ``ibot`` of a `dinov2.configs.Config` set the built-in terms, ``losses`` names others.
     Raises ValueError if that names a built-in term, or a name twice.
@@ -115,5 +127,5 @@ def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:
                 "sections dino and ibot, and each further term stands once."
             )
         terms[label] = LOSSES[name], options
-    built = {name: term(options, context) for name, (term, options) in terms.items() if options.weight > 0}
+    built = {name: term(options, context) for name, (term, options) in terms.items() if options.is_used}
     return nn.ModuleDict(built)

@@ -14,7 +14,12 @@ import torch
 
 from dinov2.build.augmentation import device_batches
 from dinov2.build.data import OpenData, build_loader, check_rows, describe_stream, open_data, order_parameters
-from dinov2.build.networks import check_backbone, check_starting_weights, load_starting_weights
+from dinov2.build.networks import (
+    check_backbone,
+    check_starting_weights,
+    load_gram_teacher,
+    load_starting_weights,
+)
 from dinov2.configs import Config, public_config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -221,7 +226,8 @@ class Run:
 
     def _warn_of_room(self) -> None:
         """Say at the start that a later checkpoint will not fit; each is checked before it is written, too."""
-        disk, there = disk_needs(self.config, self.plan, self.costs.student), len(self.checkpointer.steps())
+        networks = self.costs.student, self.costs.gram_teacher
+        disk, there = disk_needs(self.config, self.plan, *networks), len(self.checkpointer.steps())
         needed, free = max(disk.checkpoints - there, 0) * disk.checkpoint, shutil.disk_usage(self.output_dir).free
         if free < needed:
             logger.warning(
@@ -259,8 +265,10 @@ class Run:
         return tensors | ({"losses": modules} if (modules := self._loss_modules()) else {})
 
     def _loss_modules(self) -> dict[str, dict[str, Any]]:
-        """State of the terms of the loss that have one."""
-        return {name: state for name, term in self.arch.losses.items() if (state := term.state_dict())}
+        """State of the terms of the loss that have one; the gram teacher's is that of its term."""
+        states = {name: state for name, term in self.arch.losses.items() if (state := term.state_dict())}
+        gram_teacher = self.arch.gram_teacher
+        return states | ({"gram": gram_teacher.backbone.state_dict()} if gram_teacher is not None else {})
 
     def _hooks(self, sinks: Sinks) -> list[Hook]:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
@@ -314,6 +322,8 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
     def start() -> None:
         load_starting_weights(arch.student, config)
         arch.copy_student_to_teacher()
+        if arch.gram_teacher is not None and (weights := arch.gram_teacher.options.ckpt):
+            load_gram_teacher(arch.gram_teacher.backbone, weights)
 
     if not from_checkpoint:
         on_main_process(start)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs import Config, config_from_mapping
+from dinov2.configs.schema import AUTO_EPOCHS
 from dinov2.distributed import broadcast_object, get_global_size, is_main_process
 from dinov2.fsdp import load_full_state_dict, shard
 from dinov2.layers import DINOHead
 from dinov2.loss import EAGER, Assignments, Centering, LossContext, StepOutputs, build_terms, sinkhorn_assignments_of
 from dinov2.models import build_model_from_cfg
+from dinov2.train.gram_teacher import GramTeacher
 from dinov2.train.health import health_of_targets
 from dinov2.train.update.optim import parameter_groups
 from dinov2.train.update.weight_update import ema_update
@@ -38,7 +40,8 @@ class SSLMetaArch(nn.Module):
     """Student and teacher (``backbone``, ``dino_head`` and, where separate, ``ibot_head``) with the terms of the loss.
 
     The teacher starts as a copy of the student, is never trained, and follows it by `update_teacher`
-    (DINOv2, arXiv:2304.07193, section 4; iBOT, arXiv:2111.07832).
+    (DINOv2, arXiv:2304.07193, section 4; iBOT, arXiv:2111.07832). Where a term asks for one there is a
+    ``gram_teacher``, which begins as the teacher, too.
 
     Args:
         cfg: a `Config`, or a mapping of Meta's keys, which is merged over the defaults.
@@ -53,12 +56,15 @@ class SSLMetaArch(nn.Module):
             student_backbone, teacher_backbone, self.embed_dim = build_model_from_cfg(cfg)
             self.student = self._network(student_backbone)
             self.teacher = self._network(teacher_backbone)
-        self.copy_student_to_teacher()
-        self.teacher.requires_grad_(False)
-        self.teacher.eval()
         class_prototypes = cfg.dino.head_n_prototypes
         patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else class_prototypes
-        self.losses = build_terms(cfg, LossContext(self.embed_dim, class_prototypes, patch_prototypes))
+        epochs = AUTO_EPOCHS if cfg.optim.epochs == "auto" else cfg.optim.epochs
+        self.losses = build_terms(cfg, LossContext(self.embed_dim, class_prototypes, patch_prototypes, epochs))
+        self._anchored = [term for term in self.losses.values() if "gram_patch_tokens" in term.needs][:1]
+        self.gram_teacher = GramTeacher(self.teacher.backbone, self._anchored[0].options) if self._anchored else None
+        self.copy_student_to_teacher()
+        self.teacher.requires_grad_(False)
+        self._frozen_in_eval()
         if clashing := self.student.keys() & self.losses.keys():
             raise ValueError(f"losses.{min(clashing)} has the name of a network's module; give the term another.")
         # Named and shaped as Meta's, whose checkpoints hold them.
@@ -100,12 +106,24 @@ class SSLMetaArch(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the student's mode; the teacher always stays in evaluation mode."""
         super().train(mode)
-        self.teacher.eval()
+        self._frozen_in_eval()
         return self
 
+    def _frozen_in_eval(self) -> None:
+        self.teacher.eval()
+        if self.gram_teacher is not None:
+            self.gram_teacher.eval()
+
     def copy_student_to_teacher(self) -> None:
-        """Make the teacher equal to the student; before `prepare_for_distributed_training`."""
+        """Make the teacher, and the gram teacher, equal to the student; before `prepare_for_distributed_training`."""
         self.teacher.load_state_dict(self.student.state_dict())
+        if self.gram_teacher is not None:
+            self.gram_teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+
+    def begin_step(self, step: int, epoch: float) -> None:
+        """Make ready for a zero-based step, before its losses: replace the gram teacher where that is due."""
+        if self.gram_teacher is not None:
+            self.gram_teacher.begin(step, self._anchored[0].weight_at(epoch), self.teacher.backbone)
 
     def freeze_all_but_last_blocks(self, n: int) -> None:
         """Train only the last ``n`` backbone blocks, the final norm and the heads; 0 leaves all trainable.
@@ -133,6 +151,8 @@ class SSLMetaArch(nn.Module):
             for role in ("student", "teacher"):
                 for name, module in getattr(self, role).items():
                     self._distribute(module, getattr(getattr(self.cfg.compute_precision, role), name), device)
+            if self.gram_teacher is not None:
+                self._distribute(self.gram_teacher.backbone, self.cfg.compute_precision.teacher.backbone, device)
             for name, term in self.losses.items():
                 state = {key: value.clone() for key, value in term.state_dict().items()}
                 if not state:
@@ -174,8 +194,9 @@ class SSLMetaArch(nn.Module):
 
         Args:
             batch: on the networks' device: normalised ``global_crops`` (2B, 3, S, S) and ``local_crops``
-                (L*B, 3, s, s), view-major; ``masks`` bool (2B, N); ``mask_indices`` (M,) and ``mask_weight``
-                (M,), 0 on padding; ``slides``, ``slide_ids`` and ``indices`` (B,) where a term asks for them.
+                (L*B, 3, s, s), view-major, and ``gram_crops`` (2B, 3, S', S') where the gram teacher sees others
+                than the global ones; ``masks`` bool (2B, N); ``mask_indices`` (M,) and ``mask_weight`` (M,), 0 on
+                padding; ``slides``, ``slide_ids`` and ``indices`` (B,) where a term asks for them.
             teacher_temp: temperature of the teacher's targets.
             epoch: position in the ramps of the weights, by default after them.
 
@@ -200,6 +221,8 @@ class SSLMetaArch(nn.Module):
             }
         if self.measures_health:
             self.health = health_of_targets(outputs, self.losses)
+            for term in self.losses.values():
+                self.health |= term.figures(outputs)
             self.class_tokens = outputs.teacher_class_tokens[0].clone()  # not a view, which would keep the others
         return {"total_loss": total, **losses}
 
@@ -229,10 +252,20 @@ class SSLMetaArch(nn.Module):
             kernels=self.kernels,
             patch_tokens=by_view(student.patch_tokens),
             teacher_patch_tokens=by_view(teacher.patch_tokens),
+            gram_patch_tokens=by_view(self._gram_tokens(batch.get("gram_crops", batch["global_crops"]))),
             slides=batch.get("slides", ()),
             slide_ids=batch.get("slide_ids"),
             indices=batch.get("indices"),
         )
+
+    @torch.no_grad()
+    def _gram_tokens(self, crops: Tensor) -> Tensor | None:
+        """The gram teacher's patch tokens (2B, N', D); None without one, or where its loss has no weight."""
+        if self.gram_teacher is None or not self.gram_teacher.is_active:
+            return None
+        with self._autocast(self.cfg.compute_precision.teacher.backbone):
+            outputs = self.gram_teacher.backbone([crops], masks=[None], is_training=True)
+        return outputs[0]["x_norm_patchtokens"]
 
     def _targets(self, teacher: _Outputs, mask_weight: Tensor, temp: float) -> tuple[Tensor, Tensor | Assignments]:
         """Probabilities of the global views' class tokens (V*B, K) and of the masked patches (M, K)."""

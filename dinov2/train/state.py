@@ -31,7 +31,7 @@ _FIXED_KEYS = (
 # dataset is found by its fingerprint.
 _FREE_KEYS = re.compile(
     r"(logging|evaluation|performance|debug|compute_precision)\..*|precision|MODEL\.WEIGHTS|optim\.early_stop"
-    r"|online\.cache_dir|student\.(attention_backend|pretrained_weights)"
+    r"|losses\.gram\.ckpt|online\.cache_dir|student\.(attention_backend|pretrained_weights)"
     r"|data\.(path|kind|revision|datasets|outage_minutes|memory_gib|max_corrupt_fraction|slide_root)"
     r"|train\.(allow_changes|on_collapse|async_checkpoints|batch_size_per_gpu|checkpoint_period_iterations"
     r"|keep_checkpoints(_every)?"

@@ -57,10 +57,11 @@ class MultiCropCollate:
 
         Returns:
             ``global_crops`` uint8 (2B, 3, S, S), all first views, then all second; ``local_crops`` uint8
-            (L*B, 3, s, s), likewise; ``masks`` bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N patches,
-            ascending, then 0 as padding; ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on
-            padding; ``n_masked`` int64 (); ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64
-            (B,), 63 bits that all ranks agree on; ``rows``, the row group and row of each; ``replaced`` int.
+            (L*B, 3, s, s), likewise; ``gram_crops`` uint8 (2B, 3, S', S') where samples have them; ``masks``
+            bool (2B, N); ``mask_indices`` int64 (M,) into the 2B*N patches, ascending, then 0 as padding;
+            ``mask_weight`` float32 (M,), 1 / (masked patches of that crop), 0 on padding; ``n_masked`` int64 ();
+            ``indices`` int64 (B,); ``slides`` list of B str; ``slide_ids`` int64 (B,), 63 bits that all ranks agree
+            on; ``rows``, the row group and row of each; ``replaced`` int.
         """
         indices = [sample.index for sample in samples]
         numbers = Counter(index // 2 for index in indices)
@@ -70,11 +71,13 @@ class MultiCropCollate:
                 f"A batch with sample indices {indices} cannot be masked; consecutive ones are needed, or whole pairs "
                 "(2k, 2k + 1)."
             )
+        gram_crops = [sample.crops.gram_crops for sample in samples if sample.crops.gram_crops is not None]
         of_pairs = {pair: self._masks(pair) for pair in numbers}
         masks = view_major([torch.from_numpy(of_pairs[index // 2][index % 2]) for index in indices])
         return {
             "global_crops": view_major([sample.crops.global_crops for sample in samples]),
             "local_crops": view_major([sample.crops.local_crops for sample in samples]),
+            **({"gram_crops": view_major(gram_crops)} if gram_crops else {}),
             "masks": masks,
             **padded_mask_index(masks, self.max_masked(len(samples))),
             "indices": torch.tensor(indices, dtype=torch.int64),

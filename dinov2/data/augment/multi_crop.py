@@ -18,10 +18,14 @@ _CROP_STREAM = hash_name("crop box")
 
 @dataclass(frozen=True)
 class MultiCrops:
-    """The views of one image: ``global_crops`` uint8 (2, 3, S, S), ``local_crops`` uint8 (L, 3, s, s)."""
+    """The views of one image: ``global_crops`` uint8 (2, 3, S, S), ``local_crops`` uint8 (L, 3, s, s).
+
+    ``gram_crops`` uint8 (2, 3, S', S'), where they are asked for, are the boxes of the global views, undistorted.
+    """
 
     global_crops: Tensor
     local_crops: Tensor
+    gram_crops: Tensor | None = None
 
 
 class DrawnView(NamedTuple):
@@ -40,6 +44,9 @@ class MultiCropAugmentation:
         local_crops_number: local views per image, L.
         global_crops_size, local_crops_size: sides of the views in pixels, S and s.
         seed: seed of the run, in [0, 2^64).
+        gram_teacher_crops_size: side S' of further views of the two global boxes; None for none.
+        gram_teacher_no_distortions: whether only geometric steps are applied to these, as they are to the global views.
+            With the others they would be the global views, and are left out, so that S' must be S.
     """
 
     def __init__(
@@ -51,7 +58,14 @@ class MultiCropAugmentation:
         global_crops_size: int = 224,
         local_crops_size: int = 96,
         seed: int = 0,
+        gram_teacher_crops_size: int | None = None,
+        gram_teacher_no_distortions: bool = False,
     ) -> None:
+        if not gram_teacher_no_distortions and gram_teacher_crops_size not in (None, global_crops_size):
+            # Blur of one width, for one, is another distortion at another size.
+            raise ValueError(
+                f"gram_teacher_crops_size is {gram_teacher_crops_size} with distortions; {global_crops_size} is needed."
+            )
         for kind, (low, high) in {"global": global_crops_scale, "local": local_crops_scale}.items():
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{kind}_crops_scale is {low, high}; 0 < min <= max <= 1 is needed.")
@@ -62,6 +76,7 @@ class MultiCropAugmentation:
         self._views = [(view, global_crops_scale) for view in global_views]
         self._views += [(view, local_crops_scale) for view in local_views]
         self.global_crops_size, self.local_crops_size = global_crops_size, local_crops_size
+        self._gram_crops_size = gram_teacher_crops_size if gram_teacher_no_distortions else None
 
     def sample(self, image_size: tuple[int, int], index: int) -> list[DrawnView]:
         """Draw sample ``index``'s views of an image of (height, width): two global, then the local ones."""
@@ -88,7 +103,16 @@ class MultiCropAugmentation:
         return MultiCrops(
             global_crops=self._render(image, views[:2], self.global_crops_size),
             local_crops=self._render(image, views[2:], self.local_crops_size),
+            gram_crops=self._render(image, self._undistorted(views[:2]), size)
+            if (size := self._gram_crops_size)
+            else None,
         )
+
+    def _undistorted(self, views: list[DrawnView]) -> list[DrawnView]:
+        return [
+            DrawnView(box, {name: value for name, value in params.items() if self.steps[name].is_geometric})
+            for box, params in views
+        ]
 
     def _render(self, image: np.ndarray, views: list[DrawnView], size: int) -> Tensor:
         crops = np.empty((len(views), 3, size, size), np.uint8)

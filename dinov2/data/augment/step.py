@@ -30,12 +30,15 @@ class AugmentationStep(ABC):
         before: the built-in step in front of which this one is applied; None for behind the last.
         takes_grey: whether `apply` accepts images without colours as (H, W); they are turned into (H, W, 3) for steps
             that do not.
+        is_geometric: whether it moves pixels and leaves their colours and sharpness as they are; the gram teacher's
+            views go through no other step.
         per_tile: whether all views of a tile draw from the stream of its first view, and so draw the same.
     """
 
     Options: ClassVar[type]
     before: ClassVar[str | None] = None
     takes_grey: ClassVar[bool] = False
+    is_geometric: ClassVar[bool] = False
     per_tile: bool = False
 
     def __init__(self, options: Any) -> None:

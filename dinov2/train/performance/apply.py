@@ -53,13 +53,21 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
         compiler = partial(torch.compile, backend=arch.cfg.debug.compile_backend, fullgraph=True, dynamic=False)
         arch.kernels = compiled_kernels(arch.cfg.debug.compile_backend)
     low_precision: list[tuple[Tensor, Tensor]] = []
-    for role, network in (("student", arch.student), ("teacher", arch.teacher)):
-        backbone, trained = network.backbone, role == "student"
+    networks = {"student": arch.student, "teacher": arch.teacher}
+    if arch.gram_teacher is not None:
+        networks["gram_teacher"] = arch.gram_teacher
+    for name, network in networks.items():
+        backbone, trained = network.backbone, name == "student"
+        role = "student" if trained else "teacher"
         dtype = DTYPES[getattr(arch.cfg.compute_precision, role).backbone.mixed_precision.param_dtype]
         backbone.check_kernels(dtype, arch.device)
         # Sharded weights are gathered in 16 bit anyway.
         if arch.cfg.debug.weight_copies and dtype != torch.float32 and get_global_size() == 1:
-            low_precision += keep_low_precision_weights(backbone, dtype)
+            pairs = keep_low_precision_weights(backbone, dtype)
+            if network is arch.gram_teacher:
+                network.low_precision = pairs  # which change when it is replaced, not at every step
+            else:
+                low_precision += pairs
         if performance.fp8 == "all" or (performance.fp8 == "teacher" and not trained):
             use_fp8(backbone.blocks, performance.fp8_scaling, backward=trained)
         recompute = performance.recompute if trained else "none"
@@ -67,7 +75,7 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
             # The method, not the module: FSDP's hooks stay outside.
             block.forward = compiled_and_recomputed(block.forward, recompute, compiler)
         if compiler:
-            heads = [(head, "forward") for name, head in network.items() if name != "backbone"]
+            heads = [(head, "forward") for part, head in network.named_children() if part != "backbone"]
             for module, name in [*((backbone, name) for name in backbone.compiled_methods), *heads]:
                 setattr(module, name, compiler(getattr(module, name)))
     return low_precision

@@ -91,6 +91,11 @@ class StepCosts:
         """The student without its weights, frozen parts marked."""
         return self._arch.student
 
+    @property
+    def gram_teacher(self) -> nn.Module | None:
+        """The gram teacher without its weights, where there is one."""
+        return self._arch.gram_teacher
+
     def flops(self, images: int) -> StepFlops:
         """Count a step on ``images`` images."""
         whole, blocks = self._step(images)
@@ -116,10 +121,13 @@ class StepCosts:
         compiler = partial(torch.compile, backend=_PARTITIONER, fullgraph=True, dynamic=False)
         with self._mode:
             arch.to_empty(device="cpu")
-            for role in ("student", "teacher"):
-                precision = getattr(config.compute_precision, role).backbone.mixed_precision
-                if precision.param_dtype != "fp32":
-                    keep_low_precision_weights(getattr(arch, role).backbone, DTYPES[precision.param_dtype])
+            precision = config.compute_precision
+            networks = [(arch.student, precision.student), (arch.teacher, precision.teacher)]
+            networks += [(arch.gram_teacher, precision.teacher)] if arch.gram_teacher is not None else []
+            for network, precision in networks:
+                dtype = precision.backbone.mixed_precision.param_dtype
+                if dtype != "fp32":
+                    keep_low_precision_weights(network.backbone, DTYPES[dtype])
             for block in arch.student.backbone.blocks:
                 block.forward = compiled_and_recomputed(
                     block.forward, config.performance.recompute, compiler if self.compiled else None
@@ -146,7 +154,9 @@ class StepCosts:
         return self._steps[images]
 
     def _measure(self, arch: SSLMetaArch, batch: dict[str, Any]) -> tuple[Cost, Cost]:
-        backbones = arch.student.backbone, arch.teacher.backbone
+        backbones = [arch.student.backbone, arch.teacher.backbone]
+        if arch.gram_teacher is not None:
+            backbones.append(arch.gram_teacher.backbone)
         with Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
             loss = arch.compute_losses(batch, 0.07)["total_loss"]  # no cost depends on the temperature
             saved = meter.live
@@ -170,6 +180,8 @@ class StepCosts:
                 student(crops, masks=[batch["masks"], None][: len(crops)], is_training=True)
                 with torch.no_grad():
                     teacher(crops[:1], masks=[None], is_training=True)
+                    if self._arch.gram_teacher is not None:  # as large as the teacher, on crops of its own or the same
+                        teacher([batch.get("gram_crops", crops[0])], masks=[None], is_training=True)
         return _total(costs).flops
 
 
@@ -183,8 +195,10 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
     def views(number: int, size: int) -> Tensor:
         return torch.empty(number * images, 3, size, size)
 
+    gram_size = crops.gram_views_size
     return {
         "global_crops": views(2, crops.global_crops_size),
+        **({"gram_crops": views(2, gram_size)} if gram_size else {}),
         "local_crops": views(crops.local_crops_number, crops.local_crops_size),
         "masks": torch.zeros(2 * images, side**2, dtype=torch.bool),
         "mask_indices": torch.zeros(masked, dtype=torch.int64),
@@ -197,10 +211,10 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
+def one_of_each_kind(meter: Meter, student: nn.Module, *teachers: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
     """While open, only one block of each kind runs, and the last one; the others return their first argument.
 
-    The student's blocks tell the kinds, by class, parameters and rate of stochastic depth; the teacher has as many.
+    The student's blocks tell the kinds, by class, parameters and rate of stochastic depth; teachers have as many.
     For each block that ran, of either network, the number of those like it and what one costs are listed.
     """
     costs: list[tuple[int, Cost]] = []
@@ -212,7 +226,7 @@ def one_of_each_kind(meter: Meter, student: nn.Module, teacher: nn.Module) -> It
     runs = {kind: i for i, kind in enumerate(kinds)}
     counts = {i: kinds.count(kind) for kind, i in runs.items()} | {len(kinds): 1}
     with contextlib.ExitStack() as undo:
-        for network in (student, teacher):
+        for network in (student, *teachers):
             for i, block in enumerate(network.blocks):
                 if i in counts:
 

@@ -29,7 +29,7 @@ _REMEDIES = "performance.recompute = selective or full, more GPUs, or sharding_s
 class MemoryPrediction:
     """Bytes on one GPU, by what holds them."""
 
-    weights: int  # fp32 student and teacher, this rank's shards
+    weights: int  # fp32 student and teachers, this rank's shards
     moments: int  # AdamW's two
     copies: int  # low-precision weights: kept, gathered, or cast and saved by autograd
     gradients: int  # fp32, this rank's shards, all present when the backward ends
@@ -93,10 +93,13 @@ class MemoryModel:
             shards = over.get(strategy, self._world)
             weights += 2 * 4 * _numel(module) // shards
             trained += _numel(module, trained_only=True) // shards
+            if name == "backbone" and self._costs.gram_teacher is not None:
+                weights += 4 * _numel(module) // shards
         # Two whole blocks' gradients before they are reduced.
         unreduced = 2 * 8 * max(map(_numel, student.backbone.blocks)) if self._world > 1 else 0
         crops = config.crops
         pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+        pixels += 2 * (crops.gram_views_size or 0) ** 2
         return MemoryPrediction(
             weights=weights,
             moments=8 * trained,
@@ -108,15 +111,19 @@ class MemoryModel:
         )
 
     def _copies(self) -> int:
-        """Weights in the dtype of the matmuls, of both networks.
+        """Weights in the dtype of the matmuls, of all networks.
 
         One process: kept 16-bit copies of the blocks' matrices; without them the student's are cast and saved by
         autograd, the teacher's freed one by one. Several: what FSDP keeps gathered, for the backward that is, so not
         of frozen modules, and the few blocks that it gathers ahead.
         """
         config, total = self._costs.config, 0
-        for role in ("student", "teacher"):
-            for name, module in self._costs.student.items():
+        student = self._costs.student
+        networks = [("student", student), ("teacher", student)]
+        if self._costs.gram_teacher is not None:
+            networks.append(("teacher", {"backbone": student.backbone}))
+        for role, network in networks:
+            for name, module in network.items():
                 settings = getattr(getattr(config.compute_precision, role), name)
                 element = DTYPES[settings.mixed_precision.param_dtype].itemsize
                 units = list(module.blocks) if name == "backbone" else []

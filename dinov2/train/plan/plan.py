@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dinov2.configs.schema import Config
+from dinov2.configs.schema import AUTO_EPOCHS, Config
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel
 
@@ -49,9 +49,6 @@ NETWORK_LINK = 50e9
 
 DOLLARS_PER_GPU_HOUR = 2.5
 """Rent of one H100 as the published run counted it in November 2025 (667 GPU-hours for 1,667 dollars)."""
-
-AUTO_EPOCHS = 100
-"""Epochs of ``optim.epochs: auto``, of equal length: warm-ups, told in epochs, keep their fraction of the run."""
 
 AUTO_PASSES = (3, 100)
 """Fewest and most passes over the tiles that ``auto`` makes. A hundred is what DINOv2's default is of ImageNet-1k."""
@@ -175,8 +172,8 @@ class DiskNeeds:
         return ", ".join(f"{n:,} {name}{'s'[: n != 1]} of {_size(size)}" for n, name, size in parts if n)
 
 
-def disk_needs(config: Config, plan: RunPlan, student: nn.Module) -> DiskNeeds:
-    """What a run writes: float32 student, teacher and AdamW's two moments; and teachers alone."""
+def disk_needs(config: Config, plan: RunPlan, student: nn.Module, gram_teacher: nn.Module | None = None) -> DiskNeeds:
+    """What a run writes: float32 student, teachers and AdamW's two moments; and teachers alone."""
     train, evaluation, steps = config.train, config.evaluation, plan.total_steps
     parameters = list(student.parameters())
     weights = 4 * sum(p.numel() for p in parameters)
@@ -184,9 +181,10 @@ def disk_needs(config: Config, plan: RunPlan, student: nn.Module) -> DiskNeeds:
     kept = steps // train.keep_checkpoints_every if train.keep_checkpoints_every else 0
     made = math.ceil(steps / train.checkpoint_period_iterations)
     exports = math.ceil(steps / evaluation.eval_period_iterations)
+    snapshot = [] if gram_teacher is None else gram_teacher.parameters()
     return DiskNeeds(
         checkpoints=0 if train.skip_checkpointer else min(made, train.keep_checkpoints + 1 + kept),
-        checkpoint=2 * weights + moments,
+        checkpoint=2 * weights + moments + 4 * sum(p.numel() for p in snapshot),
         exports=min(exports, evaluation.keep_exports + 1 if evaluation.keep_exports else exports),
         export=weights,
     )
@@ -207,7 +205,7 @@ def describe_plan(
     parameters = sum(p.numel() for p in costs.student.parameters())
     flops = costs.flops(plan.local_batch)
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
-    disk = disk_needs(config, plan, costs.student)
+    disk = disk_needs(config, plan, costs.student, costs.gram_teacher)
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",

@@ -46,10 +46,11 @@ class TrainingStep:
         return {**losses, **levels, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
 
     def begin(self, step: int, values: ScheduleValues) -> None:
-        """Set learning rates and the device's random numbers; clear the gradients."""
+        """Set learning rates, the device's random numbers and the gram teacher; clear the gradients."""
         apply_schedule(self.weight_update.optimizer, values)
         torch.manual_seed(step_seed(self.seed, step, get_global_rank()))
         self.weight_update.optimizer.zero_grad(set_to_none=True)
+        self.arch.begin_step(step, values.epoch)
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Gradients of ``total_loss``, scaled where gradients are fp16."""

@@ -9,6 +9,8 @@ from dinov2.data.augment.step import AugmentationStep, View
 class Flips(AugmentationStep):
     """Mirror a view left-right, top-bottom or both."""
 
+    is_geometric = True
+
     def draw(self, rng: np.random.Generator, view: View) -> tuple[bool, bool] | None:
         """Draw (left-right, top-bottom)."""
         first, second = rng.random(2).tolist()

@@ -18,6 +18,7 @@ class Rotate90(AugmentationStep):
     """
 
     before = "hed"
+    is_geometric = True
 
     @dataclass(frozen=True)
     class Options:

@@ -24,6 +24,24 @@ def equal(a: MultiCrops, b: MultiCrops) -> bool:
     return torch.equal(a.global_crops, b.global_crops) and torch.equal(a.local_crops, b.local_crops)
 
 
+def test_views_of_a_gram_teacher_are_the_global_ones_undistorted():
+    """Box, flips and turns of the global views, at their own size; all other views stay as they were."""
+    image = np.random.default_rng(0).integers(0, 256, (96, 80, 3), np.uint8)
+    sized = {"global_crops_size": 32, "gram_teacher_no_distortions": True}
+    plain = make_augmentation(options(steps=TURNS), global_crops_size=32)
+    with_gram = make_augmentation(options(steps=TURNS), gram_teacher_crops_size=64, **sized)
+    only_moved = options(**OFF | {"horizontal_flip_prob": 0.5}, steps=TURNS)
+    undistorted = make_augmentation(only_moved, global_crops_size=64)
+    for index in range(8):
+        expected, found = plain(image, index), with_gram(image, index)
+        assert equal(expected, found) and expected.gram_crops is None
+        assert torch.equal(found.gram_crops, undistorted(image, index).global_crops)
+    same = make_augmentation(gram_teacher_crops_size=32, global_crops_size=32)
+    assert same(image, 0).gram_crops is None
+    with pytest.raises(ValueError, match="gram_teacher_crops_size is 64"):
+        make_augmentation(gram_teacher_crops_size=64, global_crops_size=32)
+
+
 def boxes(count: int, image_size: tuple[int, int], scale: tuple[float, float]) -> np.ndarray:
     rng = np.random.default_rng(0)
     return np.array([sample_box(rng, image_size, scale) for _ in range(count)])

@@ -24,10 +24,11 @@ COPIES = 2 * 40 * (4 * 1536**2 + 3 * 1536 * 4096)
 def stub(*overrides: str, per_image: int = 3 * 2**29, constant: int = 2**30) -> SimpleNamespace:
     """The recipe's networks with activations that are linear in the batch: 1.5 GiB each and one more."""
     config = load_config(RECIPE, overrides)
-    student = SSLMetaArch(config, weights_device="meta").student
+    arch = SSLMetaArch(config, weights_device="meta")
     return SimpleNamespace(
         config=config,
-        student=student,
+        student=arch.student,
+        gram_teacher=arch.gram_teacher,
         activations=lambda images: Cost(saved=images * per_image, peak=images * per_image + constant),
     )
 
@@ -49,6 +50,20 @@ def test_states_by_hand():
     assert eight.weights + eight.moments + eight.gradients == pytest.approx(20 * parameters(costs) / 8, abs=100)
     # The student's whole, three blocks of the teacher's.
     assert 2 * parameters(costs) < eight.copies < 2.2 * parameters(costs)
+
+
+def test_a_frozen_gram_teacher_is_a_further_backbone():
+    costs = stub("losses.gram.it_load_ema_teacher=0")
+    backbone = sum(p.numel() for p in costs.student.backbone.parameters())
+    alone, eight = MemoryModel(costs)(48), MemoryModel(costs, world_size=8)(48)
+    assert alone.weights + alone.moments + alone.gradients == 20 * parameters(costs) + 4 * backbone
+    assert alone.copies == 3 * COPIES
+    states = eight.weights + eight.moments + eight.gradients
+    assert states == pytest.approx((20 * parameters(costs) + 4 * backbone) / 8, abs=100)
+    sized = stub("losses.gram.it_load_ema_teacher=0", "crops.gram_teacher_crops_size=392",
+                 "crops.gram_teacher_no_distortions=true")  # fmt: skip
+    assert MemoryModel(sized)(48).batch - alone.batch == 2 * 4 * 48 * 3 * 2 * 392**2
+    assert MemoryModel(stub("losses.gram.ema_teacher=true"))(48) == MemoryModel(stub())(48)
 
 
 def test_weights_that_are_cast_at_each_use():

@@ -80,6 +80,7 @@ def test_odd_batches_divide():
 def test_described_plan_names_its_assumptions():
     config = load_config(RECIPE)
     costs = SimpleNamespace(
+        gram_teacher=None,
         config=config,
         compiled=True,
         student=SSLMetaArch(config, weights_device="meta").student,
