@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dinov2.utils.cli import DONE, FAILURES, add_options, at_least, command_parser, run_command, told_failures
-from dinov2.utils.files import json_lines, write_json, write_text
+from dinov2.utils.files import json_lines, remove_leftovers, write_json, write_text
 from prepatching_scripts.gdc.download import Downloads, Stopped, part_of
 from prepatching_scripts.gdc.manifest import GdcFile, manifest_lines, read_manifest
 from prepatching_scripts.gdc.query import Gdc, slide_filter
@@ -27,6 +27,8 @@ from prepatching_scripts.gdc.query import Gdc, slide_filter
 logger = logging.getLogger("download_tcga")
 
 FOUND, FAILED = "gdc_manifest.txt", "failures.jsonl"
+META = f"{FOUND}.meta.json"
+_WRITTEN = (FOUND, META, FAILED)
 STRATEGIES = {"diagnostic": "Diagnostic Slide", "tissue": "Tissue Slide"}
 Job = tuple[GdcFile, Path]
 
@@ -38,7 +40,7 @@ def find_or_reuse(gdc: Gdc, filters: dict[str, Any], folder: Path) -> Path:
         FileExistsError: if the folder holds the manifest of something else.
         ValueError: if the filter describes no file.
     """
-    manifest, meta = folder / FOUND, folder / f"{FOUND}.meta.json"
+    manifest, meta = folder / FOUND, folder / META
     wanted = {"endpoint": gdc.endpoint, "filters": filters}
     if manifest.exists():
         known = json.loads(meta.read_text()) if meta.exists() else {}
@@ -59,7 +61,7 @@ def lay_out(files: Sequence[GdcFile], folder: Path, flat: bool) -> list[Job]:
     """Give each file its path: <id>/<name>, or <name> if flat; ValueError if two files would have one path."""
     if not flat:
         return [(file, folder / file.id / file.name) for file in files]
-    taken = {name.casefold(): "this tool" for name in (FOUND, f"{FOUND}.meta.json", FAILED)}
+    taken = {name.casefold(): "this tool" for name in _WRITTEN}
     for file in files:
         if other := taken.get(file.name.casefold()):
             raise ValueError(f"'{file.name}' is the name of {file.id} and of {other}; leave out --flat.")
@@ -197,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, *_WRITTEN)
         gdc = Gdc(args.endpoint, read_token(args.token_file), args.attempts, sleep=stop.wait)
         filters = slide_filter([STRATEGIES[kind] for kind in args.slides], args.project)
         manifest = args.manifest or find_or_reuse(gdc, filters, folder)

@@ -14,7 +14,7 @@ from dinov2.data.slides.find import find_slides
 from dinov2.data.slides.index import TileIndexes, complete_tile_index, write_zarr
 from dinov2.data.slides.resolution import MppTable, log_notes, read_mpp_table
 from dinov2.utils.cli import DONE, FAILURES, add_options, command_parser, log_failures, run_command, told_failures
-from dinov2.utils.files import json_lines, write_text
+from dinov2.utils.files import json_lines, remove_leftovers, write_text
 from dinov2.utils.jobs import run_jobs
 
 logger = logging.getLogger("index_slides")
@@ -40,6 +40,7 @@ def index_collection(
         twice = Counter(keys.values()).most_common(1)[0][0]
         raise ValueError(f"Two slides of '{source}' are named '{twice}'; give their folder instead for --zarr.")
     output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output, FAILURES_NAME)
     index = output / INDEX_NAME
     fresh, failures = complete_tile_index(index, {row.path: row.mpp for row in rows}, workers)
     if zarr:

@@ -114,6 +114,13 @@ def leftovers(folder: Path) -> Iterator[tuple[str, Path]]:
             yield match[1], partial
 
 
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete what runs that were killed left of files of these names; nobody else may be writing one of them."""
+    for name, partial in leftovers(folder):
+        if name in names:
+            partial.unlink(missing_ok=True)
+
+
 def check_report(path: Path, keys: set[str]) -> None:
     """Raise FileExistsError if a file of JSON lines is there whose objects have other keys, so that it is not ours."""
     try:

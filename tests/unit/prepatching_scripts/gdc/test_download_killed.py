@@ -101,3 +101,13 @@ def test_interrupt_ends_cleanly_and_keeps_what_came(server, slide, start_cli, cl
     assert failures(tmp_path) == []
     assert cli("--manifest", str(manifest)) == 0
     assert server.bytes_sent[slide.id] == len(CONTENT)
+
+
+def test_what_a_killed_run_left_is_swept_and_nothing_else(server, slide, cli, tmp_path: Path):
+    manifest, out = write_manifest(tmp_path / "m.txt", [slide]), tmp_path / "out"
+    out.mkdir()
+    left, theirs = (out / f".{name}.{'0a' * 16}.part" for name in ("failures.jsonl", "notes.txt"))
+    left.touch()
+    theirs.touch()
+    assert cli("--manifest", str(manifest)) == 0
+    assert (left.exists(), theirs.exists()) == (False, True)
