@@ -33,7 +33,8 @@ def build_steps(augmentation: AugmentationConfig) -> dict[str, AugmentationStep]
 def build_augmentation(config: Config) -> MultiCropAugmentation:
     """The multi-crop transform of the configuration."""
     steps = build_steps(config.augmentation)
-    return MultiCropAugmentation(steps, **dataclasses.asdict(config.crops), seed=config.train.seed)
+    crops = dataclasses.asdict(config.crops)
+    return MultiCropAugmentation(steps, **crops, patch_size=config.student.patch_size, seed=config.train.seed)
 
 
 def build_collate(config: Config) -> MultiCropCollate:

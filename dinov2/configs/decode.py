@@ -24,7 +24,7 @@ class Decoder:
         self._spelled = spelled  # by the user: of keys that are named otherwise today
 
     def section(self, section: type, user: Any, path: str = "") -> Any:
-        """Build a dataclass of keys from user values over its defaults."""
+        """Build a dataclass of keys from user values over its defaults; _FAULTY if that cannot be."""
         hints = get_type_hints(section)
         if user is None:  # `section:` with nothing under it
             user = {}
@@ -47,10 +47,10 @@ class Decoder:
                 self._fault(child, f"{child} is missing; expected {accepted(hint, key_of(field))}.")
             missing |= is_required and field.name not in values
         try:
-            return None if missing else section(**values)
+            return _FAULTY if missing else section(**values)
         except ValueError as error:  # the options of a part have a rule of their own
             self._fault(path, f"{path} cannot be used: {str(error).rstrip('.')}.")
-            return None
+            return _FAULTY
 
     def _value(self, hint: Any, key: Key, value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(hint):
@@ -59,7 +59,8 @@ class Decoder:
             return self._parts(value or {}, key, path) if key.registry else dict(value or {})
         entry = next(iter(get_args(hint)), None)
         if dataclasses.is_dataclass(entry) and isinstance(value, (list, tuple)):
-            return tuple(self.section(entry, item, f"{path}[{number}]") for number, item in enumerate(value))
+            entries = (self.section(entry, item, f"{path}[{number}]") for number, item in enumerate(value))
+            return tuple(item for item in entries if item is not _FAULTY)
         try:
             converted = _convert(hint, value)
             problem = "" if key.accepts(converted) else "out of range" if not key.registry else "unknown"
@@ -90,7 +91,7 @@ class Decoder:
                     self._fault(child, f"{child} cannot be used: {error}.")
                 else:
                     decoded[name] = self.section(options, values, child)
-        return decoded
+        return {name: options for name, options in decoded.items() if options is not _FAULTY}
 
     def _unknown(self, prefix: str, name: str, known: list[str], given: Mapping[str, Any]) -> None:
         older = [key.removeprefix(prefix) for key in OLDER_KEYS if prefix and key.startswith(prefix)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dinov2.configs.fields import key
+from dinov2.configs.schedule import NO_RATE_SCHEDULE, NO_SCHEDULE, RateSchedule, Schedule
 from dinov2.extensions import BUILT_IN_LOSSES, BUILT_IN_STEPS
 
 AUTO_EPOCHS = 100
@@ -176,6 +177,8 @@ class DinoConfig(HeadConfig):
     loss_weight: float = key(1.0, "of the CLS-token cross-entropies, local and global", **_WEIGHT)
     koleo_loss_weight: float = key(0.1, "of KoLeo, summed over the global views; 0: off", **_WEIGHT)
     koleo_gather: bool = key(False, "true: nearest neighbours among the rows of all processes")
+    koleo_topk: int = key(1, "nearest neighbours of each that KoLeo counts", least=1, most=1024)
+    local_loss_weight_schedule: Schedule = NO_SCHEDULE  # a further factor of the local cross-entropy
     kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
     kde_kappa: float = key(5.0, "concentration of the KDE kernel", above=0, most=1e4)
     kde_gather: bool = key(False, "true: density over the rows of all processes")
@@ -202,6 +205,10 @@ class CropsConfig:
     local_crops_scale: Range = key((0.05, 0.32), "range of a local view's fraction of the tile", above=0, most=1)
     global_crops_size: int = key(224, "side of a global view in px, a multiple of the patch", **_SIDE)
     local_crops_size: int = key(98, "side of a local view in px, a multiple of the patch", **_SIDE)
+    max_aspect_ratio: float = key(4 / 3, "x: a view's width / height in the tile is in [1/x, x]", least=1, most=100)
+    localcrops_subset_of_globalcrops: bool = key(
+        False, "true: local views are windows of the global views, at whole patches, not resized"
+    )
     gram_teacher_crops_size: int | None = key(
         None, "side of the gram teacher's view of the same box; null: it sees the global views", **_SIDE
     )
@@ -231,6 +238,7 @@ class AugmentationConfig:
     contrast: float = key(0.2, "factor U(1 - x, 1 + x)", **_STRENGTH)
     saturation: float = key(0.1, "factor U(1 - x, 1 + x)", **_STRENGTH)
     hue: float = key(0.05, "turn U(-x, x) of the colour circle", least=0, most=0.5)
+    jitter_per_tile: bool = key(False, "true: all views of a tile are adjusted, and greyed, alike")
     grayscale_prob: float = key(0.2, "the colours dropped", **_PROBABILITY)
     blur_prob_global1: float = key(1.0, "blur of the first global view", **_PROBABILITY)
     blur_prob_global2: float = key(0.1, "blur of the second global view", **_PROBABILITY)
@@ -305,6 +313,22 @@ class OptimConfig:
     layerwise_decay: float = key(0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10)
     adamw_beta1: float = key(0.9, "decay of the first moment", least=0, below=1)
     adamw_beta2: float = key(0.999, "decay of the second moment", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class SchedulesConfig:
+    """DINOv3's section: each schedule that is given takes the place of its keys in ``optim`` and ``teacher``."""
+
+    lr: RateSchedule = NO_RATE_SCHEDULE
+    weight_decay: Schedule = NO_SCHEDULE
+    momentum: Schedule = NO_SCHEDULE
+    teacher_temp: Schedule = NO_SCHEDULE
+
+    def __post_init__(self) -> None:
+        if self.momentum.is_given and max(self.momentum.values()) > 1:
+            raise ValueError(f"momentum has the values {self.momentum.values()}; at most 1 is expected")
+        if self.teacher_temp.is_given and min(self.teacher_temp.values()) <= 0:
+            raise ValueError(f"teacher_temp has the values {self.teacher_temp.values()}; more than 0 is expected")
 
 
 @dataclass(frozen=True)
@@ -390,6 +414,7 @@ class Config:
     student: StudentConfig = StudentConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
+    schedules: SchedulesConfig = SchedulesConfig()
     performance: PerformanceConfig = PerformanceConfig()
     debug: DebugConfig = DebugConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

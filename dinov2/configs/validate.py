@@ -1,5 +1,6 @@
 """Checks of values and of combinations of values, before any model, data or GPU is touched."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
@@ -52,8 +53,9 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
         )
 
     found = chain(
-        _crop_faults(config), _gram_faults(config), _mask_faults(config), _data_faults(config), _online_faults(config),
-        _step_faults(config, world_size), _range_faults(config), _network_faults(config), _precision_faults(config),
+        _crop_faults(config), _window_faults(config), _gram_faults(config), _mask_faults(config), _data_faults(config),
+        _online_faults(config), _step_faults(config, world_size), _range_faults(config), _network_faults(config),
+        _precision_faults(config),
     )  # fmt: skip
     return list(filter(is_judged, found))
 
@@ -176,6 +178,12 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
             f"train.keep_checkpoints_every = {every} is not a multiple of train.checkpoint_period_iterations = "
             f"{period}, so that most of these steps have no checkpoint; 0 or a multiple is expected."
         )
+    neighbours = batch * (world_size if config.dino.koleo_gather else 1) if batch != "auto" else math.inf
+    if config.dino.koleo_loss_weight > 0 and 1 < neighbours <= config.dino.koleo_topk:
+        yield (
+            f"dino.koleo_topk = {config.dino.koleo_topk} of {neighbours} images, of which each has {neighbours - 1} "
+            "others; at most as many are expected."
+        )
     if batch == 1:
         yield from _single_image_faults(config, world_size)
     if config.dino.loss_weight == 0 and config.ibot.loss_weight == 0 and not config.losses:
@@ -204,6 +212,23 @@ def _range_faults(config: Config) -> Iterator[str]:
     for key, hint, _, value in keys_of(config):
         if hint == Range and key.endswith(("_scale", "_min_max", "ramp_epochs")) and value[0] > value[1]:
             yield f"{key} = {list(value)} is not a range; expected min <= max."
+
+
+def _window_faults(config: Config) -> Iterator[str]:
+    crops = config.crops
+    if not crops.localcrops_subset_of_globalcrops:
+        return
+    if crops.local_crops_number % 2:
+        yield (
+            f"crops.local_crops_number = {crops.local_crops_number} is odd, while "
+            "crops.localcrops_subset_of_globalcrops cuts half of them out of either global view; an even number is expected."
+        )
+    if crops.local_crops_size > crops.global_crops_size:
+        yield (
+            f"crops.local_crops_size = {crops.local_crops_size} is more than crops.global_crops_size = "
+            f"{crops.global_crops_size}, out of which crops.localcrops_subset_of_globalcrops cuts; at most that is "
+            "expected."
+        )
 
 
 def _network_faults(config: Config) -> Iterator[str]:

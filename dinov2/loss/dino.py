@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from dinov2.configs.schedule import NO_SCHEDULE, Schedule
 from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
-from dinov2.loss.term import LossTerm, StepOutputs
+from dinov2.loss.term import LossContext, LossTerm, StepOutputs
 
 # Tensor dimensions below: V global views, L local views, B images, K prototypes.
 
@@ -62,7 +64,27 @@ def _mean_over_pairs(entropy: Tensor, num_views: int, num_local: int) -> Tensor:
 class DINO(LossTerm):
     """`dino_local_loss`, where there are local views, and `dino_global_loss`; section ``dino``."""
 
-    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "dino.loss_weight"}
+    meta_keys: ClassVar[Mapping[str, str]] = {
+        "weight": "dino.loss_weight", "local_loss_weight_schedule": "dino.local_loss_weight_schedule",
+    }  # fmt: skip
+
+    @dataclass(frozen=True)
+    class Options(LossTerm.Options):
+        """The weight, and the course of a further factor of the local loss."""
+
+        local_loss_weight_schedule: Schedule = NO_SCHEDULE
+
+    options: Options
+
+    def __init__(self, options: Options, context: LossContext) -> None:
+        super().__init__(options, context)
+        self._epochs = context.epochs
+
+    def weight_of(self, loss: str, epoch: float) -> float:
+        """As of `LossTerm`; that of the local loss has a schedule beside, as in DINOv3."""
+        schedule = self.options.local_loss_weight_schedule
+        own = schedule.at(epoch, self._epochs) if loss == "dino_local_crops_loss" and schedule.is_given else 1.0
+        return own * self.weight_at(epoch)
 
     def forward(self, outputs: StepOutputs) -> dict[str, Tensor]:
         """Return ``dino_local_crops_loss`` and ``dino_global_crops_loss``."""

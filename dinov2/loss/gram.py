@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.configs.fields import key
+from dinov2.configs.schedule import NO_SCHEDULE, Schedule
 from dinov2.loss.term import LossContext, LossTerm, StepOutputs
 
 Tokens = Literal["all", "masked", "unmasked"]
@@ -62,31 +63,6 @@ def resized_tokens(tokens: Tensor, patches: int, method: str, antialias: bool) -
     return maps.flatten(-2).mT.unflatten(0, tokens.shape[:-2])
 
 
-@dataclass(frozen=True)
-class WeightSchedule:
-    """Linear from start to peak, then a cosine to the end; in place of the weight where one of the three is not 0."""
-
-    start: float = key(0.0, "weight at the first step", least=0)
-    peak: float = key(0.0, "after the warm-up", least=0)
-    end: float = key(0.0, "after the cosine", least=0)
-    warmup_epochs: float = key(0.0, "length of the linear part", least=0)
-    cosine_epochs: float | None = key(None, "length of the cosine; null: to the end of optim.epochs", above=0)
-
-    @property
-    def is_given(self) -> bool:
-        """Whether it takes the weight's place."""
-        return max(self.start, self.peak, self.end) > 0
-
-    def at(self, epoch: float, epochs: float) -> float:
-        """Return the weight at an epoch, which may be a fraction or infinite, of as many."""
-        cosine = self.cosine_epochs or max(epochs - self.warmup_epochs, 0)
-        if epoch < self.warmup_epochs:
-            return self.start + (self.peak - self.start) * epoch / self.warmup_epochs
-        if epoch >= self.warmup_epochs + cosine:
-            return self.end
-        return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / cosine)) / 2
-
-
 class Gram(LossTerm):
     """`gram_loss` of the student's patches of the global views, which it sees masked, and those of a gram teacher.
 
@@ -116,7 +92,7 @@ class Gram(LossTerm):
         compute_stats: bool = key(False, "true: records tell the loss of masked and of unmasked patches")
         global_teacher_resize_method: Literal["bicubic", "bilinear"] = key("bicubic", "of maps of larger crops")
         global_teacher_resize_antialias: bool = key(False, "antialias in that")
-        loss_weight_schedule: WeightSchedule = WeightSchedule()
+        loss_weight_schedule: Schedule = NO_SCHEDULE  # in the weight's place
 
         def __post_init__(self) -> None:
             for fault in self._faults() if self.is_used else ():

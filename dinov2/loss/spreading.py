@@ -31,41 +31,49 @@ def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
     return rows, torch.eye(len(rows), dtype=torch.bool, device=rows.device)
 
 
-def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8) -> Tensor:
+def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: int = 1) -> Tensor:
     """Kozachenko-Leonenko estimate of minus the batch's entropy, 0-d float32; falls as the vectors spread.
 
     Sablayrolles et al. (arXiv:1806.03198, section 3.1), with z the vectors scaled to length 1:
 
         L_KoLeo = -mean_i log( min_{j != i} ||z_i - z_j|| + eps )
 
-    Equal vectors do not push each other.
+    Equal vectors do not push each other. With ``topk`` > 1 the mean is over so many nearest ones of each (DINOv3).
 
     Args:
         tokens: (B, D), any float dtype.
         gather: over the vectors of all ranks, see `unit_rows`.
         eps: keeps the logarithm finite.
+        topk: nearest vectors, at least 1; ValueError if there are not as many others.
     """
     z, itself = unit_rows(tokens, gather)
     # Differences taken directly: 2 - 2 z_i . z_j cancels for near neighbours, the ones that matter here.
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = distance.masked_fill(itself, torch.inf).amin(1)
+    others = distance.masked_fill(itself, torch.inf)
+    if topk >= len(z):
+        raise ValueError(f"KoLeo over {topk} neighbours needs more than as many images in the batch, not {len(z)}.")
+    nearest = others.amin(1) if topk == 1 else others.topk(topk, largest=False).values
     return -(nearest + eps).log().mean().float()
 
 
 class KoLeo(LossTerm):
     """`koleo_loss` of each global view's class tokens, summed over the views."""
 
-    meta_keys: ClassVar[Mapping[str, str]] = {"weight": "dino.koleo_loss_weight", "gather": "dino.koleo_gather"}
+    meta_keys: ClassVar[Mapping[str, str]] = {
+        "weight": "dino.koleo_loss_weight", "gather": "dino.koleo_gather", "topk": "dino.koleo_topk",
+    }  # fmt: skip
 
     @dataclass(frozen=True)
     class Options(LossTerm.Options):
         """Arguments of `koleo_loss`."""
 
         gather: bool = key(False, "over the batch of all ranks")
+        topk: int = key(1, "nearest neighbours that are pushed away", least=1)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the student's class tokens."""
-        return sum(koleo_loss(view, self.options.gather) for view in outputs.class_tokens)
+        o = self.options
+        return sum(koleo_loss(view, o.gather, topk=o.topk) for view in outputs.class_tokens)
 
 
 def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> Tensor:

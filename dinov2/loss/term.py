@@ -101,6 +101,10 @@ class LossTerm(nn.Module):
         """Return what is logged beside the losses, 0-d, of steps with a record; its mean over ranks is taken."""
         return {}
 
+    def weight_of(self, loss: str, epoch: float) -> float:
+        """Return the factor in the total of one of the losses of `forward`, by the name that it is logged under."""
+        return self.weight_at(epoch)
+
     def weight_at(self, epoch: float) -> float:
         """Return the factor of the losses in the total, ``options.weight`` after the ramp; epochs may be fractional."""
         start, end = self.options.ramp_epochs

@@ -134,7 +134,7 @@ class Run:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step)
         batches = recent = RecentBatches(batches, self.state.step)
-        schedules = Schedules(config.optim, config.teacher, plan)
+        schedules = Schedules(config.optim, config.teacher, plan, config.schedules)
         learning, patience = chance_patience(schedules, self.state, plan.total_steps, config.logging.period_iterations)
         patches = config.ibot if config.ibot.separate_head else config.dino
         prototypes = {"dino": config.dino.head_n_prototypes, "ibot": patches.head_n_prototypes}

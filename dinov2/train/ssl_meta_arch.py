@@ -211,8 +211,7 @@ class SSLMetaArch(nn.Module):
         for name, term in self.losses.items():
             values = term(outputs)
             values = values if isinstance(values, dict) else {f"{name}_loss": values}
-            weight = term.weight_at(epoch)
-            total = total + sum(weight * value for value in values.values())
+            total = total + sum(term.weight_of(loss, epoch) * value for loss, value in values.items())
             losses |= values
             self.chance |= {
                 # A number is filled in on the device; copied there, it would wait.

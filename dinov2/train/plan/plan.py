@@ -75,6 +75,7 @@ class RunPlan:
     total_steps: int  # after which training ends
     schedule_steps: int  # span of the cosine schedules
     peak_lr: float  # after the scaling rule
+    lr_factor: float  # of that rule
     auto_tiles: int = 0  # tiles from whose number ``optim.epochs: auto`` follows; 0 where it is given
 
     @property
@@ -117,13 +118,16 @@ def make_plan(
         images = max(fewest * num_tiles, min(most * num_tiles, AUTO_IMAGES))
         epochs, epoch_steps, auto_tiles = AUTO_EPOCHS, max(1, round(images / batch / AUTO_EPOCHS)), num_tiles
     factor = {"none": 0, "sqrt_wrt_1024": 1, "four_sqrt_wrt_1024": 4}[optim.scaling_rule]
+    factor = factor * math.sqrt(batch / 1024) if factor else 1.0
+    given = config.schedules.lr
     return RunPlan(
         world_size=world_size,
         global_batch=batch,
         epoch_steps=epoch_steps,
         total_steps=max(1, round(min(epochs, optim.early_stop or epochs) * epoch_steps)),
         schedule_steps=round(epochs * epoch_steps),
-        peak_lr=optim.base_lr * (factor * math.sqrt(batch / 1024) if factor else 1),
+        peak_lr=factor * (max(given.values()) if given.is_given else optim.base_lr),
+        lr_factor=factor,
         auto_tiles=auto_tiles,
     )
 
@@ -142,10 +146,12 @@ def _notes(config: Config, plan: RunPlan) -> list[str]:
             f"  warning   optim.early_stop = {optim.early_stop:g} is beyond the {epochs:g} epochs of the schedules, "
             "with which training ends"
         )
-    warmup, last = optim.warmup_epochs * plan.epoch_steps, plan.total_steps
+    rate = config.schedules.lr
+    key, epochs = ("schedules.lr", rate.warmup_epochs) if rate.is_given else ("optim", optim.warmup_epochs)
+    warmup, last = epochs * plan.epoch_steps, plan.total_steps
     if warmup > last:
         notes.append(
-            f"  warning   optim.warmup_epochs = {optim.warmup_epochs:g} is beyond the run's "
+            f"  warning   {key}.warmup_epochs = {epochs:g} is beyond the run's "
             f"{last / plan.epoch_steps:g} epochs: the learning rate rises to the end, where it is {last / warmup:.0%} "
             "of its peak"
         )

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dinov2.configs.schema import OptimConfig, TeacherConfig
+from dinov2.configs.schedule import Schedule
+from dinov2.configs.schema import OptimConfig, SchedulesConfig, TeacherConfig
 from dinov2.utils.utils import CosineScheduler
 
 
@@ -28,17 +29,33 @@ class Span(Protocol):
     """Part of a run's plan that concerns its schedules."""
 
     peak_lr: float  # learning rate after the batch-size scaling rule
+    lr_factor: float  # of that rule
     epoch_steps: int
     schedule_steps: int  # that the cosines span
 
 
+@dataclass(frozen=True)
+class _Course:
+    """A schedule by steps in place of epochs."""
+
+    schedule: Schedule
+    total: int
+    epoch_steps: int
+
+    def __getitem__(self, step: int) -> float:
+        return self.schedule.at(step / self.epoch_steps, self.total / self.epoch_steps)
+
+
 class Schedules:
-    """All schedules of a run, indexed by zero-based step, from sections ``optim`` and ``teacher``.
+    """All schedules of a run, indexed by zero-based step, from sections ``optim`` and ``teacher``, or ``schedules``.
 
     A warm-up that is longer than the cosines is cut off with them.
     """
 
-    def __init__(self, optim: OptimConfig, teacher: TeacherConfig, plan: Span):
+    def __init__(
+        self, optim: OptimConfig, teacher: TeacherConfig, plan: Span, given: SchedulesConfig | None = None
+    ) -> None:
+        given = given or SchedulesConfig()
         total, epoch_steps = plan.schedule_steps, plan.epoch_steps
         warmup = round(optim.warmup_epochs * epoch_steps)
         temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch_steps)
@@ -50,6 +67,14 @@ class Schedules:
         self.teacher_temp = CosineScheduler(
             teacher.teacher_temp, teacher.teacher_temp, temp_warmup, temp_warmup, teacher.warmup_teacher_temp
         )
+        if given.lr.is_given:
+            self.warmup_steps = round(given.lr.warmup_epochs * epoch_steps)
+            if given.lr.freeze_last_layer_epochs is not None:
+                self.frozen_steps = round(given.lr.freeze_last_layer_epochs * epoch_steps)
+        courses = {"wd": given.weight_decay, "mom": given.momentum, "teacher_temp": given.teacher_temp}
+        for name, schedule in ({"lr": given.lr.scaled(plan.lr_factor)} | courses).items():
+            if schedule.is_given:
+                setattr(self, name, _Course(schedule, total, epoch_steps))
 
     def __getitem__(self, step: int) -> ScheduleValues:
         lr = self.lr[step]

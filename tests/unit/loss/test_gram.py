@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dinov2.configs import ConfigError, load_config, validate
+from dinov2.configs.schedule import Schedule
 from dinov2.loss import LossContext, StepOutputs
-from dinov2.loss.gram import Gram, WeightSchedule
+from dinov2.loss.gram import Gram
 
 VIEWS, IMAGES, SIDE, WIDTH = 2, 3, 3, 5
 PATCHES = SIDE**2
@@ -143,7 +144,7 @@ def test_figures_of_masked_and_unmasked_patches():
 
 def test_weight_by_schedule():
     """DINOv3's ``linear_warmup_cosine_decay`` at the steps of an epoch of 1000."""
-    schedule = WeightSchedule(start=1.0, peak=3.0, end=0.5, warmup_epochs=4, cosine_epochs=2)
+    schedule = Schedule(start=1.0, peak=3.0, end=0.5, warmup_epochs=4, cosine_epochs=2)
     steps = 1000
     cosine = 0.5 + 0.5 * 2.5 * (1 + np.cos(np.linspace(0, np.pi, 2 * steps)))
     theirs = np.concatenate([np.linspace(1, 3, 4 * steps, endpoint=False), cosine, np.full(3 * steps, 0.5)])
@@ -153,14 +154,14 @@ def test_weight_by_schedule():
     assert term.weight_at(math.inf) == 0.5
     to_the_end = make(loss_weight_schedule=dataclasses.replace(schedule, cosine_epochs=None))
     assert to_the_end.weight_at(12) == pytest.approx(1.75) and to_the_end.weight_at(20) == 0.5
-    stage = make(loss_weight_schedule=WeightSchedule(end=2.0, warmup_epochs=10, cosine_epochs=1))
+    stage = make(loss_weight_schedule=Schedule(0.0, 0.0, 2.0, warmup_epochs=10, cosine_epochs=1))
     assert [stage.weight_at(epoch) for epoch in (0, 10, 10.5, 11)] == [0, 0, pytest.approx(1.0), 2.0]
     assert make(weight=0.3).weight_at(5) == 0.3
 
 
 def test_is_left_out_without_a_weight():
     assert not Gram.Options(weight=0).is_used and not Gram.Options(use_loss=False).is_used
-    assert Gram.Options(weight=0, ema_teacher=True, loss_weight_schedule=WeightSchedule(end=1)).is_used
+    assert Gram.Options(weight=0, ema_teacher=True, loss_weight_schedule=Schedule(peak=1)).is_used
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_is_left_out_without_a_weight():
          ["remove_neg = true and remove_only_teacher_neg = true"]),
         (["losses.gram.ema_teacher=true", "losses.gram.img_level=true", "losses.gram.tokens_used=masked"],
          ["tokens_used = masked"]),
-        (["losses.gram.ema_teacher=true", "losses.gram.ramp_epochs=[0,1]", "losses.gram.loss_weight_schedule.end=1"],
+        (["losses.gram.ema_teacher=true", "losses.gram.ramp_epochs=[0,1]", "losses.gram.loss_weight_schedule.peak=1"],
          ["ramp_epochs = [0.0, 1.0]", "loss_weight_schedule"]),
         (["gram.ckpt=a.pth", "gram.update_frequency=0"],
          ["losses.gram.update_frequency (given as gram.update_frequency) = 0 is out of range"]),
@@ -207,7 +208,7 @@ def test_keys_of_dinov3_as_they_stand(tmp_path):
         "crops: {global_crops_size: 256, local_crops_size: 112, gram_teacher_crops_size: 512,\n"
         "  gram_teacher_no_distortions: true}\n"
     )
-    schedule = WeightSchedule(0.0, 0.0, 2.0, 1000.0, 1.0)
+    schedule = Schedule(0.0, 0.0, 2.0, 1000.0, 1.0)
     expected = Gram.Options(ckpt="weights.pth", update_frequency=10000, it_first_update=1010000, max_updates=3,
                             img_level=True, loss_weight_schedule=schedule)  # fmt: skip
     config = load_config(file)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2.loss import KDELoss, KoLeoLoss
+from dinov2.loss.spreading import koleo_loss
 from tests.helpers import loss_reference as reference
 from tests.helpers.loss_reference import value_and_grad
 
@@ -43,6 +44,25 @@ def test_koleo_of_known_neighbours():
     value, grad = value_and_grad(KoLeoLoss(), torch.ones(4, 3))
     assert value.item() == pytest.approx(-math.log(1e-8))
     assert not grad.any()
+
+
+@pytest.mark.parametrize("topk", [1, 3, 6])
+def test_koleo_of_several_neighbours_is_the_mean_over_them(topk: int):
+    def loop(x):
+        z = F.normalize(x, dim=1)
+        rows = [torch.stack([(a - b).norm() for j, b in enumerate(z) if j != i]).sort().values for i, a in enumerate(z)]
+        return -torch.stack([(distance + 1e-8).log() for row in rows for distance in row[:topk]]).mean()
+
+    x = torch.randn(7, 5)
+    expected, expected_grad = value_and_grad(loop, x.double())
+    value, grad = value_and_grad(lambda x: koleo_loss(x, topk=topk), x)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-6, atol=1e-7)
+
+
+def test_koleo_of_more_neighbours_than_there_are():
+    with pytest.raises(ValueError, match="7"):
+        koleo_loss(torch.randn(7, 5), topk=7)
 
 
 def descend(loss: torch.nn.Module, steps: int = 400) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -137,3 +138,16 @@ def test_a_name_that_is_taken_is_refused(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(LOSSES._targets, "backbone", OWN)
     with pytest.raises(ValueError, match=rf"losses\.{name}"):
         arch_of({name: Looking.Options(1.0)})
+
+
+def test_the_local_loss_has_a_weight_of_its_own_over_time():
+    """``start``, ``peak`` and ``end``, a further factor of one of the two DINO losses alone."""
+    course = ["start: 1", "peak: 0.5", "end: 0", "warmup_epochs: 2", "cosine_epochs: 2"]
+    weights = "dino.loss_weight=2", "dino.kde_loss_weight=0", "dino.koleo_loss_weight=0.1"
+    arch = arch_of({}, f"dino.local_loss_weight_schedule={{{', '.join(course)}}}", *weights)
+    batch = random_batch(arch.cfg, images=4)
+    for epoch, factor in ((0, 1), (1, 0.75), (2, 0.5), (3, 0.25), (4, 0), (math.inf, 0)):
+        losses = arch.compute_losses(batch, 0.05, epoch)
+        others = {"dino_local_crops_loss": 2 * factor, "dino_global_crops_loss": 2, "koleo_loss": 0.1, "ibot_loss": 1}
+        expected = sum(others[name] * value for name, value in losses.items() if name != "total_loss")
+        torch.testing.assert_close(losses["total_loss"], expected)

@@ -1,5 +1,7 @@
 """Views without colours."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -8,6 +10,10 @@ from dinov2.data.augment.step import AugmentationStep, View
 
 class Grayscale(AugmentationStep):
     """Drop the colours of a view; what follows works on one channel, in a third of the time."""
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.per_tile = options.jitter_per_tile
 
     def draw(self, rng: np.random.Generator, view: View) -> bool | None:
         """Draw whether the colours are dropped."""

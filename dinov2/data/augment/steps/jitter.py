@@ -19,6 +19,7 @@ class Jitter(AugmentationStep):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
+        self.per_tile = options.jitter_per_tile
         self._ranges: list[tuple[str, float, float]] = []  # name, lowest amount, width of the range
         for name in ("brightness", "contrast", "saturation"):
             strength = getattr(options, name)

@@ -155,11 +155,11 @@ def test_quarter_turns_leave_all_other_draws_as_they_were(tissue):
     for index in range(8):
         drawn = turning.sample(tissue.shape[:2], index)
         before, after = ([*c.global_crops, *c.local_crops] for c in (plain(tissue, index), turning(tissue, index)))
-        for upright, turned, (_, params) in zip(before, after, drawn, strict=True):
+        for upright, turned, (_, params, _) in zip(before, after, drawn, strict=True):
             turns = params.get("rotate90", 0)
             assert np.array_equal(turned.numpy(), np.rot90(upright.numpy(), turns, (1, 2)))
             seen.add(turns)
-        without = [(box, {k: v for k, v in params.items() if k != "rotate90"}) for box, params in drawn]
+        without = [v._replace(params={k: p for k, p in v.params.items() if k != "rotate90"}) for v in drawn]
         assert without == plain.sample(tissue.shape[:2], index)
     assert seen == {0, 1, 2, 3}
 
@@ -257,3 +257,54 @@ def test_impossible_settings_are_refused():
 def test_no_local_views_give_an_empty_tensor(tiles):
     crops = make_augmentation(local_crops_number=0, local_crops_size=96)(tiles[0], 0)
     assert crops.local_crops.shape == (0, 3, 96, 96)
+
+
+def test_colours_may_be_adjusted_in_all_views_of_a_tile_alike():
+    alike = make_augmentation(options(jitter_per_tile=True, grayscale_prob=0.5))
+    jitters, greys = set(), set()
+    for index in range(20):
+        views = alike.sample((224, 224), index)
+        for name, seen in (("jitter", jitters), ("grayscale", greys)):
+            drawn = {repr(view.params.get(name)) for view in views}
+            assert len(drawn) == 1
+            seen |= drawn
+    assert (len(jitters) > 10, greys) == (True, {"None", "True"})
+
+
+def test_local_views_may_be_windows_of_the_global_ones(tissue):
+    """Each is found at whole patches in the global view, mirrored and turned as it, in all places up to the borders."""
+    section = options(**OFF | {"horizontal_flip_prob": 0.5}, steps=TURNS)
+    cut = make_augmentation(
+        section, localcrops_subset_of_globalcrops=True, patch_size=14, local_crops_number=6, global_crops_size=154
+    )
+    places = set()
+    for index in range(30):
+        crops = cut(tissue, index)
+        for number, window in enumerate(crops.local_crops):
+            whole = crops.global_crops[number // 3]
+            windows = whole.unfold(1, 98, 14).unfold(2, 98, 14)  # (3, 5, 5, 98, 98)
+            found = (windows == window[:, None, None]).all(-1).all(-1).all(0).nonzero().tolist()
+            assert len(found) == 1
+            places.add(tuple(found[0]))
+    assert len(places) == 25
+
+
+def test_windows_are_coloured_by_themselves(tissue):
+    cut = make_augmentation(localcrops_subset_of_globalcrops=True)
+    views = cut.sample(tissue.shape[:2], 0)
+    assert len({repr(view.params.get("jitter")) for view in views}) > 5
+    assert {view.box for view in views[2:6]} == {views[0].box}
+    assert {view.box for view in views[6:]} == {views[1].box}
+
+
+@pytest.mark.parametrize("settings", [{"local_crops_number": 3}, {"local_crops_size": 238}])
+def test_windows_that_cannot_be(settings):
+    with pytest.raises(ValueError, match="localcrops_subset_of_globalcrops"):
+        make_augmentation(localcrops_subset_of_globalcrops=True, **settings)
+
+
+def test_aspects_of_boxes_reach_to_their_bounds():
+    rng = np.random.default_rng(0)
+    drawn = np.array([sample_box(rng, (4000, 4000), (0.2, 0.3), 1.05) for _ in range(2000)])
+    logs = np.log(drawn[:, 3] / drawn[:, 2]) / np.log(1.05)
+    assert abs(stats.kstest(logs, stats.uniform(-1, 2).cdf).statistic) < 0.04
