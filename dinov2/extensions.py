@@ -29,6 +29,7 @@ AUGMENTATIONS = Registry(
         "jitter": "dinov2.data.augment.steps.jitter:Jitter",
         "grayscale": "dinov2.data.augment.steps.grayscale:Grayscale",
         "blur": "dinov2.data.augment.steps.blur:Blur",
+        "rand_stain": "dinov2.data.augment.steps.rand_stain:RandStain",
         "solarize": "dinov2.data.augment.steps.solarize:Solarize",
     },
 )

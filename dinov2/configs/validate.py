@@ -221,7 +221,8 @@ def _window_faults(config: Config) -> Iterator[str]:
     if crops.local_crops_number % 2:
         yield (
             f"crops.local_crops_number = {crops.local_crops_number} is odd, while "
-            "crops.localcrops_subset_of_globalcrops cuts half of them out of either global view; an even number is expected."
+            "crops.localcrops_subset_of_globalcrops cuts half of them out of either global view; an even number is "
+            "expected."
         )
     if crops.local_crops_size > crops.global_crops_size:
         yield (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
+from skimage import color
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
 
@@ -17,6 +18,7 @@ from dinov2.data.augment.steps.flips import Flips
 from dinov2.data.augment.steps.grayscale import Grayscale
 from dinov2.data.augment.steps.hed import Hed
 from dinov2.data.augment.steps.jitter import ADJUSTMENTS, Jitter
+from dinov2.data.augment.steps.rand_stain import RandStain
 from dinov2.data.augment.steps.rotate90 import Rotate90
 from dinov2.data.augment.steps.solarize import Solarize
 from dinov2.extensions import AUGMENTATIONS, BUILT_IN_STEPS
@@ -165,6 +167,27 @@ def test_solarisation_is_pillows(tissue, threshold):
         assert_rate(draws(solarize, view=view), probability)
 
 
+def test_rand_stain_gives_views_the_statistics_it_drew(tissue):
+    """As scikit-image measures them, on tissue of a size at which no colour leaves the range of RGB."""
+    stain = RandStain(RandStain.Options(prob=1.0))
+    target = [60.0, 12.0, -14.0], [8.0, 4.0, 5.0]
+    found = color.rgb2lab(stain.apply(tissue, target)).reshape(-1, 3)
+    np.testing.assert_allclose(found.mean(0), target[0], atol=0.5)
+    np.testing.assert_allclose(found.std(0), target[1], atol=0.5)
+    flat = np.full((8, 8, 3), 120, np.uint8)
+    assert np.unique(stain.apply(flat, target).reshape(-1, 3), axis=0).shape == (1, 3)
+
+
+def test_rand_stain_draws_its_statistics_from_normals():
+    options = RandStain.Options(prob=0.5, mean=(60, 20, -20), mean_spread=(4, 3, 2), deviation=(1, 10, 10), strength=2)
+    drawn = draws(RandStain(options))
+    assert_rate(drawn, 0.5)
+    means, deviations = np.array([one for one in drawn if one is not None]).transpose(1, 0, 2)
+    np.testing.assert_allclose(means.mean(0), (60, 20, -20), atol=1)
+    np.testing.assert_allclose(means.std(0), (8, 6, 4), rtol=0.1)
+    assert deviations.min() == 0 and abs(np.median(deviations[:, 1]) - 10) < 1
+
+
 def test_steps_leave_their_input_alone(tissue):
     before = tissue.copy()
     jitter = [(name, 0.3) for name in ADJUSTMENTS]
@@ -172,4 +195,5 @@ def test_steps_leave_their_input_alone(tissue):
     Flips(options()).apply(tissue, (True, True))
     Grayscale(options()).apply(tissue, True)
     Blur(options()).apply(tissue, 2.0)
+    RandStain(RandStain.Options()).apply(tissue, ([50, 0, 0], [9, 9, 9]))
     assert np.array_equal(tissue, before)
