@@ -137,8 +137,8 @@ def check_divides(global_batch: int, world_size: int, accumulation: int) -> None
             f"processes that divides {global_batch}."
         )
     raise ValueError(
-        f"The global batch of {global_batch} images does not divide over {world_size} processes and "
-        f"optim.accumulation_steps = {accumulation} micro-batches; use numbers whose product divides {global_batch}."
+        f"The global batch of {global_batch} images does not divide over optim.accumulation_steps = {accumulation} "
+        f"micro-batches of {world_size} processes; use numbers whose product divides {global_batch}."
     )
 
 
