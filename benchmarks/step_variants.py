@@ -87,7 +87,7 @@ class Ours:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Make one step; the losses and gradient norms, on the device. Nothing waits for it."""
         self._made += 1
-        return self._training_step(self._made - 1, batch, VALUES)
+        return self._training_step(self._made - 1, [batch], VALUES)
 
     def gradients(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses and, by name, gradients; no update."""

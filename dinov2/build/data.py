@@ -41,8 +41,8 @@ _CHECKED_BYTES = 1 << 28  # ... and of their row groups, where those come over a
 class Workload(Protocol):
     """Part of a run's plan that concerns its data."""
 
-    global_batch: int
-    local_batch: int
+    global_batch: int  # images of a step over all processes
+    local_batch: int  # images that a process takes at a time
     world_size: int
     total_images: int
 
@@ -150,7 +150,7 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
     """The stream as lines of text, for the start of a run and for ``--dry-run``."""
     sample_order, source = data.order(**order), data.source
     prefetch = Prefetch.suited_to(source, config.data.memory_gib * GIB)
-    split = {"global_batch": plan.global_batch, "world_size": plan.world_size}
+    split = {"global_batch": plan.local_batch * plan.world_size, "world_size": plan.world_size}
     stored = memory_bound(source, sample_order, prefetch=prefetch, **split)
     crops = config.crops
     pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
@@ -219,11 +219,14 @@ def build_loader(
 
     ``order`` is what `order_parameters` returned; batches go to ``device``.
     """
+    # A micro-batch of all ranks is consecutive, so that its composition does not depend on their number.
+    micro_batch = plan.local_batch * plan.world_size
     return TrainLoader(
         data.source,
         build_augmentation(config),
         build_collate(config),
-        global_batch=plan.global_batch,
+        global_batch=micro_batch,
+        batches_per_step=plan.global_batch // micro_batch,
         rank=get_global_rank(),
         world_size=get_global_size(),
         start_sample=start_sample,

@@ -33,6 +33,10 @@ OLDER_KEYS = {
     "train.exclusion_file": OlderKey("data.exclusion_file"),
     "train.validation_share": OlderKey("data.validation_fraction"),
     "train.tile_size": OlderKey("data.tile_size"),
+    # OpenMidnight's files of high-resolution post-training.
+    "train.patch_size_pixels": OlderKey("data.tile_size"),
+    "train.teacher_checkpoint_path": OlderKey("MODEL.WEIGHTS"),
+    "train.gradient_accumulation_steps": OlderKey("optim.accumulation_steps"),
     "train.slide_mpp_file": OlderKey("data.mpp_file"),
     "train.slide_root": OlderKey("data.slide_root"),
     "train.sample_list_columns": OlderKey("data.sample_list_columns"),

@@ -137,7 +137,7 @@ class OnlineConfig:
 class TrainConfig:
     """Batch, steps, checkpoints."""
 
-    batch_size_per_gpu: int | Auto = key(64, "images per process; auto: what the GPU holds", least=1, most=1e6)
+    batch_size_per_gpu: int | Auto = key(64, "images per process at once; auto: what the GPU holds", least=1, most=1e6)
     output_dir: str = key(".", "the run's folder where --output-dir is not given", is_path=True)
     seed: int = key(0, "of everything random", least=0, most=2**64 - 1)
     num_workers: int = key(10, "decode processes per training process; 0: none", least=0, most=1024)
@@ -313,6 +313,9 @@ class OptimConfig:
     layerwise_decay: float = key(0.9, "learning-rate factor per layer below the top; 1: none", above=0, most=10)
     adamw_beta1: float = key(0.9, "decay of the first moment", least=0, below=1)
     adamw_beta2: float = key(0.999, "decay of the second moment", least=0, below=1)
+    accumulation_steps: int = key(
+        1, "micro-batches of batch_size_per_gpu per step; Sinkhorn, KDE and KoLeo see one at a time", least=1, most=1e6
+    )
 
 
 @dataclass(frozen=True)

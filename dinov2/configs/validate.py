@@ -166,7 +166,7 @@ def _step_faults(config: Config, world_size: int) -> Iterator[str]:
     batch, optim, epoch = config.train.batch_size_per_gpu, config.optim, config.train.OFFICIAL_EPOCH_LENGTH
     if optim.epochs != "auto":
         steps = min(optim.epochs, optim.early_stop or optim.epochs) * epoch
-        images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size
+        images = optim.epochs * epoch * (2 if batch == "auto" else batch) * world_size * optim.accumulation_steps
         if round(steps) == 0 or optim.epochs * epoch > _MOST_STEPS or images >= 2**62:
             yield (
                 f"optim.epochs = {optim.epochs}, optim.early_stop = {optim.early_stop} and train.OFFICIAL_EPOCH_LENGTH "

@@ -64,6 +64,17 @@ def shard(
             unit.set_modules_to_backward_prefetch(backward[i + 1 : i + 1 + prefetch])
 
 
+def defer_reduction(module: nn.Module, deferred: bool) -> None:
+    """Say whether the next backwards of a sharded module only add up gradients, which a later one then averages.
+
+    Meanwhile this rank holds them whole, in the dtype of the average, and keeps what it has gathered for the next
+    forward. A plain module is left as it is.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(not deferred)
+        module.set_reshard_after_backward(not deferred)
+
+
 def local_world_size() -> int:
     """Return the number of this machine's processes (torchrun's ``LOCAL_WORLD_SIZE``), all without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", get_global_size()))

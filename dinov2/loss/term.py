@@ -19,7 +19,7 @@ from dinov2.loss.sinkhorn import Assignments
 
 @dataclass(frozen=True)
 class StepOutputs:
-    """Outputs of student and teacher for one batch of this rank; tensors on the device, views outermost.
+    """Outputs of student and teacher for one micro-batch of this rank; tensors on the device, views outermost.
 
     What comes from the student carries gradients, what comes from the teacher none.
     """
@@ -54,7 +54,10 @@ class LossContext:
 
 
 class LossTerm(nn.Module):
-    """One term: called once a step with a `StepOutputs`, on every rank; it must not wait for the device.
+    """One term: called with the `StepOutputs` of a batch, on every rank; it must not wait for the device.
+
+    Of a step of several micro-batches (``optim.accumulation_steps``) it is called once for each, sees that one alone,
+    and the mean of its values is the step's.
 
     Its trainable parameters, if any, are treated as a head's: float32, sharded, gradients averaged over ranks, clipped
     by their own norm (metric ``grad_norm_<name>``), decayed and scheduled with the rest, saved and restored. Buffers

@@ -37,7 +37,16 @@ from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
-from dinov2.train.plan.plan import ASSUMED_GPU, RunPlan, describe_plan, disk_needs, find_gpu, make_plan, parameter_table
+from dinov2.train.plan.plan import (
+    ASSUMED_GPU,
+    RunPlan,
+    check_divides,
+    describe_plan,
+    disk_needs,
+    find_gpu,
+    make_plan,
+    parameter_table,
+)
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, decode_state, describe_state
@@ -87,6 +96,9 @@ class Run:
             self.performance = resolve_performance(config, device)
             on_main_process(partial(check_backbone, config, with_weights=saved is None))
             self.costs = StepCosts(config, self.performance.compile and device.type == "cuda")
+            if saved:
+                accumulation = config.optim.accumulation_steps
+                on_main_process(partial(check_divides, saved["global_batch"], get_global_size(), accumulation))
             data = self._open_data(saved)
             self.plan = self._make_plan(saved, data.num_tiles)
         self.state = self.watchdog.state
@@ -132,8 +144,8 @@ class Run:
             logger.warning("%s", note)
         if config.logging.samples:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
-            batches = logged_samples(batches, path, self.state.step)
-        batches = recent = RecentBatches(batches, self.state.step)
+            batches = logged_samples(batches, path, self.state.step, plan.accumulation)
+        batches = recent = RecentBatches(batches, self.state.step, plan.accumulation)
         schedules = Schedules(config.optim, config.teacher, plan, config.schedules)
         learning, patience = chance_patience(schedules, self.state, plan.total_steps, config.logging.period_iterations)
         patches = config.ibot if config.ibot.separate_head else config.dino
@@ -155,7 +167,7 @@ class Run:
             state=self.state,
             batches=device_batches(batches, config, self.device),
             log_period=config.logging.period_iterations,
-            flops=on_main_process(lambda: self.costs.flops(plan.local_batch).model),
+            flops=on_main_process(lambda: (self.costs.flops(plan.local_batch) * plan.accumulation).model),
             sinks=[sinks],
             hooks=self._hooks(sinks),
             stop_asked=lambda: self.stop.asked() or self.checkpointer.has_failed,
@@ -199,7 +211,8 @@ class Run:
         memory = MemoryModel(self.costs, world, local_world_size())
 
         def plan() -> RunPlan:
-            batch = saved["global_batch"] if saved else resolve_batch(self.config, memory, free) * world
+            images = world * self.config.optim.accumulation_steps
+            batch = saved["global_batch"] if saved else resolve_batch(self.config, memory, free) * images
             plan = make_plan(self.config, world, batch, num_tiles)
             if free and (warning := check_fits(plan.local_batch, memory, free)):
                 logger.warning("%s", warning)
@@ -292,19 +305,26 @@ def chance_patience(schedules: Schedules, state: TrainState, total_steps: int, l
     return learning, max(5 * log_period, min(1000, total_steps // 10))
 
 
-def logged_samples(batches: Iterable[dict[str, Any]], path: Path, first_step: int) -> Iterator[dict[str, Any]]:
-    """Pass batches on and append a JSON line to ``path`` for each, for audits: what a step consumes on this rank.
+def logged_samples(
+    batches: Iterable[dict[str, Any]], path: Path, first_step: int, accumulation: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Pass batches on and append a JSON line to ``path`` for each step, for audits: what it consumes on this rank.
 
-    A line holds ``step`` (the first one is 1), ``ranks`` (their number), ``indices`` (global sample indices) and
-    ``rows`` (row group and row of each, as the stream numbers them; of the row that stands in, where one was corrupt).
-    After a resume the last line of a step is the valid one, on as many ranks as rank 0's says. Batches are on the CPU,
-    the first one after ``first_step`` completed steps.
+    A step takes so many batches, its ``accumulation``, and its line comes with the last. A line holds ``step`` (the
+    first one is 1), ``ranks`` (their number), ``indices`` (global sample indices) and ``rows`` (row group and row of
+    each, as the stream numbers them; of the row that stands in, where one was corrupt). After a resume the last line
+    of a step is the valid one, on as many ranks as rank 0's says. Batches are on the CPU, the first one after
+    ``first_step`` completed steps.
     """
     with path.open("a", buffering=1) as file:
-        for step, batch in enumerate(batches, first_step + 1):
-            indices = batch["indices"].tolist()
-            line = {"step": step, "ranks": get_global_size(), "indices": indices, "rows": batch["rows"]}
-            file.write(json.dumps(line) + "\n")
+        indices, rows = [], []
+        for number, batch in enumerate(batches, 1):
+            indices, rows = [*indices, *batch["indices"].tolist()], [*rows, *batch["rows"]]
+            if number % accumulation == 0:
+                step = first_step + number // accumulation
+                line = {"step": step, "ranks": get_global_size(), "indices": indices, "rows": rows}
+                file.write(json.dumps(line) + "\n")
+                indices, rows = [], []
             yield batch
 
 
@@ -343,7 +363,7 @@ def dry_run(config: Config, world_size: int) -> str:
     memory = MemoryModel(costs, world_size, local_world_size())
     gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
     batch, data = resolve_batch(config, memory, gpu.memory), open_data(config)
-    plan = make_plan(config, world_size, batch * world_size, data.num_tiles)
+    plan = make_plan(config, world_size, batch * world_size * config.optim.accumulation_steps, data.num_tiles)
     stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
     stream = "\n".join([stream, *check_rows(config, data)])
     open_tasks(config, data)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dinov2.configs import Config, config_from_mapping
 from dinov2.configs.schema import AUTO_EPOCHS
 from dinov2.distributed import broadcast_object, get_global_size, is_main_process
-from dinov2.fsdp import load_full_state_dict, shard
+from dinov2.fsdp import defer_reduction, load_full_state_dict, shard
 from dinov2.layers import DINOHead
 from dinov2.loss import EAGER, Assignments, Centering, LossContext, StepOutputs, build_terms, sinkhorn_assignments_of
 from dinov2.models import build_model_from_cfg
@@ -71,10 +71,12 @@ class SSLMetaArch(nn.Module):
         self.dino_loss = Centering((1, class_prototypes))
         self.ibot_patch_loss = Centering((1, 1, patch_prototypes))
         self.kernels = EAGER
+        # Whether the next batch is the last one of an optimiser step, see `begin_micro_batch`.
+        self.completes_step = True
         # Of the newest batch, what each loss that has such a level would be if the student told nothing apart.
         self.chance: dict[str, Tensor] = {}
-        # Whether figures of health are taken of the next batch; those of the newest one that they were taken of, and
-        # the teacher's class tokens (B, D) of its first views.
+        # Whether figures of health are taken of the batch that completes the step; those of the newest one that they
+        # were taken of, and the teacher's class tokens (B, D) of its first views.
         self.measures_health = False
         self.health: dict[str, Tensor] = {}
         self.class_tokens = torch.empty(0)
@@ -124,6 +126,20 @@ class SSLMetaArch(nn.Module):
         """Make ready for a zero-based step, before its losses: replace the gram teacher where that is due."""
         if self.gram_teacher is not None:
             self.gram_teacher.begin(step, self._anchored[0].weight_at(epoch), self.teacher.backbone)
+
+    def begin_micro_batch(self, completes_step: bool) -> None:
+        """Make ready for a batch, before its losses, of the several whose gradients add up to an optimiser step's.
+
+        Before the last one, centres of the teacher's targets stay, and gradients are not averaged over ranks but where
+        ``FULL_SHARD`` asks for little memory.
+        """
+        if completes_step == self.completes_step:
+            return
+        self.completes_step = completes_step
+        for name, module in self.trained.items():
+            settings = getattr(self.cfg.compute_precision.student, name) if name in self.student else None
+            if settings is None or settings.sharding_strategy != "FULL_SHARD":
+                defer_reduction(module, not completes_step)
 
     def freeze_all_but_last_blocks(self, n: int) -> None:
         """Train only the last ``n`` backbone blocks, the final norm and the heads; 0 leaves all trainable.
@@ -190,7 +206,7 @@ class SSLMetaArch(nn.Module):
     def compute_losses(
         self, batch: Mapping[str, Any], teacher_temp: float, epoch: float = math.inf
     ) -> dict[str, Tensor]:
-        """The losses of one batch; all ranks must call.
+        """The losses of one batch; all ranks must call. Of several that make a step, see `begin_micro_batch`.
 
         Args:
             batch: on the networks' device: normalised ``global_crops`` (2B, 3, S, S) and ``local_crops``
@@ -218,7 +234,7 @@ class SSLMetaArch(nn.Module):
                 loss: level.detach() if isinstance(level, Tensor) else total.new_full((), level)
                 for loss, level in term.chance(outputs).items()
             }
-        if self.measures_health:
+        if self.measures_health and self.completes_step:
             self.health = health_of_targets(outputs, self.losses)
             for term in self.losses.values():
                 self.health |= term.figures(outputs)
@@ -276,8 +292,8 @@ class SSLMetaArch(nn.Module):
             return of_classes.probs(), of_patches if factored else of_patches.probs()
         of_classes = self.dino_loss.probs(teacher.class_logits, temp)
         of_patches = self.ibot_patch_loss.probs(teacher.patch_logits, temp)
-        self.dino_loss.update_center(teacher.class_logits)
-        self.ibot_patch_loss.update_center(teacher.patch_logits, row_weight)
+        self.dino_loss.update_center(teacher.class_logits, completes_step=self.completes_step)
+        self.ibot_patch_loss.update_center(teacher.patch_logits, row_weight, self.completes_step)
         return of_classes, of_patches
 
     def _run(

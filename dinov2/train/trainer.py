@@ -30,7 +30,7 @@ class Trainer:
     schedules: Schedules
     plan: RunPlan
     state: TrainState  # where to start
-    batches: Iterable[dict[str, Any]]  # on the device, beginning at ``state.samples``
+    batches: Iterable[dict[str, Any]]  # micro-batches on the device, beginning at ``state.samples``
     log_period: int  # steps per metric record
     flops: int = 0  # model arithmetic of a step on one process, for the metric ``tflops``
     sinks: Sequence[Sink] = ()  # receivers of metric records (rank 0 only; empty elsewhere)
@@ -64,11 +64,11 @@ class Trainer:
                 asked = time.perf_counter()
                 is_first = self.state.step == first
                 with self.phase("waiting for a batch", is_long=is_first):
-                    batch = next(batches)
+                    of_step = [next(batches) for _ in range(self.plan.accumulation)]
                 self._waited += time.perf_counter() - asked
                 self.guard.stop_asked = self.stop_asked()
                 with self.phase("in a step", with_others=True, is_long=is_first):
-                    self.train_step(batch)
+                    self.train_step(of_step)
                 with self.phase("saving, exporting or probing", with_others=True, is_long=True):
                     for hook in self.hooks:
                         hook.after_step(self.state, self.guard)
@@ -81,17 +81,17 @@ class Trainer:
     def _to_stop(self) -> bool:
         return self.guard.stop_agreed or self.guard.collapse_agreed
 
-    def train_step(self, batch: dict[str, Any]) -> None:
-        """One optimiser step on one batch (device tensors); all ranks must call."""
+    def train_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """One optimiser step on its micro-batches (device tensors), of which there may be one; all ranks must call."""
         values = self.schedules[self.state.step]
         due = self._record_due(self.state.step + 1)
         self.training_step.arch.measures_health = due
-        metrics = self.training_step(self.state.step, batch, values)
+        metrics = self.training_step(self.state.step, batches, values)
         self.state.step += 1
         self.state.samples += self.plan.global_batch
         self._metrics.add(metrics)
         if due:
-            self._record(values, batch["slide_ids"])
+            self._record(values, torch.cat([batch["slide_ids"] for batch in batches]))
             self.guard.agree_on_collapse(self.collapsed())
 
     def _begin_period(self) -> None:

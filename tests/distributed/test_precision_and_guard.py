@@ -87,7 +87,7 @@ def overflow_at_step_2(where: str) -> list[tuple[dict[str, Tensor], float]]:
         change_loss(trainer, 2, lambda loss: loss * 1e30)  # finite itself; its gradient is not in fp16
     seen = []
     for step, batch in enumerate(random_batches(config, 0, 4)):
-        trainer.train_step(batch)
+        trainer.train_step([batch])
         if step > 0:
             seen.append((whole_state(trainer), scaler.get_scale()))
     trainer.guard.flush()

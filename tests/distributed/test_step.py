@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dinov2.configs import load_config
 from dinov2.distributed import all_reduce_sum, get_global_size
@@ -37,13 +38,15 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     performance = resolve_performance(config, CPU)
     step = build_training_step(arch, optimizer, scaler, performance, IMAGES)
-    batch = random_batch(config, IMAGES, rank, get_global_size())
+    batches = [
+        random_batch(config, IMAGES, rank, get_global_size(), IMAGES * part)
+        for part in range(config.optim.accumulation_steps)
+    ]
     values = ScheduleValues(lr=1e-3, last_layer_lr=1e-3, wd=0.04, mom=0.9, teacher_temp=0.05)
     seen: dict[str, Tensor] = {}
     for number in range(2):
         step.begin(number, values)
-        losses = arch.compute_losses(batch, values.teacher_temp)
-        step.backward(losses)
+        losses, _ = step.accumulate(batches, values)
         if number == 0:
             seen |= {
                 f"grad/{name}": whole(p.grad)
@@ -80,9 +83,14 @@ def two_steps(rank: int, overrides: tuple[str, ...]) -> dict[str, Tensor]:
          "student.options.untie_cls_and_patch_norms=true"),
         ("losses.gram.it_load_ema_teacher=0", "losses.gram.update_frequency=1", "losses.gram.img_level=true",
          "losses.gram.weight=5"),
+        ("optim.accumulation_steps=3", TERM, "performance.prefetch_blocks=2"),
+        ("optim.accumulation_steps=2", "train.centering=centering", "train.unfreeze_last_n_blocks=1",
+         "compute_precision.student.backbone.sharding_strategy=FULL_SHARD",
+         "compute_precision.student.dino_head.sharding_strategy=NO_SHARD",
+         "compute_precision.teacher.dino_head.sharding_strategy=NO_SHARD"),
     ],
     ids=["sinkhorn", "shared-head-centering-frozen-blocks", "other-sharding", "compiled", "term-with-weights",
-         "own-backbone", "dinov3", "gram"],
+         "own-backbone", "dinov3", "gram", "accumulation", "accumulation-other-sharding"],
 )  # fmt: skip
 def test_two_processes_equal_one(overrides: tuple[str, ...]):
     one = two_steps(0, overrides)
@@ -93,3 +101,26 @@ def test_two_processes_equal_one(overrides: tuple[str, ...]):
         # Adam divides by the root of the second moment, which lifts rounding in the smallest gradients.
         atol = 2e-5 if name.startswith(("student", "teacher", "gram_teacher")) else 2e-6
         torch.testing.assert_close(first[name], expected, rtol=2e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def averaged_by_micro_batch(rank: int, strategy: str) -> list[set[str]]:
+    """After each of two micro-batches of a step, modules whose gradients have been averaged over ranks."""
+    keys = [f"compute_precision.{role}.backbone.sharding_strategy={strategy}" for role in ("student", "teacher")]
+    config = load_config(None, [*TINY, *EXACT, *keys, "optim.accumulation_steps=2"])
+    arch = build_arch(config, CPU, from_checkpoint=False)
+    averaged = []
+    for number in range(2):
+        arch.begin_micro_batch(completes_step=number == 1)
+        batch = random_batch(config, IMAGES, rank, get_global_size(), IMAGES * number)
+        arch.compute_losses(batch, 0.05)["total_loss"].backward()
+        # One that is not averaged yet lies beside a gathered weight, whole.
+        gradients = {name: [p.grad for p in module.parameters()] for name, module in arch.student.items()}
+        averaged.append({name for name, of in gradients.items() if any(isinstance(g, DTensor) for g in of)})
+    return averaged
+
+
+@pytest.mark.parametrize(("strategy", "early"), [("SHARD_GRAD_OP", set()), ("FULL_SHARD", {"backbone"})])
+def test_gradients_are_averaged_over_processes_once_a_step(strategy: str, early: set[str]):
+    """But where memory is what the sharding is for: whole gradients are then never held."""
+    for before, after in run_ranks(averaged_by_micro_batch, strategy):
+        assert before == early and after == {"backbone", "dino_head", "ibot_head"}

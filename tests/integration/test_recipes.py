@@ -16,6 +16,7 @@ NARROW = (
     *("ibot.head_n_prototypes=48", "ibot.head_hidden_dim=32", "ibot.head_bottleneck_dim=16"),
     *("train.batch_size_per_gpu=4", "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=1"),
     *("optim.early_stop=null", "optim.warmup_epochs=0", "train.use_pretrained=false", "train.skip_checkpointer=true"),
+    "MODEL.WEIGHTS=",
     *("precision=fp32", "performance.fp8=none", "crops.local_crops_number=2", "logging.period_iterations=1"),
     *("data.kind=parquet", "logging.wandb=false"),
 )

@@ -44,6 +44,7 @@ class TrainLoader:
         max_corrupt_fraction: fraction of this rank's samples, or of the first 10,000, that may be corrupt.
         start_method: how workers start. By default they are forked on Linux, which is safe since the reader's
             threads start later; loaders started while this one is being read should use "forkserver".
+        batches_per_step: batches that make an optimiser step; the checkpoint tells the images of all of them.
         **split: `global_batch`, `rank`, `world_size`, `start_sample` and `prefetch` of the `RankReader`.
 
     `stream_state` is for the checkpoint: what must be equal for a resumed run to go on with the same samples.
@@ -61,15 +62,15 @@ class TrainLoader:
         pin_memory: bool = False,
         max_corrupt_fraction: float = 0.001,
         start_method: str | None = None,
+        batches_per_step: int = 1,
         **split: Any,
     ) -> None:
         # In this process and before the fork: a forked child that stops the thread pool it inherited hangs.
         cv2.setNumThreads(1)
         self._reader = RankReader(source, order, **split)
         self._max_corrupt_fraction = max_corrupt_fraction
-        self.stream_state = {
-            **order.parameters, "global_batch": split["global_batch"], "fingerprint": source.fingerprint
-        }  # fmt: skip
+        global_batch = split["global_batch"] * batches_per_step
+        self.stream_state = {**order.parameters, "global_batch": global_batch, "fingerprint": source.fingerprint}
         default_method = "fork" if sys.platform == "linux" else None
         self._make_loader = partial(
             DataLoader,

@@ -47,7 +47,7 @@ _PARTITIONER = "aot_eager_decomp_partition"
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of one step on one process; a matmul of (n, a) by (a, b) counts 2nab.
+    """Floating-point operations of one step, or micro-batch, on one process; (n, a) by (a, b) counts 2nab.
 
     Attributes:
         model: what the method asks for, the figure for model FLOPs utilisation. The switches that change what is
@@ -61,6 +61,9 @@ class StepFlops:
     model: int
     hardware: int
     dense: int
+
+    def __mul__(self, times: int) -> StepFlops:
+        return StepFlops(times * self.model, times * self.hardware, times * self.dense)
 
 
 @dataclass(frozen=True)

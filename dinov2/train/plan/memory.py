@@ -32,16 +32,21 @@ class MemoryPrediction:
     weights: int  # fp32 student and teachers, this rank's shards
     moments: int  # AdamW's two
     copies: int  # low-precision weights: kept, gathered, or cast and saved by autograd
-    gradients: int  # fp32, this rank's shards, all present when the backward ends
+    gradients: int  # fp32, all present when the backward ends: this rank's shards, or those that accumulate
     saved: int  # what the student's forward leaves for the backward
     peak: int  # most that is allocated in forward and backward
     batch: int  # crops in float32, of this step and of the next
+    accumulates: bool = False  # whether earlier micro-batches have left gradients when a backward begins
 
     @property
     def total(self) -> int:
         """The peak: where the backward begins, or where it ends, with all gradients and nothing else left."""
         states = self.weights + self.moments + self.copies + self.batch
-        return states + max(self.saved, self.gradients) + self.backward
+        return states + self._largest + self.backward
+
+    @property
+    def _largest(self) -> int:
+        return self.saved + self.gradients if self.accumulates else max(self.saved, self.gradients)
 
     @property
     def backward(self) -> int:
@@ -52,8 +57,11 @@ class MemoryPrediction:
         """Parts of the peak, in GiB, on one line."""
         parts = {"fp32 weights": self.weights, "moments": self.moments}
         parts |= {"low-precision weights": self.copies, "crops": self.batch}
-        largest = "activations" if self.saved > self.gradients else "gradients"
-        parts |= {largest: max(self.saved, self.gradients), "backward": self.backward}
+        if self.accumulates:
+            parts |= {"gradients": self.gradients, "activations": self.saved}
+        else:
+            parts["activations" if self.saved > self.gradients else "gradients"] = self._largest
+        parts["backward"] = self.backward
         return ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
 
 
@@ -86,13 +94,17 @@ class MemoryModel:
 
     def _at(self, images: int, activations: Cost) -> MemoryPrediction:
         config, student = self._costs.config, self._costs.student
-        weights = trained = 0
+        accumulation = config.optim.accumulation_steps
+        weights = trained = gradients = 0
         over = {"NO_SHARD": 1, "HYBRID_SHARD": min(self._world, self._node)}  # ranks that split fp32 states
         for name, module in student.items():
             strategy = getattr(config.compute_precision.student, name).sharding_strategy
             shards = over.get(strategy, self._world)
             weights += 2 * 4 * _numel(module) // shards
             trained += _numel(module, trained_only=True) // shards
+            # Before the last micro-batch they are whole, but where each one's are averaged, see `begin_micro_batch`.
+            whole = accumulation > 1 and strategy != "FULL_SHARD"
+            gradients += 4 * (_numel(module, trained_only=True) // (1 if whole else shards))
             if name == "backbone" and self._costs.gram_teacher is not None:
                 weights += 4 * _numel(module) // shards
         # Two whole blocks' gradients before they are reduced.
@@ -104,10 +116,11 @@ class MemoryModel:
             weights=weights,
             moments=8 * trained,
             copies=self._copies(),
-            gradients=4 * trained,
+            gradients=gradients,
             saved=activations.saved,
             peak=activations.peak + unreduced,
-            batch=2 * 4 * 3 * images * pixels,
+            batch=2 * 4 * 3 * images * pixels * accumulation,
+            accumulates=accumulation > 1,
         )
 
     def _copies(self) -> int:

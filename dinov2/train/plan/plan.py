@@ -70,18 +70,19 @@ class RunPlan:
     """Derived figures of a run."""
 
     world_size: int  # training processes
-    global_batch: int  # images per step over all processes, fixed at the first launch
+    global_batch: int  # images per optimiser step over all processes, fixed at the first launch
     epoch_steps: int
     total_steps: int  # after which training ends
     schedule_steps: int  # span of the cosine schedules
     peak_lr: float  # after the scaling rule
     lr_factor: float  # of that rule
     auto_tiles: int = 0  # tiles from whose number ``optim.epochs: auto`` follows; 0 where it is given
+    accumulation: int = 1  # micro-batches per optimiser step
 
     @property
     def local_batch(self) -> int:
-        """Images per step and process."""
-        return self.global_batch // self.world_size
+        """Images that a process computes at a time: those of a step, or of each of its micro-batches."""
+        return self.global_batch // (self.world_size * self.accumulation)
 
     @property
     def total_images(self) -> int:
@@ -100,12 +101,9 @@ def make_plan(
     images, and at least its fewest passes in any case. Raises ValueError if the batch does not divide over the
     processes, or the number of tiles is needed and None.
     """
-    batch = global_batch or config.train.batch_size_per_gpu * world_size
-    if batch % world_size:
-        raise ValueError(
-            f"The global batch of {batch} images does not divide over {world_size} processes; use a number of "
-            f"processes that divides {batch}."
-        )
+    accumulation = config.optim.accumulation_steps
+    batch = global_batch or config.train.batch_size_per_gpu * world_size * accumulation
+    check_divides(batch, world_size, accumulation)
     optim, epochs, epoch_steps = config.optim, config.optim.epochs, config.train.OFFICIAL_EPOCH_LENGTH
     auto_tiles = 0
     if epochs == "auto":
@@ -129,6 +127,22 @@ def make_plan(
         peak_lr=factor * (max(given.values()) if given.is_given else optim.base_lr),
         lr_factor=factor,
         auto_tiles=auto_tiles,
+        accumulation=accumulation,
+    )
+
+
+def check_divides(global_batch: int, world_size: int, accumulation: int) -> None:
+    """Raise ValueError where the images of a step cannot be dealt out evenly to processes and micro-batches."""
+    if global_batch % (world_size * accumulation) == 0:
+        return
+    if accumulation == 1:
+        raise ValueError(
+            f"The global batch of {global_batch} images does not divide over {world_size} processes; use a number of "
+            f"processes that divides {global_batch}."
+        )
+    raise ValueError(
+        f"The global batch of {global_batch} images does not divide over optim.accumulation_steps = {accumulation} "
+        f"micro-batches of {world_size} processes; use numbers whose product divides {global_batch}."
     )
 
 
@@ -209,12 +223,13 @@ def describe_plan(
     ``device_name``, or `ASSUMED_GPU` where it is unknown here; None, for a run on a CPU, leaves the predictions out.
     """
     parameters = sum(p.numel() for p in costs.student.parameters())
-    flops = costs.flops(plan.local_batch)
+    flops = costs.flops(plan.local_batch) * plan.accumulation
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
+    accumulated = f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     disk = disk_needs(config, plan, costs.student, costs.gram_teacher)
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
-        f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}",
+        f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}{accumulated}",
         f"  steps     {plan.total_steps:,} of a {plan.schedule_steps:,}-step schedule, {plan.total_images:,} images",
         f"  peak lr   {plan.peak_lr:.4e}",
         *_notes(config, plan),

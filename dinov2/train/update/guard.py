@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dinov2.distributed import all_reduce_sum, get_global_rank, get_global_size
 
+_MOST_RANGES = 4  # of samples that a sentence names
+
 
 class NonFiniteError(RuntimeError):
     """The loss or a gradient norm was not finite; the update was suppressed.
@@ -35,7 +37,7 @@ class FiniteGuard:
 
     The host looks at a step's flag only ``delay`` steps later, when its copy has long arrived; by default 3 on a GPU,
     none on a CPU. ``device`` is that of the observed values; ``global_batch`` counts the samples of a step over all
-    ranks, to name those of a bad one.
+    ranks, to name those of a bad one, in each of its ``accumulation`` micro-batches.
 
     By the same way ranks agree to stop: where ``stop_asked`` is set on any of them, ``stop_agreed`` becomes true on all
     after the same step. `agree_on_collapse` tells them of a collapse.
@@ -43,9 +45,9 @@ class FiniteGuard:
 
     DELAY = 3  # on a GPU
 
-    def __init__(self, device: torch.device, global_batch: int, delay: int | None = None):
+    def __init__(self, device: torch.device, global_batch: int, delay: int | None = None, accumulation: int = 1):
         self.all_finite = torch.ones((), device=device)
-        self._global_batch, self._delay = global_batch, delay
+        self._global_batch, self._accumulation, self._delay = global_batch, accumulation, delay
         if delay is None:
             self._delay = self.DELAY if device.type == "cuda" else 0
         self._pending: deque[_Observation] = deque()
@@ -97,10 +99,10 @@ class FiniteGuard:
         if not seen.bad[:-1].any():
             return
         first, world = seen.step * self._global_batch, get_global_size()
-        count, ranks = self._global_batch // world, seen.bad[:-2].nonzero().flatten().tolist()
-        sources = [
-            f"on rank {rank} (samples {first + rank * count} to {first + (rank + 1) * count - 1})" for rank in ranks
-        ] or [f"in the gradient of all ranks (samples {first} to {first + self._global_batch - 1})"]
+        ranks = seen.bad[:-2].nonzero().flatten().tolist()
+        sources = [f"on rank {rank} (samples {self._samples(first, rank)})" for rank in ranks] or [
+            f"in the gradient of all ranks (samples {first} to {first + self._global_batch - 1})"
+        ]
         values = {name: value.item() for name, value in seen.terms.items()}
         terms = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         raise NonFiniteError(
@@ -108,6 +110,15 @@ class FiniteGuard:
             f"was updated from that step on: resume from the last checkpoint. {_advice(ranks, world, seen.scaled)}",
             seen.step + 1, ranks, values,
         )  # fmt: skip
+
+    def _samples(self, first: int, rank: int) -> str:
+        """Those of a rank in a step that begins with the ``first``: consecutive ones of each micro-batch."""
+        micro_batch = self._global_batch // self._accumulation
+        count = micro_batch // get_global_size()
+        starts = [first + number * micro_batch + rank * count for number in range(self._accumulation)]
+        ranges = [f"{start} to {start + count - 1}" for start in starts[:_MOST_RANGES]]
+        more = f" and those of {len(starts) - len(ranges)} more micro-batches" if len(starts) > len(ranges) else ""
+        return ", ".join(ranges) + more
 
 
 def _advice(ranks: Sequence[int], world: int, scaled: bool) -> str:

@@ -73,3 +73,15 @@ def test_a_dump_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, c
     found = error(17)
     assert with_dump(found, after(10), tmp_path) is found
     assert caplog.records
+
+
+def test_all_micro_batches_of_a_step(tmp_path: Path):
+    """Two of each step; the step that the host looks at is three behind the newest, as without them."""
+    recent = RecentBatches((batch(number) for number in range(1, 11)), 7, accumulation=2)
+    list(recent)
+    assert not recent.of_step(7) and not recent.of_step(13)
+    with_dump(error(9), recent, tmp_path)
+    described = json.loads((tmp_path / "dumps/step_9/rank_0.json").read_text())
+    assert described["indices"] == [*range(20, 40)] and described["rows"][10] == [4, 0]
+    names = {path.stem for path in (tmp_path / "dumps/step_9/rank_0").iterdir()}
+    assert {"20_global1", "37_local2"} <= names and len(names) == 2 * 8 * 4

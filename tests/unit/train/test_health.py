@@ -73,7 +73,7 @@ def test_a_step_is_bit_equal_with_and_without_them(centering: str):
         step, arch = trainer.training_step, trainer.training_step.arch
         for number, batch in enumerate(random_batches(config, 0, 2)):
             arch.measures_health = measured
-            losses.append(step(number, batch, trainer.schedules[number + 3]))
+            losses.append(step(number, [batch], trainer.schedules[number + 3]))
         assert bool(arch.health) == measured
         seen.append(
             whole_state(trainer) | {f"{i}/{name}": value for i, x in enumerate(losses) for name, value in x.items()}
@@ -84,5 +84,5 @@ def test_a_step_is_bit_equal_with_and_without_them(centering: str):
 def test_terms_of_weight_zero_have_no_figures():
     trainer = make_trainer(config := tiny_config("ibot.loss_weight=0"))
     trainer.training_step.arch.measures_health = True
-    trainer.training_step(0, random_batches(config, 0, 1)[0], trainer.schedules[0])
+    trainer.training_step(0, random_batches(config, 0, 1), trainer.schedules[0])
     assert trainer.training_step.arch.health.keys() == {"health/dino_entropy", "health/dino_prototype_use"}

@@ -76,7 +76,7 @@ def test_schedule_values_reach_optimiser_teacher_and_losses_at_their_step():
     peak = optim.base_lr * math.sqrt(8 / 1024)
     for step, batch in enumerate(random_batches(CONFIG, 0, STEPS)):
         before = whole_state(trainer)
-        trainer.train_step(batch)
+        trainer.train_step([batch])
         after = whole_state(trainer)
         # Warm-up over the first epoch, last layers frozen during it, a cosine over the second.
         lr = peak * step / (EPOCH - 1) if step < EPOCH else cosine(peak, optim.min_lr, step - EPOCH, EPOCH)
@@ -105,7 +105,7 @@ def test_schedule_values_reach_optimiser_teacher_and_losses_at_their_step():
 def test_gradients_are_clipped_per_module_before_the_update():
     """The norms that are logged are those before clipping; what the optimiser sees is within the bound."""
     trainer = make_trainer(tiny_config("optim.clip_grad=0.01"), sinks=[sink := Records()])
-    trainer.train_step(random_batches(CONFIG, 0, 1)[0])
+    trainer.train_step(random_batches(CONFIG, 0, 1))
     for name, module in trainer.training_step.arch.student.items():
         seen = torch.cat([p.grad.double().flatten() for p in module.parameters()]).norm()
         assert sink.records[0][f"grad_norm_{name}"] > 0.011
@@ -316,7 +316,7 @@ def first_losses(seed: int, step: int, disturb: int) -> list[float]:
     trainer.training_step.seed = seed  # of the step alone: the weights stay
     torch.manual_seed(disturb)  # left over from whatever ran before
     for _ in range(2):
-        trainer.train_step(batch)
+        trainer.train_step([batch])
     return [record["total_loss"] for record in sink.records]
 
 

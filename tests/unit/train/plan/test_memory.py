@@ -52,6 +52,22 @@ def test_states_by_hand():
     assert 2 * parameters(costs) < eight.copies < 2.2 * parameters(costs)
 
 
+def test_accumulated_gradients_are_there_beside_the_activations():
+    """Whole on each GPU until the last micro-batch, or sharded where each one's are averaged."""
+    accumulating, single = stub("optim.accumulation_steps=4"), stub()
+    for world in (1, 8):
+        found, plain = MemoryModel(accumulating, world)(48), MemoryModel(single, world)(48)
+        assert found.gradients == 4 * parameters(accumulating)
+        assert found.batch == 4 * plain.batch
+        assert (found.saved, found.peak, found.moments) == (plain.saved, plain.peak, plain.moments)
+        assert found.total - plain.total == found.gradients + 3 * plain.batch
+        assert "gradients 4.6" in found.describe() and "activations 72.0" in found.describe()
+    networks = [f"compute_precision.{role}.{module}.sharding_strategy=FULL_SHARD" for role in ("student", "teacher")
+                for module in ("backbone", "dino_head", "ibot_head")]  # fmt: skip
+    sharded = MemoryModel(stub("optim.accumulation_steps=4", *networks), 8)(48)
+    assert sharded.gradients == pytest.approx(4 * parameters(accumulating) / 8, abs=100)
+
+
 def test_a_frozen_gram_teacher_is_a_further_backbone():
     costs = stub("losses.gram.it_load_ema_teacher=0")
     backbone = sum(p.numel() for p in costs.student.backbone.parameters())

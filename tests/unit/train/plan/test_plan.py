@@ -35,6 +35,22 @@ def test_a_resumed_run_keeps_its_global_batch():
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ValueError, match="384 images does not divide over 5 processes"):
         make_plan(load_config(RECIPE), 5, global_batch=384)
+    accumulating = load_config(RECIPE, ["optim.accumulation_steps=5"])
+    with pytest.raises(ValueError, match=r"384 images .*optim.accumulation_steps = 5 .* 8 processes"):
+        make_plan(accumulating, 8, global_batch=384)
+
+
+def test_accumulation_counts_in_the_batch_and_not_in_the_steps():
+    config = load_config(RECIPE, ["optim.accumulation_steps=4", "train.batch_size_per_gpu=6"])
+    plan, single = make_plan(config, 48), make_plan(load_config(RECIPE), 8)
+    assert (plan.global_batch, plan.local_batch, plan.accumulation) == (1152, 6, 4)
+    assert (plan.total_steps, plan.epoch_steps) == (single.total_steps, single.epoch_steps)
+    assert plan.peak_lr == pytest.approx(2e-4 * (1152 / 1024) ** 0.5) == pytest.approx(3**0.5 * single.peak_lr)
+    assert plan.total_images == 3 * single.total_images
+    again = make_plan(config, 24, global_batch=1152)
+    assert (again.local_batch, again.peak_lr) == (12, plan.peak_lr)
+    auto = load_config(RECIPE, ["optim.epochs=auto", "optim.early_stop=null", "optim.accumulation_steps=4"])
+    assert make_plan(auto, 8, num_tiles=2_000_000).total_images == pytest.approx(96_000_000, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +116,12 @@ def test_described_plan_names_its_assumptions():
     assert "for H100:" in hopper and "of 79 GiB" in hopper
     assert "an assumed H200" in describe_plan(config, plan, costs, "NVIDIA GeForce GTX 1080")
     assert "Predicted" not in describe_plan(config, plan, costs, None)
+    costs.config = config = load_config(RECIPE, ["optim.accumulation_steps=3"])
+    plan = make_plan(config, 8)
+    text = describe_plan(config, plan, costs)
+    assert "1152 images = 8 processes x 48 x 3 micro-batches" in text
+    assert "750 TFLOP per step and process" in text and f"{3e3 * seconds:.3g} ms per step" in text
+    assert f"{1152 / (3 * seconds):.3g} images per second" in text
 
 
 def test_room_on_the_disk():

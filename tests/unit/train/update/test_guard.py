@@ -77,3 +77,13 @@ def test_a_request_to_stop_is_seen_as_late_as_a_fault_and_is_none():
         agreed.append(guard.stop_agreed)
     assert agreed == [False, False, False, True, True]
     assert guard.all_finite == 1
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "named"),
+    [(2, r"\(samples 24 to 35, 36 to 47\)"), (6, r"24 to 27, .*36 to 39 and those of 2 more micro-batches")],
+)
+def test_samples_of_micro_batches(accumulation: int, named: str):
+    guard = FiniteGuard(torch.device("cpu"), global_batch=24, delay=0, accumulation=accumulation)
+    with pytest.raises(NonFiniteError, match=named):
+        guard.observe(1, *values(float("nan")))

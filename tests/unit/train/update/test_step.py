@@ -45,7 +45,7 @@ def after_two_steps(step: TrainingStep) -> dict[str, Tensor]:
     """Losses and norms of two steps, and all weights after them."""
     seen = {}
     for number in range(2):
-        metrics = step(number, random_batch(step.arch.cfg, first_index=8 * number), VALUES)
+        metrics = step(number, [random_batch(step.arch.cfg, first_index=8 * number)], VALUES)
         seen |= {f"{number}/{name}": value.detach().clone() for name, value in metrics.items()}
     return seen | {name: value.clone() for name, value in step.arch.state_dict().items()}
 
@@ -154,6 +154,6 @@ def test_nothing_waits_for_the_device(overrides: tuple[str, ...]):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = {name: mode.from_tensor(v) for name, v in batch.items() if isinstance(v, Tensor)}
         for number in range(2):
-            metrics = step(number, batch, VALUES)
+            metrics = step(number, [batch], VALUES)
         assert all(value.shape == () for value in (metrics | step.arch.health).values())
         assert len(step.arch.health) == 4
