@@ -145,7 +145,7 @@ def _time(config: Config, plan: RunPlan, flops: int, gpu: Gpu, price: float | No
         f"  time      {_span([3.6e6 * hours for hours in step])} ms per step, "
         f"{_span([plan.global_batch / (3600 * hours) for hours in step])} images per second, if data and links keep up"
     )
-    yield f"            ({hoped} of the {kind} peak, {peak / 1e12:,.4g} TFLOP/s, as hoped, and {published}, as published)"
+    yield f"            ({hoped} of the {kind} peak of {peak / 1e12:,.4g} TFLOP/s, as hoped; {published}, as published)"
     yield f"  length    {_duration(whole)}; the first teacher is exported at step {first:,}, after {_duration(export)}"
     money = "" if price is None else f", {_span([price * h for h in gpu_hours])} at {price:,.2f} per GPU-hour"
     yield f"  cost      {_span(gpu_hours)} GPU-hours{money}"
@@ -156,8 +156,9 @@ def _duration(hours: Sequence[float]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
-    first, last = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values)
-    return f"{first} to {last}"
+    if max(values) < 0.01:
+        return "less than 0.01"
+    return " to ".join(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values)
 
 
 def _size(size: int) -> str:
