@@ -130,7 +130,7 @@ def _room_warning(config: Config, plan: RunPlan, costs: StepCosts, output_dir: P
         return ""
     return (
         f"  warning   {str(there)!r}, where the run's folder is to be, has {free / 2**30:,.1f} GiB free and the run "
-        f"needs {needed / 2**30:,.1f}; make room, or lower train.keep_checkpoints or evaluation.keep_exports"
+        f"needs {needed / 2**30:,.1f}; make room, or keep fewer by train.keep_checkpoints and evaluation.keep_exports"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,14 +59,20 @@ def test_faults_of_weights_and_of_data_are_told_together(
 
 
 def test_weights_pictures_and_nothing_else(
-    shards: Path, weights: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture
+    shards: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
     torch.save(weights, tmp_path / "teacher.pth")
     line = (f"MODEL.WEIGHTS={tmp_path / 'teacher.pth'}", "--output-dir", str(tmp_path / "out"),
             "--pictures", str(tmp_path / "plan"))  # fmt: skip
     assert dry_run(shards, *line) == 0
     shown = capsys.readouterr()
     assert str(tmp_path / "teacher.pth") in shown.out and "Run plan" in shown.out and "90 tiles" in shown.out
+    assert f"warning   '{tmp_path}'" in shown.out  # a MiB is too little
     assert {path.name for path in tmp_path.iterdir()} == {"teacher.pth", "plan"}
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "plan").iterdir()}
     assert pictures.keys() == {"schedules.png", "crops.png"}
