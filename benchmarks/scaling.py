@@ -18,14 +18,19 @@ from torch import nn
 
 import dinov2
 from dinov2.configs import Config, load_config
+from dinov2.train.plan.describe import PEAK_FRACTIONS
+from dinov2.train.plan.gpus import ASSUMED_GPU, find_gpu
 from dinov2.train.plan.measure import StepCosts
-from dinov2.train.plan.plan import ASSUMED_GPU, ASSUMED_PEAK_FRACTION, NETWORK_LINK, find_gpu
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512)
 PER_NODE = 8
 STRATEGIES = ("SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD", "NO_SHARD")
 RECIPE = Path(dinov2.__file__).parent / "configs" / "train" / "vitg14_reg4.yaml"
 SINKHORN_ITERATIONS = 3
+NODE_LINK = 450e9
+"""Bytes per second and direction of an H200 to the other GPUs of its node: half of the data sheet's NVLink."""
+NETWORK_LINK = 50e9
+"""The same between nodes: one 400 Gb/s InfiniBand port per GPU."""
 HOP = 5e-6
 """Seconds of one hop of a ring between nodes, whatever it carries: an assumption."""
 HIDDEN = 0.8
@@ -134,14 +139,14 @@ def times(net: Network, gpus: int, strategy: str, step: float, link: float) -> T
 
 def tables(config: Config, measured_ms: float | None = None) -> Iterator[str]:
     """The page's tables, line by line."""
-    gpu = find_gpu(ASSUMED_GPU)
+    gpu, hoped = find_gpu(ASSUMED_GPU), PEAK_FRACTIONS[0]
     images = config.train.batch_size_per_gpu
     costs = StepCosts(config)
     flops = costs.flops(images).model
-    step = flops / (ASSUMED_PEAK_FRACTION * gpu.bf16) if measured_ms is None else measured_ms / 1e3
+    step = flops / (hoped * gpu.bf16) if measured_ms is None else measured_ms / 1e3
     net = Network.of(costs.student)
     yield f"{net.parameters / 1e6:,.1f} M parameters in {net.units} chunks, {net.prototypes:,} prototypes."
-    source = "measured" if measured_ms else f"predicted: {ASSUMED_PEAK_FRACTION:.0%} of the 16-bit peak"
+    source = "measured" if measured_ms else f"predicted: {hoped:.0%} of the 16-bit peak"
     yield f"{images} images per GPU; a step of one {gpu.name} takes {1e3 * step:.0f} ms ({source})."
     yield from _table(
         "GB received per GPU and step (of these from other nodes)",
@@ -149,11 +154,11 @@ def tables(config: Config, measured_ms: float | None = None) -> Iterator[str]:
     )
 
     def links(n: int, strategy: str) -> str:
-        taken = times(net, n, strategy, step, gpu.link)
+        taken = times(net, n, strategy, step, NODE_LINK)
         return f"{1e3 * taken.node:.1f} / {1e3 * taken.network:.1f} / {1e3 * taken.exposed:.1f}"
 
     def speed(n: int, strategy: str) -> str:
-        taken = times(net, n, strategy, step, gpu.link)
+        taken = times(net, n, strategy, step, NODE_LINK)
         fractions = (step / (step + waited) for waited in (taken.exposed, taken.serial))
         best, worst = (f"{n * images / step * part:,.0f} ({part:.0%})" for part in fractions)
         return best if n == 1 else f"{best}; {worst}"

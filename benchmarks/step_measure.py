@@ -15,9 +15,9 @@ from benchmarks.step_batches import Preset, host_batches, to_device
 from benchmarks.step_phases import Mark, count_launches, load_batch, time_phases, time_steps, wait
 from benchmarks.step_variants import ABLATIONS, VARIANTS, Ours, Variant, build, check
 from dinov2.configs import Config
+from dinov2.train.plan.gpus import find_gpu
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel
-from dinov2.train.plan.plan import find_gpu
 
 PHASE_STEPS = 5
 BASE = "ours_bf16"

@@ -19,6 +19,7 @@ import torch
 from dinov2.build.augmentation import build_augmentation, build_collate
 from dinov2.configs import Config, saved_config
 from dinov2.configs.schema import DatasetConfig
+from dinov2.data.augment.collate import Sample
 from dinov2.data.kinds import log_beside, recognise
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, SourceRequest
@@ -34,6 +35,7 @@ from dinov2.utils.secrets import public_text
 
 _SHARED_MEMORY = "/dev/shm"
 _ABSURD_PASSES = 300
+_SHOWN_TILES = 4  # two pairs, since masks are shared out over the four global crops of a pair
 _CHECKED_ROWS, _CHECKED_AFTER_A_FAULT = 12, 256  # of each dataset, by a dry run ...
 _CHECKED_BYTES = 1 << 28  # ... and of their row groups, where those come over a network
 
@@ -165,7 +167,7 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
             f"{source.group_rows.max()} rows",
             *(f"  {line}" for line in describe_fractions(sample_order, data.names)),
         ]
-        lines += [f"  warning   {line}" for line in _absurd_passes(plan, data)]
+    lines += [f"  warning   {line}" for line in _absurd_passes(plan, data)]
     lines += [f"  {line}" for line in data.report]
     held = f"{stored / GIB:.3g} GiB of stored tiles and {batches / GIB:.3g} GiB of batches"
     lines.append(f"  memory    up to {held} on each process")
@@ -182,13 +184,20 @@ def describe_stream(config: Config, plan: Workload, data: OpenData, order: dict[
 
 
 def _absurd_passes(plan: Workload, data: OpenData) -> Iterator[str]:
-    """A sentence for each dataset that is seen so often that a student learns it by heart."""
+    """A sentence for each dataset that is seen so often that a student learns it by heart, or not even once."""
     for name, weight, source in zip(data.names, data.weights, data.sources, strict=True):
+        if _is_endless(source):
+            continue
         passes = plan.total_images * weight / sum(data.weights) / source.num_rows
         if passes > _ABSURD_PASSES:
             yield (
                 f"dataset '{name}': {passes:,.0f} passes over its {source.num_rows:,} tiles teach little more than "
                 "some hundred; optim.epochs = auto makes 100 at most"
+            )
+        elif passes < 1:
+            yield (
+                f"dataset '{name}': {passes:.3g} passes, so that {1 - passes:.0%} of its {source.num_rows:,} tiles are "
+                "never seen; optim.epochs = auto makes 3 at least"
             )
 
 
@@ -237,6 +246,20 @@ def build_loader(
         pin_memory=device.type == "cuda",
         max_corrupt_fraction=config.data.max_corrupt_fraction,
     )
+
+
+def augmented_batch(config: Config, data: OpenData) -> tuple[list[np.ndarray], dict[str, torch.Tensor]]:
+    """A few tiles of the training data, uint8 (H, W, 3), and the batch that training would make of them."""
+    augment = build_augmentation(config)
+    # Neighbours in the order come from different row groups, so that they look different.
+    order = data.order(seed=config.train.seed, lanes=_SHOWN_TILES, block_rows=1)
+    locations = order.locate(np.arange(_SHOWN_TILES))
+    tiles, samples = [], []
+    for index, (group, row) in enumerate(zip(locations.group.tolist(), locations.row.tolist(), strict=True)):
+        ((slide, stored),) = data.source.read(group, [row])
+        tiles.append(data.source.decode(EncodedSample(index, group, row, slide, stored)))
+        samples.append(Sample(index, augment(tiles[-1], index), slide, replaced=False))
+    return tiles, build_collate(config)(samples)
 
 
 def _find_faults(source: Source, count: int) -> tuple[int, list[str]]:

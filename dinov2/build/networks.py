@@ -1,6 +1,9 @@
 """Starting weights of a network from a configuration."""
 
 import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from dinov2.hub.pretrained import (
     head_state_dict,
     is_url,
     load_pretrained,
+    needs_download,
     published_url,
     read_checkpoint,
     starting_state,
@@ -24,8 +28,8 @@ from dinov2.models.backbone import build_model_from_cfg, ignored_settings
 logger = logging.getLogger("dinov2")
 
 
-def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
-    """Fill a network, whole ``backbone`` and heads, from the weights that the configuration names, if any.
+def load_starting_weights(network: nn.ModuleDict, config: Config) -> list[str]:
+    """Fill a network, whole ``backbone`` and heads, from the weights that the configuration names; list what was.
 
     ``MODEL.WEIGHTS`` is a teacher export, of which the backbone and each head that it holds are taken; otherwise
     ``student.pretrained_weights`` or, under ``train.use_pretrained``, Meta's published file fill the backbone. The
@@ -34,7 +38,7 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
     """
     path = starting_weights(config)
     if not path:
-        return
+        return []
     checkpoint = load_pretrained(network.backbone, path, config.student.pretrained_pos_embed)
     loaded = ["backbone" if config.student.pretrained_pos_embed else "backbone but its position grid"]
     for name in ("dino_head", "ibot_head") if config.MODEL.WEIGHTS else ():
@@ -48,7 +52,7 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> None:
             detail = " ".join(str(error).split())
             raise ValueError(f"MODEL.WEIGHTS = {path!r} holds a {name} that does not fit ({detail}).") from error
         loaded.append(name)
-    logger.info("Initialised from %s: %s.", path, ", ".join(loaded))
+    return loaded
 
 
 def load_gram_teacher(backbone: nn.Module, weights: str) -> None:
@@ -57,7 +61,6 @@ def load_gram_teacher(backbone: nn.Module, weights: str) -> None:
         load_pretrained(backbone, weights)
     except ValueError as error:
         raise _of_gram_teacher(error) from error
-    logger.info("The gram teacher is initialised from %s.", weights)
 
 
 def gram_weights(config: Config) -> str:
@@ -126,10 +129,32 @@ def _check_weights(backbone: nn.Module, path: str, positions: bool = True) -> No
         check_shapes(backbone, state, path)
 
 
-def check_starting_weights(config: Config) -> None:
-    """Make sure that the weights a configuration names can be found, here or over a network; downloads nothing.
+def try_starting_weights(network: nn.ModuleDict, gram_teacher: nn.Module | None, config: Config) -> list[str]:
+    """Open the weights that a configuration names and look whether they fit and are finite, in a sentence each.
 
-    Raises as `starting_weights`.
+    Networks, the student and the gram teacher's backbone, are on the meta device: what loads them at the start of a run
+    does all but keep the values. Weights elsewhere are asked for, not downloaded. Raises as `load_starting_weights`,
+    `load_gram_teacher` and `check_found`.
     """
-    for path in filter(None, (starting_weights(config), gram_weights(config))):
-        check_found(path)
+    told = []
+    if path := starting_weights(config):
+        if needs_download(path):
+            check_found(path)
+            told.append(f"Weights: {path} is there; it is downloaded, opened and checked when the run starts.")
+        else:
+            loaded = _without_values(lambda: load_starting_weights(network, config))
+            told.append(f"Weights: {path} holds {', '.join(loaded)}, of the right shapes and finite.")
+    if (weights := gram_weights(config)) and gram_teacher is not None:
+        if needs_download(weights):
+            check_found(weights)
+            told.append(f"Gram teacher: {weights} is there; it is downloaded, opened and checked when the run starts.")
+        else:
+            _without_values(lambda: load_gram_teacher(gram_teacher, weights))
+            told.append(f"Gram teacher: {weights} is of the right shapes and finite.")
+    return told or ["Weights: none are named, so that training starts from random ones."]
+
+
+def _without_values(load: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*to a meta parameter.*")  # which keeps no values, as is meant here
+        return load()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.hub import layouts, layouts_dinov3, locate
-from dinov2.hub.locate import INDEX, no_such_file, weights_path
+from dinov2.hub.locate import INDEX, hub_id, no_such_file, weights_path
 from dinov2.hub.record import verify
 
 logger = logging.getLogger("dinov2")
@@ -129,6 +129,13 @@ def check_found(name: str) -> None:
                 raise no_such_file(name) from error
         except OSError as error:
             raise FileNotFoundError(f"Weights {name!r} cannot be asked for ({error}); check the address.") from error
+
+
+def needs_download(name: str) -> bool:
+    """Whether weights are neither on this machine nor in torch's cache of downloads; the hub's is not looked into."""
+    if is_url(name):
+        return not name.startswith("file:") and not _cached_by_torch(name).is_file()
+    return hub_id(name) is not None and not locate.is_here(name)
 
 
 def _read(path: Path) -> Any:
@@ -286,7 +293,8 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     """Make sure that a state dict is what `check_shapes` expects, and finite; raises ValueError."""
     check_shapes(model, state, source)
     masks = [key for key in state if key.endswith("bias_mask")]
-    check_finite({name: state[name] for name in (*dict(model.named_parameters()), *masks)}, source)
+    read = {name: state[name] for name in (*dict(model.named_parameters()), *masks)}
+    check_finite({name: value for name, value in read.items() if not value.is_meta}, source)
 
 
 def check_shapes(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

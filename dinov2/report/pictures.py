@@ -11,16 +11,12 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from dinov2.build.augmentation import build_augmentation, build_collate
-from dinov2.build.data import open_data
+from dinov2.build.data import augmented_batch, open_data
 from dinov2.configs import Config, load_config
-from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.source import EncodedSample, Source
+from dinov2.data.source import Source
 from dinov2.data.stream.derived import make_source
-from dinov2.data.stream.order import SampleOrder
 from dinov2.eval.datasets.images import ParquetTiles
 from dinov2.eval.features import attention_maps, embed_images, patch_feature_map, read_tiles
 from dinov2.eval.probe.spread import mean_cosine, rankme, site_leakage
@@ -35,7 +31,6 @@ logger = logging.getLogger("dinov2.report")
 MAX_TILES = 512  # embedded, spread evenly over the dataset
 SHOWN_TILES = 8  # as maps
 MAX_EXPORTS = 4  # of which maps are drawn, the first and the newest among them
-CROP_TILES = 4  # two pairs, since masks are shared out over the four global crops of a pair
 
 
 def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = None) -> Pictures:
@@ -62,7 +57,7 @@ def draw_pictures(folder: Path, tiles: str | None = None, device: str | None = N
     of = f"tiles of {tiles}"
     if data:
         patch = config.student.patch_size
-        if crops := drawn.attempt("Crops", lambda: draw_crops(*augmented_batch(config, data.source), patch)):
+        if crops := drawn.attempt("Crops", lambda: draw_crops(*augmented_batch(config, data), patch)):
             alt = "One tile a row: the tile, its two global crops with masked patches grey, and its local crops."
             _add(drawn, "crops.png", "Augmented crops, masked patches grey", alt, crops)
         if not source:
@@ -148,16 +143,3 @@ def with_tissue(tiles: list[np.ndarray], count: int) -> list[np.ndarray]:
         fractions.append(((saturation > 20) & (value < 245) & (value > 20)).mean())
     enough = [tile for tile, fraction in zip(tiles, fractions, strict=True) if fraction >= np.median(fractions)]
     return spread_out(enough, count)
-
-
-def augmented_batch(config: Config, source: Source) -> tuple[list[np.ndarray], dict[str, Tensor]]:
-    """A few tiles of the training data, uint8 (H, W, 3), and the batch that training would make of them."""
-    augment = build_augmentation(config)
-    order = SampleOrder(source.group_rows, seed=config.train.seed, lanes=CROP_TILES, block_rows=1)
-    locations = order.locate(np.arange(CROP_TILES))
-    tiles, samples = [], []
-    for index, (group, row) in enumerate(zip(locations.group.tolist(), locations.row.tolist(), strict=True)):
-        ((slide, data),) = source.read(group, [row])
-        tiles.append(source.decode(EncodedSample(index, group, row, slide, data)))
-        samples.append(Sample(index, augment(tiles[-1], index), slide, replaced=False))
-    return tiles, build_collate(config)(samples)

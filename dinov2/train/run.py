@@ -13,13 +13,8 @@ from typing import Any, NoReturn
 import torch
 
 from dinov2.build.augmentation import device_batches
-from dinov2.build.data import OpenData, build_loader, check_rows, describe_stream, open_data, order_parameters
-from dinov2.build.networks import (
-    check_backbone,
-    check_starting_weights,
-    load_gram_teacher,
-    load_starting_weights,
-)
+from dinov2.build.data import OpenData, build_loader, describe_stream, open_data, order_parameters
+from dinov2.build.networks import check_backbone, load_gram_teacher, load_starting_weights, starting_weights
 from dinov2.configs import Config, public_config, save_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -35,18 +30,11 @@ from dinov2.train.exports import export_path, list_export
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
+from dinov2.train.plan.describe import describe_plan
+from dinov2.train.plan.gpus import seen_gpu
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel, check_fits, free_memory, resolve_batch
-from dinov2.train.plan.plan import (
-    ASSUMED_GPU,
-    RunPlan,
-    check_divides,
-    describe_plan,
-    disk_needs,
-    find_gpu,
-    make_plan,
-    parameter_table,
-)
+from dinov2.train.plan.plan import RunPlan, check_divides, disk_needs, make_plan
 from dinov2.train.probe_hook import ProbeHook, open_tasks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, check_loss_modules, check_resumable, decode_state, describe_state
@@ -56,7 +44,7 @@ from dinov2.train.update.guard import NonFiniteError
 from dinov2.train.update.optim import Schedules, adam_state, build_optimizer
 from dinov2.train.watchdog import Watchdog
 from dinov2.utils.cli import Stopped
-from dinov2.utils.secrets import public, public_text
+from dinov2.utils.secrets import public
 
 logger = logging.getLogger("dinov2")
 
@@ -138,7 +126,8 @@ class Run:
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         plan, arch, batches = self.plan, self.arch, self.loader
-        described = partial(describe_plan, config, plan, self.costs, name, local_world_size())
+        gpu = name and seen_gpu(name, torch.cuda.get_device_properties(self.device).total_memory)
+        described = partial(describe_plan, config, plan, self.costs, gpu, local_world_size())
         logger.info("%s", on_main_process(described))
         for note in self.performance.notes:
             logger.warning("%s", note)
@@ -146,7 +135,7 @@ class Run:
             path = self.output_dir / "logs" / f"samples.rank{get_global_rank()}.jsonl"
             batches = logged_samples(batches, path, self.state.step, plan.accumulation)
         batches = recent = RecentBatches(batches, self.state.step, plan.accumulation)
-        schedules = Schedules(config.optim, config.teacher, plan, config.schedules)
+        schedules = Schedules(config, plan)
         learning, patience = chance_patience(schedules, self.state, plan.total_steps, config.logging.period_iterations)
         patches = config.ibot if config.ibot.separate_head else config.dino
         prototypes = {"dino": config.dino.head_n_prototypes, "ibot": patches.head_n_prototypes}
@@ -340,33 +329,14 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
     arch.freeze_all_but_last_blocks(config.train.unfreeze_last_n_blocks)
 
     def start() -> None:
-        load_starting_weights(arch.student, config)
+        if loaded := load_starting_weights(arch.student, config):
+            logger.info("Initialised from %s: %s.", starting_weights(config), ", ".join(loaded))
         arch.copy_student_to_teacher()
         if arch.gram_teacher is not None and (weights := arch.gram_teacher.options.ckpt):
             load_gram_teacher(arch.gram_teacher.backbone, weights)
+            logger.info("The gram teacher is initialised from %s.", weights)
 
     if not from_checkpoint:
         on_main_process(start)
     arch.prepare_for_distributed_training(device)
     return arch.train()
-
-
-def dry_run(config: Config, world_size: int) -> str:
-    """Check configuration and data, some rows of which are decoded; describe the plan without allocating weights."""
-    validate(config, world_size)
-    check_backbone(config)
-    name, compiled = "", config.performance.compile is not False
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-        name, compiled = torch.cuda.get_device_name(device), resolve_performance(config, device).compile
-    costs = StepCosts(config, compiled)
-    memory = MemoryModel(costs, world_size, local_world_size())
-    gpu = find_gpu(name) or find_gpu(ASSUMED_GPU)
-    batch, data = resolve_batch(config, memory, gpu.memory), open_data(config)
-    plan = make_plan(config, world_size, batch * world_size * config.optim.accumulation_steps, data.num_tiles)
-    stream = describe_stream(config, plan, data, order_parameters(config, plan, data))
-    stream = "\n".join([stream, *check_rows(config, data)])
-    open_tasks(config, data)
-    check_starting_weights(config)
-    text = f"{describe_plan(config, plan, costs, name, local_world_size())}\n{parameter_table(costs)}\n{stream}"
-    return public_text(text)

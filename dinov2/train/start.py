@@ -13,13 +13,15 @@ from dinov2.configs import Config
 from dinov2.distributed import MainProcessError, destroy_process_group, init_process_group, on_main_process, peer_lost
 from dinov2.fsdp import Checkpointer
 from dinov2.logging import setup_logging
+from dinov2.train.dry_run import dry_run
 from dinov2.train.output_folder import hold_output_dir
-from dinov2.train.run import CollapseError, Run, dry_run
+from dinov2.train.run import CollapseError, Run
 from dinov2.train.state import TrainState
 from dinov2.train.update.guard import NonFiniteError
 from dinov2.train.watchdog import Watchdog
 from dinov2.utils.cli import run_command
 from dinov2.utils.environment import DeviceError, memory_advice, select_device
+from dinov2.utils.secrets import public_text
 
 logger = logging.getLogger("dinov2")
 
@@ -41,7 +43,16 @@ def start(args: argparse.Namespace, read_config: Callable[[], Config]) -> int:
 
 def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
     if args.dry_run:
-        sys.stdout.write(dry_run(read_config(), int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
+        config = read_config()
+        dry_run(
+            config,
+            int(os.environ.get("WORLD_SIZE", "1")),
+            _show,
+            gpu=args.gpu,
+            price=args.price,
+            pictures=args.pictures,
+            output_dir=Path(args.output_dir or config.train.output_dir),
+        )
         return
     device = select_device()
     init_process_group(device, _UNTIL_WATCHED)
@@ -66,3 +77,8 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         raise
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(public_text(text) + "\n")
+    sys.stdout.flush()  # what follows may take minutes, or fail

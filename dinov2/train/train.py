@@ -18,7 +18,8 @@ except ModuleNotFoundError as error:
     sys.stderr.write(f"{sys.executable} has no {error.name}: use {python}, which ./install.sh makes.\n")
     sys.exit(2)
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import command_parser, run_command
+from dinov2.train.plan.gpus import named_gpu
+from dinov2.utils.cli import at_least, command_parser, local_folder, run_command
 from dinov2.utils.launch import join_launch
 from dinov2.utils.signals import receive_sigterm_when_parent_dies
 
@@ -36,6 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "python dinov2/train/train.py",
         "DINOv2 self-distillation on pathology tiles.",
         "--config-file vits14_reg4 --output-dir output_vits14 data.path=/data/tiles --dry-run",
+        "--config-file vits14_reg4 data.path=/data/tiles --dry-run --gpu 'RTX 4090' --price 0.5 --pictures plan",
         "--config-file vits14_reg4 --output-dir output_vits14 data.path=/data/tiles train.batch_size_per_gpu=128",
     )
     add = parser.add_argument
@@ -44,10 +46,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no-resume", action="store_true", help="start anew; refused where the folder holds a run")
     add("--eval-only", action="store_true", help="export the newest checkpoint's teacher and stop")
     add("--eval", metavar="TYPE", help=argparse.SUPPRESS)  # of Meta's command, which reads it nowhere
-    add("--dry-run", action="store_true", help="check configuration and data, show the plan and stop")
+    add("--dry-run", action="store_true", help="show the plan, check weights and data, and stop")
+    plan = parser.add_argument_group("with --dry-run")
+    for_plan = (
+        plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU, such as 'H100 NVL' or 'RTX 4090'"),
+        plan.add_argument(
+            "--memory", metavar="GIB", type=at_least(1, float),
+            help="of each GPU, as PyTorch sees it; for GPUs that are unknown, sold in two sizes or in use",
+        ),
+        plan.add_argument("--price", type=at_least(0, float), help="of an hour of one GPU, for the cost"),
+        plan.add_argument(
+            "--pictures", metavar="DIR", type=local_folder,
+            help="write schedules.png and crops.png, augmented tiles with their masks, to this folder",
+        ),
+    )  # fmt: skip
     add("overrides", nargs="*", metavar="section.key=value", help="override configuration values")
     args = parser.parse_intermixed_args(argv)  # overrides may stand before, between and after flags
     args.overrides = joined(args.overrides)
+    given = [action.option_strings[0] for action in for_plan if getattr(args, action.dest) is not None]
+    if given and not args.dry_run:
+        parser.error(f"{', '.join(given)} can only be given with --dry-run")
     if args.output_dir:
         args.output_dir = os.path.expanduser(args.output_dir)
     return args
@@ -86,6 +104,8 @@ def _run(args: argparse.Namespace) -> int:
     config = None if "RANK" in os.environ else _read_config(args)
     if config:
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if args.gpu is not None or args.memory is not None:
+        args.gpu = named_gpu(args.gpu or "", args.memory)
     if sys.stderr.isatty():
         logger.info("Loading PyTorch ...")
     from dinov2.train.start import start

@@ -62,7 +62,7 @@ def make_trainer(
     performance = resolve_performance(config, CPU)
     return Trainer(
         training_step=build_training_step(arch, optimizer, scaler, performance, plan.global_batch),
-        schedules=Schedules(config.optim, config.teacher, plan, config.schedules),
+        schedules=Schedules(config, plan),
         plan=plan,
         state=state,
         batches=batches,

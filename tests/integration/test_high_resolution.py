@@ -28,7 +28,7 @@ def test_schedules_go_on_where_the_first_phase_ended():
     config = load_config(RECIPE)
     plan = make_plan(config, 48)
     assert (plan.global_batch, plan.local_batch, plan.total_steps) == (1152, 6, 120_000)
-    schedules = Schedules(config.optim, config.teacher, plan)
+    schedules = Schedules(config, plan)
     first, middle, last = (schedules[step] for step in (0, 60_000, 119_999))
     assert first.mom == pytest.approx(0.9995) and middle.mom > first.mom and last.mom == pytest.approx(1)
     for values in (first, middle, last):

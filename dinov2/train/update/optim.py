@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.configs.schedule import Schedule
-from dinov2.configs.schema import OptimConfig, SchedulesConfig, TeacherConfig
+from dinov2.configs.schema import Config
 from dinov2.utils.utils import CosineScheduler
 
 
@@ -52,13 +52,11 @@ class Schedules:
     A warm-up that is longer than the cosines is cut off with them.
     """
 
-    def __init__(
-        self, optim: OptimConfig, teacher: TeacherConfig, plan: Span, given: SchedulesConfig | None = None
-    ) -> None:
-        given = given or SchedulesConfig()
+    def __init__(self, config: Config, plan: Span) -> None:
+        optim, teacher, given = config.optim, config.teacher, config.schedules
         total, epoch_steps = plan.schedule_steps, plan.epoch_steps
         warmup = round(optim.warmup_epochs * epoch_steps)
-        temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch_steps)
+        self.temp_warmup_steps = temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch_steps)
         self.frozen_steps = round(optim.freeze_last_layer_epochs * epoch_steps)
         self.warmup_steps, self._epoch_steps = warmup, epoch_steps
         self.lr = CosineScheduler(plan.peak_lr, optim.min_lr, max(total, warmup), warmup)
@@ -71,6 +69,8 @@ class Schedules:
             self.warmup_steps = round(given.lr.warmup_epochs * epoch_steps)
             if given.lr.freeze_last_layer_epochs is not None:
                 self.frozen_steps = round(given.lr.freeze_last_layer_epochs * epoch_steps)
+        if given.teacher_temp.is_given:
+            self.temp_warmup_steps = round(given.teacher_temp.warmup_epochs * epoch_steps)
         courses = {"wd": given.weight_decay, "mom": given.momentum, "teacher_temp": given.teacher_temp}
         for name, schedule in ({"lr": given.lr.scaled(plan.lr_factor)} | courses).items():
             if schedule.is_given:

@@ -41,6 +41,9 @@ def test_absurd_passes_are_warned_of(shards: Path) -> None:
     # 90 tiles; an epoch is 32 images.
     assert "warning   dataset" not in described(shards, "optim.epochs=840")  # 299 passes
     assert "302 passes over its 90 tiles" in described(shards, "optim.epochs=850")
+    assert "warning   dataset" not in described(shards, "optim.epochs=3")  # 1.07 passes
+    unseen = described(shards, "optim.epochs=2")  # 64 images
+    assert unseen.count("warning   dataset") == 1 and "29%" in unseen
 
 
 def test_memory_of_batches_counts_every_one_in_flight(shards: Path) -> None:
@@ -225,6 +228,22 @@ def test_kinds_mix_and_all_leave_out_what_is_excluded(locations: dict[str, str],
     assert "1 of 3 names to exclude match no slide: nobody" in report
     groups = data.order(seed=0, lanes=16, block_rows=4).locate(np.arange(1600)).group
     assert set(groups) == set(np.flatnonzero(data.source.group_rows))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_batch_to_look_at_is_of_the_data(locations: dict[str, str], mixed: bool) -> None:
+    entries = [{"path": locations["shards"]}, {"path": locations["toy"], "kind": TOY}][: 1 + mixed]
+    config = load_config(None, [*TINY, f"data.datasets={json.dumps(entries)}"])
+    data = open_data(config)
+    tiles, batch = stream.augmented_batch(config, data)
+    stored = {
+        data.source.decode(EncodedSample(0, group, row, slide, encoded)).tobytes()
+        for group, rows in enumerate(data.source.group_rows.tolist())
+        for row, (slide, encoded) in enumerate(data.source.read(group, range(rows)))
+    }
+    assert len({tile.tobytes() for tile in tiles} & stored) == len(tiles) == 4
+    assert batch["global_crops"].shape == (8, 3, 56, 56) and batch["local_crops"].shape == (8, 3, 28, 28)
+    assert batch["masks"].any()
 
 
 def test_what_has_no_end_stands_alone(locations: dict[str, str]) -> None:

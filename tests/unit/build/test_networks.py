@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dinov2.build.networks import load_starting_weights
+from dinov2.build.networks import load_starting_weights, try_starting_weights
 from dinov2.configs import Config, load_config
+from dinov2.hub.pretrained import needs_download
 from dinov2.layers import DINOHead
 from dinov2.models import build_model_from_cfg
 from tests.helpers.backbones import randomise, transformers_weights
@@ -72,3 +73,42 @@ def test_a_head_that_is_not_finite(export: tuple[Path, nn.ModuleDict]):
     config = tiny(f"MODEL.WEIGHTS={path}")
     with pytest.raises(ValueError, match=r"teacher.pth.* dino_head.mlp.0.bias"):
         load_starting_weights(network(config, 2), config)
+
+
+@pytest.mark.parametrize("positions", ["true", "false"])
+def test_weights_are_tried_without_keeping_them(export: tuple[Path, nn.ModuleDict], positions: str):
+    path, _ = export
+    config = tiny(f"MODEL.WEIGHTS={path}", f"student.pretrained_pos_embed={positions}")
+    (sentence,) = try_starting_weights(network(config, 2).to("meta"), None, config)
+    assert str(path) in sentence and "dino_head" in sentence
+    (sentence,) = try_starting_weights(network(config, 2).to("meta"), None, tiny())
+    assert str(path) not in sentence
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "infinite", "head", "no weights"])
+def test_weights_that_are_tried_are_opened(export: tuple[Path, nn.ModuleDict], fault: str):
+    path, trained = export
+    state = {name: value.clone() for name, value in trained.state_dict().items()}
+    if fault == "missing":
+        del state["backbone.norm.bias"]
+    elif fault == "shape":
+        state["backbone.norm.bias"] = torch.zeros(3)
+    elif fault == "infinite":
+        state["backbone.norm.bias"][0] = float("inf")
+    elif fault == "head":
+        state["dino_head.mlp.0.bias"] = torch.zeros(3)
+    torch.save({"teacher": state}, path)
+    if fault == "no weights":
+        path.write_text("<html>404</html>")
+    config = tiny(f"MODEL.WEIGHTS={path}")
+    with pytest.raises(ValueError, match=r"teacher\.pth"):
+        try_starting_weights(network(config, 2).to("meta"), None, config)
+
+
+def test_what_has_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = "https://localhost/weights/w.pth"
+    assert needs_download(url) and needs_download("org/name") and needs_download("hf://org/name/w.pth")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "w.pth").touch()
+    assert not any(map(needs_download, (url, f"file://{tmp_path}/w.pth", str(tmp_path), "absent/w.pth")))

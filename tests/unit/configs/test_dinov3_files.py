@@ -74,7 +74,7 @@ def test_its_schedules_are_scaled_and_shaped_as_theirs(tmp_path: Path):
     """Peak and end by 4 sqrt(batch / 1024), the start by nothing; a cosine may be shorter than the rest."""
     config = load_config(write(tmp_path, FILE), [DATA])
     plan = make_plan(config, 2)
-    schedules = Schedules(config.optim, config.teacher, plan, config.schedules)
+    schedules = Schedules(config, plan)
     factor = 4 * math.sqrt(128 / 1024)
     assert plan.peak_lr == pytest.approx(1e-4 * factor)
     found = [schedules[step] for step in range(101)]

@@ -93,7 +93,7 @@ def test_each_loss_is_watched_by_itself_and_probes_are_passed_over(caplog: pytes
 def test_patience_of_a_run(overrides: tuple[str, ...], resumed_at: int, period: int, expected: int, caplog):
     config = tiny_config("train.OFFICIAL_EPOCH_LENGTH=100", *overrides)
     plan = make_plan(config, 1)
-    schedules = Schedules(config.optim, config.teacher, plan)
+    schedules = Schedules(config, plan)
     watch = ChanceWatch(*chance_patience(schedules, TrainState(resumed_at), plan.total_steps, period))
     for step in range(resumed_at + period, 6000, period):
         watch.write({"step": step, "ibot_of_chance": 1.0})

@@ -38,6 +38,8 @@ def test_blanks_within_an_override():
         [*RECIPE, "data.path=a", "crops.local_crops_size=97"],
         ["--config-file", "no_such_recipe"],
         ["--output-dir", "out", "data.path=a"],
+        [*RECIPE, "data.path=a", "--dry-run", "--gpu", "H300"],
+        [*RECIPE, "data.path=a", "--dry-run", "--gpu", "L4", "--memory", "139"],
     ],
 )
 def test_mistakes_are_answered_before_torch_is_imported(line: list[str]):
@@ -57,3 +59,18 @@ def test_recipes_open_by_name(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vits14_reg4").write_text("student: {arch: vit_large}")
     assert load_config("vits14_reg4").student.arch == "vit_large"  # a file goes before a recipe
+
+
+@pytest.mark.parametrize("option", [("--gpu", "H200"), ("--memory", "24"), ("--price", "2"), ("--pictures", "plan")])
+def test_options_of_the_plan_belong_to_a_dry_run(option: tuple[str, str]):
+    assert parse_args([*RECIPE, "--dry-run", *option])
+    with pytest.raises(SystemExit) as ended:
+        parse_args([*RECIPE, *option])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("option", [("--memory", "0"), ("--memory", "nan"), ("--price", "-1"), ("--price", "much")])
+def test_figures_of_the_plan_that_are_none(option: tuple[str, str]):
+    with pytest.raises(SystemExit) as ended:
+        parse_args([*RECIPE, "--dry-run", *option])
+    assert ended.value.code == 2

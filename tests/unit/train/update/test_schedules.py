@@ -19,7 +19,7 @@ TRAIN_CONFIGS = Path(dinov2.__file__).parent / "configs" / "train"
 def schedules_of(name: str, world_size: int, *overrides: str) -> Schedules:
     config = load_config(TRAIN_CONFIGS / f"{name}.yaml", overrides)
     plan = make_plan(config, world_size)
-    return Schedules(config.optim, config.teacher, plan)
+    return Schedules(config, plan)
 
 
 @pytest.mark.parametrize(
