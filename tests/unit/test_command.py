@@ -27,6 +27,7 @@ def test_every_command_is_listed(capsys: pytest.CaptureFixture):
         "embed",
         "probe",
         "export",
+        "compare",
         "report",
         "eva",
         "hest",
