@@ -23,6 +23,7 @@ def test_every_command_is_listed(capsys: pytest.CaptureFixture):
         "tiles",
         "pack",
         "inspect",
+        "stats",
         "repack",
         "embed",
         "probe",
