@@ -163,7 +163,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m dinov2.stats",
         __doc__.partition(": ")[0] + ".\n\n" + __doc__.partition("\n\n")[2].strip(),
         "/data/tiles",
-        "--config-file vits14_reg4 data.path=/data/tiles data.validation_fraction=0.05 --tiles 0",
+        "data.path=/data/tiles data.validation_fraction=0.05 --config-file vits14_reg4 --tiles 0",
         "/data/slides online.mpp=[0.5] data.tile_size=256 --tiles 2000 --json tcga.json",
     )
     add = parser.add_argument

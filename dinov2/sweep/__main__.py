@@ -26,9 +26,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(
         "python -m dinov2.sweep",
         "\n".join(line for line in __doc__.partition("\n\n")[2].splitlines()),
-        "kde --output output_kde data.path=/data/tiles",
+        "kde data.path=/data/tiles --output output_kde",
         "my_sweep.yaml --processes 8 --seeds 0,1,2",
-        "kaiko_ffpe_ff ffpe:data.path=/data/ffpe both:data.path=/data/all --slurm > array.sbatch",
+        "kaiko_ffpe_ff ffpe:data.path=/data/ffpe both:data.path=/data/all --slurm",
     )
     add = parser.add_argument
     add("sweep", metavar="SWEEP", help=f"YAML file, or shipped sweep: {', '.join(sweeps())}")

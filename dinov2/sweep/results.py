@@ -87,7 +87,7 @@ def _markdown(table: Table) -> str:
 
 
 def _as_json(sweep: Sweep, groups: dict[str, list[Run]], measured: dict[Run, dict[str, float]]) -> dict[str, Any]:
-    variants: dict[str, Any] = {}
+    variants: list[dict[str, Any]] = []
     for group, runs in groups.items():
         names = dict.fromkeys(name for run in runs for name in measured[run])
         results = {}
@@ -96,7 +96,7 @@ def _as_json(sweep: Sweep, groups: dict[str, list[Run]], measured: dict[Run, dic
             mean, deviation = spread(list(values.values()))
             results[name] = {"mean": _finite(mean), "sd": _finite(deviation)}
             results[name]["seeds"] = {seed: _finite(value) for seed, value in values.items()}
-        variants[group] = {"runs": [run.name for run in runs], "results": results}
+        variants.append({"name": group, "runs": [run.name for run in runs], "results": results})
     return {"sweep": sweep.name, "base": sweep.base, "variants": variants}
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,12 +39,12 @@ def test_a_killed_sweep_goes_on_and_ends_in_page_and_table(shards: Path, tmp_pat
     process = start(line(sweep, out, "--no-check"))
     while not (out / names[0] / "sweep_run.json").exists():
         assert process.poll() is None, process.stdout.read()
-        os.sched_yield()
+        time.sleep(0.1)
     wait_for_step(out / names[1], 3, process)
     process.kill()
     process.communicate(timeout=PATIENCE_S)
     while processes_of(out / names[1]):
-        os.sched_yield()
+        time.sleep(0.1)
     first = (out / names[0] / "metrics.jsonl").read_bytes()
     status, said = finish(start(line(sweep, out, "--no-check")))
     assert status == 0, said
@@ -53,7 +53,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_page_and_table(shards: Path, tmp_pat
     assert attempts == [1, 2, 1, 1]
     records = {name: {record["step"]: record for record in read_metrics(out / name)} for name in names}
     assert all(set(steps) == set(range(1, STEPS + 1)) for steps in records.values())
-    found = json.loads((out / "results.json").read_text())["variants"]
+    found = {one["name"]: one for one in json.loads((out / "results.json").read_text())["variants"]}
     assert list(found) == ["warm", "cold"]
     for variant, its in found.items():
         # A tenth of eight records is the last one.
@@ -62,9 +62,6 @@ def test_a_killed_sweep_goes_on_and_ends_in_page_and_table(shards: Path, tmp_pat
         assert result["seeds"] == pytest.approx(losses)
         assert result["mean"] == pytest.approx(statistics.mean(losses.values()))
         assert result["sd"] == pytest.approx(statistics.stdev(losses.values()))
-    assert any(name.endswith("/rankme") for name in found["warm"]["results"]) == (
-        "rankme" in (out / names[0] / "metrics.jsonl").read_text()
-    )
     table = (out / "results.md").read_text()
     assert "| warm | cold |" in table and "| 2 of 2 | 2 of 2 |" in table
     page = (out / "report.html").read_text()
@@ -90,7 +87,8 @@ def test_phases_follow_each_other_and_sigterm_stops_all(shards: Path, tmp_path: 
     assert f"only-seed0-first/eval/training_{STEPS}/teacher_checkpoint.pth" in log or "Initialised from" in log
     assert not (out / "report.html").exists()
     assert main([str(sweep), "--output", str(out), "--report"]) == 0
-    assert list(json.loads((out / "results.json").read_text())["variants"]) == ["only, first", "only, second"]
+    variants = json.loads((out / "results.json").read_text())["variants"]
+    assert [one["name"] for one in variants] == ["only, first", "only, second"]
 
 
 def test_what_would_fail_late_is_refused_before_the_first_run(shards: Path, tmp_path: Path):
