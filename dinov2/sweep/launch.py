@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dinov2.configs import public_config
+from dinov2.configs import Config, public_config
 from dinov2.sweep.plan import Run, Sweep
-from dinov2.train.state import check_resumable
+from dinov2.train.state import changes, check_resumable
 from dinov2.utils.cli import DONE, Stopped, Terminated
 from dinov2.utils.files import write_json
 from dinov2.utils.signals import STATUS_OF, receive_sigterm_when_parent_dies
@@ -28,6 +29,12 @@ FINISHED = "sweep_run.json"
 _ROOT = Path(__file__).parents[2]
 _TRAIN = _ROOT / "dinov2" / "train" / "train.py"
 _RESTARTS = 3  # of all processes, where one was lost
+# Keys that a finished run does not depend on.
+_INDIFFERENT = re.compile(
+    r"(logging|performance|debug)\..*|online\.cache_dir|data\.(outage_minutes|memory_gib|slide_root)"
+    r"|train\.(allow_changes|async_checkpoints|checkpoint_period_iterations|hang_timeout|keep_checkpoints(_every)?"
+    r"|num_workers|on_collapse|output_dir|prefetch_factor|skip_checkpointer|start_timeout|time_limit)"
+)
 
 
 def is_finished(sweep: Sweep, run: Run) -> bool:
@@ -47,29 +54,41 @@ def command(sweep: Sweep, run: Run, processes: int = 1, *flags: str) -> list[str
 
 
 def check_begun(sweep: Sweep, processes: int) -> None:
-    """Refuse a sweep that has changed what runs were begun with; raises ValueError, see `check_resumable`."""
+    """Refuse a sweep that has changed what runs were made with.
+
+    Raises ValueError if a finished run would now be another one, or an interrupted one cannot go on as it would be, see
+    `check_resumable`.
+    """
     for run, config in zip(sweep.runs, sweep.configs, strict=True):
         folder = sweep.output / run.name
-        if (saved := _saved(folder)) is None:
-            continue
-        try:
-            check_resumable(saved, config)
-        except ValueError as error:
-            raise ValueError(f"{run.name} in '{sweep.output}' does not fit the sweep any more. {error}") from error
-        if saved.get("processes", processes) != processes:
-            raise ValueError(
-                f"{run.name} in '{sweep.output}' was trained by {saved['processes']} processes and the sweep now has "
-                f"{processes}, which makes another batch; restore --processes, or give another --output."
-            )
+        if is_finished(sweep, run):
+            _check_finished(folder, run, config, processes)
+        elif saved := _newest_state(folder):
+            try:
+                check_resumable(saved, config)
+            except ValueError as error:
+                raise ValueError(f"{run.name} in '{sweep.output}' does not fit the sweep any more. {error}") from error
 
 
-def _saved(folder: Path) -> dict[str, Any] | None:
-    """What a run has left of its configuration: complete, or with its newest checkpoint; None of one not begun."""
-    states = sorted(folder.glob("checkpoints/step_*/state.json"), reverse=True)
-    for path in (folder / FINISHED, *states):
+def _check_finished(folder: Path, run: Run, config: Config, processes: int) -> None:
+    saved = json.loads((folder / FINISHED).read_text())
+    told = changes(saved["config"], config)
+    if run.follows:
+        told.pop("MODEL.WEIGHTS", None)  # the folder of the run before, which may have moved with this one
+    differing = [change for key, change in told.items() if not _INDIFFERENT.fullmatch(key)]
+    if saved["processes"] != processes:
+        differing.append(f"--processes was {saved['processes']} and is now {processes}")
+    if differing:
+        raise ValueError(
+            f"'{folder}' is a finished run of another sweep ({'; '.join(differing)}); restore that, give another "
+            "--output, or move the folder away to train it anew."
+        )
+
+
+def _newest_state(folder: Path) -> dict[str, Any] | None:
+    for path in sorted(folder.glob("checkpoints/step_*/state.json"), reverse=True):
         with suppress(FileNotFoundError, ValueError):
-            saved = json.loads(path.read_text())
-            return {"global_batch": 0} | saved
+            return json.loads(path.read_text())
     return None
 
 
@@ -81,7 +100,8 @@ def check_data(sweep: Sweep, processes: int) -> None:
     """
     seen = set()
     for run in sweep.runs:
-        if run.group in seen or _saved(sweep.output / run.name):
+        folder = sweep.output / run.name
+        if run.group in seen or is_finished(sweep, run) or _newest_state(folder):
             continue
         seen.add(run.group)
         logger.info("Checking %s ...", run.group)

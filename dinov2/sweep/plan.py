@@ -109,7 +109,9 @@ def read(
     configs = _configs(base, runs, processes, faults)
     if faults:
         raise ConfigError(faults)
-    return Sweep(file.stem, file.resolve(), base, folder, runs, tuple(configs))
+    shared = [_share_masks(run, config, folder) for run, config in zip(runs, configs, strict=True)]
+    runs, configs = zip(*shared, strict=True)
+    return Sweep(file.stem, file.resolve(), base, folder, runs, configs)
 
 
 class _Parts:
@@ -245,6 +247,16 @@ def _configs(base: str, runs: Sequence[Run], processes: int, faults: list[str]) 
     if not faults:
         _refuse_twins(runs, configs, faults)
     return configs
+
+
+def _share_masks(run: Run, config: Config, output: Path) -> tuple[Run, Config]:
+    """Let runs that cut tiles from slides share tissue masks and indexes, which take hours for thousands of slides."""
+    if config.data.kind != "slides" or config.online.cache_dir:
+        return run, config
+    cache = str(output / "slide_cache")
+    overrides = (*run.overrides, f"online.cache_dir={json.dumps(cache)}")
+    online = dataclasses.replace(config.online, cache_dir=cache)
+    return dataclasses.replace(run, overrides=overrides), dataclasses.replace(config, online=online)
 
 
 def _refuse_twins(runs: Sequence[Run], configs: Sequence[Config], faults: list[str]) -> None:

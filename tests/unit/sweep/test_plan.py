@@ -80,6 +80,16 @@ def test_a_phase_starts_from_the_teacher_of_the_one_before(tmp_path: Path):
     assert sweep.tasks[1] == [2, 3]
 
 
+def test_runs_that_cut_slides_share_their_masks(tmp_path: Path):
+    slides = SWEEP.replace("vits14_reg4", "kaiko_vits16")
+    sweep = read(write(tmp_path, slides), tmp_path / "out")
+    assert {config.online.cache_dir for config in sweep.configs} == {str(tmp_path / "out/slide_cache")}
+    assert [load_config(sweep.base, run.overrides) for run in sweep.runs] == list(sweep.configs)
+    own = read(write(tmp_path, slides), tmp_path / "out", ["online.cache_dir=mine"])
+    assert {config.online.cache_dir for config in own.configs} == {"mine"}
+    assert not read(write(tmp_path, SWEEP)).configs[0].online.cache_dir
+
+
 def test_the_base_may_be_a_file_beside_the_sweep(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("extends: vits14_reg4\noptim: {clip_grad: 2.5}\n")
     sweep = read(write(tmp_path, "base: mine.yaml\nvariants: {same: {}, other: {optim.clip_grad: 3}}\n"))
