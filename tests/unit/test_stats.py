@@ -15,6 +15,7 @@ from PIL import Image
 
 from dinov2.build.data import open_data
 from dinov2.configs import load_config
+from dinov2.data.source import EncodedSample
 from dinov2.stats import colour_statistics, main
 
 SLIDES, TILES, SIDE = 6, 8, 16
@@ -131,3 +132,18 @@ def test_the_printed_lines_are_a_configuration(tmp_path: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["slides"] < SLIDES
     assert main([str(tmp_path / "absent")]) == 2
     assert main([]) == 2
+
+
+def test_tiles_that_are_drawn_without_end(train_slide: Path, tmp_path: Path):
+    keys = [f"data.path={train_slide.parent}", "data.kind=slides", "online.mpp=[0.5]", "data.tile_size=64"]
+    data = open_data(load_config(None, [*keys, f"online.cache_dir={tmp_path}"]))
+    found = colour_statistics(data, tiles=70, workers=2)
+    source, pixels = data.sources[0], []
+    for group, rows in ((0, range(64)), (1, range(6))):  # the first 70, which a run would see first
+        for row, (slide, stored) in zip(rows, source.read(group, rows), strict=True):
+            pixels.append(source.decode(EncodedSample(0, group, row, slide, stored)))
+    values = np.stack(pixels).reshape(-1, 3) / 255
+    np.testing.assert_allclose(found.mean, values.mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.std, values.std(0), atol=1e-12)
+    with pytest.raises(ValueError, match="without end"):
+        colour_statistics(data, tiles=0)
