@@ -129,7 +129,7 @@ class _Parts:
             faults.append(f"base = {shortened(self.base)} is not valid; a recipe or a YAML file is expected.")
         self.common = self._overrides("overrides", values.get("overrides"))
         self.variants = self._named("variants", values.get("variants"))
-        self.phases = self._named("phases", values.get("phases")) if "phases" in values else {"": {}}
+        self.phases = self._named("phases", values.get("phases")) or {"": {}}
         if not self.variants:
             faults.append("variants is empty; a mapping from names to overrides is expected.")
         for name in self.variants.keys() & self.phases.keys():

@@ -66,6 +66,7 @@ def test_runs_are_variants_by_seeds_with_values_in_their_order(tmp_path: Path):
     assert [load_config(sweep.base, run.overrides) for run in sweep.runs] == list(sweep.configs)
     assert read(write(tmp_path, SWEEP), seeds=[9]).configs[0].train.seed == 9
     assert sweep.tasks == [[0], [1], [2], [3]]
+    assert len(read(write(tmp_path, SWEEP + "phases:\n")).runs) == 4
 
 
 def test_a_phase_starts_from_the_teacher_of_the_one_before(tmp_path: Path):
