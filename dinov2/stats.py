@@ -146,10 +146,11 @@ def as_yaml(found: ColourStatistics, names: Sequence[str]) -> str:
     """The lines of a configuration, with what they were measured on."""
     mean, std = ("[" + ", ".join(f"{value:.4f}" for value in values) + "]" for values in (found.mean, found.std))
     errors = (" ".join(f"{value:.4f}" for value in values) for values in (found.mean_error, found.std_error))
+    several = "# standard errors: {} of the means, {} of the deviations".format(*errors)
     lines = [
         f"# {found.tiles:,} tiles of {found.slides:,} slides of {', '.join(names)}"
         + (f"; {found.corrupt:,} more cannot be decoded" if found.corrupt else ""),
-        "# standard errors: {} of the means, {} of the deviations".format(*errors),
+        several if found.slides > 1 else "# standard errors: unknown, since they take two slides or more",
         "augmentation:",
         f"  normalize_mean: {mean}",
         f"  normalize_std: {std}",
