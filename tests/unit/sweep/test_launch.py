@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dinov2.configs import public_config
-from dinov2.sweep.launch import FINISHED, check_begun, command, is_finished, slurm_script
+from dinov2.sweep.launch import FINISHED, check_begun, command, is_finished, slurm_script, train
 from dinov2.sweep.plan import Sweep, read
 from dinov2.train.train import parse_args
+from dinov2.utils.cli import Stopped
 
 TEXT = """
 base: vits14_reg4
@@ -75,6 +76,53 @@ def test_a_finished_phase_stays_so_where_the_folder_has_moved(tmp_path: Path):
     leave(sweep, 1, is_complete=True)
     (tmp_path / "out").rename(tmp_path / "moved")
     check_begun(planned(tmp_path, output="moved"), 1)
+
+
+class Launched:
+    """Stands in for processes: notes the runs that are started, each of which ends with a status told by its name."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, **statuses: int) -> None:
+        self.runs: list[str] = []
+        self._statuses = statuses
+        patch.setattr("dinov2.sweep.launch.subprocess.Popen", self)
+
+    def __call__(self, line: list[str], **options: object) -> Launched:
+        self.runs.append(Path(line[line.index("--output-dir") + 1]).name)
+        return self
+
+    def wait(self) -> int:
+        return self._statuses.get(self.runs[-1].replace("-", "_"), 0)
+
+
+def make_folders(sweep: Sweep) -> None:
+    for run in sweep.runs:
+        (sweep.output / run.name).mkdir(parents=True, exist_ok=True)
+
+
+def test_a_failed_run_keeps_what_follows_from_it_alone_from_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweep = planned(tmp_path)
+    make_folders(sweep)
+    launched = Launched(monkeypatch, a_seed0_first=76)
+    assert train(sweep, sweep.runs, 1) == {"a-seed0-first": 76, "a-seed0-second": 76}
+    assert launched.runs == ["a-seed0-first", "b-seed0-first", "b-seed0-second"]
+    # The same again tries what has failed, and nothing else.
+    launched = Launched(monkeypatch)
+    assert train(sweep, sweep.runs, 1) == {}
+    assert launched.runs == ["a-seed0-first", "a-seed0-second"]
+    assert all(is_finished(sweep, run) for run in sweep.runs)
+    check_begun(sweep, 1)
+    launched = Launched(monkeypatch)
+    assert train(sweep, sweep.runs, 1) == {} and launched.runs == []
+
+
+def test_a_run_that_was_asked_to_stop_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweep = planned(tmp_path)
+    make_folders(sweep)
+    launched = Launched(monkeypatch, a_seed0_second=75)  # by its limit of time, for instance
+    with pytest.raises(Stopped) as stopped:
+        train(sweep, sweep.runs, 1)
+    assert stopped.value.status == 75 and launched.runs == ["a-seed0-first", "a-seed0-second"]
+    assert [is_finished(sweep, run) for run in sweep.runs] == [True, False, False, False]
 
 
 def test_commands_are_those_of_the_training(tmp_path: Path):
