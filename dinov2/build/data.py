@@ -23,7 +23,7 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.kinds import log_beside, recognise
 from dinov2.data.slides.errors import SlideError
 from dinov2.data.source import DecodeError, EncodedSample, Origin, Source, SourceRequest
-from dinov2.data.stream.derived import make_source
+from dinov2.data.stream.derived import make_source, take_tiles
 from dinov2.data.stream.loader import TrainLoader
 from dinov2.data.stream.memory import GIB, Prefetch, fit_lanes, memory_bound
 from dinov2.data.stream.mixture import describe_fractions, make_order
@@ -99,7 +99,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
         if _is_endless(source) and len(datasets) > 1:
             raise ValueError(
                 f"data.datasets mixes '{name}', which is drawn without end, with others; give its tiles a number by "
-                "online.max_patches, or train on it alone."
+                "data.max_tiles, or train on it alone."
             )
         locations.append(getattr(source, "location", name))
         if advice := getattr(source, "repack_advice", str)():
@@ -110,14 +110,22 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
                 f"dataset '{name}': training on {counts[Fate.TRAINING]} of {counts.total()} slides; "
                 f"{counts[Fate.EXCLUDED]} excluded, {counts[Fate.VALIDATION]} kept for validation"
             )
-        elif not counts and (excluded or data.validation_fraction or sites):
+        elif not counts and (excluded or data.validation_fraction or sites or data.slide_fraction < 1):
             if _is_endless(source):
                 raise ValueError(
                     f"Dataset '{name}' is drawn without end, so that data.exclusion_file, "
                     "data.excluded_sites and data.validation_fraction cannot be applied to its rows."
                 )
-            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction, sites)
+            used = {"slide_fraction": data.slide_fraction, "seed": config.train.seed}
+            splits[name] = split = split_by_patient(source, name, excluded, data.validation_fraction, sites, **used)
+            if split.unnamed and data.slide_fraction < 1:
+                raise ValueError(
+                    f"data.slide_fraction = {data.slide_fraction} needs the slides of all tiles, but some of dataset "
+                    f"'{name}' name none; give data.groups_file, or 1.0 and data.max_tiles."
+                )
             source, validation = split.training, split.validation
+        if data.max_tiles and not _is_endless(source):
+            source = take_tiles(source, data.max_tiles, config.train.seed)
         sources.append(source)
         held_out.append(validation)
     if sites and not any(any(split.sites) for split in splits.values()):

@@ -13,6 +13,7 @@ from dinov2.configs.yaml_text import YamlError, parse_yaml
 logger = logging.getLogger("dinov2")
 
 _RECIPES = Path(__file__).with_name("train")
+_SWEEPS = Path(__file__).with_name("sweeps")
 _DEFAULTS = Path(__file__).with_name("defaults")  # of other codes, as far as they differ from ours
 _DINOV3 = _DEFAULTS / "dinov3.yaml"
 _META_DATA = re.compile(r"ImageNet(22k)?(:\w+=.*)?")  # how Meta's files name what is trained on
@@ -21,6 +22,37 @@ _META_DATA = re.compile(r"ImageNet(22k)?(:\w+=.*)?")  # how Meta's files name wh
 def recipes() -> list[str]:
     """Names of the shipped recipes, which stand for their files."""
     return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def sweeps() -> list[str]:
+    """Names of the shipped sweeps, which stand for their files."""
+    return sorted(path.stem for path in _SWEEPS.glob("*.yaml"))
+
+
+def read_sweep(name: str | Path, faults: list[str]) -> tuple[Path, Mapping[str, Any]]:
+    """Path and values of a sweep's file, given by path or as a shipped one by name; FileNotFoundError without one.
+
+    Adds a sentence to ``faults`` if it cannot be read.
+    """
+    path = Path(name).expanduser()
+    found = _found(path, path, _SWEEPS)
+    if found is None:
+        known = f"give the path of a YAML file, or a shipped one: {', '.join(sweeps())}."
+        raise FileNotFoundError(f"Sweep {str(name)!r} does not exist; {known}")
+    return found, _read(found, faults)
+
+
+def base_of(sweep: Path, name: str) -> str:
+    """What a sweep's file calls its base: the path of a file, told relative to it, or the name of a recipe.
+
+    FileNotFoundError if it is neither.
+    """
+    named = Path(name).expanduser()
+    found = _found(sweep.parent / named, named, sweep.parent, _RECIPES)
+    if found is None:
+        known = f"a YAML file or a recipe is expected: {', '.join(recipes())}."
+        raise FileNotFoundError(f"Sweep '{sweep}' has base = {shortened(name)}, which is not there; {known}")
+    return found.stem if found.parent == _RECIPES else str(found.resolve())
 
 
 def read_layers(name: str | Path, faults: list[str]) -> list[Mapping[str, Any]]:

@@ -105,6 +105,8 @@ class DataConfig:
     exclusion_file: str = key("", "patients or slides, one per line, that are never trained on", is_path=True)
     excluded_sites: tuple[str, ...] = key((), "never trained on, by the column site")
     validation_fraction: float = key(0.0, "of patients, never trained on, chosen by hash", least=0, below=1)
+    slide_fraction: float = key(1.0, "of the slides to train on, chosen by hash of seed and name", above=0, most=1)
+    max_tiles: int = key(0, "of each dataset, drawn by the seed; 0: all, of slides without end", least=0, most=2**30)
     tile_size: int = key(224, "side in px of a tile read from a slide", least=1, most=16384)
     mpp_file: str = key("", "CSV slide,mpp: um per level-0 px, in place of what slides say", is_path=True)
     mpp_tolerance: float = key(0.2, "fraction by which slides may be coarser than what is asked", least=0, most=1)
@@ -128,8 +130,6 @@ class OnlineConfig:
     min_foreground: float = key(0.4, "least fraction of tissue in a tile", **_PROBABILITY)
     tissue: str = key("hsv", "which pixels are tissue", registry="TISSUE_RULES")
     tissue_options: Mapping[str, Any] = key({}, "options of these rules: {name: {...}}", registry="TISSUE_RULES")
-    slide_fraction: float = key(1.0, "of the slides, chosen by hash of the seed", above=0, most=1)
-    max_patches: int = key(0, "distinct tiles; 0: without end", least=0, most=2**30)
     cache_dir: str = key("", "of tissue masks and tile indexes; empty: in the run's folder", is_path=True)
 
 

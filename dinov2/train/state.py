@@ -123,32 +123,40 @@ def describe_state(state: TrainState, stream: dict[str, Any], global_batch: int,
     }
 
 
+def changes(saved: Mapping[str, Any], config: Config) -> dict[str, str]:
+    """Differences of a configuration from one that some version saved: by key, both values in words."""
+    before = _flatten(public(saved_config(saved)))
+    now = _flatten(json.loads(json.dumps(public_config(config))))
+    return {
+        name: f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    }
+
+
 def check_resumable(saved: dict[str, Any], config: Config) -> None:
     """Refuse to resume a checkpoint's JSON part under a configuration that it does not fit; log harmless changes.
 
     Raises ValueError if fixed keys changed, or others that make it another run and ``train.allow_changes`` is false;
     all are named with both values.
     """
-    before = _flatten(public(saved_config(saved["config"])))
-    now = _flatten(json.loads(json.dumps(public_config(config))))
-    changed = [key for key in now if before.get(key) != now[key]]
-    told = {name: f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in changed}
-    if fixed := [told[name] for name in changed if name in _FIXED_KEYS]:
+    told = changes(saved["config"], config)
+    if fixed := [told[name] for name in told if name in _FIXED_KEYS]:
         raise ValueError(
             f"The run in this output folder cannot go on with a changed configuration ({'; '.join(fixed)}); restore "
             "these values, or start in another output folder."
         )
-    others = [told[name] for name in changed if not _FREE_KEYS.fullmatch(name)]
+    others = [told[name] for name in told if not _FREE_KEYS.fullmatch(name)]
     if others and not config.train.allow_changes:
         raise ValueError(
             f"The run in this output folder was begun with other values ({'; '.join(others)}), so that it would become "
             "two runs in one; restore them, start in another output folder, or add train.allow_changes=true."
         )
-    for name in changed:
+    for name, change in told.items():
         if name == "train.batch_size_per_gpu":
             logger.info("%s has no effect: the run keeps its batch of %d images.", name, saved["global_batch"])
         elif name != "train.allow_changes":
-            logger.info("Resuming with %s = %r (was %r).", name, now[name], before.get(name))
+            logger.info("Resuming; %s.", change)
 
 
 def check_loss_modules(saved: dict[str, Any], terms: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from dinov2.data.source import Source, SourceRequest
 
 
 class Slides:
-    """Whole-slide images; what is drawn from them has no end, unless ``online.max_patches`` says how many."""
+    """Whole-slide images; what is drawn from them has no end, unless ``data.max_tiles`` says how many."""
 
     accepts = (
         "slides (a folder of them, one slide or its URL, a text file of paths, a CSV with a column 'path', 'slide', "
@@ -61,8 +61,8 @@ class Slides:
             cache,
             options=TileOptions(mpps, weights, data.tile_size, online.min_foreground, data.mpp_tolerance),
             seed=request.config.train.seed,
-            slide_fraction=online.slide_fraction,
-            max_tiles=online.max_patches,
+            slide_fraction=data.slide_fraction,
+            max_tiles=data.max_tiles,
             workers=os.cpu_count() or 1,
             rule=TissueRule(online.tissue, online.tissue_options.get(online.tissue), CELL_RULE.min_fraction),
         )

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.source import EncodedSample, Source
+from dinov2.utils.seeding import sample_rng
+
+_STREAM = 1 << 34  # of the draw of tiles; others of the same key belong to tiles of slides, augmentation and masks
 
 
 class DerivedSource(ABC):
@@ -92,6 +95,22 @@ class MixedSource(DerivedSource):
     def _stored(self, group: int, rows: Sequence[int]) -> tuple[Source, int, list[int]]:
         first, source = self._parts[part_of(self._parts, group)]
         return source, group - first, list(rows)
+
+
+def take_tiles(source: Source, count: int, seed: int) -> Source:
+    """Some rows of a source, drawn uniformly without replacement; all of one that has no more than ``count``.
+
+    The rows of a smaller count are among those of a larger one with the same seed.
+    """
+    if count >= source.num_rows:
+        return source
+    rows = np.sort(sample_rng(seed, 0, _STREAM).permutation(source.num_rows)[:count])
+    ends = np.cumsum(source.group_rows)
+    groups = np.searchsorted(ends, rows, side="right")
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    rows -= (ends - source.group_rows)[groups]
+    parts = zip(groups[starts].tolist(), np.split(rows, starts[1:]), strict=True)
+    return SubsetSource(source, np.zeros(len(ends), bool), dict(parts))
 
 
 def make_source(sources: Sequence[Source]) -> Source:

@@ -13,7 +13,7 @@ import numpy as np
 from dinov2.data.patients import comparable, names_of, patient_of
 from dinov2.data.source import Origin, Source, origins_of
 from dinov2.data.stream.derived import SubsetSource
-from dinov2.utils.seeding import hash_name
+from dinov2.utils.seeding import hash_name, hash_words
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,22 @@ def in_validation(patient: str, fraction: float) -> bool:
     return hash_name(patient) / 2**64 < fraction
 
 
+def is_used(slide: str, fraction: float, seed: int) -> bool:
+    """Decide whether a slide belongs to a fraction in (0, 1] of all, by a hash of seed and name alone.
+
+    So a slide is treated alike in every dataset, and a larger fraction holds the slides of a smaller one; of n slides
+    the number that are used is binomial.
+    """
+    return fraction >= 1 or int(hash_words(seed, hash_name(slide))[0]) / 2**64 < fraction
+
+
 class Fate(IntEnum):
     """Use of a slide; exclusion comes before validation."""
 
     TRAINING = 0
     EXCLUDED = 1
     VALIDATION = 2
+    UNUSED = 3  # by the fraction of slides
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,8 @@ def split_by_patient(
     excluded: Sequence[str] = (),
     validation_fraction: float = 0.0,
     excluded_sites: Sequence[str] = (),
+    slide_fraction: float = 1.0,
+    seed: int = 0,
 ) -> PatientSplit:
     """Split a dataset; a pure function of its slides, patients and sites, so that all ranks find the same.
 
@@ -109,9 +121,10 @@ def split_by_patient(
         excluded: patients and slides to leave out, see `dinov2.data.patients.names_of`.
         validation_fraction: of patients to keep for validation, see `in_validation`.
         excluded_sites: sites to leave out, where the source tells them.
+        slide_fraction: of the other slides that to train on, see `is_used`.
     """
     logger.info("looking up the slides of %d row groups of dataset '%s'", len(source.group_rows), dataset)
-    fates = Fates(excluded, validation_fraction, excluded_sites)
+    fates = Fates(excluded, validation_fraction, excluded_sites, slide_fraction, seed)
     group_fate, mixed = _look_up(source, fates)
     counts, subsets = {}, {}
     for fate in Fate:
@@ -120,13 +133,15 @@ def split_by_patient(
         rows = {group: np.flatnonzero(of_rows == fate) for group, of_rows in mixed.items()}
         total = int(source.group_rows[group_fate == fate].sum()) + sum(map(len, rows.values()))
         counts[fate] = Count(len(slides), len(patients), total)
-        if fate != Fate.EXCLUDED and total:
+        if fate in (Fate.TRAINING, Fate.VALIDATION) and total:
             is_all = total == source.num_rows
             subsets[fate] = source if is_all else SubsetSource(source, group_fate == fate, rows)
     if Fate.TRAINING not in subsets:
         raise ValueError(
             f"of the {source.num_rows:,} rows of dataset '{dataset}' {counts[Fate.EXCLUDED].rows:,} are excluded "
-            f"and {counts[Fate.VALIDATION].rows:,} are kept for validation; at least 1 must be left to train on"
+            f"and {counts[Fate.VALIDATION].rows:,} are kept for validation"
+            + (f", and data.slide_fraction leaves out {unused:,}" if (unused := counts[Fate.UNUSED].rows) else "")
+            + "; at least 1 must be left to train on"
         )
     return PatientSplit(
         training=subsets[Fate.TRAINING],
@@ -148,6 +163,7 @@ def describe_splits(
     lines = [
         f"dataset '{name}': training on {split.counts[Fate.TRAINING]}; "
         f"excluded {split.counts[Fate.EXCLUDED]}; kept for validation {split.counts[Fate.VALIDATION]}"
+        + (f"; left out by data.slide_fraction {split.counts[Fate.UNUSED]}" if split.counts[Fate.UNUSED].rows else "")
         + ("; rows that name no slide cannot be excluded" if split.unnamed else "")
         + ("; rows that tell no site are excluded by none" if excluded_sites and "" in split.sites else "")
         for split, name in zip(splits, datasets, strict=True)
@@ -167,19 +183,27 @@ def describe_splits(
 class Fates(dict[Origin, int]):
     """Fate of each origin, found when first asked for; threads that ask at once find the same."""
 
-    def __init__(self, excluded: Sequence[str], validation_fraction: float, excluded_sites: Sequence[str] = ()) -> None:
+    def __init__(
+        self, excluded: Sequence[str], validation_fraction: float, excluded_sites: Sequence[str] = (),
+        slide_fraction: float = 1.0, seed: int = 0,
+    ) -> None:  # fmt: skip
         in_validation("", validation_fraction)  # refuses a wrong one before any slide is read
         self.lines = {comparable(name): name for name in excluded}
         self.matched: set[str] = set()
         self._fraction = validation_fraction
         self._sites = frozenset(excluded_sites) - {""}  # which is of rows that tell none
+        self._used = slide_fraction, seed
 
     def __missing__(self, origin: Origin) -> int:
         hits = [self.lines[name] for name in names_of(origin.slide, origin.patient) if name in self.lines]
         self.matched.update(hits)
         held_out = in_validation(patient_of(origin.slide, origin.patient), self._fraction)
         excluded = hits or origin.site in self._sites
-        self[origin] = int(Fate.EXCLUDED if excluded else Fate.VALIDATION if held_out else Fate.TRAINING)
+        # Validation comes first, so that it is the same for every fraction of the slides.
+        fate = Fate.EXCLUDED if excluded else Fate.VALIDATION if held_out else Fate.TRAINING
+        if fate == Fate.TRAINING and not is_used(origin.slide, *self._used):
+            fate = Fate.UNUSED
+        self[origin] = int(fate)
         return self[origin]
 
 

@@ -59,7 +59,7 @@ def make_plan(
         if not num_tiles:
             raise ValueError(
                 "optim.epochs = auto follows from the number of tiles, and these are drawn without end; give a number "
-                "of epochs, or of tiles by online.max_patches."
+                "of epochs, or of tiles by data.max_tiles."
             )
         fewest, most = AUTO_PASSES
         images = max(fewest * num_tiles, min(most * num_tiles, AUTO_IMAGES))

@@ -20,6 +20,7 @@ from dinov2.build.data import open_data, recognise
 from dinov2.configs import load_config
 from dinov2.configs.fields import key
 from dinov2.data.source import EncodedSample, SourceRequest, decode_image
+from dinov2.data.stream.patient_split import is_used
 from dinov2.train.plan.plan import make_plan
 from dinov2.train.train import main
 from tests.helpers.runs import TINY, read_metrics, write_tissue_shards
@@ -44,6 +45,23 @@ def test_absurd_passes_are_warned_of(shards: Path) -> None:
     assert "warning   dataset" not in described(shards, "optim.epochs=3")  # 1.07 passes
     unseen = described(shards, "optim.epochs=2")  # 64 images
     assert unseen.count("warning   dataset") == 1 and "29%" in unseen
+
+
+def test_slides_and_tiles_are_restricted_by_keys(shards: Path) -> None:
+    def data(*overrides: str) -> stream.OpenData:
+        return stream.open_data(load_config(None, [*TINY, f"data.path={shards}", *overrides]))
+
+    slides = {name for group in range(12) for name in data().source.slides(group)}
+    used = {seed: {name for name in slides if is_used(name, 0.5, seed)} for seed in range(8)}
+    seed = next(seed for seed in used if 0 < len(used[seed]) < 3)
+    few = data("data.slide_fraction=0.5", f"train.seed={seed}")
+    assert {name for group in range(12) for name in few.source.slides(group)} == used[seed]
+    assert few.num_tiles == 30 * len(used[seed]) and few.report
+    assert data("data.max_tiles=17").num_tiles == 17 and data("data.max_tiles=100").num_tiles == 90
+    assert data("data.max_tiles=17", "data.slide_fraction=0.5", f"train.seed={seed}").num_tiles == 17
+    none = next(seed for seed in range(99) if not any(is_used(name, 0.1, seed) for name in slides))
+    with pytest.raises(ValueError, match=r"data.slide_fraction"):
+        data("data.slide_fraction=0.1", f"train.seed={none}")
 
 
 def test_memory_of_batches_counts_every_one_in_flight(shards: Path) -> None:
@@ -249,7 +267,7 @@ def test_a_batch_to_look_at_is_of_the_data(locations: dict[str, str], mixed: boo
 def test_what_has_no_end_stands_alone(locations: dict[str, str]) -> None:
     endless = {"path": locations["toy"], "kind": f"{__name__}:Endless"}
     config = load_config(None, [f"data.datasets={json.dumps([endless, {'path': locations['shards']}])}"])
-    with pytest.raises(ValueError, match=r"drawn without end, with others; .* online.max_patches"):
+    with pytest.raises(ValueError, match=r"drawn without end, with others; .* data.max_tiles"):
         open_data(config)
     alone = [f"data.path={endless['path']}", f"data.kind={endless['kind']}"]
     with pytest.raises(ValueError, match=r"drawn without end, so that data.exclusion_file"):

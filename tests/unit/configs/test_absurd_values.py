@@ -67,6 +67,8 @@ def faults(file: Path | None, *overrides: str) -> list[str]:
         "data.validation_fraction=1",
         "data.max_corrupt_fraction=1.1",
         "online.max_patches=1000000000000",
+        "data.max_tiles=1000000000000",
+        "data.slide_fraction=0",
         "online.mpp=[1e-300,-1]",
         "online.mpp=[]",
         "online.mpp_weights=[0,0,0,0]",

@@ -28,5 +28,5 @@ def test_a_wheel_carries_scripts_configurations_and_the_driver(tmp_path):
         (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     assert "pathfm = dinov2.command:main" in scripts
     carried = [ROOT / "HEST_evaluation.py", *(ROOT / "eval_configs").glob("*.yaml")]
-    carried += [*(ROOT / "prepatching_scripts").rglob("*.py"), *(ROOT / "dinov2/configs/train").glob("*.yaml")]
+    carried += [*(ROOT / "prepatching_scripts").rglob("*.py"), *(ROOT / "dinov2/configs").rglob("*.yaml")]
     assert {path.relative_to(ROOT).as_posix() for path in carried} <= names

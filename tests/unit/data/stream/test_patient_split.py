@@ -17,11 +17,19 @@ from dinov2.data.augment.collate import Sample
 from dinov2.data.online.from_list import SlideListSource
 from dinov2.data.parquet.source import ParquetSource
 from dinov2.data.source import EncodedSample, Origin, Source
-from dinov2.data.stream.derived import make_source
+from dinov2.data.stream.derived import make_source, take_tiles
 from dinov2.data.stream.loader import DecodedRows, TrainLoader
 from dinov2.data.stream.mixture import make_order
 from dinov2.data.stream.order import SampleOrder
-from dinov2.data.stream.patient_split import Count, Fate, PatientSplit, describe_splits, in_validation, split_by_patient
+from dinov2.data.stream.patient_split import (
+    Count,
+    Fate,
+    PatientSplit,
+    describe_splits,
+    in_validation,
+    is_used,
+    split_by_patient,
+)
 from dinov2.data.stream.reader import RankReader
 from tests.helpers.memory_source import MemorySource
 from tests.helpers.shards import encode, tile, tile_number, write_groups, write_published
@@ -124,6 +132,7 @@ def test_counts_and_names_that_match_nothing_are_told() -> None:
         Fate.TRAINING: Count(slides=1, patients=1, rows=6),
         Fate.EXCLUDED: Count(slides=2, patients=2, rows=8),
         Fate.VALIDATION: Count(slides=1, patients=1, rows=5),
+        Fate.UNUSED: Count(slides=0, patients=0, rows=0),
     }
     assert first.unmatched == {"nobody", "case_18"}
     second = split(excluded, FRACTION, MemorySource([["case_18.svs"], ["", ""]]))
@@ -202,6 +211,37 @@ def test_slides_are_looked_up_once_per_group_and_failures_are_raised() -> None:
 
     with pytest.raises(OSError, match="the shard is gone"):
         split(["s3"], source=Broken(GROUPS))
+
+
+def test_a_fraction_of_the_slides_is_nested_seeded_and_leaves_validation_alone() -> None:
+    names = [f"slide_{number}" for number in range(400)]
+    groups = [[names[4 * group + row % 4] for row in range(8)] for group in range(100)]
+    rows, validation = {}, set()
+    for fraction in (0.1, 0.3, 1.0):
+        parts = split_by_patient(MemorySource(groups), "tiles", (), 0.25, (), fraction, 7)
+        rows[fraction] = stored_rows(parts.training)
+        validation.add(tuple(stored_rows(parts.validation)))
+        used = [name for name in names if not in_validation(name, 0.25) and is_used(name, fraction, 7)]
+        assert rows[fraction] == expected_rows(groups, *used)
+        assert sum(count.rows for count in parts.counts.values()) == 800
+        # Binomial: 300 slides or so, four standard deviations.
+        expected = fraction * (400 - parts.counts[Fate.VALIDATION].slides)
+        assert abs(len(used) - expected) <= 4 * (expected * (1 - fraction)) ** 0.5
+    assert set(rows[0.1]) < set(rows[0.3]) < set(rows[1.0]) and len(validation) == 1
+    other = split_by_patient(MemorySource(groups), "tiles", (), 0.25, (), 0.3, 8)
+    assert set(stored_rows(other.training)) != set(rows[0.3])
+
+
+def test_tiles_drawn_are_as_many_as_asked_nested_and_spread() -> None:
+    groups = [[f"slide_{group}"] * (group % 5) for group in range(200)]
+    source = MemorySource(groups)
+    drawn = {count: stored_rows(take_tiles(source, count, seed=3)) for count in (1, 40, 200)}
+    assert {count: len(set(rows)) for count, rows in drawn.items()} == {1: 1, 40: 40, 200: 200}
+    assert set(drawn[1]) < set(drawn[40]) < set(drawn[200]) <= set(stored_rows(source))
+    assert drawn[40] == stored_rows(take_tiles(source, 40, seed=3)) != stored_rows(take_tiles(source, 40, seed=4))
+    assert take_tiles(source, 400, seed=3) is source is take_tiles(source, 401, seed=3)
+    halves = [sum(int(row.split(b":")[1]) < 100 for row in drawn[200])]
+    assert 70 <= halves[0] <= 130  # hypergeometric with mean 100, standard deviation 5
 
 
 def test_nothing_left_is_refused_and_so_is_a_wrong_fraction() -> None:

@@ -72,7 +72,7 @@ def test_epochs_of_very_few_tiles_and_of_no_number():
     config = load_config(RECIPE, ["optim.epochs=auto"])
     plan = make_plan(config, 8, num_tiles=1)
     assert plan.epoch_steps == 1 and plan.total_steps == 100
-    with pytest.raises(ValueError, match=r"optim.epochs = auto .*online.max_patches"):
+    with pytest.raises(ValueError, match=r"optim.epochs = auto .*data.max_tiles"):
         make_plan(config, 8)
 
 
