@@ -18,7 +18,7 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
 
     ``modules`` are the whole state dicts by name. The JSON beside the ``.pth`` holds the ``metadata``: ``architecture``
     (the backbone's constructor arguments), ``step``, ``samples``, ``config``; and checksums of both. Returns that of
-    the weights.
+    the weights. Raises FileExistsError where one of them is there with other contents; the same ones stay.
     """
     teacher = {
         f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
@@ -27,7 +27,7 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
     }
     with _readable_errors(f"Teacher {str(path)!r}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, path.with_suffix(".json")) as (weights, described):
+        with replacing(path, path.with_suffix(".json"), new=True) as (weights, described):
             _write(weights, ".pth", {"teacher": teacher})
             written = checksum(weights)
             _write(described, ".json", sealed(metadata, written))
