@@ -12,7 +12,6 @@ from torch import nn
 from dinov2.configs import Config, saved_config
 from dinov2.hub.export.layout import Layout
 from dinov2.hub.layouts_dinov3 import is_dinov3
-from dinov2.hub.pixels import Colours
 
 CARD = "README.md"
 """Its name in an export, and on the Hugging Face hub."""
@@ -29,7 +28,7 @@ def model_card(
     model: nn.Module,
     dtype: str,
     side: int | None,
-    colours: Colours,
+    colours: str,
     record: Mapping[str, Any],
     results: str = "",
     license_id: str = "",
@@ -40,7 +39,7 @@ def model_card(
     Args:
         layout, model, dtype: the export, its backbone and the name of its floating-point type.
         side: of the images in px, where it is known.
-        colours: that images are normalised with.
+        colours: mean and deviation that images are normalised with, and where these are from, in words.
         record: the JSON beside the teacher, or nothing.
         results: a table of probe results.
         license_id: the hub's name of a licence; left out of the front matter where it is empty.
@@ -84,7 +83,7 @@ def _config_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(
-    model: nn.Module, dtype: str, side: int | None, colours: Colours, record: Mapping[str, Any]
+    model: nn.Module, dtype: str, side: int | None, colours: str, record: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     architecture = record.get("architecture", {}).get("arch") or type(model).__name__
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -94,8 +93,7 @@ def _facts(
         ("Parameters", f"{millions:.1f} million, {dtype}"),
         ("Tokens", f"class token, {registers} registers, one of each patch of {patch} px"),
         *([("Images", f"{side} px")] if side else []),
-        ("Mean", ", ".join(f"{value:g}" for value in colours.mean)),
-        ("Standard deviation", ", ".join(f"{value:g}" for value in colours.std)),
+        ("Normalisation", colours),
     ]
 
 

@@ -38,7 +38,7 @@ def export(args: argparse.Namespace, results: str = "") -> int:
     _check_options(layout, args)
     tiles = None if args.verify is None else verify.read_tiles(args.verify or None)
     record = description(args.checkpoint)
-    colours, asked = _colours(args)
+    colours, asked, told = _colours(args)
     if asked:  # of weights that came without: whoever opens the export has to know
         config = record.get("config") or {}
         record["config"] = {**config, "augmentation": {**config.get("augmentation", {}), **asked}}
@@ -51,17 +51,8 @@ def export(args: argparse.Namespace, results: str = "") -> int:
     with tempfile.TemporaryDirectory(prefix="pathfm_export_") as scratch:
         files = layout.files(model, DTYPES[args.dtype], colours, record, Path(scratch))
         side = arguments.get("img_size")
-        card = model_card(
-            layout,
-            model,
-            args.dtype,
-            side,
-            colours,
-            description(args.checkpoint),
-            results,
-            args.license,
-            args.push or "",
-        )
+        known = description(args.checkpoint)
+        card = model_card(layout, model, args.dtype, side, told, known, results, args.license, args.push or "")
         _write(args.output, files, card)
     if is_dinov3(model) and (rounding := rounding_of_periods(model)) > 1e-6:
         logger.warning(
@@ -76,8 +67,8 @@ def export(args: argparse.Namespace, results: str = "") -> int:
         if not check.holds(args.output, args.dtype):
             return cli.FAILURES
     if args.push:
-        told = {"private": args.private, "revision": args.revision, "replace": args.replace}
-        address = push(args.output, [*files, CARD], args.push, **told)
+        how = {"private": args.private, "revision": args.revision, "replace": args.replace}
+        address = push(args.output, [*files, CARD], args.push, **how)
         sys.stdout.write(f"pushed to {address}\n")
     return cli.DONE
 
@@ -96,13 +87,14 @@ def _check_options(layout: Layout, args: argparse.Namespace) -> None:
             raise ImportError(f"{what} needs {' and '.join(missing)}, which is not installed; {advice}.")
 
 
-def _colours(args: argparse.Namespace) -> tuple[Colours, dict[str, Any]]:
-    """What images are normalised with, and that of it which the command line alone tells, as keys of a configuration.
+def _colours(args: argparse.Namespace) -> tuple[Colours, dict[str, Any], str]:
+    """What images are normalised with; that of it which the command line alone tells, as keys of a configuration; and
+    where it is from, in words.
 
     Raises ValueError where it tells otherwise than what the teacher was trained with.
     """
     trained, asked = trained_with(args.checkpoint), {}
-    mean, std, _ = normalisation(args.checkpoint, args.mean, args.std)
+    mean, std, told = normalisation(args.checkpoint, args.mean, args.std)
     for name, value in (("mean", args.mean), ("std", args.std)):
         if value is None:
             continue
@@ -112,7 +104,7 @@ def _colours(args: argparse.Namespace) -> tuple[Colours, dict[str, Any]]:
                 f"state; leave --{name} out."
             )
         asked[f"normalize_{name}"] = value
-    return Colours(mean, std), asked
+    return Colours(mean, std), asked, told
 
 
 def _write(output: Path, files: dict[str, Any], card: str) -> None:

@@ -44,7 +44,10 @@ class Meta(Layout):
 
     def loading(self, repo: str) -> str:
         """With Meta's code, whose architecture has to be named."""
-        return 'state = torch.load("DIR/backbone.pth", weights_only=True)  # of a model of Meta\'s code'
+        return (
+            "import torch\n\n"
+            'state = torch.load("DIR/backbone.pth", weights_only=True)  # for load_state_dict of Meta\'s model'
+        )
 
     def resampling(self, num_registers: int) -> Resampling:
         """Without registers Meta's models do not antialias."""

@@ -55,8 +55,9 @@ class Onnx(Layout):
         return lambda folder: _Session(folder / "model.onnx")
 
     def loading(self, repo: str) -> str:
-        """With ONNX Runtime, on images as `preprocessor_config.json` describes them."""
+        """With ONNX Runtime, on images as ``preprocessor_config.json`` describes them."""
         return (
+            "import onnxruntime\n\n"
             'session = onnxruntime.InferenceSession("DIR/model.onnx")\n'
             f'tokens, class_token = session.run(None, {{"{_INPUT}": images}})  # float32 (B, C, H, W), normalised'
         )

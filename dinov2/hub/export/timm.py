@@ -35,8 +35,8 @@ class Timm(Layout):
     def loading(self, repo: str) -> str:
         """By timm's names of places."""
         return (
-            'model = timm.create_model("local-dir:DIR", pretrained=True).eval()\n'
-            f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()\n'
+            "import timm\n\n"
+            f'model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # or "hf-hub:{repo}"\n'
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
         )
 

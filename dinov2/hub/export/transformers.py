@@ -40,9 +40,9 @@ class Transformers(Layout):
     def loading(self, repo: str) -> str:
         """By the classes that find the others."""
         return (
-            f'place = "DIR"  # or "{repo}"\n'
-            "model = transformers.AutoModel.from_pretrained(place).eval()\n"
-            "processor = transformers.AutoImageProcessor.from_pretrained(place)"
+            "from transformers import AutoImageProcessor, AutoModel\n\n"
+            f'model = AutoModel.from_pretrained("DIR").eval()  # or "{repo}"\n'
+            'processor = AutoImageProcessor.from_pretrained("DIR")'
         )
 
     def resampling(self, num_registers: int) -> Resampling:

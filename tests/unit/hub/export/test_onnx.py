@@ -84,6 +84,15 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert capsys.readouterr().out.startswith("already there: ")
 
 
+def test_large_weights_are_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As torch's exporter writes them above 1.5 GB."""
+    save_program = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda self, path: save_program(self, path, external_data=True))
+    path, _ = save(tmp_path, "DINOv3")
+    folder = exported(path, "--verify")
+    assert (folder / "model.onnx.data").stat().st_size > (folder / "model.onnx").stat().st_size
+
+
 def test_half_precision(tmp_path: Path):
     path, _ = save(tmp_path, "DINOv3")
     folder = exported(path, "--dtype", "fp16", "--verify")
