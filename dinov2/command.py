@@ -23,7 +23,7 @@ COMMANDS = {
     "repack": ("dinov2.data.repack.__main__:main", "rewrite Parquet shards to small row groups"),
     "embed": ("dinov2.eval.embed.__main__:main", "embed images, Parquet shards or slides with a teacher"),
     "probe": ("dinov2.eval.probe.__main__:main", "probe a teacher's features on labelled tiles"),
-    "export": ("dinov2.export:main", "write a teacher for timm, transformers or Meta's code"),
+    "export": ("dinov2.export:main", "write a teacher for timm, transformers, ONNX Runtime or Meta's code"),
     "compare": ("dinov2.sweep.__main__:main", "train variants of a recipe with several seeds, and compare them"),
     "report": ("dinov2.report.__main__:main", "a page about one or several runs"),
     "eva": ("dinov2.eval.eva_cli:main", "stock kaiko-eva on a teacher"),

@@ -95,6 +95,17 @@ PROBES = Registry(
 )
 """Measures of a teacher's features: `dinov2.eval.probe.task.Probe`."""
 
+EXPORTS = Registry(
+    "format",
+    {
+        "meta": "dinov2.hub.export.meta:Meta",
+        "timm": "dinov2.hub.export.timm:Timm",
+        "hf": "dinov2.hub.export.transformers:Transformers",
+        "onnx": "dinov2.hub.export.onnx:Onnx",
+    },
+)
+"""Formats in which teachers are exported for other libraries: `dinov2.hub.export.layout.Layout`."""
+
 SINKS = Registry(
     "sink of metrics",
     {

@@ -7,6 +7,7 @@ from dinov2.configs.loader import (
     public_config,
     save_config,
     saved_config,
+    trained_config,
 )
 from dinov2.configs.schema import Config
 from dinov2.configs.validate import ConfigError, validate
@@ -20,5 +21,6 @@ __all__ = [
     "recipes",
     "save_config",
     "saved_config",
+    "trained_config",
     "validate",
 ]

@@ -48,6 +48,11 @@ def saved_config(saved: Mapping[str, Any]) -> dict[str, Any]:
     return merge(defaults, OlderKeys().translate(saved))
 
 
+def trained_config(saved: Mapping[str, Any]) -> Config:
+    """The configuration that some version saved in a checkpoint; what came from the environment stays as written."""
+    return _decode([saved_config(saved)], [], resolve=False)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the merged configuration as YAML, atomically; an unequal earlier file is kept under its date."""
     text = yaml.safe_dump(public_config(config), sort_keys=False)
@@ -76,12 +81,12 @@ def _hide_environment(written: Any, resolved: Any) -> None:
         hide(resolved, written)
 
 
-def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str]) -> Config:
+def _decode(layers: Iterable[Mapping[str, Any]], faults: list[str], resolve: bool = True) -> Config:
     older, user = OlderKeys(), {}
     for layer in layers:
         user = merge(user, older.translate(layer))
     try:
-        if "${" in str(user):
+        if resolve and "${" in str(user):
             written, user = user, OmegaConf.to_container(OmegaConf.create(user), resolve=True)
             _hide_environment(written, user)
     except OmegaConfBaseException as error:

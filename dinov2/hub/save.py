@@ -1,6 +1,7 @@
 """Teachers and exports as files that are whole or absent, each named after its contents are on the disk."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
 
     ``modules`` are the whole state dicts by name. The JSON beside the ``.pth`` holds the ``metadata``: ``architecture``
     (the backbone's constructor arguments), ``step``, ``samples``, ``config``; and checksums of both. Returns that of
-    the weights.
+    the weights. Raises FileExistsError where one of them is there with other contents; the same ones stay.
     """
     teacher = {
         f"{module}.{key}": tensor.float() if tensor.is_floating_point() else tensor
@@ -27,19 +28,19 @@ def save_teacher(path: Path, modules: Mapping[str, Mapping[str, Tensor]], metada
     }
     with _readable_errors(f"Teacher {str(path)!r}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, path.with_suffix(".json")) as (weights, described):
+        with replacing(path, path.with_suffix(".json"), new=True) as (weights, described):
             _write(weights, ".pth", {"teacher": teacher})
             written = checksum(weights)
             _write(described, ".json", sealed(metadata, written))
     return written
 
 
-def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
+def write_new(folder: Path, files: Mapping[str, Mapping[str, Any] | str | Path]) -> bool:
     """Write all files of an export, or none; returns False where the very same ones are there already.
 
-    ``files`` are contents by name, in the order in which they appear: ``.json`` as JSON, ``.safetensors`` and ``.pth``
-    as tensors. A JSON after weights of the same stem gets checksums of both. Raises FileExistsError where one of them
-    is there with other contents.
+    ``files`` are contents by name, in the order in which they appear: texts, files that are moved here, and mappings,
+    ``.json`` as JSON, ``.safetensors`` and ``.pth`` as tensors. A JSON after weights of the same stem gets checksums of
+    both. Raises FileExistsError where one of them is there with other contents.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Output {str(folder)!r} is a file; name a new or empty folder.")
@@ -53,7 +54,7 @@ def write_new(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
                 if path.suffix == ".json" and path.stem in checksums:
                     content = sealed(content, checksums[path.stem])
                 _write(partial, path.suffix, content)
-                if path.suffix != ".json":
+                if path.suffix not in (".json", ".md"):
                     checksums[path.stem] = checksum(partial)
     return not complete
 
@@ -68,8 +69,15 @@ def _readable_errors(what: str) -> Iterator[None]:
         raise OSError(f"{what} cannot be written ({error}); make room or mend the folder.") from error
 
 
-def _write(path: Path, suffix: str, content: Mapping[str, Any]) -> None:
-    if suffix == ".json":
+def _write(path: Path, suffix: str, content: Mapping[str, Any] | str | Path) -> None:
+    if isinstance(content, Path):
+        path.touch()
+        mode = path.stat().st_mode
+        shutil.move(content, path)
+        path.chmod(mode)
+    elif isinstance(content, str):
+        path.write_text(content)
+    elif suffix == ".json":
         path.write_text(json.dumps(dict(content), indent=1) + "\n")
     elif suffix == ".safetensors":
         from safetensors.torch import save_file

@@ -134,7 +134,7 @@ class Dinov3VisionTransformer(PackedTransformer):
         """Class token, storage tokens and patches, float32 or better: (B, 1 + R + N, D)."""
         patches = self.masked_patches(x, masks)
         tokens = [token for token in (self.cls_token, self.storage_tokens) if token is not None]
-        return torch.cat([*(token.to(patches.dtype).expand(len(x), -1, -1) for token in tokens), patches], dim=1)
+        return torch.cat([*(token.to(patches.dtype).expand(x.shape[0], -1, -1) for token in tokens), patches], dim=1)
 
     def rotations(self, sizes: Sequence[tuple[int, int]]) -> list[list[Tensor] | None]:
         """As of `PackedTransformer`, from `RopePositionEmbedding`."""

@@ -149,7 +149,7 @@ class PackedTransformer(Backbone):
 
     def _pack(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
         tokens = [self.prepare_tokens_with_masks(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
-        return pack(tokens), tuple((len(t), t.shape[1]) for t in tokens)
+        return pack(tokens), tuple((t.shape[0], t.shape[1]) for t in tokens)
 
     def get_intermediate_layers(
         self,
@@ -276,11 +276,11 @@ class DinoVisionTransformer(PackedTransformer):
         height, width = x.shape[-2:]
         patches = self.masked_patches(x, masks)
         dtype = patches.dtype
-        tokens = torch.cat([self.cls_token.to(dtype).expand(len(x), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.to(dtype).expand(x.shape[0], -1, -1), patches], dim=1)
         tokens = tokens + self.interpolate_pos_encoding(tokens, height, width)
         if self.register_tokens is None:
             return tokens
-        registers = self.register_tokens.to(dtype).expand(len(x), -1, -1)
+        registers = self.register_tokens.to(dtype).expand(x.shape[0], -1, -1)
         return torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 from dinov2.build.augmentation import device_batches
 from dinov2.build.data import OpenData, build_loader, describe_stream, open_data, order_parameters
 from dinov2.build.networks import check_backbone, load_gram_teacher, load_starting_weights, starting_weights
-from dinov2.configs import Config, public_config, save_config, validate
+from dinov2.configs import Config, public_config, save_config, trained_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
-from dinov2.export import save_teacher
 from dinov2.extensions import SINKS
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
+from dinov2.hub.save import save_teacher
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.health import HealthWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks
@@ -57,7 +57,7 @@ class Run:
     """A run set up to train: newest checkpoint restored, data and networks ready. All ranks must construct.
 
     The folder is one that `hold_output_dir` holds. With ``eval_only`` a run is there to export a teacher, and needs a
-    checkpoint and no data.
+    checkpoint and no data; its configuration is then the checkpoint's, whatever ``config`` is.
 
     Raises:
         ValueError, FileNotFoundError: if configuration, data, weights or checkpoint do not fit.
@@ -72,14 +72,13 @@ class Run:
         eval_only: bool = False,
         watchdog: Watchdog | None = None,
     ):
-        self.config, self.output_dir, self.device = config, output_dir, device
+        self.output_dir, self.device = output_dir, device
         self.watchdog = watchdog or Watchdog(output_dir, TrainState(), 0, 0)
-        on_main_process(partial(validate, config, get_global_size()))
         kept = config.train.keep_checkpoints, config.train.keep_checkpoints_every
         self.checkpointer = Checkpointer(output_dir, *kept, background=config.train.async_checkpoints)
         self.stop = StopRequest(config.train.time_limit, self._newest_checkpoint, lambda: self.checkpointer.longest_s)
-        if saved := self.checkpointer.newest(decode_state):
-            on_main_process(partial(check_resumable, saved, config))
+        saved = self.checkpointer.newest(decode_state)
+        self.config = config = on_main_process(partial(_checked, config, saved, eval_only))
         if not eval_only:
             self.performance = resolve_performance(config, device)
             on_main_process(partial(check_backbone, config, with_weights=saved is None))
@@ -181,18 +180,28 @@ class Run:
         self.checkpointer.save(state.step, self._tensors(), described)
 
     def export_teacher(self, state: TrainState) -> None:
-        """Write ``eval/training_<step>/teacher_checkpoint.pth`` and list it; all ranks must call."""
+        """Write ``eval/training_<step>/teacher_checkpoint.pth`` and list it; all ranks must call.
+
+        One that is there with other contents stays: a run that trains says so and goes on, otherwise FileExistsError is
+        raised on rank 0.
+        """
         modules = {name: full_state_dict(module) for name, module in self.arch.teacher.items()}
         path = export_path(self.output_dir, state.step)
         architecture, config = self.arch.teacher.backbone.describe(), public_config(self.config)
         metadata = {"architecture": architecture, **vars(state), "config": config}
 
         def export() -> None:
-            checksum = save_teacher(path, modules, metadata)
+            try:
+                checksum = save_teacher(path, modules, metadata)
+            except FileExistsError as error:
+                if self.loader is None:
+                    raise
+                logger.warning("The teacher of step %d is not exported again: %s", state.step, error)
+                return
             list_export(self.output_dir, state.step, checksum, self.config.evaluation.keep_exports)
+            logger.info("Exported the teacher to %s.", path)
 
         on_main_process(export)
-        logger.info("Exported the teacher to %s.", path)
 
     def _make_plan(self, saved: dict[str, Any] | None, num_tiles: int | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
@@ -284,6 +293,16 @@ class Run:
             every, finish = self.config.train.checkpoint_period_iterations, self.checkpointer.finish
             hooks.append(CheckpointHook(every, self.save_checkpoint, finish))
         return [*hooks, GarbageHook()]
+
+
+def _checked(config: Config, saved: dict[str, Any] | None, eval_only: bool) -> Config:
+    """The valid configuration of a run that goes on from a checkpoint's JSON part, if any, or is exported."""
+    if saved and eval_only:
+        config = trained_config(saved["config"])
+    validate(config, get_global_size())
+    if saved:
+        check_resumable(saved, config)
+    return config
 
 
 def chance_patience(schedules: Schedules, state: TrainState, total_steps: int, log_period: int) -> tuple[int, int]:

@@ -57,7 +57,8 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
     device = select_device()
     init_process_group(device, _UNTIL_WATCHED)
     try:
-        config = on_main_process(read_config)
+        # The run that is exported has its configuration in its checkpoint.
+        config = Config() if args.eval_only and args.output_dir else on_main_process(read_config)
         output_dir = Path(args.output_dir or config.train.output_dir)
         if args.eval_only and not Checkpointer(output_dir, keep=1).steps():
             raise FileNotFoundError(

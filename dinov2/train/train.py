@@ -101,7 +101,10 @@ def _run(args: argparse.Namespace) -> int:
         )
     join_launch()
     # Of several processes, rank 0 speaks for all once they have found each other.
-    config = None if "RANK" in os.environ else _read_config(args)
+    if args.eval_only and args.overrides:
+        logger.warning("--eval-only exports a run as it was trained; %s has no effect.", " ".join(args.overrides))
+    needs_none = args.eval_only and args.output_dir and not args.dry_run
+    config = None if "RANK" in os.environ or needs_none else _read_config(args)
     if config:
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     if args.gpu is not None or args.memory is not None:
@@ -115,6 +118,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _read_config(args: argparse.Namespace) -> Config:
     if args.config_file is None:
+        if args.eval_only:
+            raise ValueError("--eval-only exports a run; give --output-dir its folder.")
         named = {override.partition("=")[0].strip() for override in args.overrides}
         if "student.arch" not in named or named.isdisjoint(_DATA):
             raise ValueError(

@@ -164,9 +164,10 @@ def test_teacher_opens(teacher: Path):
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("meta", {"backbone.pth", "backbone.json"}),
-        ("timm", {"model.safetensors", "config.json"}),
-        ("hf", {"model.safetensors", "config.json", "preprocessor_config.json"}),
+        ("meta", {"README.md", "backbone.pth", "backbone.json"}),
+        ("timm", {"README.md", "model.safetensors", "config.json"}),
+        ("hf", {"README.md", "model.safetensors", "config.json", "preprocessor_config.json"}),
+        ("onnx", {"README.md", "model.onnx", "model.json", "preprocessor_config.json"}),
     ],
 )
 def test_exports_for_other_libraries(teacher: Path, tmp_path: Path, library: str, files: set[str]):

@@ -1,16 +1,21 @@
 """A stand-in for the Hugging Face hub: information, file tree, and file contents by ranges, of datasets and models.
 
+Repositories can be made and committed to, with all files in the commit itself (no large-file storage).
+
 with HubServer() as hub:
     hub.push("org/tiles", folder)
     hub.faults = seeded_faults(0, {"503": 0.1, "cut": 0.05})
     subprocess.run(command, env=os.environ | hub.environment())
 """
 
+import base64
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +27,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 _API = re.compile(
     r"/api/(?:datasets|models)/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<rev>[^/]+)(?P<path>/.*)?)?"
 )
+_WRITE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>branch|preupload|paths-info|commit)/(?P<rev>[^/]+)")
 _FILE = re.compile(r"/(?:(?P<what>datasets|cdn)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
 
 
@@ -54,6 +60,8 @@ class HubServer:
         tokens: Token by private dataset; other datasets are public.
         gated: Datasets whose files need a token, though their information does not.
         tokens_seen: What came as bearer tokens.
+        writers: Tokens that may write.
+        private: Repositories that are private, of those made here.
         page: Entries of the tree per answer.
         ignores_ranges: Whether whole files are sent whatever is asked for.
     """
@@ -64,9 +72,12 @@ class HubServer:
         self.tokens: dict[str, str] = {}
         self.gated: set[str] = set()
         self.tokens_seen: set[str] = set()
+        self.writers: set[str] = set()
+        self.private: set[str] = set()
         self.page, self.ignores_ranges = page, False
         self._commits: dict[tuple[str, str], Path] = {}  # dataset and commit: folder
         self._branches: dict[tuple[str, str], str] = {}  # dataset and revision: commit
+        self._made = tempfile.TemporaryDirectory()  # what was committed here
         self._lock, self.closing = threading.Lock(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -81,6 +92,7 @@ class HubServer:
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()
+        self._made.cleanup()
 
     def environment(self) -> dict[str, str]:
         """What a process needs in order to come here, without a token."""
@@ -94,6 +106,22 @@ class HubServer:
         commit = hashlib.sha1(json.dumps([repo, revision, str(folder), listing]).encode()).hexdigest()
         self._commits[repo, commit], self._branches[repo, revision] = folder, commit
         return commit
+
+    def commit(self, repo: str, revision: str, parent: str | None, files: dict[str, bytes]) -> str:
+        """Put files over those of a parent commit, and return the new one."""
+        folder = Path(tempfile.mkdtemp(dir=self._made.name))
+        if before := self._commits.get((repo, parent)):
+            shutil.copytree(before, folder, dirs_exist_ok=True)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return self.push(repo, folder, revision)
+
+    def branch(self, repo: str, name: str) -> bool:
+        """Begin a branch at the head of main; False where it is there."""
+        is_new = (repo, name) not in self._branches
+        self._branches.setdefault((repo, name), self._branches[repo, "main"])
+        return is_new
 
     def find(self, repo: str, revision: str | None) -> tuple[str, Path] | None:
         """Commit and folder of a revision, if there is one."""
@@ -145,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit, folder = place
         if what == "info":
             files = [{"rfilename": str(item.relative_to(folder))} for item in folder.rglob("*") if item.is_file()]
-            return self._json({"id": repo, "sha": commit, "siblings": files})
+            return self._json({"id": repo, "sha": commit, "siblings": files, "private": repo in self.hub.private})
         if what == "tree":
             return self._tree(folder, path, parse_qs(address.query), address.path)
         if not (folder / path).is_file():
@@ -156,6 +184,53 @@ class _Handler(BaseHTTPRequestHandler):
         return self._content((folder / path).read_bytes(), fault, {"X-Repo-Commit": commit})
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """Make repositories and branches, tell of paths, and commit, as the hub does."""
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        token = self.headers.get("authorization", "").removeprefix("Bearer ")
+        address, hub = urlsplit(self.path).path, self.hub
+        if address == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        found = _WRITE.fullmatch(address)
+        if not found and address != "/api/repos/create":
+            return self._error(404, "", "Not found")
+        if (fault := hub.begin(found["what"] if found else "create", token)) and self._fail(fault):
+            return None
+        if token not in hub.writers:
+            return self._error(403 if token else 401, "", "You have no right to write here.")
+        if not found:
+            return self._create(json.loads(body))
+        repo, revision = found["repo"], unquote(found["rev"])
+        if found["what"] == "branch":
+            return self._json({}) if hub.branch(repo, revision) else self._error(409, "", "Reference exists")
+        place = hub.find(repo, revision)
+        if not place:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        commit, folder = place
+        if found["what"] == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            told = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self._json({"files": told})
+        if found["what"] == "paths-info":
+            names = [folder / name for name in parse_qs(body.decode()).get("paths", [])]
+            return self._json([_entry(path, folder) for path in names if path.exists()])
+        header, *files = map(json.loads, body.splitlines())
+        if header["value"].get("parentCommit", commit) != commit:
+            return self._error(412, "", "A commit has happened since.")
+        contents = {file["value"]["path"]: base64.b64decode(file["value"]["content"]) for file in files}
+        commit = hub.commit(repo, revision, commit, contents)
+        return self._json(
+            {"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit, "pullRequestUrl": None}
+        )
+
+    def _create(self, told: dict[str, Any]) -> None:
+        repo = f"{told['organization']}/{told['name']}"
+        if self.hub.knows(repo):
+            return self._error(409, "", "You already created this model repo")
+        self.hub.private |= {repo} if told.get("visibility") == "private" else set()
+        self.hub.commit(repo, "main", None, {".gitattributes": b"*.pth filter=lfs\n"})
+        return self._json({"url": f"{self.hub.url}/{repo}", "id": repo})
 
     def _refused(self, repo: str, what: str, token: str) -> tuple[int, str, str] | None:
         hub, wrong = self.hub, "Invalid username or password."
@@ -222,10 +297,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _entry(item: Path, folder: Path) -> dict[str, Any]:
     name = item.relative_to(folder).as_posix()
-    digest = hashlib.sha256(item.read_bytes() if item.is_file() else name.encode()).hexdigest()
+    content = item.read_bytes() if item.is_file() else name.encode()
+    digest = hashlib.sha256(content).hexdigest()
     entry: dict[str, Any] = {
         "type": "file" if item.is_file() else "directory",
-        "oid": digest[:40],
+        "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),  # git's own
         "path": name,
     }
     size = item.stat().st_size if item.is_file() else 0

@@ -202,6 +202,33 @@ def test_eval_only_exports_the_newest_checkpoint(shards: Path, finished: Path, t
     assert all(torch.equal(exported["teacher"][key], value) for key, value in original["teacher"].items())
 
 
+def test_eval_only_describes_the_run_and_not_the_command_line(finished: Path, tmp_path: Path):
+    output_dir = shutil.copytree(finished, tmp_path / "out")
+    export = output_dir / "eval/training_8"
+    trained = (export / "teacher_checkpoint.json").read_bytes()
+    shutil.rmtree(export)
+    others = ("augmentation.normalize_mean=[0.5,0.5,0.5]", "train.allow_changes=true", "crops.global_crops_size=112")
+    assert main(["--eval-only", "--output-dir", str(output_dir), *others]) == 0
+    assert (export / "teacher_checkpoint.json").read_bytes() == trained
+
+
+@pytest.mark.parametrize("file", ["teacher_checkpoint.pth", "teacher_checkpoint.json"])
+def test_no_export_replaces_another(shards: Path, finished: Path, tmp_path: Path, file: str):
+    """With --eval-only that is an error; a run that trains goes on."""
+    output_dir = shutil.copytree(finished, tmp_path / "out")
+    eval_only = ["--eval-only", "--output-dir", str(output_dir)]
+    export = output_dir / "eval/training_8"
+    assert main(eval_only) == 0  # the same one
+    (export / file).write_text("mine")
+    before = {path.name: path.read_bytes() for path in export.iterdir()}
+    assert main(eval_only) == 2
+    assert {path.name: path.read_bytes() for path in export.iterdir()} == before
+    shutil.rmtree(output_dir / "checkpoints/step_0000008")  # as a run that was killed before it saved that one
+    assert train(shards, output_dir) == 0
+    assert (output_dir / "checkpoints/step_0000008").is_dir()
+    assert {path.name: path.read_bytes() for path in export.iterdir()} == before
+
+
 def test_dry_run_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert train(shards, tmp_path / "out", flags=("--dry-run",)) == 0
     shown = capsys.readouterr().out

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dinov2.data.augment.normalize import normalize
 from dinov2.export import main
 from dinov2.hub import load_teacher
-from dinov2.hub.export.formats import timm_config, transformers_config
+from dinov2.hub.export.dinov2 import timm_config, transformers_config
 from dinov2.hub.layouts import to_timm, to_transformers, vit_arguments
 from dinov2.hub.pixels import Colours
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_giant2

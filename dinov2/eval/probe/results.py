@@ -63,6 +63,22 @@ def append_csv(path: Path, results: Sequence[Result], step: int | None) -> None:
     files.write_text(path, [before, lines.getvalue()])
 
 
+def read_csv(path: Path, step: int | None) -> list[Result]:
+    """The last results of a step in a table of `append_csv`, None for those of no step; else ValueError."""
+    found: dict[tuple[str, ...], Result] = {}
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) not in (COLUMNS, _OLDER):
+            raise ValueError(f"'{path}' is another table than probes write; columns {','.join(COLUMNS)} are expected.")
+        for row in rows:
+            if row.pop("step") == ("" if step is None else str(step)):
+                numbers = {name: float(row[name] or math.nan) for name in ("value", "low", "high", "sd")}
+                counts = {name: int(row[name]) for name in ("runs", "count")}
+                result = Result(**{**row, **numbers, **counts})
+                found[result.task, result.probe, result.metric] = result
+    return list(found.values())
+
+
 def write_json(path: Path, results: Sequence[Result], about: Mapping[str, Any]) -> None:
     """Write results and what they are of to a new file; NaN becomes null. Raises FileExistsError."""
     if path.exists():

@@ -1,22 +1,13 @@
 """An export opened by the library that it is for, and its tokens beside the teacher's."""
 
-import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dinov2.hub.pixels import Colours, centred_square, network_input
-
-LIBRARIES = {"meta": "timm", "timm": "timm", "hf": "transformers"}
-"""Readers by format; timm reads Meta's names too."""
-
-TOLERANCES = {"fp32": (1e-6, 0.999999), "fp16": (5e-3, 0.9999), "bf16": (4e-2, 0.999)}
-"""By dtype of the export: the largest difference over the largest output, and the least cosine of a token."""
 
 MAX_TILES = 8
 _IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -36,9 +27,8 @@ class Agreement:
             f"least cosine {self.cosine:.8f}"
         )
 
-    def holds(self, dtype: str) -> bool:
-        """Whether it is within the tolerances of the dtype; never where anything is not finite."""
-        relative, cosine = TOLERANCES[dtype]
+    def holds(self, relative: float, cosine: float) -> bool:
+        """Whether it is within tolerances, see `Layout.tolerances`; never where anything is not finite."""
         return self.difference <= relative * self.largest and self.cosine >= cosine
 
 
@@ -46,7 +36,7 @@ class Agreement:
 def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Colours) -> Tensor:
     """All normalised tokens, float64 (len(tiles), 1 + R + N, D): class token, registers, patches; on the CPU.
 
-    The model, a teacher or what `open_export` returns, becomes float64. Of each tile, uint8 (H, W, 3) RGB, the centred
+    The model, a teacher or what `Layout.opener` opens, becomes float64. Of each tile, uint8 (H, W, 3) RGB, the centred
     square is resized to ``side``.
     """
     model.double()
@@ -60,31 +50,6 @@ def tokens(model: nn.Module, tiles: Sequence[np.ndarray], side: int, colours: Co
             out = torch.cat(out, dim=1)
         found.append(out)
     return torch.cat(found)
-
-
-def open_export(target: str, folder: Path, of_timm: Mapping[str, Any]) -> nn.Module:
-    """Open the files in a folder with their library, as its users do.
-
-    ``of_timm`` is timm's ``config.json``, which files in Meta's format do not have.
-    """
-    config = of_timm if target == "meta" else json.loads((folder / "config.json").read_text())
-    if target == "hf":
-        import transformers
-
-        architecture = getattr(transformers, config["architectures"][0])
-        model, report = architecture.from_pretrained(folder, output_loading_info=True)
-        if report["missing_keys"] or report["unexpected_keys"]:
-            raise ValueError(f"transformers {transformers.__version__} reads other names than {str(folder)!r} has.")
-        return model.eval()
-    import timm
-    from safetensors.torch import load_file
-
-    make = partial(timm.create_model, config["architecture"], **config["model_args"])
-    if target == "meta":
-        return make(pretrained=True, pretrained_cfg_overlay={"file": str(folder / "backbone.pth")}).eval()
-    model = make()
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval()
 
 
 def read_tiles(folder: str | None) -> list[np.ndarray]:

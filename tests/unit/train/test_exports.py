@@ -14,6 +14,7 @@ from dinov2.train.exports import LISTING, export_path, list_export
 
 
 def make(output_dir: Path, step: int, keep: int, value: float = 0.0) -> Path:
+    """Export a teacher as `Run.export_teacher` does."""
     path = export_path(output_dir, step)
     checksum = save_teacher(path, {"backbone": {"weight": torch.full((3,), step + value)}}, {"step": step})
     list_export(output_dir, step, checksum, keep)
@@ -39,9 +40,11 @@ def test_the_newest_are_kept(tmp_path: Path):
 
 
 def test_made_again_after_a_resume(tmp_path: Path):
-    for step, value in ((5, 0), (10, 0), (5, 0), (10, 1)):
-        make(tmp_path, step, keep=2, value=value)
+    for step in (5, 10, 5, 10):
+        make(tmp_path, step, keep=2)
     assert kept(tmp_path) == {5, 10}
+    with pytest.raises(FileExistsError):
+        make(tmp_path, 10, keep=2, value=1)
     assert len((tmp_path / LISTING).read_text().splitlines()) == 2
 
 

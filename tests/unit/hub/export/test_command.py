@@ -14,19 +14,20 @@ from PIL import Image
 from safetensors import safe_open
 
 import dinov2.export as command
-import dinov2.hub.export.formats as formats
+import dinov2.hub.export.transformers as transformers_files
 from dinov2.export import main, save_teacher
 from dinov2.hub.layouts import vit_arguments
 from dinov2.models.vision_transformer import vit_demo
 from dinov2.utils.cli import USER_ERROR
 from tests.helpers.backbones import randomise, transformers_weights
 from tests.helpers.checkpoints import forget
+from tests.helpers.hub_server import HubServer
 
 ROOT = Path(__file__).parents[4]
 FILES = {
-    "meta": {"backbone.pth", "backbone.json"},
-    "timm": {"model.safetensors", "config.json"},
-    "hf": {"model.safetensors", "config.json", "preprocessor_config.json"},
+    "meta": {"README.md", "backbone.pth", "backbone.json"},
+    "timm": {"README.md", "model.safetensors", "config.json"},
+    "hf": {"README.md", "model.safetensors", "config.json", "preprocessor_config.json"},
 }
 
 
@@ -153,7 +154,7 @@ def test_verified_on_the_micrograph(tmp_path, capsys):
 
 
 def test_verify_finds_exchanged_tensors(tmp_path, monkeypatch, capsys):
-    right = formats.to_transformers
+    right = transformers_files.to_transformers
 
     def exchanged(state):
         names = right(state)
@@ -162,7 +163,7 @@ def test_verify_finds_exchanged_tensors(tmp_path, monkeypatch, capsys):
             names[query], names[key] = names[key], names[query]
         return names
 
-    monkeypatch.setattr(formats, "to_transformers", exchanged)
+    monkeypatch.setattr(transformers_files, "to_transformers", exchanged)
     for dtype in ("fp32", "bf16"):
         path = save(tmp_path / dtype)
         assert run(path, "hf", "--verify", "--dtype", dtype) == 1
@@ -277,7 +278,7 @@ def test_tiles_that_cannot_be_decoded(tmp_path, caplog):
 
 @pytest.mark.parametrize(("target", "library"), [("meta", "timm"), ("timm", "timm"), ("hf", "transformers")])
 def test_library_that_is_not_installed(target, library, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("dinov2.export.find_spec", lambda name: None)
+    monkeypatch.setattr("dinov2.hub.export.command.find_spec", lambda name: None)
     said = refusal(caplog, save(tmp_path), target, "--verify")
     assert f"--verify of --format {target} needs {library}, which is not installed" in said
     assert run(tmp_path / "teacher.pth", target) == 0  # the export itself needs neither
@@ -332,7 +333,7 @@ def test_command_line(tmp_path):
     line = [sys.executable, "-m", "dinov2.export", "--checkpoint", path, "--format", "meta", "--output"]
     done = subprocess.run([*line, tmp_path / "a"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert done.stdout == f"wrote backbone.json, backbone.pth in {tmp_path / 'a'}\n"
+    assert done.stdout == f"wrote README.md, backbone.json, backbone.pth in {tmp_path / 'a'}\n"
 
 
 def test_arguments_make_the_same_model():
@@ -342,3 +343,30 @@ def test_arguments_make_the_same_model():
         again = type(model)(**vit_arguments(model))
     shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, again)]
     assert shapes[0] == shapes[1]
+
+
+def test_pushed_with_the_token_nowhere(tmp_path, monkeypatch, capsys):
+    token = "hf_stand_in_token"
+    with HubServer() as hub:
+        hub.writers.add(token)
+        for name, value in (("HF_ENDPOINT", hub.url), ("HF_TOKEN", token), ("NO_PROXY", "127.0.0.1")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        path = save(tmp_path)
+        assert run(path, "timm", "--push", "org/teacher", "--license", "cc-by-4.0") == 0
+        _, there = hub.find("org/teacher", "main")
+        sent = {file.name: file.read_bytes() for file in there.iterdir()}
+        written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        assert {name: sent[name] for name in FILES["timm"]} == written
+        other = save(tmp_path / "other")
+        assert run(other, "timm", "--push", "org/teacher", "--mean", ".5", ".5", ".5") == USER_ERROR
+        assert hub.requests["commit"] == 1 and hub.tokens_seen == {token}
+    said = capsys.readouterr()
+    assert not any(token.encode() in content for content in written.values())
+    assert token not in said.out + said.err and f"{hub.url}/org/teacher" in said.out
+
+
+@pytest.mark.parametrize("options", [["--private"], ["--replace"], ["--revision", "v2"]], ids=repr)
+def test_options_of_push_alone(options, tmp_path, caplog):
+    refusal(caplog, save(tmp_path), "meta", *options)
+    assert not (tmp_path / "out").exists()
