@@ -84,7 +84,8 @@ def create_sample_list(
     if preview is not None:
         missing = [draw.preview_failure or ("" if picture.exists() else draw.failure)
                    for draw, picture in zip(made, pictures, strict=True)]  # fmt: skip
-        write_index(preview, [(picture.stem, told) for picture, told in zip(pictures, missing, strict=True)])
+        names = [picture.relative_to(preview).as_posix().removesuffix(".png") for picture in pictures]
+        write_index(preview, list(zip(names, missing, strict=True)))
         logger.info("Previews: %s", preview / INDEX)
     log_notes(logger, ((row.path, draw.notes) for row, draw in zip(found.slides, made, strict=True)))
 

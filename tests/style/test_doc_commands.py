@@ -11,7 +11,9 @@ from dinov2.configs import load_config, recipes
 from tests.helpers.commands import ROOT
 from tests.helpers.pages import PAGES, command_of, parser_of, shell_lines, words_of
 
-LINES = [page for page in PAGES if page.name != "extending.md"]  # whose lines take parts that its diffs add, and are run
+LINES = [
+    page for page in PAGES if page.name != "extending.md"
+]  # whose lines take parts that its diffs add, and are run
 OWN_PARSERS = ("dinov2.command", "dinov2.eval.eva_cli")  # of which the second is stock eva's
 TRAIN = "dinov2.train.train"
 

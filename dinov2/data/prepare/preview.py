@@ -76,7 +76,7 @@ def write_index(folder: Path, slides: Sequence[tuple[str, str]]) -> None:
     """Write a page of all previews of a folder, unless a file of its name is another's.
 
     Args:
-        slides: name of each preview, without its ending, and why it is missing, if it is.
+        slides: path of each preview below the folder, without its ending, and why it is missing, if it is.
     """
     from jinja2 import Environment
 
