@@ -21,7 +21,8 @@ _COMMAND = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:\S*pathfm|\S*python|echo|source|\./
 
 def shell_lines(page: Path) -> list[str]:
     """Command lines of the fenced blocks, whole; blocks without a language may be something else, such as a tree."""
-    blocks = re.findall(r"^ *```(?:bash)?\n(.*?)^ *```$", page.read_text(), flags=re.M | re.S)
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), flags=re.M | re.S)
+    blocks = [text for language, text in fenced if language in ("", "bash")]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if _COMMAND.match(line.strip())]
 
