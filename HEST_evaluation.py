@@ -16,16 +16,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dinov2.hub import load_teacher
 from dinov2.hub.locate import teacher_file
-from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.files import replacing, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 DATASETS = ("IDC", "PRAD", "PAAD", "SKCM", "COAD", "READ", "CCRCC", "LUNG", "LYMPH_IDC")
 """The nine tasks of the published averages; HEST has HCC, too."""
@@ -116,6 +115,8 @@ def run(
     Raises:
         OSError: if HEST left no results.
     """
+    import torch
+
     # Neither the registry of weights, which only an editable installation has, nor the weights of other encoders, many
     # gigabytes, are of use to an encoder of one's own.
     module.get_bench_weights = lambda root, name: ""
@@ -167,7 +168,11 @@ def _check_folders(args: argparse.Namespace) -> None:
 
 def _encoder(args: argparse.Namespace) -> tuple[torch.nn.Module, Callable[[Any], torch.Tensor]]:
     """The teacher, (B, 3, 224, 224) to features, and what makes its input of HEST's images."""
+    import torch
     from torchvision.transforms import Compose, Normalize, ToTensor
+
+    from dinov2.hub import load_teacher
+    from dinov2.hub.record import normalisation
 
     model = load_teacher(args.checkpoint, pooling=args.pooling)
     with torch.inference_mode():

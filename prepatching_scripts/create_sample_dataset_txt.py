@@ -22,7 +22,7 @@ import numpy as np
 
 from dinov2.data.prepare.draw import Sampling, SlideDraw, SlideJob
 from dinov2.data.prepare.parts import make_part
-from dinov2.data.prepare.preview import preview_mark
+from dinov2.data.prepare.preview import INDEX, preview_mark, write_index
 from dinov2.data.slides.find import FoundSlides, find_slides
 from dinov2.data.slides.resolution import PLAUSIBLE_MPP, log_notes, read_mpp_table
 from dinov2.data.slides.sample_list import COLUMNS
@@ -45,7 +45,8 @@ def create_sample_list(
     preview: Path | None,
     slide_root: Path | None = None,
 ) -> tuple[int, int]:
-    """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`, and a PNG per slide into `preview`.
+    """Write the list, `<output>.meta.json` and `<output>.failures.jsonl`, and a PNG per slide and a page of them into
+    `preview`.
 
     Returns:
         Number of slides, and of slides that failed.
@@ -80,7 +81,12 @@ def create_sample_list(
     unseen = [draw.preview_failure for draw in made if draw.preview_failure]
     if unseen:
         logger.warning("%d previews could not be drawn; the first: %s", len(unseen), unseen[0])
-
+    if preview is not None:
+        missing = [draw.preview_failure or ("" if picture.exists() else draw.failure)
+                   for draw, picture in zip(made, pictures, strict=True)]  # fmt: skip
+        names = [picture.relative_to(preview).as_posix().removesuffix(".png") for picture in pictures]
+        write_index(preview, list(zip(names, missing, strict=True)))
+        logger.info("Previews: %s", preview / INDEX)
     log_notes(logger, ((row.path, draw.notes) for row, draw in zip(found.slides, made, strict=True)))
 
     digest = hashlib.sha256()
@@ -173,7 +179,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_rule_options(parser)
     add("--min-tissue", type=float, default=TissueRule().min_fraction, help="fraction to exceed (0.6)")
     add("--reject-pen", action="store_true", help="refuse blue ink; red and purple look like stain")
-    add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide: tissue and tiles")
+    add("--preview", type=Path, metavar="FOLDER", help="draw a PNG per slide, tissue and tiles, and index.html")
     add("--seed", type=int, default=0)
     add_options(parser, "--workers")
     add("--max-failed-share", type=float, default=0.05, help="exit 1 if more slides fail (0.05)")

@@ -20,7 +20,7 @@ from dinov2.train.state import TrainState
 from dinov2.train.update.guard import NonFiniteError
 from dinov2.train.watchdog import Watchdog
 from dinov2.utils.cli import run_command
-from dinov2.utils.environment import DeviceError, memory_advice, select_device
+from dinov2.utils.environment import memory_advice, select_device
 from dinov2.utils.secrets import public_text
 
 logger = logging.getLogger("dinov2")
@@ -35,7 +35,7 @@ def start(args: argparse.Namespace, read_config: Callable[[], Config]) -> int:
     Rank 0 alone reads the configuration, once the processes have found each other, and says what is wrong with it.
     """
     try:
-        errors = (DeviceError, NonFiniteError, CollapseError)
+        errors = (NonFiniteError, CollapseError)
         return run_command(lambda: _run(args, read_config), logger, errors=errors, resumable=not args.dry_run)
     finally:
         destroy_process_group()  # may wait for the other ranks: after the error has been said

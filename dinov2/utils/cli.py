@@ -46,6 +46,10 @@ class Stopped(RuntimeError):
         self.status = status
 
 
+class DeviceError(RuntimeError):
+    """The machine has a GPU that this process cannot use, or not enough memory; the text is a sentence."""
+
+
 class ToldElsewhere(RuntimeError):
     """An end whose reason another process of the same command says."""
 
@@ -78,7 +82,7 @@ def run_command(
     Args:
         body: returns an exit status, or None for 0.
         logger: where the sentence goes; the traceback goes there at level DEBUG.
-        errors: exceptions, beside ValueError, OSError and ImportError, whose text is a sentence for the user.
+        errors: exceptions, beside ValueError, OSError, ImportError and DeviceError, whose text is for the user.
         resumable: the same command goes on where it was stopped, which the last sentence says.
     """
     keep_logs_public()
@@ -100,7 +104,7 @@ def run_command(
     except Stopped as error:
         logger.info("%s", error)
         return error.status
-    except (ValueError, OSError, ImportError, *errors) as error:
+    except (ValueError, OSError, ImportError, DeviceError, *errors) as error:
         logger.error("%s", error)
         logger.debug("Raised here:", exc_info=True)
         return USER_ERROR

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import torch
 
+from dinov2.utils.cli import DeviceError
 from dinov2.utils.provenance import package_versions
 
 ALLOW_CPU = "PATHFM_ALLOW_CPU"
 _REPORTED = ("torchvision", "numpy", "omegaconf", "pyarrow", "pillow", "opencv-python-headless", "xformers")
-
-
-class DeviceError(RuntimeError):
-    """The machine has a GPU that this process cannot use."""
 
 
 def select_device(name: str | None = None) -> torch.device:

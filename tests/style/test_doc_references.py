@@ -11,13 +11,26 @@ from dinov2.configs.older_keys import OLDER_KEYS
 from dinov2.configs.schema import Config
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     assert not [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+
+
+def anchors(page: Path) -> set[str]:
+    """Names by which headings are linked to: in small letters, without punctuation, blanks as hyphens."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+    headings = [heading.lower() for heading in re.findall(r"^#+ +(.+)$", text, flags=re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path):
+    for file, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        assert heading in anchors(page.parent / file if file else page), f"{file}#{heading}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +65,13 @@ def test_examples_of_the_help(name: str, capsys: pytest.CaptureFixture, monkeypa
         assert seen[0].parse_known_args(words[1 + len(name.split()) :])[1] == []
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("eva", "demo", "export", "probe")])
+def test_help_does_not_wait_for_torch(name: str):
+    module = COMMANDS[name][0].partition(":")[0]
+    code = f"import sys, importlib; importlib.import_module({module!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize(("words", "meant"), [(["tran"], "train"), (["tiles", "cutt"], "tiles cut")])
 def test_a_misspelt_command_names_the_nearest(words: list[str], meant: str, capsys: pytest.CaptureFixture):
     assert main(words) == 2
@@ -81,6 +91,16 @@ def test_ctrl_c_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("dinov2.command.demo", interrupted)
     assert main(["demo"]) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path):
+    """A stand-in for torch that is interrupted as it is imported."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    line = [sys.executable, "-m", "dinov2.eval.probe", "--help"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("line", [["dinov2/train/train.py"], ["-m", "dinov2.report"], ["-m", "dinov2.data.inspect"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,18 +14,38 @@ from PIL import Image, UnidentifiedImageError
 from dinov2.data.prepare.draw import SlideDraw, SlideJob
 from dinov2.data.slides.reader import SlideReader
 from dinov2.data.slides.tissue import TissueMap
-from dinov2.utils.files import replacing
+from dinov2.utils.files import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
+INDEX = "index.html"
 MARK = "Path-FM preview"  # text chunk of the PNG: what it shows
 THUMBNAIL_PX, MIN_THUMBNAIL_PX = 1500, 1000
 COLOURS = ("#007a33", "#0047ff", "#ff7a00", "#00a3b4", "#111111", "#c00000")  # none is of the stain
 _DPI, _BLOCK_PX = 100, 2048
 _CROWDED = 3  # times that the squares of a kind cover the slide, from which their lines are thin
 _MISSING = 225  # grey of pixels that the file does not hold
+_FILL, _LINE = 0.12, 0.7  # opacity of squares: tissue and overlaps are seen through them
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ mark }}</title>
+<style>
+body { font: 15px sans-serif; margin: 1em }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(18em, 1fr)); gap: 1em }
+img { width: 100% }
+figure { margin: 0 }
+</style></head>
+<body><h1>Slides, their tissue and their tiles</h1>
+<main>{% for name, told in slides %}
+<figure>{% if told %}<b>{{ name }}</b>: {{ told }}{% else %}<a href="{{ name | urlencode }}.png">
+<img loading="lazy" alt="{{ name }}" src="{{ name | urlencode }}.png"></a>
+<figcaption>{{ name }}</figcaption>{% endif %}</figure>{% endfor %}
+</main></body></html>
+"""
 
 
 def preview_mark(path: Path) -> str | None:
@@ -48,6 +70,23 @@ def draw_preview(job: SlideJob, draw: SlideDraw, path: Path, mark: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=_DPI, metadata={MARK: mark})
+
+
+def write_index(folder: Path, slides: Sequence[tuple[str, str]]) -> None:
+    """Write a page of all previews of a folder, unless a file of its name is another's.
+
+    Args:
+        slides: path of each preview below the folder, without its ending, and why it is missing, if it is.
+    """
+    from jinja2 import Environment
+
+    path = folder / INDEX
+    if path.exists() and f"<title>{MARK}</title>" not in path.read_text(errors="replace"):
+        logger.warning("'%s' is not of previews, and is left as it is.", path)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Environment(autoescape=True).from_string(_PAGE)
+    write_text(path, page.render(mark=MARK, slides=slides))
 
 
 def preview_figure(reader: SlideReader, job: SlideJob, draw: SlideDraw) -> Figure:
@@ -121,10 +160,12 @@ def _outline(axis: Axes, tissue: TissueMap, threshold: float) -> None:
 
 def _squares(axis: Axes, corners: np.ndarray, side: float, colour: str, label: str) -> None:
     from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
 
     outlines = corners[:, None, :] + np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * side
     width = 0.5 if len(corners) * side**2 > _CROWDED * axis.get_xlim()[1] * axis.get_ylim()[0] else 1
-    style = {"facecolors": "none", "edgecolors": colour, "linewidths": width, "zorder": 2 + 1 / side}
+    colours = {"facecolors": to_rgba(colour, _FILL), "edgecolors": to_rgba(colour, _LINE)}
+    style = {**colours, "linewidths": width, "zorder": 2 + 1 / side}
     axis.add_collection(PolyCollection(outlines, **style))
     axis.plot([], [], "s", color="none", markeredgecolor=colour, markeredgewidth=1.5, label=label)
 

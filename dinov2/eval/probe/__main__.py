@@ -33,7 +33,7 @@ from dinov2.hub.record import normalisation
 from dinov2.logging import setup_logging
 from dinov2.utils import cli
 from dinov2.utils.dtypes import DTYPES
-from dinov2.utils.environment import DeviceError, memory_advice, select_device
+from dinov2.utils.environment import memory_advice, select_device
 from dinov2.utils.launch import join_launch
 
 logger = logging.getLogger("dinov2")
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
     setup_logging()
-    return cli.run_command(lambda: _run(args), logger, errors=(DeviceError,))
+    return cli.run_command(lambda: _run(args), logger)
 
 
 def _run(args: argparse.Namespace) -> None:

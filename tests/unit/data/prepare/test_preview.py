@@ -1,6 +1,7 @@
 """Previews: what they show, which files they replace, and that a restarted run draws those that are missing."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_squares_lie_where_the_tiles_are(train_slide: Path) -> None:
         if isinstance(squares, PolyCollection):
             corners = np.array([path.vertices[:4] for path in squares.get_paths()])
             side = np.ptp(corners[:, :, 0], axis=1)
+            assert 0 < squares.get_facecolor()[0, 3] < squares.get_edgecolor()[0, 3] < 1, "tissue shows through"
             drawn[int(side[0])] = sorted(map(tuple, corners[:, 0].astype(int).tolist()))
             assert (side == side[0]).all() and (np.ptp(corners[:, :, 1], axis=1) == side[0]).all()
     assert drawn == {
@@ -79,7 +81,10 @@ def test_previews_of_a_run(train_slide: Path, make_slide: MakeSlide, tmp_path: P
     folder, options = tmp_path / "previews", ("--per-level", "4", "--max-failed-share", "0.5")
     assert create(tmp_path / "slides", tmp_path / "list", folder, *options) == 0
     pictures = [folder / "deep er" / "flat.svs.png", folder / "train.svs.png"]
-    assert sorted(path for path in folder.rglob("*") if path.is_file()) == pictures
+    page = folder / "index.html"
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted([*pictures, page])
+    assert re.findall(r'src="([^"]+)"', page.read_text()) == ["deep%20er/flat.svs.png", "train.svs.png"]
+    assert "page.svs" in page.read_text(), "a slide that cannot be read is named"
     with Image.open(pictures[1]) as image:
         assert image.width == 1152 and MARK in image.info
         colours = set(map(tuple, np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()))
@@ -87,6 +92,9 @@ def test_previews_of_a_run(train_slide: Path, make_slide: MakeSlide, tmp_path: P
     before = preview_mark(pictures[1])
     assert create(tmp_path / "slides", tmp_path / "two", folder, *options, "--seed", "1") == 0
     assert preview_mark(pictures[1]) != before, "the preview of another run is replaced"
+    page.write_text("mine")
+    assert create(tmp_path / "slides", tmp_path / "again", folder, *options) == 0
+    assert page.read_text() == "mine"
 
     pictures[0].write_bytes(b"mine")
     assert create(tmp_path / "slides", tmp_path / "three", folder, *options) == 2
@@ -114,7 +122,7 @@ def test_restarted_run_draws_the_missing_previews(
     stamp = [path.stat().st_mtime_ns for path in parts.iterdir()]
     assert len(stamp) == 1
     assert create(source, tmp_path / "list", folder, *options) == 0
-    assert len(list(folder.iterdir())) == 2 and not parts.exists()
+    assert len(list(folder.glob("*.png"))) == 2 and not parts.exists()
     assert json.loads((tmp_path / "list.meta.json").read_text())["num_patches"] == 6
 
 
@@ -123,5 +131,5 @@ def test_slides_of_one_name_get_a_preview_each(train_slide: Path, make_slide: Ma
     names = tmp_path / "names"
     names.write_text(f"{train_slide}\n{other}\n")
     assert create(names, tmp_path / "list", tmp_path / "previews", "--per-level", "2") == 0
-    sizes = [Image.open(path).size for path in (tmp_path / "previews").iterdir()]
+    sizes = [Image.open(path).size for path in (tmp_path / "previews").glob("*.png")]
     assert len(set(sizes)) == 2

@@ -73,7 +73,7 @@ def test_a_range_of_time_and_cost():
 def test_micro_batches_take_time_one_after_the_other():
     text = described("optim.accumulation_steps=3")
     assert numbers(text["batch"][0]) == [1152, 8, 48, 3]
-    assert numbers(text["compute"][0])[:3] == [750, 735, 1131]
+    assert numbers(text["compute"][0])[:2] == [750, 735]
     assert numbers(text["time"][0])[0] == pytest.approx(3e3 * 250e12 / (0.5 * 989.4e12), rel=5e-3)
 
 
