@@ -299,6 +299,9 @@ class OptimConfig:
         100.0, "span of the schedules and of training; auto: 100, by the number of tiles", above=0, most=1e9
     )
     early_stop: float | None = key(None, "training ends here, same schedules; null: optim.epochs", above=0, most=1e9)
+    max_flops: float | None = key(
+        None, "model arithmetic of the run at most: epochs shrink, their number stays; null: any", above=0, most=1e30
+    )
     weight_decay: float = key(0.04, "at the start of its cosine", **_TO_1000)
     weight_decay_end: float = key(0.4, "at the end", **_TO_1000)
     base_lr: float = key(0.004, "peak learning rate at a global batch of 1024", above=0, most=1000)

@@ -75,7 +75,7 @@ def dry_run(
         tiles = data.num_tiles if data else AUTO_IMAGES // AUTO_PASSES[1]
         if faults:
             write(f"optim.epochs = auto follows from data that cannot be opened: {AUTO_IMAGES:,} images are assumed.")
-    plan = make_plan(config, world_size, batch, tiles)
+    plan = make_plan(config, world_size, batch, tiles, lambda images: costs.flops(images).model)
     write(describe_plan(config, plan, costs, used, local_world_size(), price))
     if output_dir and (warning := _room_warning(config, plan, costs, output_dir)):
         write(warning)

@@ -211,7 +211,7 @@ class Run:
         def plan() -> RunPlan:
             images = world * self.config.optim.accumulation_steps
             batch = saved["global_batch"] if saved else resolve_batch(self.config, memory, free) * images
-            plan = make_plan(self.config, world, batch, num_tiles)
+            plan = make_plan(self.config, world, batch, num_tiles, lambda images: self.costs.flops(images).model)
             if free and (warning := check_fits(plan.local_batch, memory, free)):
                 logger.warning("%s", warning)
             return plan

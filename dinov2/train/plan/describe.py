@@ -101,6 +101,8 @@ def _notes(config: Config, plan: RunPlan) -> list[str]:
             f"  epochs    auto: {AUTO_EPOCHS} of {plan.epoch_steps:,} steps, {passes:.3g} passes over "
             f"{plan.auto_tiles:,} tiles"
         )
+    if plan.is_cut:
+        notes.append(f"  budget    optim.max_flops = {optim.max_flops:g} pays for epochs of {plan.epoch_steps:,} steps")
     if optim.early_stop is not None and optim.early_stop > epochs:
         notes.append(
             f"  warning   optim.early_stop = {optim.early_stop:g} is beyond the {epochs:g} epochs of the schedules, "

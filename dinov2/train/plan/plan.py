@@ -1,6 +1,7 @@
 """A configuration on a number of GPUs: steps, learning rate and files."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,6 +28,7 @@ class RunPlan:
     lr_factor: float  # of that rule
     auto_tiles: int = 0  # tiles from whose number ``optim.epochs: auto`` follows; 0 where it is given
     accumulation: int = 1  # micro-batches per optimiser step
+    is_cut: bool = False  # whether ``optim.max_flops`` has shortened the epochs
 
     @property
     def local_batch(self) -> int:
@@ -40,15 +42,20 @@ class RunPlan:
 
 
 def make_plan(
-    config: Config, world_size: int, global_batch: int | None = None, num_tiles: int | None = None
+    config: Config,
+    world_size: int,
+    global_batch: int | None = None,
+    num_tiles: int | None = None,
+    flops: Callable[[int], int] | None = None,
 ) -> RunPlan:
     """Derive the plan; the sqrt rule is ``lr = base_lr * sqrt(global_batch / 1024)`` (DINOv2's ``sqrt_wrt_1024``; the
     rule of that name in DINOv3 is four times as much).
 
     ``global_batch`` is that of the run being resumed, or what ``auto`` found; None takes the configured one. Of
     ``num_tiles`` tiles, ``optim.epochs: auto`` makes `AUTO_PASSES` at most while these are fewer than `AUTO_IMAGES`
-    images, and at least its fewest passes in any case. Raises ValueError if the batch does not divide over the
-    processes, or the number of tiles is needed and None.
+    images, and at least its fewest passes in any case. ``flops`` gives the model FLOPs of a number of images on one
+    process; ``optim.max_flops`` shortens epochs to what it pays for. Raises ValueError if the batch does not divide
+    over the processes, the number of tiles is needed and None, or the FLOPs pay for less than one step an epoch.
     """
     accumulation = config.optim.accumulation_steps
     batch = global_batch or config.train.batch_size_per_gpu * world_size * accumulation
@@ -64,6 +71,15 @@ def make_plan(
         fewest, most = AUTO_PASSES
         images = max(fewest * num_tiles, min(most * num_tiles, AUTO_IMAGES))
         epochs, epoch_steps, auto_tiles = AUTO_EPOCHS, max(1, round(images / batch / AUTO_EPOCHS)), num_tiles
+    if is_cut := bool(optim.max_flops and flops):
+        per_step = flops(batch // (world_size * accumulation)) * world_size * accumulation
+        paid = int(optim.max_flops / per_step / epochs)
+        if not paid:
+            raise ValueError(
+                f"optim.max_flops = {optim.max_flops:g} pays for {optim.max_flops / per_step:.3g} steps of "
+                f"{per_step:.3g}, but there are {epochs:g} epochs of at least one; give more, or fewer optim.epochs."
+            )
+        is_cut, epoch_steps = paid < epoch_steps, min(paid, epoch_steps)
     factor = {"none": 0, "sqrt_wrt_1024": 1, "four_sqrt_wrt_1024": 4}[optim.scaling_rule]
     factor = factor * math.sqrt(batch / 1024) if factor else 1.0
     given = config.schedules.lr
@@ -77,6 +93,7 @@ def make_plan(
         lr_factor=factor,
         auto_tiles=auto_tiles,
         accumulation=accumulation,
+        is_cut=is_cut,
     )
 
 

@@ -108,3 +108,17 @@ def test_room_on_the_disk():
     student.backbone.requires_grad_(False)
     frozen = sum(p.numel() for p in student.backbone.parameters())
     assert disk_needs(config, make_plan(config, 8), student).checkpoint == 16 * parameters - 8 * frozen
+
+
+def test_a_budget_of_flops_shortens_epochs():
+    """8 processes of 48 images at 5 TFLOP each: 1.92e15 a step, of which 1e18 pays for 520, 5 in each of 100 epochs."""
+    config = load_config(RECIPE, ["optim.epochs=100", "optim.early_stop=null", "optim.max_flops=1e18"])
+    plan = make_plan(config, 8, flops=lambda images: images * 5 * 10**12)
+    assert (plan.epoch_steps, plan.total_steps, plan.schedule_steps, plan.is_cut) == (5, 500, 500, True)
+    accumulating = load_config(RECIPE, ["optim.epochs=10", "optim.early_stop=null", "optim.max_flops=1e18",
+                                        "optim.accumulation_steps=4"])  # fmt: skip
+    assert make_plan(accumulating, 8, flops=lambda images: images * 5 * 10**12).epoch_steps == 13
+    plenty = make_plan(config, 8, flops=lambda images: 1)
+    assert (plenty.total_steps, plenty.is_cut) == (125_000, False)
+    with pytest.raises(ValueError, match="max_flops"):
+        make_plan(config, 8, flops=lambda images: images * 10**15)
