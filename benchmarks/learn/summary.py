@@ -145,6 +145,8 @@ def draw(results: dict[str, Any], path: Path, over: str) -> None:
             axis.set(title=f"{NAMES.get(key, 'RankMe')}, tiles {NAMES[kind]}", xlabel=unit)
             for number, (name, model) in enumerate(results["models"].items()):
                 points = [point for point in model["points"] if point[over] is not None]
+                if not points:  # of runs that were interrupted nobody knows the CPU time
+                    continue
                 x = [scale * point[over] for point in points]
                 values = [point[kind][key] for point in points]
                 seeds = np.array([one if key == "rankme" else one["seeds"] for one in values]).reshape(len(x), -1)
