@@ -21,6 +21,7 @@ from dinov2.distributed import get_global_rank, get_global_size, is_main_process
 from dinov2.extensions import SINKS
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
 from dinov2.hub.save import save_teacher
+from dinov2.logging.bar import ProgressBar
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.health import HealthWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks
@@ -142,6 +143,7 @@ class Run:
         if is_main_process():
             sinks = Sinks(note_attempt(self.output_dir, self.state.step, plan.world_size, name or "CPU"))
             sinks.add(ConsoleSink)
+            sinks.add(ProgressBar, plan.total_steps, self.state.step)
             sinks.add(JsonlSink, self.output_dir / "metrics.jsonl")
             sinks.add(ChanceWatch, learning, patience)
             sinks.add(lambda: health)
