@@ -19,7 +19,7 @@ COMMANDS = {
     "tiles download": ("prepatching_scripts.download_tcga:main", "download TCGA slides"),
     "pack": ("dinov2.data.pack.__main__:main", "pack single images into Parquet shards"),
     "inspect": ("dinov2.data.inspect.__main__:main", "look at a dataset as training would read it"),
-    "stats": ("dinov2.stats:main", "mean and standard deviation of a dataset's colours, to normalise with"),
+    "stats": ("dinov2.stats.__main__:main", "mean and standard deviation of a dataset's colours, to normalise with"),
     "repack": ("dinov2.data.repack.__main__:main", "rewrite Parquet shards to small row groups"),
     "embed": ("dinov2.eval.embed.__main__:main", "embed images, Parquet shards or slides with a teacher"),
     "probe": ("dinov2.eval.probe.__main__:main", "probe a teacher's features on labelled tiles"),

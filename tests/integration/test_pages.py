@@ -21,7 +21,10 @@ from tests.helpers.commands import ROOT, run
 from tests.helpers.pages import python_blocks, shell_lines, words_of
 from tests.helpers.runs import TINY
 
-NARROW = (*TINY, "optim.early_stop=1", "train.use_pretrained=false", "train.checkpoint_period_iterations=100")
+NARROW = (
+    *TINY, "student.patch_size=14", "optim.early_stop=1", "train.use_pretrained=false",
+    "train.checkpoint_period_iterations=100",
+)  # fmt: skip
 ELSEWHERE = ("./install.sh", "source", "./run_tests.sh", "./run_demo.sh")  # in tests/unit/setup, or what these are
 
 

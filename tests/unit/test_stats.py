@@ -16,7 +16,8 @@ from PIL import Image
 from dinov2.build.data import open_data
 from dinov2.configs import load_config
 from dinov2.data.source import EncodedSample
-from dinov2.stats import colour_statistics, main
+from dinov2.stats.__main__ import main
+from dinov2.stats.measure import colour_statistics
 
 SLIDES, TILES, SIDE = 6, 8, 16
 

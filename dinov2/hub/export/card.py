@@ -88,8 +88,9 @@ def _facts(
     architecture = record.get("architecture", {}).get("arch") or type(model).__name__
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     patch, registers = model.patch_size, getattr(model, "num_prefix_tokens", 1) - 1
+    blocks = f", {len(model.blocks)} blocks" if hasattr(model, "blocks") else ""
     return [
-        ("Architecture", f"{architecture}, {len(model.blocks)} blocks of width {model.embed_dim}"),
+        ("Architecture", f"{architecture}{blocks} of width {model.embed_dim}"),
         ("Parameters", f"{millions:.1f} million, {dtype}"),
         ("Tokens", f"class token, {registers} registers, one of each patch of {patch} px"),
         *([("Images", f"{side} px")] if side else []),

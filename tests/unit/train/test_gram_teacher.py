@@ -53,7 +53,8 @@ def test_it_follows_in_jumps_and_is_off_before_it_exists():
 
 
 def test_it_does_not_run_where_its_loss_has_no_weight():
-    config = tiny_config(*FROZEN, "losses.gram.loss_weight_schedule={end: 1, warmup_epochs: 1, cosine_epochs: 1}")
+    course = "{start: 0, peak: 0, end: 1, warmup_epochs: 1, cosine_epochs: 1}"
+    config = tiny_config(*FROZEN, f"losses.gram.loss_weight_schedule={course}")
     arch, batch = SSLMetaArch(config).train(), random_batch(config, 4)
     arch.begin_step(0, epoch=0.5)
     assert arch.compute_losses(batch, 0.05, 0.5)["gram_loss"] == 0

@@ -1,11 +1,7 @@
-"""Mean and standard deviation of the colours of tiles, to normalise with: ``python -m dinov2.stats DATASET``.
-
-The tiles are those that a run with the same configuration would train on: all of them, or a sample, drawn by a seed.
-"""
+"""Mean and standard deviation of the colours of tiles, with standard errors by slide."""
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dinov2.build.data import OpenData, open_data
-from dinov2.configs import load_config, recipes
+from dinov2.configs import load_config
 from dinov2.data.source import DecodeError, EncodedSample, Source
-from dinov2.utils.cli import add_options, at_least, command_parser, run_command
 from dinov2.utils.files import write_text
 from dinov2.utils.seeding import sample_rng
-
-logger = logging.getLogger("stats")
 
 _STREAM = 1 << 35  # of the draw of a sample
 
@@ -158,29 +151,6 @@ def as_yaml(found: ColourStatistics, names: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = command_parser(
-        "python -m dinov2.stats",
-        __doc__.partition(": ")[0] + ".\n\n" + __doc__.partition("\n\n")[2].strip(),
-        "/data/tiles",
-        "data.path=/data/tiles data.validation_fraction=0.05 --config-file vits14_reg4 --tiles 0",
-        "/data/slides online.mpp=[0.5] data.tile_size=256 --tiles 2000 --json tcga.json",
-    )
-    add = parser.add_argument
-    add(
-        "words", nargs="*", metavar="DATASET | section.key=value", help="data.path, and other values of a configuration"
-    )
-    add("--config-file", metavar="FILE", help=f"YAML file, or recipe: {', '.join(recipes())}")
-    add("--tiles", type=at_least(0), default=10_000, metavar="N", help="sample of so many; 0: all (%(default)s)")
-    add("--seed", type=at_least(0), default=0, help="of the sample (%(default)s)")
-    add("--json", metavar="FILE", help="write there the figures in full, too; '-': in place of the text")
-    add_options(parser, "--workers", help="threads (%(default)s)")
-    args = parser.parse_intermixed_args(argv)
-    args.overrides = [word if "=" in word else f"data.path={json.dumps(word)}" for word in args.words]
-    return args
-
-
 def measure(args: argparse.Namespace) -> None:
     """Print, and perhaps write, what the arguments ask for."""
     data = open_data(load_config(args.config_file, args.overrides))
@@ -197,14 +167,3 @@ def measure(args: argparse.Namespace) -> None:
 
 def _plain(value: np.ndarray | int) -> list[float | None] | int:
     return value if isinstance(value, int) else [float(item) if np.isfinite(item) else None for item in value]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see `dinov2.utils.cli.run_command`."""
-    args = parse_arguments(argv)
-    logging.basicConfig(format="%(message)s")
-    return run_command(lambda: measure(args), logger)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Colours of a dataset, to normalise with."""
