@@ -1,7 +1,6 @@
 """Data: from stored tiles to augmented, masked batches."""
 
-from importlib import import_module
-from typing import Any
+from dinov2.utils.lazy import lazy_names
 
 _NAMES = {
     "dinov2.compat.data": ("DataAugmentationDINO", "MaskingGenerator", "collate_data_and_cast"),
@@ -12,16 +11,4 @@ _NAMES = {
     "dinov2.data.augment.step": ("AugmentationStep", "View"),
     "dinov2.data.source": ("EncodedSample",),
 }
-__all__ = sorted(name for names in _NAMES.values() for name in names)
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded at first use: the commands that only read slides or footers then start without torch.
-    for module, names in _NAMES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
