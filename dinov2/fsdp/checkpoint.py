@@ -166,13 +166,13 @@ class Checkpointer:
         """Delete what saves and deletions of killed processes have left; none may be at work. Rank 0 calls."""
         for path in self.folder.glob(f"step_*{_BESIDE}"):
             if _STEP.fullmatch(path.name.removesuffix(_BESIDE)):
-                shutil.rmtree(path)
-                logger.info("Removed %s, which was never finished.", path)
+                logger.info("Removing %s, which was never finished.", path)
+                _delete(path, path)
 
     def _folders(self) -> list[int]:
-        """Steps of all folders with a checkpoint's name, ascending."""
-        names = (_STEP.fullmatch(path.name) for path in self.folder.glob("step_*"))
-        return sorted(int(name[1]) for name in names if name and self.path(int(name[1])).is_dir())
+        """Steps of all folders with a checkpoint's name, and of links to such, ascending."""
+        there = (path.name for path in self.folder.glob("step_*") if path.is_dir() or path.is_symlink())
+        return sorted(int(name[1]) for name in map(_STEP.fullmatch, there) if name)
 
     def _beside(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}{_BESIDE}"
@@ -187,6 +187,11 @@ class Checkpointer:
                 )
             return None
         found, path = _Found(steps[-1]), self.path(steps[-1])
+        if not path.exists():
+            raise FileNotFoundError(
+                f"Checkpoint {str(path)!r} is a link to {str(path.readlink())!r}, which is not there; bring that back, "
+                f"or {self._way_out(found.step)}"
+            )
         try:
             written = _read_json(path / _STATE_FILE)
             there = (path / _CHECKSUMS).exists() or (isinstance(written, dict) and "checksums" in written)
@@ -291,7 +296,7 @@ class Checkpointer:
         for old in self.steps()[: -self.keep]:
             if not self.keep_every or old % self.keep_every:
                 # Under the other name a deletion that is cut short leaves no checkpoint with holes.
-                shutil.rmtree(self.path(old).rename(self._beside(old)))
+                _delete(self.path(old), self._beside(old))
 
     def _host_copies(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Copies in host memory; that of the save before is used again, since new memory takes longer to come by."""
@@ -303,6 +308,18 @@ class Checkpointer:
         earlier = [other for other in self.steps() if other < step]
         go_on = f"resume from {self.path(earlier[-1]).name}" if earlier else "start anew"
         return f"move that checkpoint out of {str(self.folder)!r} to {go_on}."
+
+
+def _delete(path: Path, beside: Path) -> None:
+    """Rename a folder and delete it, of a link the link alone; where that fails it stays, with a warning."""
+    try:
+        path.rename(beside)
+        if beside.is_symlink():
+            beside.unlink()
+        else:
+            shutil.rmtree(beside)
+    except OSError as error:
+        logger.warning("%s is no longer needed and cannot be deleted (%s).", path, error)
 
 
 def _host_copy(tensor: Tensor, host: Tensor | None = None) -> Tensor:

@@ -1,10 +1,13 @@
 """The list of teachers that a run has exported, and how many of them are kept."""
 
 import contextlib
+import logging
 import re
 from pathlib import Path
 
 from dinov2.utils import files
+
+logger = logging.getLogger("dinov2")
 
 LISTING = "exports.xxh128"
 """File in the run's folder, as of ``xxhsum``: checksum and path of each teacher that the run exported and has kept."""
@@ -34,10 +37,14 @@ def list_export(output_dir: Path, step: int, checksum: str, keep: int) -> None:
 
 
 def _delete(path: Path, checksum: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if files.checksum(path) != checksum:
-            return
-    path.unlink(missing_ok=True)
-    path.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if files.checksum(path) != checksum:
+                return
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+    except OSError as error:  # no reason to end a run
+        logger.warning("Teacher %s is no longer needed and cannot be deleted (%s).", path, error)
+        return
     with contextlib.suppress(OSError):  # something else lies there, such as what was evaluated
         path.parent.rmdir()

@@ -49,7 +49,7 @@ def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
             raise OSError(
                 f"{shown} cannot be written ({error.strerror}); give --output-dir a folder that can."
             ) from error
-        there = {name: output_dir / name for name in (*_FOLDERS, *_FILES) if (output_dir / name).exists()}
+        there = {name: output_dir / name for name in (*_FOLDERS, *_FILES) if os.path.lexists(output_dir / name)}
         taken = [name for name, path in there.items() if not (path.is_dir() if name in _FOLDERS else path.is_file())]
         if taken:
             raise ValueError(

@@ -77,6 +77,50 @@ def test_multiples_are_kept_beside_the_newest(tmp_path: Path):
     assert checkpointer.steps() == [6, 12, 16, 18]
 
 
+def test_what_cannot_be_deleted_stays_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As where another machine still reads it over NFS."""
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, tensors(1), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        checkpointer.save(2, tensors(2), {"step": 2})
+        checkpointer.sweep()
+    assert checkpointer.steps() == [2] and checkpointer.newest(a_mapping)["step"] == 2
+    assert "step_0000001" in caplog.text
+    checkpointer.sweep()
+    assert [path.name for path in checkpointer.folder.iterdir()] == ["step_0000002"]
+
+
+def busy(path: Path, ignore_errors: bool = False) -> None:
+    if not ignore_errors:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+
+def test_checkpoints_that_were_moved_and_linked(tmp_path: Path):
+    """A link is read as what it leads to; with an old checkpoint the link alone is deleted."""
+    checkpointer, elsewhere = Checkpointer(tmp_path / "run", keep=1), tmp_path / "elsewhere"
+    checkpointer.save(1, tensors(1), {"step": 1})
+    checkpointer.path(1).rename(elsewhere)
+    checkpointer.path(1).symlink_to(elsewhere)
+    assert checkpointer.newest(a_mapping) == {"step": 1, "checksums": CHECKSUMS}
+    checkpointer.save(2, tensors(2), {"step": 2})
+    assert [path.name for path in checkpointer.folder.iterdir()] == ["step_0000002"]
+    assert contents(elsewhere).keys() == set(FILES)
+
+
+def test_a_link_that_leads_nowhere_is_no_corrupt_checkpoint(copy: Path):
+    """Its disk may not be there yet: the one before is not taken in its place, nor is the run begun anew."""
+    checkpointer = Checkpointer(copy, keep=2)
+    newest = checkpointer.path(2)
+    newest.rename(copy / "elsewhere")
+    newest.symlink_to(copy / "away")
+    with pytest.raises(FileNotFoundError, match="away"):
+        checkpointer.newest(a_mapping)
+    assert newest.is_symlink() and checkpointer.steps() == [1]
+
+
 FILES = (".metadata", "__0_0.distcp", "state.json", CHECKSUMS)
 
 

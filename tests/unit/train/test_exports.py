@@ -48,6 +48,15 @@ def test_made_again_after_a_resume(tmp_path: Path):
     assert len((tmp_path / LISTING).read_text().splitlines()) == 2
 
 
+def test_one_that_cannot_be_deleted_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    first = make(tmp_path, 5, keep=1)
+    first.unlink()
+    first.mkdir()  # as root, too, cannot unlink it
+    second = make(tmp_path, 10, keep=1)
+    assert first.exists() and second.exists()
+    assert str(first) in caplog.text
+
+
 def test_exports_from_elsewhere_stay(tmp_path: Path):
     """Copied in beside, or over one of the run's own; and files that lie beside an export."""
     other = tmp_path / "other"
