@@ -5,9 +5,17 @@ import re
 import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import unquote_plus
 
+_SCHEME = r"[a-zA-Z][\w+.-]{0,20}://"
+# A password may hold "@" and, unlike what follows a port, "/": keys of AWS do, and not everyone writes them encoded.
+# URLs may follow upon one another without a blank: in lists, and as fsspec chains them.
 _URL = re.compile(
-    r"""(?P<scheme>[a-zA-Z][\w+.-]{0,20}://)(?P<user>[^/\s'"@]*@)?(?P<path>[^\s'"?]*)(?P<query>\?[^\s'"]*)?"""
+    rf"""(?P<scheme>{_SCHEME})
+    (?P<user>((?!{_SCHEME})[^/\s'"])*@|[^/\s'":@]*:(?!\d+/)((?!{_SCHEME})[^\s'"?])*@)?
+    (?P<path>((?!{_SCHEME})[^\s'"?\#])*)
+    (?P<query>[?\#]((?!{_SCHEME})[^\s'"])*)?""",
+    re.VERBOSE,
 )
 _SHORTEST = 6  # characters; what is shorter is no secret, and would be found in many a word
 _hidden: dict[str, str] = {}  # what is shown in place of each value
@@ -24,8 +32,9 @@ def hide_urls(values: Iterable[str]) -> None:
     for value in values:
         for found in _URL.finditer(value):
             user, query = (found["user"] or "").removesuffix("@"), found["query"] or ""
-            for part in (*user.split(":", 1)[1:], *re.findall(r"=([^&;]*)", query)):
+            for part in (*user.split(":", 1)[1:], *re.findall(r"=([^&;#]*)", query)):
                 hide(part)
+                hide(unquote_plus(part))  # as servers and libraries write it
 
 
 def public_text(text: str) -> str:
@@ -33,6 +42,11 @@ def public_text(text: str) -> str:
     for value in sorted(_hidden, key=len, reverse=True):  # the longest first, one may be part of another
         text = text.replace(value, _hidden[value])
     return _URL.sub(_public_url, text) if "://" in text else text
+
+
+def without_user(url: str) -> str:
+    """A URL without user and password."""
+    return _URL.sub(lambda found: found["scheme"] + found["path"] + (found["query"] or ""), url)
 
 
 def public(value: Any) -> Any:
@@ -64,4 +78,4 @@ def keep_logs_public() -> None:
 def _public_url(found: re.Match[str]) -> str:
     user, query = found["user"], found["query"] or ""
     is_glob = "=" not in query and not found["scheme"].startswith("http")  # s3://bucket/part-?.parquet
-    return found["scheme"] + ("***@" if user else "") + found["path"] + (query if is_glob or not query else "?***")
+    return found["scheme"] + ("***@" if user else "") + found["path"] + (query if is_glob else query[:1] + "***" * bool(query))

@@ -3,7 +3,6 @@
 import glob
 import io
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -11,6 +10,7 @@ from typing import NamedTuple, Protocol
 from dinov2.data.storage.patterns import expand_braces, fixed_folder, has_braces, has_pattern
 from dinov2.data.storage.scan import scan_folder
 from dinov2.data.storage.train_split import CARD, find_train_files
+from dinov2.utils.secrets import without_user
 
 
 class StoredFile(NamedTuple):
@@ -151,7 +151,7 @@ def public_name(path: str | Path) -> str:
     name = str(path)
     if "://" not in name:
         return name
-    name = re.sub(r"(?<=://)[^/@]*@", "", name)
+    name = without_user(name)
     return name.partition("?")[0] if name.startswith("http") else name
 
 

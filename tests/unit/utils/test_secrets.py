@@ -25,6 +25,12 @@ def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("s3://bucket/a?versionId=abc", "s3://bucket/a?***"),
         ("hf://datasets/org/name@v1/data", "hf://datasets/org/name@v1/data"),
         ("is it there? a=b, e@mail", "is it there? a=b, e@mail"),
+        ("http://user:p@ss@h/a, http://h:80/a@b", "http://***@h/a, http://h:80/a@b"),
+        ("s3://KEY:SEC/RET+x/@bucket/a", "s3://***@bucket/a"),
+        ("http://h/a#access_token=abc", "http://h/a#***"),
+        ("[http://h/a,http://u:p@h/b?t=1]", "[http://h/a,http://***@h/b?***"),
+        ("simplecache::zip://x-?.zip::s3://K:S@b/x", "simplecache::zip://x-?.zip::s3://***@b/x"),
+        ("file:///a:b/c@d", "file:///a:b/c@d"),
     ],
 )
 def test_urls_lose_user_and_query(text: str, shown: str):
@@ -35,6 +41,8 @@ def test_urls_lose_user_and_query(text: str, shown: str):
 def test_parts_of_urls_are_hidden_where_they_stand_alone():
     secrets.hide_urls(["data.path=s3://KEYKEYKEY:SECRETSECRET@bucket/x", "w=http://h/w?sig=SIGNATURE&n=1"])
     assert secrets.public_text("no bucket SECRETSECRET; SIGNATURE") == "no bucket ***; ***"
+    secrets.hide_urls(["s3://KEYKEYKEY:SLASH%2FED%2Bkey@bucket/x"])
+    assert secrets.public_text("the secret SLASH/ED+key of SLASH%2FED%2Bkey") == "the secret *** of ***"
 
 
 def test_a_value_that_is_part_of_another_leaves_nothing_of_it():
