@@ -71,10 +71,12 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
             with Watchdog(output_dir, TrainState(), *limits) as watchdog:
                 with watchdog.phase("starting", with_others=True, is_long=True):
                     run = Run(config, output_dir, device, args.eval_only, watchdog)
-                if args.eval_only:
-                    run.export_teacher(run.state)
-                else:
-                    run.train()
+                # Around the phases of a step: all that comes before the first, between two and after the last.
+                with watchdog.phase("about to train or to end", with_others=True, is_long=True):
+                    if args.eval_only:
+                        run.export_teacher(run.state)
+                    else:
+                        run.train()
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         raise

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dinov2.distributed import get_global_rank
@@ -64,14 +64,17 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str, *, with_others: bool = False, is_long: bool = False) -> Iterator[None]:
-        """Name what the main thread does within the block: ``with_others`` where it may wait for other ranks."""
-        limit = self._start_s if is_long else self._hang_s
+        """Name what the main thread does within the block: ``with_others`` where it may wait for other ranks.
+
+        Blocks may lie in one another; after an inner one the outer begins anew.
+        """
+        limit, around = self._start_s if is_long else self._hang_s, self._phase
         limit += self.outage_s + (_SAY_S if with_others else 0) if limit else float("inf")
         self._phase = _Phase(name, time.time(), limit)
         try:
             yield
         finally:
-            self._phase = None
+            self._phase = around and replace(around, since=time.time())
 
     def _watch(self) -> None:
         current, waited, due, looked, beaten = None, 0.0, 0.0, time.monotonic(), float("-inf")

@@ -49,6 +49,16 @@ def test_a_rank_that_hangs_says_what_it_waits_for_and_ends(tmp_path: Path):
     assert beat["since"] <= beat["time"] < time.time()
 
 
+def test_around_the_phases_of_a_step_another_one_is_watched(tmp_path: Path):
+    """What comes before the first step and after the last: probes of starting weights, say, or the end of a logger."""
+    step = 'with watch.phase("in a step"):\n            pass\n        '
+    code = HANGING.format(extra="").replace("waiting for a batch", "about to end")
+    code = code.replace("__import__", step + "__import__")
+    (tmp_path / "logs").mkdir()
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 76 and "about to end" in result.stderr.splitlines()[-1]
+
+
 def test_one_that_waits_for_others_lets_them_speak_first(tmp_path: Path):
     begun = time.monotonic()
     assert run(tmp_path, "with_others=True").returncode == 76
