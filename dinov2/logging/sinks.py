@@ -8,9 +8,12 @@ import os
 import secrets
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from dinov2.logging.metrics import is_of_training
@@ -21,11 +24,18 @@ logger = logging.getLogger("dinov2")
 
 _PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
 _COLUMNS = 100 - len("01-31 12:00:00 I ")
+_WRITE_S, _OPEN_OR_CLOSE_S = 60.0, 120.0  # that others' sinks may take; Slurm gives a run that saves five minutes
 _WANDB_TIMEOUT_S = 30  # W&B's own is 90; nodes without internet wait all of it
+_WANDB_FINISH_S = 100  # W&B's own is none: without a network it would never end, here or in the interpreter's end
 
 
 class Sink:
     """Receives one record per logging period, on rank 0 only."""
+
+    @property
+    def name(self) -> str:
+        """What warnings call it."""
+        return type(self).__name__
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take one record."""
@@ -35,8 +45,54 @@ class Sink:
         """Flush and release what is held."""
 
 
+class _Apart(Sink):
+    """A sink in a thread of its own, where it may hang, as with a server that is gone; then TimeoutError is raised."""
+
+    def __init__(self, make: Callable[..., Sink], *arguments: Any):
+        self._name, self._hangs = make.__name__, False
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        # At the end of the process no one waits for it.
+        threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+        self._sink: Sink = self._do(lambda: make(*arguments), _OPEN_OR_CLOSE_S)
+
+    @property
+    def name(self) -> str:
+        """That of the sink."""
+        return self._name
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Hand the record on."""
+        self._do(lambda: self._sink.write(record), _WRITE_S)
+
+    def close(self) -> None:
+        """Close the sink."""
+        self._do(self._sink.close, _OPEN_OR_CLOSE_S)
+        self._work.put(None)
+
+    def _do(self, action: Callable[[], Any], limit_s: float) -> Any:
+        if self._hangs:
+            raise TimeoutError("it hangs")
+        done: Future[Any] = Future()
+        self._work.put((done, action))
+        try:
+            return done.result(limit_s)
+        except TimeoutError:
+            if done.done():  # the sink's own
+                raise
+            self._hangs = True
+            raise TimeoutError(f"no answer within {limit_s:g} s") from None
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            done, action = work
+            try:
+                done.set_result(action())
+            except BaseException as error:
+                done.set_exception(error)
+
+
 class Sinks(Sink):
-    """Several sinks, of which one that cannot be made, or fails, is left out from then on, with a warning.
+    """Several sinks, of which one that cannot be made, fails or hangs is left out from then on, with a warning.
 
     Each record gets the wall time, ``time`` in seconds since 1970, and ``attempt``, the number of the run's launch.
     """
@@ -45,10 +101,10 @@ class Sinks(Sink):
         self._sinks: list[Sink] = []
         self._attempt = attempt
 
-    def add(self, make: Callable[..., Sink], *arguments: Any) -> None:
-        """Make one more; raises ImportError where its library is missing."""
+    def add(self, make: Callable[..., Sink], *arguments: Any, apart: bool = False) -> None:
+        """Make one more, ``apart`` if it may hang; raises ImportError where its library is missing."""
         try:
-            self._sinks.append(make(*arguments))
+            self._sinks.append(_Apart(make, *arguments) if apart else make(*arguments))
         except ImportError:
             raise
         except Exception as error:  # whatever the libraries behind them raise, here and below
@@ -61,7 +117,7 @@ class Sinks(Sink):
             try:
                 sink.write(record)
             except Exception as error:
-                logger.warning("%s failed (%s) and gets no further records.", type(sink).__name__, _text(error))
+                logger.warning("%s failed (%s) and gets no further records.", sink.name, _text(error))
                 self._sinks.remove(sink)
                 with contextlib.suppress(Exception):
                     sink.close()
@@ -72,7 +128,7 @@ class Sinks(Sink):
             try:
                 sink.close()
             except Exception as error:
-                logger.warning("%s could not be closed (%s).", type(sink).__name__, _text(error))
+                logger.warning("%s could not be closed (%s).", sink.name, _text(error))
 
 
 class ConsoleSink(Sink):
@@ -112,7 +168,7 @@ class JsonlSink(Sink):
                 file.write(line.encode() + b"\n")
         except OSError as error:
             if not self._failing:
-                logger.warning("Metrics '%s' cannot be written (%s); training goes on.", self._path, error.strerror)
+                logger.warning("Lines of '%s' cannot be written (%s); training goes on.", self._path, error.strerror)
             self._failing = True
         else:
             self._failing = False
@@ -128,6 +184,7 @@ class WandbSink(Sink):
     def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
         import wandb
 
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_S))  # versions that have no such setting ignore it
         id_file = output_dir / "wandb_run_id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -224,6 +225,70 @@ def test_a_sink_that_fails_is_left_out_and_the_others_go_on(caplog: pytest.LogCa
     assert kept.steps == [1, 2]
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "the server is gone" in caplog.text
+
+
+def test_a_sink_that_hangs_is_left_out_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    for limit in ("_WRITE_S", "_OPEN_OR_CLOSE_S"):
+        monkeypatch.setattr(f"dinov2.logging.sinks.{limit}", 0.2)
+    returned = threading.Event()
+
+    class Kept(Sink):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+            self.closed_by: threading.Thread | None = None
+
+        def write(self, record: dict) -> None:
+            self.steps.append(record["step"])
+
+        def close(self) -> None:
+            self.closed_by = threading.current_thread()
+
+    class HangingFrom(Kept):
+        def __init__(self, hangs_at: int) -> None:
+            super().__init__()
+            self.hangs_at = hangs_at
+            hanging.append(self)
+            assert hangs_at or returned.wait(60)
+
+        def write(self, record: dict) -> None:
+            super().write(record)
+            assert record["step"] < self.hangs_at or returned.wait(60)
+
+        def close(self) -> None:
+            returned.wait(60)
+
+    hanging: list[HangingFrom] = []
+    kept, apart, sinks = Kept(), Kept(), Sinks()
+    for make in (lambda: HangingFrom(0), lambda: HangingFrom(2), lambda: HangingFrom(9), lambda: apart):
+        sinks.add(make, apart=True)
+    sinks.add(lambda: kept)
+    for step in (1, 2, 3):
+        sinks.write({"step": step})
+    sinks.close()
+    returned.set()
+    assert kept.steps == apart.steps == [1, 2, 3]
+    assert [sink.steps for sink in hanging] == [[], [1, 2], [1, 2, 3]]
+    assert kept.closed_by is threading.current_thread() and apart.closed_by not in (None, kept.closed_by)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+
+
+def test_a_sink_apart_fails_as_any(caplog: pytest.LogCaptureFixture):
+    def missing() -> Sink:
+        raise ImportError("no such library")
+
+    class Failing(Sink):
+        def write(self, record: object) -> None:
+            raise TimeoutError("of its own")
+
+    sinks = Sinks()
+    with pytest.raises(ImportError):
+        sinks.add(missing, apart=True)
+    sinks.add(Failing, apart=True)
+    sinks.write({"step": 1})
+    sinks.write({"step": 2})
+    assert [record.message for record in caplog.records] == ["Failing failed (of its own) and gets no further records."]
 
 
 def test_wandb_without_a_way_to_the_internet_goes_offline(tmp_path: Path):
