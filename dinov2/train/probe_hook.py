@@ -67,8 +67,11 @@ class ProbeHook(PeriodicHook):
         results = run_probes(self._backbone, self._tasks, self._embedding, self._probing)
         if self._sink is None:
             return
-        append_csv(self._path, results, state.step)
         self._sink.write({"step": state.step, **as_metrics(results)})
+        try:
+            append_csv(self._path, results, state.step)
+        except (OSError, ValueError) as error:  # they are in metrics.jsonl, too
+            logger.warning("Probes of step %d are not added to their table (%s); training goes on.", state.step, error)
 
 
 def open_tasks(config: Config, data: OpenData) -> dict[str, LabelledTiles | TileImages]:

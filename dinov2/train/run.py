@@ -1,7 +1,6 @@
 """One training run in its output folder: start or resume, what it saves and exports."""
 
 import dataclasses
-import json
 import logging
 import shutil
 import time
@@ -149,7 +148,7 @@ class Run:
             sinks.add(lambda: health)
             shown = public_config(config) | {"plan": dataclasses.asdict(plan)}
             for sink in dict.fromkeys(("wandb",) * config.logging.wandb + config.logging.sinks):
-                sinks.add(SINKS[sink], self.output_dir, config.logging.wandb_project, shown)
+                sinks.add(SINKS[sink], self.output_dir, config.logging.wandb_project, shown, apart=True)
         trainer = Trainer(
             training_step=build_training_step(arch, self.optimizer, self.scaler, self.performance, plan.global_batch),
             schedules=schedules,
@@ -326,16 +325,14 @@ def logged_samples(
     of a step is the valid one, on as many ranks as rank 0's says. Batches are on the CPU, the first one after
     ``first_step`` completed steps.
     """
-    with path.open("a", buffering=1) as file:
-        indices, rows = [], []
-        for number, batch in enumerate(batches, 1):
-            indices, rows = [*indices, *batch["indices"].tolist()], [*rows, *batch["rows"]]
-            if number % accumulation == 0:
-                step = first_step + number // accumulation
-                line = {"step": step, "ranks": get_global_size(), "indices": indices, "rows": rows}
-                file.write(json.dumps(line) + "\n")
-                indices, rows = [], []
-            yield batch
+    lines, indices, rows = JsonlSink(path), [], []
+    for number, batch in enumerate(batches, 1):
+        indices, rows = [*indices, *batch["indices"].tolist()], [*rows, *batch["rows"]]
+        if number % accumulation == 0:
+            step = first_step + number // accumulation
+            lines.write({"step": step, "ranks": get_global_size(), "indices": indices, "rows": rows})
+            indices, rows = [], []
+        yield batch
 
 
 def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:

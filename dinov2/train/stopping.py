@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -29,9 +30,9 @@ class StopRequest:
 
     def __init__(self, hours: float, newest: Callable[[], str], longest_save: Callable[[], float]):
         self._newest, self._longest_save = newest, longest_save
-        now, end = time.time(), os.environ.get(_SLURM_END, "")
-        limit = float(os.environ.get(STARTED) or now) + 3600 * hours if hours else float("inf")
-        slurm_end = float(end) if end.isdigit() else float("inf")
+        now = time.time()
+        limit = _time_in(STARTED, now) + 3600 * hours if hours else float("inf")
+        slurm_end = _time_in(_SLURM_END, float("inf"))
         self._ends = {"train.time_limit": limit, "Slurm": slurm_end}  # in seconds since 1970
         # On a clock that nobody sets.
         self._limit, self._slurm_end = (time.monotonic() + at - now for at in (limit, slurm_end))
@@ -69,3 +70,9 @@ class StopRequest:
 
     def _next_signal(self) -> None:
         logger.error("Ended at once; %s", self._newest())
+
+
+def _time_in(variable: str, otherwise: float) -> float:
+    """Whole seconds since 1970 that the environment states; what is none, or after the year 5000, is not one."""
+    text = os.environ.get(variable, "")
+    return float(text) if re.fullmatch("[0-9]{1,11}", text) else otherwise

@@ -21,6 +21,7 @@ from dinov2.utils.secrets import public
 
 logger = logging.getLogger(__name__)
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_SAID = 1000  # bytes that the holder of a lock says of itself
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.part")
 
@@ -51,6 +52,8 @@ def replacing(*paths: Path, new: bool = False) -> Iterator[Any]:
     contents are the same (a kill in between left it), else FileExistsError. Several or ``new`` ones come as a tuple.
     """
     with ExitStack() as stack:
+        if len(paths) == 1:  # of several, whoever writes them says which they are
+            stack.enter_context(_naming(paths[0]))
         partials = tuple(stack.enter_context(unfinished(path)) for path in paths)
         yield partials if new or len(partials) > 1 else partials[0]
         for partial, path in zip(partials, paths, strict=True):  # all are whole before the first gets its name
@@ -60,6 +63,17 @@ def replacing(*paths: Path, new: bool = False) -> Iterator[Any]:
         for partial, path in zip(partials, paths, strict=True):
             if not new or not path.exists():
                 commit(partial, path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let the error of a full disk say which file does not fit: that of a failed write names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, lines: str | Iterable[str]) -> None:
@@ -145,7 +159,7 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
             raise
         raise OSError(f"No room left in '{folder}'; make some, then run the same command again.") from error
 

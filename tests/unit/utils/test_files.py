@@ -37,6 +37,24 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: P
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path: Path):
+    result = run(
+        """
+        import resource, sys
+        from pathlib import Path
+        from dinov2.utils.files import write_text
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            write_text(Path(sys.argv[1]), "x" * 1000)
+        except OSError as error:
+            sys.exit(str(error))
+        """,
+        tmp_path / "a.json",
+    )
+    assert str(tmp_path / "a.json") in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_writer_leaves_the_old_file_and_a_recognisable_remainder(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text("old")
