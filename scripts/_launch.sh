@@ -138,7 +138,7 @@ command=(
 )
 PATHFM_STARTED=$(date +%s) # train.time_limit counts from here, also where torchrun starts processes anew
 export PATHFM_STARTED PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1} # a crash in native code says where
+export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1} # a crash in native code, the launcher's too, says where
 if is_dry; then
     printf '%q ' "${command[@]}"
     echo

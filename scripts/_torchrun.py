@@ -6,13 +6,14 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server import WorkerGroup
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
@@ -34,6 +35,18 @@ class _Agent(LocalElasticAgent):
         return result
 
 
+def status_of(failures: Collection[ProcessFailure]) -> int | None:
+    """The exit status for processes that have failed, of which those that were killed are named; None for crashes."""
+    # As soon as one has left, the launcher ends the others by SIGTERM: those that had not come to their end by then.
+    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or list(failures)
+    for failure in own:
+        if failure.exitcode < 0:
+            how = signal.Signals(-failure.exitcode).name
+            sys.stderr.write(f"Local rank {failure.local_rank} (process {failure.pid}) was ended by {how}.\n")
+    statuses = {LOST if failure.exitcode < 0 else failure.exitcode for failure in own}
+    return min(statuses & {LOST, *_MEANT}, default=LOST if len(own) < len(failures) else None)
+
+
 def main() -> int:
     """Run the command line of ``python -m torch.distributed.run``."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -46,13 +59,8 @@ def main() -> int:
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        statuses = {LOST if failure.exitcode < 0 else failure.exitcode for failure in error.failures.values()}
-        for failure in error.failures.values():
-            if failure.exitcode < 0:
-                how = signal.Signals(-failure.exitcode).name
-                sys.stderr.write(f"Local rank {failure.local_rank} (process {failure.pid}) was ended by {how}.\n")
-        if told := statuses & {LOST, *_MEANT}:
-            return min(told)
+        if status := status_of(error.failures.values()):
+            return status
         raise
     except SignalException as error:
         return STATUS_OF.get(error.sigval, 128 + error.sigval)

@@ -5,6 +5,7 @@ the command line or the configuration is said here, before torch is imported, wh
 """
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -87,6 +88,8 @@ def joined(words: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status, see `run_command`."""
     args = parse_args(argv)
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a crash in native code says where, however this process was started
     setup_logging()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         receive_sigterm_when_parent_dies()  # or this rank would train on, alone
