@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from dinov2.logging import setup_logging
 from dinov2.train.plan.gpus import named_gpu
-from dinov2.utils.cli import at_least, command_parser, local_folder, run_command
+from dinov2.utils.cli import at_least, command_parser, local_folder, run_as_process, run_command
 from dinov2.utils.launch import join_launch
 from dinov2.utils.signals import receive_sigterm_when_parent_dies
 
@@ -133,4 +133,4 @@ def _read_config(args: argparse.Namespace) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -1,6 +1,7 @@
 """Common parts of all commands: exit statuses, how errors end a command, and one name for each option."""
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2.utils.secrets import hide_urls, keep_logs_public
 from dinov2.utils.signals import STATUS_OF
@@ -117,6 +118,25 @@ def run_command(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def run_as_process(main: Callable[[], int]) -> NoReturn:
+    """Exit with the status of a command once exit functions have run, without the interpreter's own teardown.
+
+    During that, threads of native libraries are still there, whose next step aborts a process that has done its work:
+    seen of gloo's, after the process group was left.
+    """
+    ended: list[int] = []
+
+    def leave() -> None:
+        if ended:  # else an exception has been shown and is on its way
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended[0])
+
+    atexit.register(leave)  # what is registered first is called last
+    ended.append(main())
+    sys.exit(ended[0])
 
 
 def command_parser(

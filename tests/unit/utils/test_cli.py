@@ -4,6 +4,8 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,41 @@ def test_the_handler_of_sigterm_is_given_back():
     before = signal.getsignal(signal.SIGTERM)
     cli.run_command(lambda: None, LOGGER)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+ENDING = """
+import atexit, os, sys, threading, time
+from dinov2.utils import cli
+
+class Aborting:  # as a native library may, while the interpreter is taken apart
+    abort = os.abort
+    def __del__(self):
+        self.abort()
+
+def main():
+    sys.modules["kept"] = Aborting()
+    atexit.register(print, "an exit function", end="")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+    {end}
+
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "end", "status"),
+    [
+        ("cli.run_as_process(main)", "return 75", 75),
+        ("cli.run_as_process(main)", "raise ZeroDivisionError", -signal.SIGABRT),
+        ("sys.exit(main())", "return 75", -signal.SIGABRT),
+    ],
+)
+def test_a_process_that_has_done_its_work_is_not_taken_apart(call: str, end: str, status: int):
+    program = ENDING.format(call=call, end=end)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status
+    if status == 75:
+        assert ended.stdout == "a thread\nan exit function"
 
 
 def test_older_spellings_of_options_stay_valid():
