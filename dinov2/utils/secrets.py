@@ -32,7 +32,10 @@ def hide_urls(values: Iterable[str]) -> None:
     for value in values:
         for found in _URL.finditer(value):
             user, query = (found["user"] or "").removesuffix("@"), found["query"] or ""
-            for part in (*user.split(":", 1)[1:], *re.findall(r"=([^&;#]*)", query)):
+            password = user.partition(":")[2]
+            # Libraries that take "/" for the end of the host show what is before it, too.
+            pieces = (user.partition("/")[0], *password.split("/")) if "/" in password else ()
+            for part in (password, *pieces, *re.findall(r"=([^&;#]*)", query)):
                 hide(part)
                 hide(unquote_plus(part))  # as servers and libraries write it
 

@@ -41,6 +41,8 @@ def test_urls_lose_user_and_query(text: str, shown: str):
 def test_parts_of_urls_are_hidden_where_they_stand_alone():
     secrets.hide_urls(["data.path=s3://KEYKEYKEY:SECRETSECRET@bucket/x", "w=http://h/w?sig=SIGNATURE&n=1"])
     assert secrets.public_text("no bucket SECRETSECRET; SIGNATURE") == "no bucket ***; ***"
+    secrets.hide_urls(["s3://KEYKEYKEY:ABC/DEFGHIJ@bucket/x"])
+    assert secrets.public_text('no bucket "KEYKEYKEY:ABC" nor DEFGHIJ') == 'no bucket "***" nor ***'
     secrets.hide_urls(["s3://KEYKEYKEY:SLASH%2FED%2Bkey@bucket/x"])
     assert secrets.public_text("the secret SLASH/ED+key of SLASH%2FED%2Bkey") == "the secret *** of ***"
 
