@@ -43,6 +43,7 @@ from dinov2.utils import files
 logger = logging.getLogger("dinov2")
 
 _STATE_FILE = "state.json"
+_LAST = "last_checkpoint"
 _CHECKSUMS = "checksums.xxh128"  # as of xxhsum: that command verifies a folder, too
 _STEP = re.compile(r"step_(\d{7,})")
 _BESIDE = ".incomplete"
@@ -185,6 +186,11 @@ class Checkpointer:
                     f"No checkpoint in {str(self.folder)!r} can be used, since all were set aside as corrupt "
                     f"({', '.join(aside)}); put a copy of one there, or start anew in another output folder."
                 )
+            if (last := self.output_dir / _LAST).exists():
+                raise ValueError(
+                    f"Folder {str(self.folder)!r} holds no checkpoint, and {str(last)!r} says that there was one; put "
+                    "it back, or start anew in another output folder."
+                )
             return None
         found, path = _Found(steps[-1]), self.path(steps[-1])
         if not path.exists():
@@ -246,7 +252,7 @@ class Checkpointer:
         path.rename(aside)
         logger.warning("Checkpoint %s is corrupt (%s); it is kept as %s.", path, _one_line(fault), aside.name)
         if steps := self.steps():
-            files.write_text(self.output_dir / "last_checkpoint", self.path(steps[-1]).name)
+            files.write_text(self.output_dir / _LAST, self.path(steps[-1]).name)
 
     def _begin(self, step: int, needed: int) -> None:
         """Make the folder to write into, where there is room for ``needed`` bytes."""
@@ -292,7 +298,7 @@ class Checkpointer:
         if final.exists():  # put there since the run began, or that would have resumed from it
             self._set_aside(final, "this run, which did not begin with it, saves the same step")
         files.commit(beside, final)
-        files.write_text(self.output_dir / "last_checkpoint", final.name)
+        files.write_text(self.output_dir / _LAST, final.name)
         for old in self.steps()[: -self.keep]:
             if not self.keep_every or old % self.keep_every:
                 # Under the other name a deletion that is cut short leaves no checkpoint with holes.
@@ -305,9 +311,9 @@ class Checkpointer:
         return tree_map(_host_copy, tensors, self._host)
 
     def _way_out(self, step: int) -> str:
-        earlier = [other for other in self.steps() if other < step]
-        go_on = f"resume from {self.path(earlier[-1]).name}" if earlier else "start anew"
-        return f"move that checkpoint out of {str(self.folder)!r} to {go_on}."
+        if earlier := [other for other in self.steps() if other < step]:
+            return f"move that checkpoint out of {str(self.folder)!r} to resume from {self.path(earlier[-1]).name}."
+        return "start anew in another output folder."
 
 
 def _delete(path: Path, beside: Path) -> None:

@@ -31,11 +31,11 @@ def read_record(checkpoint: str) -> Any:
 
 
 def _read(beside: Path) -> Any:
-    if not beside.is_file():
+    if not beside.is_file() and not beside.is_symlink():  # a link that leads nowhere is none that is not there
         return None
     try:
         return json.loads(beside.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(beside)!r} is not JSON ({error}); mend or remove it.") from error
 
 

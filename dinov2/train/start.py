@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
             gpu=args.gpu,
             price=args.price,
             pictures=args.pictures,
-            output_dir=Path(args.output_dir or config.train.output_dir),
+            output_dir=_output_dir(args, config),
         )
         return
     device = select_device()
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
     try:
         # The run that is exported has its configuration in its checkpoint.
         config = Config() if args.eval_only and args.output_dir else on_main_process(read_config)
-        output_dir = Path(args.output_dir or config.train.output_dir)
+        output_dir = _output_dir(args, config)
         if args.eval_only and not Checkpointer(output_dir, keep=1).steps():
             raise FileNotFoundError(
                 f"Output folder {str(output_dir)!r} holds no complete checkpoint to export; give --output-dir the "
@@ -80,6 +80,13 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
     except MainProcessError:
         time.sleep(1)  # torchrun ends all processes as soon as one has left, and rank 0 has something to say
         raise
+
+
+def _output_dir(args: argparse.Namespace, config: Config) -> Path:
+    given = args.output_dir or config.train.output_dir
+    if "://" in given:  # which would be taken for a folder of that name
+        raise ValueError(f"Output folder {given!r} is a URL; give --output-dir a folder on this machine.")
+    return Path(given)
 
 
 def _show(text: str) -> None:

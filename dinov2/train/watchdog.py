@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dinov2.distributed import get_global_rank
+from dinov2.distributed import get_global_rank, get_global_size
 from dinov2.train.state import TrainState
 from dinov2.utils.cli import LOST
 
@@ -48,7 +48,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, state: TrainState, hang_s: float, start_s: float, outage_s: float = 0.0):
         self.state, self._hang_s, self._start_s, self.outage_s = state, hang_s, start_s, outage_s
-        self._rank, self._logs = get_global_rank(), folder / "logs"
+        self._rank, self._ranks, self._logs = get_global_rank(), get_global_size(), folder / "logs"
         self._phase: _Phase | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -111,15 +111,15 @@ class Watchdog:
     def _others(self) -> str:
         """Ranks that show no sign, or are at an earlier step than this one."""
         behind = []
-        for path in sorted(self._logs.glob("heartbeat.rank*.json")):
+        for rank in range(self._ranks):  # an earlier launch that was killed may have had more
             try:
-                beat = json.loads(path.read_text())
-            except (OSError, ValueError):  # gone, or being written
+                beat = json.loads(self._file(rank).read_text())
+                silent, step, phase = time.time() - beat["time"], int(beat["step"]), beat["phase"]
+            except (OSError, ValueError, LookupError, TypeError):  # gone, being written, or not ours
                 continue
-            silent = time.time() - beat["time"]
-            if beat["rank"] != self._rank and (silent > _STALE_S or beat["step"] < self.state.step):
+            if rank != self._rank and (silent > _STALE_S or step < self.state.step):
                 sign = f"no sign for {silent:.0f} s, " if silent > _STALE_S else ""
-                behind.append(f"rank {beat['rank']} ({sign}{beat['phase'] or 'between phases'}, step {beat['step']})")
+                behind.append(f"rank {rank} ({sign}{phase or 'between phases'}, step {step})")
         return f"Behind are {', '.join(behind)}." if behind else "No other rank is behind."
 
     def _beat(self, phase: _Phase | None) -> None:

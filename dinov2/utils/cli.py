@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dinov2.utils.secrets import hide_urls, keep_logs_public
+from dinov2.utils.secrets import hide_urls, keep_logs_public, public_text
 from dinov2.utils.signals import STATUS_OF
 
 # Exit statuses.
@@ -139,6 +139,14 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     sys.exit(ended[0])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Without what is secret in its errors, which show what was given."""
+
+    def error(self, message: str) -> NoReturn:
+        hide_urls(sys.argv)
+        super().error(public_text(message))
+
+
 def command_parser(
     prog: str, description: str, *examples: str, epilog: str = "", **kwargs: Any
 ) -> argparse.ArgumentParser:
@@ -156,7 +164,7 @@ def command_parser(
     ends = [textwrap.fill(epilog, _HELP_WIDTH)] if epilog else []
     if examples:
         ends.append("\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]))
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=prog, description=description, epilog="\n\n".join(ends),
         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs,
     )  # fmt: skip

@@ -224,6 +224,16 @@ def test_an_earlier_config_is_kept(shards: Path, tmp_path: Path):
     assert kept.read_text() == "mine: 1\n"
 
 
+def test_a_url_is_no_output_folder(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    assert train(shards, "s3://KEY:PASSWORD@bucket/out") == 2
+    (error,) = errors(capsys)
+    assert "bucket" in error and "PASSWORD" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_another_launch_is_using(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]

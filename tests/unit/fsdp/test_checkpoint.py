@@ -225,6 +225,16 @@ def test_a_run_without_a_checkpoint_left_does_not_start_anew(copy: Path):
     assert Checkpointer(copy / "new", keep=2).newest(a_mapping) is None
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(copy: Path):
+    checkpointer = Checkpointer(copy, keep=2)
+    checkpointer.folder.rename(copy / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="last_checkpoint"):
+            checkpointer.newest(a_mapping)
+    (copy / "elsewhere").rename(checkpointer.folder)
+    assert checkpointer.newest(a_mapping)["step"] == 2
+
+
 @pytest.mark.parametrize("step", [1, 3, "2", None])
 def test_a_state_of_another_step_is_none(copy: Path, step: object):
     newest = copy / "checkpoints/step_0000002"

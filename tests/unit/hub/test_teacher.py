@@ -174,6 +174,7 @@ def test_heads_are_those_of_the_architectures():
     ("described", "message"),
     [
         ("{", r"teacher.json' does not describe a teacher's architecture"),
+        ("[" * 100_000, r"teacher.json' is not JSON"),
         ("[]", r"teacher.json' does not describe a teacher's architecture"),
         (
             '{"step": 7}',
@@ -193,6 +194,15 @@ def test_wrong_json(described, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         load_teacher(tmp_path / "teacher.pth")
     assert "\n" not in str(error.value)
+
+
+def test_a_json_that_is_a_link_to_nowhere_is_not_left_out(tmp_path):
+    """As where the disk or the cache that it leads to is gone: nothing would be verified."""
+    path, _ = export(tmp_path)
+    path.with_suffix(".json").unlink()
+    path.with_suffix(".json").symlink_to(tmp_path / "away.json")
+    with pytest.raises(FileNotFoundError):
+        load_teacher(path)
 
 
 def test_architecture_that_cannot_be_inferred(tmp_path):

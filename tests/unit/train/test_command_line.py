@@ -31,6 +31,15 @@ def test_blanks_within_an_override():
     assert load_config(None, ["train.seed = 3"]).train.seed == 3
 
 
+@pytest.mark.parametrize("words", [["--pictures", "{}"], ["--nosuch={}"], ["--memory", "{}", "--dry-run"]])
+def test_usage_errors_show_no_secret(words: list[str], capsys: pytest.CaptureFixture[str]):
+    url = "s3://KEY:PASSWORD@host/x?token=TOKENTOKEN"
+    with pytest.raises(SystemExit, match="2"):
+        parse_args([word.format(url) for word in words])
+    said = capsys.readouterr().err
+    assert "host" in said and "PASSWORD" not in said and "TOKEN" not in said
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -19,6 +19,7 @@ from dinov2.train import watchdog
 from dinov2.train.state import TrainState
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 watchdog._SAY_S, watchdog._LOOK_S, watchdog._BEAT_S = 0.5, 0.05, 0.1
+watchdog.get_global_size = lambda: 4
 state = TrainState(7, 56)
 with watchdog.Watchdog(Path(sys.argv[1]), state, hang_s=2, start_s=1000) as watch:
     with watch.phase("in a step"):
@@ -32,7 +33,8 @@ with watchdog.Watchdog(Path(sys.argv[1]), state, hang_s=2, start_s=1000) as watc
 def run(folder: Path, extra: str = "") -> subprocess.CompletedProcess[str]:
     (folder / "logs").mkdir()
     stale = {"rank": 3, "step": 8, "samples": 64, "phase": "in a step", "since": 0.0, "time": time.time() - 90}
-    (folder / "logs/heartbeat.rank3.json").write_text(json.dumps(stale))
+    for rank, text in ((1, "[1]"), (2, '{"time": null}'), (3, json.dumps(stale)), (4, json.dumps(stale))):
+        (folder / f"logs/heartbeat.rank{rank}.json").write_text(text)  # rank 4 is of an earlier launch
     line = [sys.executable, "-c", HANGING.format(extra=extra), str(folder)]
     return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
@@ -44,6 +46,7 @@ def test_a_rank_that_hangs_says_what_it_waits_for_and_ends(tmp_path: Path):
     assert len(warnings) == 3  # after half a second, one and one and a half
     for part in ("Rank 0", "waiting for a batch", "step 8", "64 samples", "rank 3 (no sign for"):
         assert part in error and part in warnings[0]
+    assert "rank 4" not in error
     beat = json.loads((tmp_path / "logs/heartbeat.rank0.json").read_text())  # what a monitor sees of the dead
     assert (beat["step"], beat["samples"], beat["phase"]) == (8, 64, "waiting for a batch")
     assert beat["since"] <= beat["time"] < time.time()
