@@ -26,9 +26,6 @@ def setup_logging(output_dir: Path | None = None) -> logging.Logger:
     logger = logging.getLogger("dinov2")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
     rank = _global_rank()
     where = f"[rank {rank}] " if rank else ""
     formatter = logging.Formatter(f"%(asctime)s %(levelname).1s {where}%(message)s", datefmt="%m-%d %H:%M:%S")
@@ -38,6 +35,10 @@ def setup_logging(output_dir: Path | None = None) -> logging.Logger:
     if output_dir is not None:
         (output_dir / "logs").mkdir(exist_ok=True)
         handlers.append(_LogFile(output_dir / "logs" / f"rank_{rank}.log"))
+    # Last: what is wrong with the file is said by those before.
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)

@@ -26,7 +26,7 @@ def list_export(output_dir: Path, step: int, checksum: str, keep: int) -> None:
     What is not listed, or no longer what was listed, came from elsewhere and stays.
     """
     listing = output_dir / LISTING
-    lines = listing.read_text().splitlines() if listing.exists() else []
+    lines = listing.read_bytes().decode(errors="replace").splitlines() if listing.exists() else []
     listed = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
     name = export_path(output_dir, step).relative_to(output_dir).as_posix()
     listed.pop(name, None)  # made again after a resume, it is the newest

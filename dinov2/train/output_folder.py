@@ -13,7 +13,7 @@ from dinov2.fsdp import Checkpointer
 from dinov2.utils.files import leftovers, locked
 
 _FOLDERS = ("checkpoints", "eval", "logs")
-_FILES = ("config.yaml", "metrics.jsonl", "attempts.jsonl", "last_checkpoint", "stream_index")
+_FILES = ("config.yaml", "metrics.jsonl", "attempts.jsonl", "last_checkpoint", "stream_index", "exports.xxh128", ".lock")
 _PROBE = ".write_probe_"
 # What a run writes beside and renames, by the folder that it is in.
 _WRITTEN = (

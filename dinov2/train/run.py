@@ -199,8 +199,11 @@ class Run:
                     raise
                 logger.warning("The teacher of step %d is not exported again: %s", state.step, error)
                 return
-            list_export(self.output_dir, state.step, checksum, self.config.evaluation.keep_exports)
             logger.info("Exported the teacher to %s.", path)
+            try:
+                list_export(self.output_dir, state.step, checksum, self.config.evaluation.keep_exports)
+            except OSError as error:  # the teacher is there; unlisted, it stays
+                logger.warning("The teacher of step %d is not listed (%s).", state.step, error)
 
         on_main_process(export)
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class Watchdog:
     def __exit__(self, *raised: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._file(self._rank).unlink(missing_ok=True)  # nothing is alive that a monitor could look for
+        with suppress(OSError):
+            self._file(self._rank).unlink(missing_ok=True)  # nothing is alive that a monitor could look for
 
     @contextmanager
     def phase(self, name: str, *, with_others: bool = False, is_long: bool = False) -> Iterator[None]:
@@ -127,11 +128,9 @@ class Watchdog:
         beat = {"rank": self._rank, **vars(self.state), "phase": name, "since": since, "time": time.time()}
         path = self._file(self._rank)
         beside = path.with_suffix(".tmp")
-        try:
+        with suppress(OSError):  # a full disk: whoever writes something that counts says so
             beside.write_text(json.dumps(beat) + "\n")
             beside.replace(path)
-        except OSError:
-            pass  # a full disk: whoever writes something that counts says so
 
     def _file(self, rank: int) -> Path:
         return self._logs / f"heartbeat.rank{rank}.json"

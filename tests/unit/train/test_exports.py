@@ -72,6 +72,15 @@ def test_exports_from_elsewhere_stay(tmp_path: Path):
     assert kept(run) == {3, 5, 9} and notes.exists()
 
 
+def test_a_damaged_list_ends_no_run(tmp_path: Path):
+    make(tmp_path, 5, keep=1)
+    (tmp_path / LISTING).write_bytes(b"\xd4" + (tmp_path / LISTING).read_bytes()[1:])
+    make(tmp_path, 10, keep=1)
+    assert kept(tmp_path) == {5, 10}  # what is not known to be the run's own stays
+    make(tmp_path, 15, keep=1)
+    assert kept(tmp_path) == {5, 15}
+
+
 @pytest.mark.parametrize("line", ["", "x", f"{'0' * 32}  ../../elsewhere.pth", "\0"])
 def test_foreign_lines_of_the_list_lead_nowhere(tmp_path: Path, line: str):
     elsewhere = tmp_path / "elsewhere.pth"

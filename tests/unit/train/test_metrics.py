@@ -119,6 +119,19 @@ def test_console_lines_fit_into_100_columns(capsys: pytest.CaptureFixture, secon
     assert re.match(r"\d\d-\d\d \d\d:\d\d:\d\d I step 250000/250000 ", line)
 
 
+def test_a_log_that_cannot_be_opened_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "logs/rank_0.log").mkdir(parents=True)
+    logger = setup_logging()
+    try:
+        with pytest.raises(OSError) as error:
+            setup_logging(tmp_path)
+        logger.error("%s", error.value)
+    finally:
+        logger.handlers.clear()
+        logger.propagate = True
+    assert re.search(r" E .*rank_0\.log", capsys.readouterr().err)
+
+
 def test_records_are_stamped_with_time_and_launch(tmp_path: Path):
     sinks = Sinks(attempt=3)
     sinks.add(JsonlSink, tmp_path / "metrics.jsonl")
