@@ -87,8 +87,10 @@ class _Apart(Sink):
             done, action = work
             try:
                 done.set_result(action())
-            except BaseException as error:
+            except Exception as error:
                 done.set_exception(error)
+            except BaseException as error:  # such as SystemExit: it is not for a logger to end a run
+                done.set_exception(RuntimeError(repr(error)))
 
 
 class Sinks(Sink):
