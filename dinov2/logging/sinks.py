@@ -186,7 +186,7 @@ class WandbSink(Sink):
     def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
         import wandb
 
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_S))  # versions that have no such setting ignore it
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_S))  # older versions do not know it
         id_file = output_dir / "wandb_run_id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))

@@ -13,7 +13,9 @@ from dinov2.fsdp import Checkpointer
 from dinov2.utils.files import leftovers, locked
 
 _FOLDERS = ("checkpoints", "eval", "logs")
-_FILES = ("config.yaml", "metrics.jsonl", "attempts.jsonl", "last_checkpoint", "stream_index", "exports.xxh128", ".lock")
+_FILES = (
+    "config.yaml", "metrics.jsonl", "attempts.jsonl", "last_checkpoint", "stream_index", "exports.xxh128", ".lock",
+)  # fmt: skip
 _PROBE = ".write_probe_"
 # What a run writes beside and renames, by the folder that it is in.
 _WRITTEN = (

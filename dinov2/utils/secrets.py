@@ -81,4 +81,6 @@ def keep_logs_public() -> None:
 def _public_url(found: re.Match[str]) -> str:
     user, query = found["user"], found["query"] or ""
     is_glob = "=" not in query and not found["scheme"].startswith("http")  # s3://bucket/part-?.parquet
-    return found["scheme"] + ("***@" if user else "") + found["path"] + (query if is_glob else query[:1] + "***" * bool(query))
+    if query and not is_glob:
+        query = query[0] + "***"
+    return found["scheme"] + ("***@" if user else "") + found["path"] + query

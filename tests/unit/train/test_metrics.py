@@ -298,6 +298,7 @@ def test_a_sink_apart_fails_as_any(caplog: pytest.LogCaptureFixture):
     sinks = Sinks()
     with pytest.raises(ImportError):
         sinks.add(missing, apart=True)
+
     class Leaving(Failing):
         def write(self, record: object) -> None:
             sys.exit("of its own")
