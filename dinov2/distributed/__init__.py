@@ -113,7 +113,7 @@ def peer_lost() -> Iterator[None]:
             raise
         raise Stopped(
             f"Rank {get_global_rank()} has lost another rank, which ended or was killed; the same command goes on from "
-            "the newest checkpoint.",
+            "the newest checkpoint, if one was saved.",
             LOST,
         ) from error
 
