@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,10 +127,12 @@ def changes(saved: Mapping[str, Any], config: Config) -> dict[str, str]:
     """Differences of a configuration from one that some version saved: by key, both values in words."""
     before = _flatten(public(saved_config(saved)))
     now = _flatten(json.loads(json.dumps(public_config(config))))
+    # Of an earlier version there may be keys that are gone; those that users name themselves they have left out.
+    left_out = [name for name in before if name not in now and name.startswith(_OPEN)]
     return {
-        name: f"{name} was {before.get(name)!r} and is now {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
+        name: f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in (*now, *left_out)
+        if name in left_out or before.get(name) != now[name]
     }
 
 
@@ -174,11 +176,25 @@ def _sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
+def _open_sections(section: Any, prefix: str = "") -> Iterator[str]:
+    """Beginnings of the dotted keys, within a section, whose names users choose."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _open_sections(value, f"{prefix}{field.name}.")
+        elif isinstance(value, Mapping):
+            yield f"{prefix}{field.name}."
+
+
+_OPEN = tuple(_open_sections(Config()))
+
+
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key; fixed keys that hold a mapping stay whole, so that a name more or less is a change."""
     flat: dict[str, Any] = {}
     for name, value in section.items():
-        if isinstance(value, dict) and prefix + name not in _FIXED_KEYS:
+        is_part = isinstance(value, dict) and (value or not prefix.startswith(_OPEN))  # one without options is a value
+        if is_part and prefix + name not in _FIXED_KEYS:
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
