@@ -61,6 +61,7 @@ OLDER_KEYS = {
     "student.block_chunks": OlderKey(ignored="blocks are never chunked; weights saved in chunks still load"),
     "gram.loss_weight": OlderKey("losses.gram.weight"),
     "gram.*": OlderKey("losses.gram.*"),
+    "distillation.*": OlderKey("losses.distillation.*"),
     "compute_precision.*.*.mixed_precision.buffer_dtype": OlderKey(ignored="the networks have no buffers"),
     "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
         ignored="the teacher has no gradients to reduce", usual=("fp32",)
@@ -109,7 +110,7 @@ class OlderKeys:
         elif names_data and self._chosen:
             _put(layer, "data.kind", "auto")
             self._chosen = False
-        _drop_empty(layer, "gram")
+        _drop_empty(layer, "gram", "distillation")
         self._rename_arch(layer.get("student"))
         if layer.get("precision") in ("bf16", "fp16", "fp32"):
             for network, module in MODULES:
@@ -172,10 +173,11 @@ def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tup
             yield from _matches(layer[name], pattern[1:], here)
 
 
-def _drop_empty(layer: dict[str, Any], section: str) -> None:
-    """Drop a section all of whose keys have gone elsewhere."""
-    if not layer.get(section, True):
-        del layer[section]
+def _drop_empty(layer: dict[str, Any], *sections: str) -> None:
+    """Drop sections all of whose keys have gone elsewhere."""
+    for section in sections:
+        if not layer.get(section, True):
+            del layer[section]
 
 
 def _put(layer: MutableMapping[str, Any], path: str, value: Any) -> bool:
