@@ -6,25 +6,31 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.configs.fields import key
 from dinov2.distributed import all_gather_rows
 from dinov2.loss.term import LossTerm, StepOutputs
 
+_SHORTEST = 1e-8  # length of a row that has a direction; that of Meta's normalisation
+_RESOLVED = 2.0**-21  # distance of unit vectors of float32 numbers beyond their rounding
+
 
 def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
     """Return (B, D) tokens as rows of length 1, (N, D) float64, and a mask (N, N) of each row with itself.
 
     The matrices that follow are batch by batch, so float64 costs nothing, and it is out of reach of autocast
-    and TF32, which would blur the distance between near neighbours.
+    and TF32, which would blur the distance between near neighbours. A row of length 0 has no direction, so that it
+    stays in the origin and gets no gradient, which would be 1 / 0: such is the class token of an image that all
+    branches of a network have dropped, where it starts from 0.
 
     With ``gather`` the rows of all ranks are joined; all must then call, with equal B. See `all_gather_rows` for why
     the data-parallel mean of the gradients is then exactly that of the joined batch. Raises ValueError if there are
     fewer than 2 rows.
     """
-    rows = F.normalize(tokens.double(), dim=-1)
+    rows = tokens.double()
+    length = rows.norm(dim=-1, keepdim=True)
+    rows = torch.where(length > _SHORTEST, rows, rows.detach()) / length.clamp_min(_SHORTEST)
     rows = all_gather_rows(rows) if gather else rows
     if len(rows) < 2:
         raise ValueError(f"Spreading class tokens needs at least 2 images in the batch, and it has {len(rows)}.")
@@ -38,7 +44,9 @@ def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: in
 
         L_KoLeo = -mean_i log( min_{j != i} ||z_i - z_j|| + eps )
 
-    Equal vectors do not push each other. With ``topk`` > 1 the mean is over so many nearest ones of each (DINOv3).
+    Equal vectors do not push each other, nor do those that differ by float32's rounding alone, such as class tokens of
+    two images that the same branches have dropped: the gradient would be of length 1 / eps, along noise. With ``topk``
+    > 1 the mean is over so many nearest ones of each (DINOv3).
 
     Args:
         tokens: (B, D), any float dtype.
@@ -53,6 +61,7 @@ def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: in
     if topk >= len(z):
         raise ValueError(f"KoLeo over {topk} neighbours needs more than as many images in the batch, not {len(z)}.")
     nearest = others.amin(1) if topk == 1 else others.topk(topk, largest=False).values
+    nearest = torch.where(nearest > _RESOLVED, nearest, nearest.detach())
     return -(nearest + eps).log().mean().float()
 
 

@@ -121,7 +121,8 @@ def test_path_fm_on_dinov3(tmp_path: Path):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("distillation", "enabled", True), ("multidistillation", "enabled", True), ("dino", "koleo_distributed_loss_group_size", 16),
+        ("distillation", "enabled", True), ("multidistillation", "enabled", True),
+        ("dino", "koleo_distributed_loss_group_size", 16),
         ("student", "pos_embed_type", "fourier"), ("optim", "schedule_trunc_extra", 0.25),
         ("student", "patch_drop", 0.5),
         ("crops", "global_local_crop_pairs_ratios", [0.3, 0.7]), ("optim", "optimizer", "sgd"),
