@@ -73,7 +73,7 @@ _MEANINGS = {
     "dino.global_ignore_diagonal": _Meaning(only=(True,)),
     "dino.koleo_loss_distributed": _Meaning("dino.koleo_gather"),
     "dino.koleo_distributed_replicas": _Meaning(only=(0,)),
-    "dino.koleo_distributed_loss_group_size": _Meaning(only=(None,)),
+    "dino.koleo_distributed_loss_group_size": _Meaning(lambda value: {"dino.koleo_group": value or 0}),
     "dino.koleo_distributed_loss_group_data": _NOTHING,  # which ranks a group is of, where there are groups
     "dino.force_weight_norm": _OFF,
     **{f"{head}.head_norm_last_layer": _OFF for head in ("dino", "ibot")},
@@ -168,6 +168,8 @@ def translate(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     leaves = dict(sorted(_leaves(values), key=lambda leaf: leaf[0] != "student.arch"))  # first: others win over it
     if leaves.pop("dino.reweight_dino_local_loss", False) is False:  # the schedule stands there all the same
         leaves = {key: value for key, value in leaves.items() if not key.startswith("dino.local_loss_weight_schedule")}
+    if leaves.get("dino.koleo_loss_distributed") is False:  # which alone has groups
+        leaves.pop("dino.koleo_distributed_loss_group_size", None)
     translated: dict[str, Any] = {}
     for key, value in leaves.items():
         meaning = _MEANINGS.get(key)

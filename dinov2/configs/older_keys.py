@@ -36,6 +36,7 @@ OLDER_KEYS = {
     # OpenMidnight's files of high-resolution post-training.
     "train.patch_size_pixels": OlderKey("data.tile_size"),
     "train.teacher_checkpoint_path": OlderKey("MODEL.WEIGHTS"),
+    "train.pretrained_weights": OlderKey("student.pretrained_weights"),  # of which it takes the backbone alone
     "train.gradient_accumulation_steps": OlderKey("optim.accumulation_steps"),
     "train.slide_mpp_file": OlderKey("data.mpp_file"),
     "train.slide_root": OlderKey("data.slide_root"),

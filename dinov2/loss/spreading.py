@@ -37,7 +37,7 @@ def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
     return rows, torch.eye(len(rows), dtype=torch.bool, device=rows.device)
 
 
-def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: int = 1) -> Tensor:
+def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: int = 1, group: int = 0) -> Tensor:
     """Kozachenko-Leonenko estimate of minus the batch's entropy, 0-d float32; falls as the vectors spread.
 
     Sablayrolles et al. (arXiv:1806.03198, section 3.1), with z the vectors scaled to length 1:
@@ -46,21 +46,30 @@ def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: in
 
     Equal vectors do not push each other, nor do those that differ by float32's rounding alone, such as class tokens of
     two images that the same branches have dropped: the gradient would be of length 1 / eps, along noise. With ``topk``
-    > 1 the mean is over so many nearest ones of each (DINOv3).
+    > 1 the mean is over so many nearest ones of each, and with ``group`` neighbours are sought among so many rows in a
+    row, of the joined batch with ``gather`` (DINOv3).
 
     Args:
         tokens: (B, D), any float dtype.
         gather: over the vectors of all ranks, see `unit_rows`.
         eps: keeps the logarithm finite.
         topk: nearest vectors, at least 1; ValueError if there are not as many others.
+        group: rows of each group, 0 for all in one; ValueError if it does not divide their number.
     """
-    z, itself = unit_rows(tokens, gather)
+    z, _ = unit_rows(tokens, gather)
+    if group and len(z) % group:
+        raise ValueError(f"KoLeo in groups of {group} needs a number of images that it divides, not {len(z)}.")
+    z = z.unflatten(0, (-1, group or len(z)))  # (groups, rows, D)
+    rows = z.shape[1]
+    itself = torch.eye(rows, dtype=torch.bool, device=z.device)
     # Differences taken directly: 2 - 2 z_i . z_j cancels for near neighbours, the ones that matter here.
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
     others = distance.masked_fill(itself, torch.inf)
-    if topk >= len(z):
-        raise ValueError(f"KoLeo over {topk} neighbours needs more than as many images in the batch, not {len(z)}.")
-    nearest = others.amin(1) if topk == 1 else others.topk(topk, largest=False).values
+    if topk >= rows:
+        raise ValueError(
+            f"KoLeo over {topk} neighbours needs more than as many images in a batch or group, not {rows}."
+        )
+    nearest = others.amin(2) if topk == 1 else others.topk(topk, largest=False).values
     nearest = torch.where(nearest > _RESOLVED, nearest, nearest.detach())
     return -(nearest + eps).log().mean().float()
 
@@ -70,6 +79,7 @@ class KoLeo(LossTerm):
 
     meta_keys: ClassVar[Mapping[str, str]] = {
         "weight": "dino.koleo_loss_weight", "gather": "dino.koleo_gather", "topk": "dino.koleo_topk",
+        "group": "dino.koleo_group",
     }  # fmt: skip
 
     @dataclass(frozen=True)
@@ -78,11 +88,12 @@ class KoLeo(LossTerm):
 
         gather: bool = key(False, "over the batch of all ranks")
         topk: int = key(1, "nearest neighbours that are pushed away", least=1)
+        group: int = key(0, "consecutive images among which neighbours are sought; 0: all", least=0)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the student's class tokens."""
         o = self.options
-        return sum(koleo_loss(view, o.gather, topk=o.topk) for view in outputs.class_tokens)
+        return sum(koleo_loss(view, o.gather, topk=o.topk, group=o.group) for view in outputs.class_tokens)
 
 
 def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> Tensor:

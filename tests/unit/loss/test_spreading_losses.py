@@ -87,6 +87,16 @@ def test_koleo_of_several_neighbours_is_the_mean_over_them(topk: int):
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-6, atol=1e-7)
 
 
+def test_koleo_in_groups_is_the_mean_over_them():
+    x = torch.randn(6, 5)
+    groups = [koleo_loss(rows, topk=2) for rows in x.split(3)]
+    torch.testing.assert_close(koleo_loss(x, topk=2, group=3), sum(groups) / 2)
+    assert koleo_loss(x, group=6) == koleo_loss(x)
+    for wrong in (4, 2):  # does not divide; holds no two neighbours
+        with pytest.raises(ValueError, match=str(wrong)):
+            koleo_loss(x, topk=2, group=wrong)
+
+
 def test_koleo_of_more_neighbours_than_there_are():
     with pytest.raises(ValueError, match="7"):
         koleo_loss(torch.randn(7, 5), topk=7)
