@@ -220,8 +220,8 @@ def _group_faults(config: Config, world_size: int) -> Iterator[str]:
         yield f"dino.koleo_group = {group} does not divide the {images} images {told}; give a divisor, or 0 for all."
     if group <= topk:
         yield (
-            f"dino.koleo_group = {group} images hold no dino.koleo_topk = {topk} neighbours of one; {topk + 1} or more are "
-            "expected."
+            f"dino.koleo_group = {group} images hold no dino.koleo_topk = {topk} neighbours of one; give {topk + 1} or "
+            "more, or 0 for all."
         )
 
 

@@ -66,9 +66,7 @@ def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: in
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
     others = distance.masked_fill(itself, torch.inf)
     if topk >= rows:
-        raise ValueError(
-            f"KoLeo over {topk} neighbours needs more than as many images in a batch or group, not {rows}."
-        )
+        raise ValueError(f"KoLeo over {topk} neighbours needs more images than that in a batch or group, not {rows}.")
     nearest = others.amin(2) if topk == 1 else others.topk(topk, largest=False).values
     nearest = torch.where(nearest > _RESOLVED, nearest, nearest.detach())
     return -(nearest + eps).log().mean().float()
