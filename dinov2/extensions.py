@@ -13,6 +13,7 @@ LOSSES = Registry(
         "kde": "dinov2.loss.spreading:KDE",
         "koleo": "dinov2.loss.spreading:KoLeo",
         "gram": "dinov2.loss.gram:Gram",
+        "distillation": "dinov2.loss.distillation:Distillation",
     },
 )
 """Terms of the objective: `dinov2.loss.term.LossTerm`."""

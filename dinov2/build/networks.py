@@ -1,8 +1,10 @@
 """Starting weights of a network from a configuration."""
 
+import dataclasses
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 
 from dinov2.configs import Config
 from dinov2.configs.schema import StudentConfig
-from dinov2.hub.locate import hub_id, is_here, weights_path
+from dinov2.extensions import LOSSES
+from dinov2.hub.locate import hub_id, is_here, teacher_file, weights_path
 from dinov2.hub.pretrained import (
     check_finite,
     check_found,
@@ -23,6 +26,9 @@ from dinov2.hub.pretrained import (
     read_checkpoint,
     starting_state,
 )
+from dinov2.hub.record import normalisation
+from dinov2.hub.teacher import open_backbone
+from dinov2.loss import TermWithTeacher
 from dinov2.models.backbone import build_model_from_cfg, ignored_settings
 
 logger = logging.getLogger("dinov2")
@@ -55,24 +61,75 @@ def load_starting_weights(network: nn.ModuleDict, config: Config) -> list[str]:
     return loaded
 
 
-def load_gram_teacher(backbone: nn.Module, weights: str) -> None:
-    """Fill the gram teacher from weights of its architecture; raises ValueError, which names the key, or OSError."""
+def load_frozen_teacher(backbone: nn.Module, key: str, weights: str) -> None:
+    """Fill the frozen teacher of a term from weights of its architecture, which ``key`` names.
+
+    Raises ValueError, which names the key, or OSError.
+    """
     try:
         load_pretrained(backbone, weights)
     except ValueError as error:
-        raise _of_gram_teacher(error) from error
+        raise ValueError(f"{key}, a frozen teacher: {error}") from error
 
 
-def gram_weights(config: Config) -> str:
-    """Path, id on the hub or URL of the gram teacher's weights, or an empty text; FileNotFoundError without a file."""
-    gram = config.losses.get("gram")
-    weights = gram.ckpt if gram is not None and gram.is_used else ""
-    _check_is_file("losses.gram.ckpt", weights)
-    return weights
+def frozen_teachers(config: Config) -> Iterator[tuple[str, str, str, bool]]:
+    """Name, key and weights of each term with a frozen teacher that has some, and whether it is of the student's kind.
+
+    Weights are a path, an id on the hub or a URL; raises FileNotFoundError where there is no such file.
+    """
+    for name, options in config.losses.items():
+        term = LOSSES[name]
+        if not (isinstance(term, type) and issubclass(term, TermWithTeacher) and options.is_used):
+            continue
+        if weights := getattr(options, term.weights_option):
+            key = f"losses.{name}.{term.weights_option}"
+            _check_is_file(key, weights)
+            yield name, key, weights, term.follows_teacher
 
 
-def _of_gram_teacher(error: ValueError) -> ValueError:
-    return ValueError(f"losses.gram.ckpt, the gram teacher, must be of the student's architecture: {error}")
+def with_teachers(config: Config) -> Config:
+    """A configuration in which terms with a frozen teacher of another kind than the student's say what it is.
+
+    That is, where they leave it open, its architecture and normalisation, as its weights tell; they are downloaded
+    where they are not here. A run's folder as the weights is its newest teacher. Raises OSError, and ValueError where
+    they are no backbone, are not finite, or their patches do not fit the crops.
+    """
+    losses = dict(config.losses)
+    for name, key, weights, follows in frozen_teachers(config):
+        if follows:
+            continue
+        options, given = losses[name], config.losses[name].architecture
+        weights = teacher_file(weights)
+        try:
+            if not given:
+                given = _architecture(weights)
+            mean, std, _ = normalisation(weights, options.normalize_mean, options.normalize_std)
+        except ValueError as error:
+            raise ValueError(f"{key}, a frozen teacher: {error}") from error
+        losses[name] = dataclasses.replace(
+            options, teacher=weights, architecture=given, normalize_mean=mean, normalize_std=std
+        )
+        _check_patches(config, name, losses[name])
+    return dataclasses.replace(config, losses=losses) if losses else config
+
+
+def _architecture(weights: str) -> dict[str, Any]:
+    backbone, _ = open_backbone(weights)
+    eps = {module.eps for module in backbone.modules() if isinstance(module, nn.LayerNorm)}
+    return backbone.describe() | ({"layer_norm_eps": eps.pop()} if len(eps) == 1 else {})
+
+
+def _check_patches(config: Config, name: str, options: Any) -> None:
+    with torch.device("meta"):
+        patch = options.build().patch_size
+    size, key = options.crops_size, f"losses.{name}.crops_size"
+    told = f"crops.global_crops_size = {config.crops.global_crops_size}" if size is None else f"{key} = {size}"
+    size = size or config.crops.global_crops_size
+    if size % patch:
+        near = " or ".join(str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side)
+        raise ValueError(
+            f"{told} is not a multiple of the {patch} px of the patches of losses.{name}.teacher; give {key} = {near}."
+        )
 
 
 def starting_weights(config: Config) -> str:
@@ -99,7 +156,7 @@ def _check_is_file(key: str, weights: str) -> None:
 def check_backbone(config: Config, with_weights: bool = True) -> None:
     """Make sure that the backbone can be built and, where its starting weights are here, that they fit it.
 
-    Those of the gram teacher are looked at, too.
+    Those of frozen teachers are looked at, too.
 
     Nothing is allocated but what reading a file takes. Settings that the backbone does not take are logged. Raises
     ValueError, or as `starting_weights` and `read_checkpoint`.
@@ -116,11 +173,12 @@ def check_backbone(config: Config, with_weights: bool = True) -> None:
     if not with_weights:
         return
     _check_weights(backbone, starting_weights(config), config.student.pretrained_pos_embed)
-    weights = gram_weights(config)
-    try:
-        _check_weights(backbone, weights)
-    except ValueError as error:
-        raise _of_gram_teacher(error) from error
+    for _, key, weights, follows in frozen_teachers(config):
+        try:
+            if follows:
+                _check_weights(backbone, weights)
+        except ValueError as error:
+            raise ValueError(f"{key} must be of the student's architecture: {error}") from error
 
 
 def _check_weights(backbone: nn.Module, path: str, positions: bool = True) -> None:
@@ -129,12 +187,12 @@ def _check_weights(backbone: nn.Module, path: str, positions: bool = True) -> No
         check_shapes(backbone, state, path)
 
 
-def try_starting_weights(network: nn.ModuleDict, gram_teacher: nn.Module | None, config: Config) -> list[str]:
+def try_starting_weights(network: nn.ModuleDict, backbones: Mapping[str, nn.Module], config: Config) -> list[str]:
     """Open the weights that a configuration names and look whether they fit and are finite, in a sentence each.
 
-    Networks, the student and the gram teacher's backbone, are on the meta device: what loads them at the start of a run
-    does all but keep the values. Weights elsewhere are asked for, not downloaded. Raises as `load_starting_weights`,
-    `load_gram_teacher` and `check_found`.
+    Networks, the student and frozen teachers' ``backbones`` by the names of their terms, are on the meta device: what
+    loads them at the start of a run does all but keep the values. Weights elsewhere are asked for, not downloaded.
+    Raises as `load_starting_weights`, `load_frozen_teacher` and `check_found`.
     """
     told = []
     if path := starting_weights(config):
@@ -144,13 +202,15 @@ def try_starting_weights(network: nn.ModuleDict, gram_teacher: nn.Module | None,
         else:
             loaded = _without_values(lambda: load_starting_weights(network, config))
             told.append(f"Weights: {path} holds {', '.join(loaded)}, of the right shapes and finite.")
-    if (weights := gram_weights(config)) and gram_teacher is not None:
+    for name, key, weights, _ in frozen_teachers(config):
+        if name not in backbones:
+            continue
         if needs_download(weights):
             check_found(weights)
-            told.append(f"Gram teacher: {weights} is there; it is downloaded, opened and checked when the run starts.")
+            told.append(f"{key}: {weights} is there; it is downloaded, opened and checked when the run starts.")
         else:
-            _without_values(lambda: load_gram_teacher(gram_teacher, weights))
-            told.append(f"Gram teacher: {weights} is of the right shapes and finite.")
+            _without_values(partial(load_frozen_teacher, backbones[name], key, weights))
+            told.append(f"{key}: {weights} is of the right shapes and finite.")
     return told or ["Weights: none are named, so that training starts from random ones."]
 
 

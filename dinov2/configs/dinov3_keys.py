@@ -17,6 +17,7 @@ class _Meaning(NamedTuple):
 
     new: str | Callable[[Any], Mapping[str, Any]] = ""  # key, or from a value to keys and values
     only: tuple[Any, ...] = ()
+    instead: str = ""  # what there is here in its place
 
 
 _NOTHING = _Meaning()  # how the work is done, not what comes of it
@@ -27,6 +28,7 @@ _ARCHS = {
     "vit_so400m": (1152, 27, 18, 3.777777778), "vit_huge2": (1280, 32, 20, 4.0), "vit_giant2": (1536, 40, 24, 4.0),
     "vit_7b": (4096, 40, 32, 3.0),
 }  # fmt: skip
+_DISTIL = "losses.distillation.teacher = WEIGHTS distils the tokens of a backbone, without its heads"
 _NO_KEEP = 10**12  # and more: every so many steps none is kept beside the newest
 
 
@@ -71,7 +73,7 @@ _MEANINGS = {
     "dino.global_ignore_diagonal": _Meaning(only=(True,)),
     "dino.koleo_loss_distributed": _Meaning("dino.koleo_gather"),
     "dino.koleo_distributed_replicas": _Meaning(only=(0,)),
-    "dino.koleo_distributed_loss_group_size": _Meaning(only=(None,)),
+    "dino.koleo_distributed_loss_group_size": _Meaning(lambda value: {"dino.koleo_group": value or 0}),
     "dino.koleo_distributed_loss_group_data": _NOTHING,  # which ranks a group is of, where there are groups
     "dino.force_weight_norm": _OFF,
     **{f"{head}.head_norm_last_layer": _OFF for head in ("dino", "ibot")},
@@ -107,8 +109,8 @@ _MEANINGS = {
     "student.fp8_filter": _Meaning(only=("blocks",)),
     **{f"student.{name}": _option(name) for name in _OPTIONS},
     "teacher.in_chans": _Meaning(only=(3,)),
-    "distillation.enabled": _OFF,
-    "multidistillation.enabled": _OFF,
+    "distillation.enabled": _Meaning(only=(None, False), instead=_DISTIL),
+    "multidistillation.enabled": _Meaning(only=(None, False), instead=f"{_DISTIL}, one student a run"),
     "hrft.enabled": _OFF,
     **{f"{name}.checkpoint_path": _NOTHING for name in ("distillation", "hrft")},  # what is off needs none
     "distillation.full_cfg_path": _NOTHING,
@@ -166,6 +168,8 @@ def translate(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     leaves = dict(sorted(_leaves(values), key=lambda leaf: leaf[0] != "student.arch"))  # first: others win over it
     if leaves.pop("dino.reweight_dino_local_loss", False) is False:  # the schedule stands there all the same
         leaves = {key: value for key, value in leaves.items() if not key.startswith("dino.local_loss_weight_schedule")}
+    if leaves.get("dino.koleo_loss_distributed") is False:  # which alone has groups
+        leaves.pop("dino.koleo_distributed_loss_group_size", None)
     translated: dict[str, Any] = {}
     for key, value in leaves.items():
         meaning = _MEANINGS.get(key)
@@ -174,7 +178,8 @@ def translate(values: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
                 translated = merge(translated, _nested(key, value))
         elif meaning.only and not any(value == one and type(value) is type(one) for one in _alike(meaning.only)):
             named = " or ".join("null" if one is None else str(one).lower() or "''" for one in meaning.only)
-            faults.append(f"{key} = {shortened(value)} of DINOv3 has no counterpart here; {named} is accepted.")
+            named += f" is accepted, and {meaning.instead}." if meaning.instead else " is accepted."
+            faults.append(f"{key} = {shortened(value)} of DINOv3 has no counterpart here; {named}")
         elif callable(meaning.new):
             for new, converted in meaning.new(value).items():
                 translated = merge(translated, _nested(new, converted))

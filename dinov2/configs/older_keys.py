@@ -36,6 +36,7 @@ OLDER_KEYS = {
     # OpenMidnight's files of high-resolution post-training.
     "train.patch_size_pixels": OlderKey("data.tile_size"),
     "train.teacher_checkpoint_path": OlderKey("MODEL.WEIGHTS"),
+    "train.pretrained_weights": OlderKey("student.pretrained_weights"),  # of which it takes the backbone alone
     "train.gradient_accumulation_steps": OlderKey("optim.accumulation_steps"),
     "train.slide_mpp_file": OlderKey("data.mpp_file"),
     "train.slide_root": OlderKey("data.slide_root"),
@@ -61,6 +62,7 @@ OLDER_KEYS = {
     "student.block_chunks": OlderKey(ignored="blocks are never chunked; weights saved in chunks still load"),
     "gram.loss_weight": OlderKey("losses.gram.weight"),
     "gram.*": OlderKey("losses.gram.*"),
+    "distillation.*": OlderKey("losses.distillation.*"),
     "compute_precision.*.*.mixed_precision.buffer_dtype": OlderKey(ignored="the networks have no buffers"),
     "compute_precision.teacher.*.mixed_precision.reduce_dtype": OlderKey(
         ignored="the teacher has no gradients to reduce", usual=("fp32",)
@@ -109,7 +111,7 @@ class OlderKeys:
         elif names_data and self._chosen:
             _put(layer, "data.kind", "auto")
             self._chosen = False
-        _drop_empty(layer, "gram")
+        _drop_empty(layer, "gram", "distillation")
         self._rename_arch(layer.get("student"))
         if layer.get("precision") in ("bf16", "fp16", "fp32"):
             for network, module in MODULES:
@@ -172,10 +174,11 @@ def _matches(layer: Any, pattern: Sequence[str], path: str = "") -> Iterator[tup
             yield from _matches(layer[name], pattern[1:], here)
 
 
-def _drop_empty(layer: dict[str, Any], section: str) -> None:
-    """Drop a section all of whose keys have gone elsewhere."""
-    if not layer.get(section, True):
-        del layer[section]
+def _drop_empty(layer: dict[str, Any], *sections: str) -> None:
+    """Drop sections all of whose keys have gone elsewhere."""
+    for section in sections:
+        if not layer.get(section, True):
+            del layer[section]
 
 
 def _put(layer: MutableMapping[str, Any], path: str, value: Any) -> bool:

@@ -178,6 +178,7 @@ class DinoConfig(HeadConfig):
     koleo_loss_weight: float = key(0.1, "of KoLeo, summed over the global views; 0: off", **_WEIGHT)
     koleo_gather: bool = key(False, "true: nearest neighbours among the rows of all processes")
     koleo_topk: int = key(1, "nearest neighbours of each that KoLeo counts", least=1, most=1024)
+    koleo_group: int = key(0, "consecutive images among which they are sought; 0: all", least=0, most=1e6)
     local_loss_weight_schedule: Schedule = NO_SCHEDULE  # a further factor of the local cross-entropy
     kde_loss_weight: float = key(0.0, "of KDE, summed over the global views; 0: off", **_WEIGHT)
     kde_kappa: float = key(5.0, "concentration of the KDE kernel", above=0, most=1e4)

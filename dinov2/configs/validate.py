@@ -55,7 +55,7 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
     found = chain(
         _crop_faults(config), _window_faults(config), _gram_faults(config), _mask_faults(config), _data_faults(config),
         _online_faults(config), _step_faults(config, world_size), _range_faults(config), _network_faults(config),
-        _precision_faults(config),
+        _precision_faults(config), _group_faults(config, world_size),
     )  # fmt: skip
     return list(filter(is_judged, found))
 
@@ -205,6 +205,23 @@ def _single_image_faults(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"train.centering = sinkhorn_knopp shares prototypes out over the images of a batch, while {one} in one "
             "process, where the targets would tell nothing apart; set it to centering."
+        )
+
+
+def _group_faults(config: Config, world_size: int) -> Iterator[str]:
+    dino, size = config.dino, config.train.batch_size_per_gpu
+    group, topk = dino.koleo_group, dino.koleo_topk
+    if not (group and dino.koleo_loss_weight > 0):
+        return
+    images = size if size == "auto" else size * (world_size if dino.koleo_gather else 1)
+    if images != "auto" and images % group:
+        told = f"of train.batch_size_per_gpu = {size}"
+        told += f" in {world_size} processes with dino.koleo_gather = true" if dino.koleo_gather else ""
+        yield f"dino.koleo_group = {group} does not divide the {images} images {told}; give a divisor, or 0 for all."
+    if group <= topk:
+        yield (
+            f"dino.koleo_group = {group} images hold no dino.koleo_topk = {topk} neighbours of one; give {topk + 1} or "
+            "more, or 0 for all."
         )
 
 

@@ -244,7 +244,7 @@ def vit_from_shapes(
         proj_bias="blocks.0.attn.proj.bias" in state,
         ffn_bias=any(f"blocks.0.mlp.{name}.bias" in state for name in ("fc1", "w1")),
         layerscale_init=1.0 if "blocks.0.ls1.gamma" in state else None,
-        norm_layer=NORM_LAYERS.get(eps, "layernormbf16"),
+        norm_layer="rmsnorm" if "norm.bias" not in state else NORM_LAYERS.get(eps, "layernormbf16"),
         n_storage_tokens=state["storage_tokens"].shape[1] if "storage_tokens" in state else 0,
         mask_k_bias="blocks.0.attn.qkv.bias_mask" in state,
         untie_cls_and_patch_norms="cls_norm.weight" in state,

@@ -77,7 +77,16 @@ def load_teacher(
         raise ValueError(f"pooling is {pooling!r}; one of {', '.join(POOLINGS)} is expected.")
     if feature_map and pooling != "cls":
         raise ValueError(f"A feature map has no class token; pooling = {pooling!r} goes with feature_map = False.")
-    path = str(checkpoint_path if path is None else path)
+    model, state = open_backbone(str(checkpoint_path if path is None else path))
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    if feature_map:
+        return FeatureMap(model).eval()
+    return ClassAndMean(model).eval() if pooling == "cls_mean" else model.eval()
+
+
+def open_backbone(path: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build the backbone of weights, as `load_teacher` does, and leave them beside it; a ViT is on the meta device."""
     path = path if pretrained.is_url(path) else str(weights_path(path))
     checkpoint = pretrained.read_checkpoint(path)
     model = stated_backbone(path)
@@ -92,11 +101,7 @@ def load_teacher(
             layouts.require_vit(path, state)
             layouts.take_grid(model, state)
     pretrained.check_fit(model, state, path)
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    model.load_state_dict(state, assign=True)
-    if feature_map:
-        return FeatureMap(model).eval()
-    return ClassAndMean(model).eval() if pooling == "cls_mean" else model.eval()
+    return model, state
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

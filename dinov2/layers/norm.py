@@ -24,6 +24,22 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467) of (..., D) with gains, computed as `LayerNorm` is."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def reset_parameters(self) -> None:
+        """Give every gain 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension: ``weight x / sqrt(mean_d x_d^2 + eps)``."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
 class LayerScale(nn.Module):
     """y = gamma * x of (..., D), with gamma small at first (arXiv:2103.17239, section 2)."""
 

@@ -10,12 +10,12 @@ from dinov2.loss.prototype_kernels import EAGER, PrototypeKernels, compiled_kern
 from dinov2.loss.sinkhorn import Assignments, sinkhorn_assignments, sinkhorn_assignments_of, sinkhorn_knopp
 from dinov2.loss.soft_cross_entropy import soft_cross_entropy
 from dinov2.loss.spreading import kde_loss, koleo_loss
-from dinov2.loss.term import LossContext, LossTerm, StepOutputs, build_terms
+from dinov2.loss.term import LossContext, LossTerm, StepOutputs, TermWithTeacher, build_terms
 
 __all__ = [
     "EAGER", "Assignments", "Centering", "LossContext", "LossTerm", "PrototypeKernels", "StepOutputs",
-    "build_terms", "compiled_kernels", "dino_global_loss", "dino_local_loss", "ibot_loss", "kde_loss", "koleo_loss",
-    "sinkhorn_assignments", "sinkhorn_assignments_of", "sinkhorn_knopp", "soft_cross_entropy",
+    "TermWithTeacher", "build_terms", "compiled_kernels", "dino_global_loss", "dino_local_loss", "ibot_loss",
+    "kde_loss", "koleo_loss", "sinkhorn_assignments", "sinkhorn_assignments_of", "sinkhorn_knopp", "soft_cross_entropy",
 ]  # fmt: skip
 
 _PUBLIC = ("DINOLoss", "KDELoss", "KoLeoLoss", "iBOTPatchLoss")

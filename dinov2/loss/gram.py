@@ -1,17 +1,18 @@
 """Gram anchoring: similarities between a student's patches are held to those of a teacher."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2.configs.fields import key
 from dinov2.configs.schedule import NO_SCHEDULE, Schedule
-from dinov2.loss.term import LossContext, LossTerm, StepOutputs
+from dinov2.loss.term import LossContext, LossTerm, StepOutputs, TermWithTeacher
 
 Tokens = Literal["all", "masked", "unmasked"]
 
@@ -63,11 +64,15 @@ def resized_tokens(tokens: Tensor, patches: int, method: str, antialias: bool) -
     return maps.flatten(-2).mT.unflatten(0, tokens.shape[:-2])
 
 
-class Gram(LossTerm):
+class Gram(TermWithTeacher):
     """`gram_loss` of the student's patches of the global views, which it sees masked, and those of a gram teacher.
 
-    That is the EMA teacher, or a frozen copy of it (`dinov2.train.gram_teacher`), and sees whole views.
+    That is the EMA teacher, or a frozen copy of it that follows it in jumps, and sees whole views.
     """
+
+    weights_option: ClassVar[str] = "ckpt"
+    follows_teacher: ClassVar[bool] = True
+    needs = frozenset({"patch_tokens"})
 
     @dataclass(frozen=True)
     class Options(LossTerm.Options):
@@ -127,8 +132,37 @@ class Gram(LossTerm):
 
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__(options, context)
-        self.needs = frozenset({"patch_tokens"} if options.ema_teacher else {"patch_tokens", "gram_patch_tokens"})
         self._epochs = context.epochs
+
+    @property
+    def has_teacher(self) -> bool:
+        """As of `TermWithTeacher`; the EMA teacher is no further network."""
+        return not self.options.ema_teacher
+
+    def build_teacher(self, teacher: nn.Module) -> nn.Module:
+        """Return a copy of the EMA teacher's backbone."""
+        return copy.deepcopy(teacher)
+
+    def images(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return its own views of the global crops' boxes, where there are such."""
+        return batch.get("gram_crops", batch["global_crops"])
+
+    def exists(self, step: int) -> bool:
+        """As of `TermWithTeacher`."""
+        start = self.options.it_load_ema_teacher
+        return bool(self.options.ckpt) or 0 <= start <= step
+
+    def is_replaced(self, step: int) -> bool:
+        """As of `TermWithTeacher`, by DINOv3's keys."""
+        o = self.options
+        if step == o.it_load_ema_teacher:
+            return True
+        # What was taken before the start would be overwritten there, and step 0 has nothing new.
+        first = max(o.it_first_update, o.it_load_ema_teacher + 1, 1)
+        if not o.rep_update or step < first or step % o.update_frequency:
+            return False
+        earlier = step // o.update_frequency - -(-first // o.update_frequency)
+        return o.max_updates is None or earlier < o.max_updates
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss; 0 without gradients while there is no gram teacher."""
@@ -148,7 +182,7 @@ class Gram(LossTerm):
 
     def _loss(self, outputs: StepOutputs, tokens: Tokens, by_view: bool) -> Tensor:
         o, student = self.options, outputs.patch_tokens
-        teacher = outputs.teacher_patch_tokens if o.ema_teacher else outputs.gram_patch_tokens
+        teacher = outputs.teacher_patch_tokens if o.ema_teacher else outputs.frozen_patch_tokens
         if teacher is None:
             return student.new_zeros((), dtype=torch.float32)
         method = o.global_teacher_resize_method, o.global_teacher_resize_antialias

@@ -6,53 +6,69 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.configs.fields import key
 from dinov2.distributed import all_gather_rows
 from dinov2.loss.term import LossTerm, StepOutputs
 
+_SHORTEST = 1e-8  # length of a row that has a direction; that of Meta's normalisation
+_RESOLVED = 2.0**-21  # distance of unit vectors of float32 numbers beyond their rounding
+
 
 def unit_rows(tokens: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
     """Return (B, D) tokens as rows of length 1, (N, D) float64, and a mask (N, N) of each row with itself.
 
     The matrices that follow are batch by batch, so float64 costs nothing, and it is out of reach of autocast
-    and TF32, which would blur the distance between near neighbours.
+    and TF32, which would blur the distance between near neighbours. A row of length 0 has no direction, so that it
+    stays in the origin and gets no gradient, which would be 1 / 0: such is the class token of an image that all
+    branches of a network have dropped, where it starts from 0.
 
     With ``gather`` the rows of all ranks are joined; all must then call, with equal B. See `all_gather_rows` for why
     the data-parallel mean of the gradients is then exactly that of the joined batch. Raises ValueError if there are
     fewer than 2 rows.
     """
-    rows = F.normalize(tokens.double(), dim=-1)
+    rows = tokens.double()
+    length = rows.norm(dim=-1, keepdim=True)
+    rows = torch.where(length > _SHORTEST, rows, rows.detach()) / length.clamp_min(_SHORTEST)
     rows = all_gather_rows(rows) if gather else rows
     if len(rows) < 2:
         raise ValueError(f"Spreading class tokens needs at least 2 images in the batch, and it has {len(rows)}.")
     return rows, torch.eye(len(rows), dtype=torch.bool, device=rows.device)
 
 
-def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: int = 1) -> Tensor:
+def koleo_loss(tokens: Tensor, gather: bool = False, eps: float = 1e-8, topk: int = 1, group: int = 0) -> Tensor:
     """Kozachenko-Leonenko estimate of minus the batch's entropy, 0-d float32; falls as the vectors spread.
 
     Sablayrolles et al. (arXiv:1806.03198, section 3.1), with z the vectors scaled to length 1:
 
         L_KoLeo = -mean_i log( min_{j != i} ||z_i - z_j|| + eps )
 
-    Equal vectors do not push each other. With ``topk`` > 1 the mean is over so many nearest ones of each (DINOv3).
+    Equal vectors do not push each other, nor do those that differ by float32's rounding alone, such as class tokens of
+    two images that the same branches have dropped: the gradient would be of length 1 / eps, along noise. With ``topk``
+    > 1 the mean is over so many nearest ones of each, and with ``group`` neighbours are sought among so many rows in a
+    row, of the joined batch with ``gather`` (DINOv3).
 
     Args:
         tokens: (B, D), any float dtype.
         gather: over the vectors of all ranks, see `unit_rows`.
         eps: keeps the logarithm finite.
         topk: nearest vectors, at least 1; ValueError if there are not as many others.
+        group: rows of each group, 0 for all in one; ValueError if it does not divide their number.
     """
-    z, itself = unit_rows(tokens, gather)
+    z, _ = unit_rows(tokens, gather)
+    if group and len(z) % group:
+        raise ValueError(f"KoLeo in groups of {group} needs a number of images that it divides, not {len(z)}.")
+    z = z.unflatten(0, (-1, group or len(z)))  # (groups, rows, D)
+    rows = z.shape[1]
+    itself = torch.eye(rows, dtype=torch.bool, device=z.device)
     # Differences taken directly: 2 - 2 z_i . z_j cancels for near neighbours, the ones that matter here.
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
     others = distance.masked_fill(itself, torch.inf)
-    if topk >= len(z):
-        raise ValueError(f"KoLeo over {topk} neighbours needs more than as many images in the batch, not {len(z)}.")
-    nearest = others.amin(1) if topk == 1 else others.topk(topk, largest=False).values
+    if topk >= rows:
+        raise ValueError(f"KoLeo over {topk} neighbours needs more images than that in a batch or group, not {rows}.")
+    nearest = others.amin(2) if topk == 1 else others.topk(topk, largest=False).values
+    nearest = torch.where(nearest > _RESOLVED, nearest, nearest.detach())
     return -(nearest + eps).log().mean().float()
 
 
@@ -61,6 +77,7 @@ class KoLeo(LossTerm):
 
     meta_keys: ClassVar[Mapping[str, str]] = {
         "weight": "dino.koleo_loss_weight", "gather": "dino.koleo_gather", "topk": "dino.koleo_topk",
+        "group": "dino.koleo_group",
     }  # fmt: skip
 
     @dataclass(frozen=True)
@@ -69,11 +86,12 @@ class KoLeo(LossTerm):
 
         gather: bool = key(False, "over the batch of all ranks")
         topk: int = key(1, "nearest neighbours that are pushed away", least=1)
+        group: int = key(0, "consecutive images among which neighbours are sought; 0: all", least=0)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """Return the loss of the student's class tokens."""
         o = self.options
-        return sum(koleo_loss(view, o.gather, topk=o.topk) for view in outputs.class_tokens)
+        return sum(koleo_loss(view, o.gather, topk=o.topk, group=o.group) for view in outputs.class_tokens)
 
 
 def kde_loss(tokens: Tensor, kappa: float = 5.0, reference_sign: bool = False, gather: bool = False) -> Tensor:

@@ -37,7 +37,9 @@ class StepOutputs:
     kernels: PrototypeKernels  # passes over prototype logits
     patch_tokens: Tensor | None = None  # (V, B, N, D) student's, where a term needs them (`LossTerm.needs`)
     teacher_patch_tokens: Tensor | None = None  # (V, B, N, D) teacher's, likewise
-    gram_patch_tokens: Tensor | None = None  # (V, B, N', D) the gram teacher's; None where not asked for, or off
+    # Of the term's own frozen teacher (`TermWithTeacher`), of N' patches and width D'; None where it has none, or off.
+    frozen_class_tokens: Tensor | None = None  # (V, B, D')
+    frozen_patch_tokens: Tensor | None = None  # (V, B, N', D')
     slides: Sequence[str] = ()  # name of each image's slide, B of them; empty where the batch does not say
     slide_ids: Tensor | None = None  # int64 (B,), a hash of each; None where the batch does not say
     indices: Tensor | None = None  # int64 (B,), sample indices on the run's axis; None where the batch does not say
@@ -51,6 +53,8 @@ class LossContext:
     class_prototypes: int  # K of the class tokens' head
     patch_prototypes: int  # K' of the patches' head
     epochs: float = math.inf  # that the schedules span
+    mean: Sequence[float] = (0.0, 0.0, 0.0)  # of the images' normalisation, per channel
+    std: Sequence[float] = (1.0, 1.0, 1.0)
 
 
 class LossTerm(nn.Module):
@@ -65,7 +69,7 @@ class LossTerm(nn.Module):
     """
 
     # Optional fields of `StepOutputs` that are to be filled: ``patch_tokens`` brings those of student and teacher, at
-    # the cost of computing the last block for all tokens; ``gram_patch_tokens`` a further network and its forward pass.
+    # the cost of computing the last block for all tokens.
     needs: frozenset[str] = frozenset()
     meta_keys: ClassVar[Mapping[str, str]] = {}  # of a built-in term: options, and Meta's keys that set them
 
@@ -114,6 +118,39 @@ class LossTerm(nn.Module):
         if epoch >= end:
             return self.options.weight
         return self.options.weight * (epoch - start) / (end - start) if epoch > start else 0.0
+
+
+class TermWithTeacher(LossTerm):
+    """A term with a frozen teacher of its own, a backbone that `dinov2.train.frozen_teacher` holds and runs.
+
+    It costs a further network and its forward pass; its tokens are in ``outputs.frozen_*`` when the term is called.
+    """
+
+    weights_option: ClassVar[str]  # option that names its weights, or is empty
+    # Whether it is a copy of the EMA teacher's backbone: it then begins as that, may be replaced by it, and is saved
+    # with each checkpoint. Others are always loaded from their weights.
+    follows_teacher: ClassVar[bool]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether these options ask for one."""
+        return True
+
+    def build_teacher(self, teacher: nn.Module) -> nn.Module:
+        """Build it on the default device; ``teacher`` is the EMA teacher's backbone, whole."""
+        raise NotImplementedError
+
+    def images(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return what it sees of a batch: (V B, 3, S, S), view-major."""
+        return batch["global_crops"]
+
+    def exists(self, step: int) -> bool:
+        """Return whether there is a teacher at a zero-based step; a function of the step alone, as `is_replaced`."""
+        return True
+
+    def is_replaced(self, step: int) -> bool:
+        """Return whether the EMA teacher of after ``step`` completed steps takes its place before the next one."""
+        return False
 
 
 def build_terms(config: Any, context: LossContext) -> nn.ModuleDict:

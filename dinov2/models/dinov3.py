@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.layers import Block, LayerNorm, Mlp, PatchEmbed, RopePositionEmbedding, SwiGLUFFNSplit
+from dinov2.layers import Block, LayerNorm, Mlp, PatchEmbed, RMSNorm, RopePositionEmbedding, SwiGLUFFNSplit
 from dinov2.layers.linear import KeyMaskedLinear, draw_weights
 from dinov2.models.vision_transformer import PackedTransformer, drop_path_rates
 
@@ -22,6 +22,7 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
 NORM_LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "layernorm": LayerNorm,
     "layernormbf16": partial(LayerNorm, eps=1e-5),
+    "rmsnorm": RMSNorm,
 }
 
 

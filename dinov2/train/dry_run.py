@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dinov2.build.data import OpenData, augmented_batch, check_rows, describe_stream, open_data, order_parameters
-from dinov2.build.networks import check_backbone, try_starting_weights
+from dinov2.build.networks import check_backbone, try_starting_weights, with_teachers
 from dinov2.configs import Config, validate
 from dinov2.fsdp import local_world_size
 from dinov2.train.performance.capabilities import resolve_performance
@@ -57,6 +57,7 @@ def dry_run(
         OSError: as the start of the run would, or FileExistsError for a picture that is there with other contents.
     """
     validate(config, world_size)
+    config = with_teachers(config)
     check_backbone(config, with_weights=False)
     compiled, planned = config.performance.compile is not False, gpu
     if torch.cuda.is_available() and gpu is None:
@@ -86,8 +87,8 @@ def dry_run(
         _save(draw_schedules(Schedules(config, plan), plan.total_steps), pictures, "schedules")
     with _noting(faults):
         arch = SSLMetaArch(config, weights_device="meta")
-        gram_teacher = arch.gram_teacher and arch.gram_teacher.backbone
-        write("\n".join(try_starting_weights(arch.student, gram_teacher, config)))
+        backbones = {name: frozen.backbone for name, frozen in arch.frozen_teachers.items()}
+        write("\n".join(try_starting_weights(arch.student, backbones, config)))
     if data or config.optim.epochs != "auto":
         with _noting(faults):
             _look_at(data or open_data(config), config, plan, write, pictures)
@@ -123,7 +124,7 @@ def _look_at(
 def _room_warning(config: Config, plan: RunPlan, costs: StepCosts, output_dir: Path) -> str:
     if (output_dir / "checkpoints").exists():
         return ""  # of a run whose files are there in part; its next start says whether the others fit
-    needed = disk_needs(config, plan, costs.student, costs.gram_teacher).total
+    needed = disk_needs(config, plan, costs.student, costs.saved_teachers).total
     there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if free >= needed:

@@ -13,7 +13,13 @@ import torch
 
 from dinov2.build.augmentation import device_batches
 from dinov2.build.data import OpenData, build_loader, describe_stream, open_data, order_parameters
-from dinov2.build.networks import check_backbone, load_gram_teacher, load_starting_weights, starting_weights
+from dinov2.build.networks import (
+    check_backbone,
+    load_frozen_teacher,
+    load_starting_weights,
+    starting_weights,
+    with_teachers,
+)
 from dinov2.configs import Config, public_config, save_config, trained_config, validate
 from dinov2.data.stream.loader import TrainLoader, validate_stream_state
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
@@ -93,7 +99,7 @@ class Run:
             self.state.step, self.state.samples = saved["step"], saved["samples"]
         self.loader = None if eval_only else self._open_stream(saved, data)
         built = config if eval_only else self.performance.applied(config)
-        self.arch = build_arch(built, device, from_checkpoint=saved is not None)
+        self.arch = build_arch(built, device, from_checkpoint=saved is not None, trains=not eval_only)
         betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
         self.optimizer = build_optimizer(self.arch.get_params_groups(), betas)
         precision = config.compute_precision
@@ -241,7 +247,7 @@ class Run:
 
     def _warn_of_room(self) -> None:
         """Say at the start that a later checkpoint will not fit; each is checked before it is written, too."""
-        networks = self.costs.student, self.costs.gram_teacher
+        networks = self.costs.student, self.costs.saved_teachers
         disk, there = disk_needs(self.config, self.plan, *networks), len(self.checkpointer.steps())
         needed, free = max(disk.checkpoints - there, 0) * disk.checkpoint, shutil.disk_usage(self.output_dir).free
         if free < needed:
@@ -280,10 +286,12 @@ class Run:
         return tensors | ({"losses": modules} if (modules := self._loss_modules()) else {})
 
     def _loss_modules(self) -> dict[str, dict[str, Any]]:
-        """State of the terms of the loss that have one; the gram teacher's is that of its term."""
+        """State of the terms of the loss that have one; a frozen teacher's is that of its term."""
         states = {name: state for name, term in self.arch.losses.items() if (state := term.state_dict())}
-        gram_teacher = self.arch.gram_teacher
-        return states | ({"gram": gram_teacher.backbone.state_dict()} if gram_teacher is not None else {})
+        for name, frozen in self.arch.frozen_teachers.items():
+            if frozen.term.follows_teacher:
+                states[name] = states.get(name, {}) | frozen.backbone.state_dict()
+        return states
 
     def _hooks(self, sinks: Sinks) -> list[Hook]:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
@@ -304,6 +312,8 @@ def _checked(config: Config, saved: dict[str, Any] | None, eval_only: bool) -> C
     if saved and eval_only:
         config = trained_config(saved["config"])
     validate(config, get_global_size())
+    if not eval_only:
+        config = with_teachers(config)
     if saved:
         check_resumable(saved, config)
     return config
@@ -338,12 +348,12 @@ def logged_samples(
         yield batch
 
 
-def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> SSLMetaArch:
+def build_arch(config: Config, device: torch.device, from_checkpoint: bool, trains: bool = True) -> SSLMetaArch:
     """Student and teacher with their starting weights, sharded over the ranks, on ``device``; all ranks must call.
 
     The starting weights depend on the seed alone, whatever the number of ranks. Those ``from_checkpoint`` will be
-    loaded over, so that no published weights are needed. Raises FileNotFoundError or ValueError if weights are missing
-    or do not fit.
+    loaded over, so that no published weights are needed but those of frozen teachers that checkpoints do not hold, and
+    these only where the run ``trains``. Raises FileNotFoundError or ValueError if weights are missing or do not fit.
     """
     torch.manual_seed(config.train.seed)
     arch = SSLMetaArch(config, weights_device="cpu" if is_main_process() else "meta")
@@ -353,11 +363,16 @@ def build_arch(config: Config, device: torch.device, from_checkpoint: bool) -> S
         if loaded := load_starting_weights(arch.student, config):
             logger.info("Initialised from %s: %s.", starting_weights(config), ", ".join(loaded))
         arch.copy_student_to_teacher()
-        if arch.gram_teacher is not None and (weights := arch.gram_teacher.options.ckpt):
-            load_gram_teacher(arch.gram_teacher.backbone, weights)
-            logger.info("The gram teacher is initialised from %s.", weights)
+
+    def start_frozen_teachers() -> None:
+        for name, frozen in arch.frozen_teachers.items():
+            if frozen.weights and not (from_checkpoint and frozen.term.follows_teacher):
+                load_frozen_teacher(frozen.backbone, f"losses.{name}.{frozen.term.weights_option}", frozen.weights)
+                logger.info("The frozen teacher of losses.%s is from %s.", name, frozen.weights)
 
     if not from_checkpoint:
         on_main_process(start)
+    if trains:
+        on_main_process(start_frozen_teachers)
     arch.prepare_for_distributed_training(device)
     return arch.train()

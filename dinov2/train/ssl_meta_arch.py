@@ -1,5 +1,6 @@
 """DINOv2's student, teacher and losses: one self-distillation step up to the loss, and the teacher's EMA."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,18 @@ from dinov2.configs.schema import AUTO_EPOCHS
 from dinov2.distributed import broadcast_object, get_global_size, is_main_process
 from dinov2.fsdp import defer_reduction, load_full_state_dict, shard
 from dinov2.layers import DINOHead
-from dinov2.loss import EAGER, Assignments, Centering, LossContext, StepOutputs, build_terms, sinkhorn_assignments_of
+from dinov2.loss import (
+    EAGER,
+    Assignments,
+    Centering,
+    LossContext,
+    StepOutputs,
+    TermWithTeacher,
+    build_terms,
+    sinkhorn_assignments_of,
+)
 from dinov2.models import build_model_from_cfg
-from dinov2.train.gram_teacher import GramTeacher
+from dinov2.train.frozen_teacher import FrozenTeacher
 from dinov2.train.health import health_of_targets
 from dinov2.train.update.optim import parameter_groups
 from dinov2.train.update.weight_update import ema_update
@@ -40,8 +50,8 @@ class SSLMetaArch(nn.Module):
     """Student and teacher (``backbone``, ``dino_head`` and, where separate, ``ibot_head``) with the terms of the loss.
 
     The teacher starts as a copy of the student, is never trained, and follows it by `update_teacher`
-    (DINOv2, arXiv:2304.07193, section 4; iBOT, arXiv:2111.07832). Where a term asks for one there is a
-    ``gram_teacher``, which begins as the teacher, too.
+    (DINOv2, arXiv:2304.07193, section 4; iBOT, arXiv:2111.07832). ``frozen_teachers`` are those of the terms that have
+    one, by their names.
 
     Args:
         cfg: a `Config`, or a mapping of Meta's keys, which is merged over the defaults.
@@ -59,9 +69,15 @@ class SSLMetaArch(nn.Module):
         class_prototypes = cfg.dino.head_n_prototypes
         patch_prototypes = cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else class_prototypes
         epochs = AUTO_EPOCHS if cfg.optim.epochs == "auto" else cfg.optim.epochs
-        self.losses = build_terms(cfg, LossContext(self.embed_dim, class_prototypes, patch_prototypes, epochs))
-        self._anchored = [term for term in self.losses.values() if "gram_patch_tokens" in term.needs][:1]
-        self.gram_teacher = GramTeacher(self.teacher.backbone, self._anchored[0].options) if self._anchored else None
+        pixels = cfg.augmentation.normalize_mean, cfg.augmentation.normalize_std
+        self.losses = build_terms(cfg, LossContext(self.embed_dim, class_prototypes, patch_prototypes, epochs, *pixels))
+        with torch.device(weights_device or torch.get_default_device()):
+            frozen = {
+                name: FrozenTeacher(name, term, self.teacher.backbone)
+                for name, term in self.losses.items()
+                if isinstance(term, TermWithTeacher) and term.has_teacher
+            }
+        self.frozen_teachers = nn.ModuleDict(frozen)
         self.copy_student_to_teacher()
         self.teacher.requires_grad_(False)
         self._frozen_in_eval()
@@ -113,19 +129,22 @@ class SSLMetaArch(nn.Module):
 
     def _frozen_in_eval(self) -> None:
         self.teacher.eval()
-        if self.gram_teacher is not None:
-            self.gram_teacher.eval()
+        self.frozen_teachers.eval()
 
     def copy_student_to_teacher(self) -> None:
-        """Make the teacher, and the gram teacher, equal to the student; before `prepare_for_distributed_training`."""
+        """Make the teacher, and frozen ones that follow it, equal to the student.
+
+        Before `prepare_for_distributed_training`.
+        """
         self.teacher.load_state_dict(self.student.state_dict())
-        if self.gram_teacher is not None:
-            self.gram_teacher.backbone.load_state_dict(self.student.backbone.state_dict())
+        for frozen in self.frozen_teachers.values():
+            if frozen.term.follows_teacher:
+                frozen.backbone.load_state_dict(self.student.backbone.state_dict())
 
     def begin_step(self, step: int, epoch: float) -> None:
-        """Make ready for a zero-based step, before its losses: replace the gram teacher where that is due."""
-        if self.gram_teacher is not None:
-            self.gram_teacher.begin(step, self._anchored[0].weight_at(epoch), self.teacher.backbone)
+        """Make ready for a zero-based step, before its losses: replace frozen teachers where that is due."""
+        for frozen in self.frozen_teachers.values():
+            frozen.begin(step, epoch, self.teacher.backbone)
 
     def begin_micro_batch(self, completes_step: bool) -> None:
         """Make ready for a batch, before its losses, of the several whose gradients add up to an optimiser step's.
@@ -167,8 +186,8 @@ class SSLMetaArch(nn.Module):
             for role in ("student", "teacher"):
                 for name, module in getattr(self, role).items():
                     self._distribute(module, getattr(getattr(self.cfg.compute_precision, role), name), device)
-            if self.gram_teacher is not None:
-                self._distribute(self.gram_teacher.backbone, self.cfg.compute_precision.teacher.backbone, device)
+            for frozen in self.frozen_teachers.values():
+                self._distribute(frozen.backbone, self.cfg.compute_precision.teacher.backbone, device)
             for name, term in self.losses.items():
                 state = {key: value.clone() for key, value in term.state_dict().items()}
                 if not state:
@@ -220,25 +239,26 @@ class SSLMetaArch(nn.Module):
             0-d float32 tensors: ``total_loss``, the sum of all terms times their weights, and the terms,
             unweighted. A term of weight 0 is left out.
         """
-        outputs = self._outputs(batch, teacher_temp)
+        common = self._outputs(batch, teacher_temp)
+        outputs = {name: self._with_frozen_tokens(name, common, batch) for name in self.losses}
         losses: dict[str, Tensor] = {}
         total: Tensor | int = 0
         self.chance = {}
         for name, term in self.losses.items():
-            values = term(outputs)
+            values = term(outputs[name])
             values = values if isinstance(values, dict) else {f"{name}_loss": values}
             total = total + sum(term.weight_of(loss, epoch) * value for loss, value in values.items())
             losses |= values
             self.chance |= {
                 # A number is filled in on the device; copied there, it would wait.
                 loss: level.detach() if isinstance(level, Tensor) else total.new_full((), level)
-                for loss, level in term.chance(outputs).items()
+                for loss, level in term.chance(outputs[name]).items()
             }
         if self.measures_health and self.completes_step:
-            self.health = health_of_targets(outputs, self.losses)
-            for term in self.losses.values():
-                self.health |= term.figures(outputs)
-            self.class_tokens = outputs.teacher_class_tokens[0].clone()  # not a view, which would keep the others
+            self.health = health_of_targets(common, self.losses)
+            for name, term in self.losses.items():
+                self.health |= term.figures(outputs[name])
+            self.class_tokens = common.teacher_class_tokens[0].clone()  # not a view, which would keep the others
         return {"total_loss": total, **losses}
 
     def _outputs(self, batch: Mapping[str, Any], teacher_temp: float) -> StepOutputs:
@@ -267,20 +287,24 @@ class SSLMetaArch(nn.Module):
             kernels=self.kernels,
             patch_tokens=by_view(student.patch_tokens),
             teacher_patch_tokens=by_view(teacher.patch_tokens),
-            gram_patch_tokens=by_view(self._gram_tokens(batch.get("gram_crops", batch["global_crops"]))),
             slides=batch.get("slides", ()),
             slide_ids=batch.get("slide_ids"),
             indices=batch.get("indices"),
         )
 
     @torch.no_grad()
-    def _gram_tokens(self, crops: Tensor) -> Tensor | None:
-        """The gram teacher's patch tokens (2B, N', D); None without one, or where its loss has no weight."""
-        if self.gram_teacher is None or not self.gram_teacher.is_active:
-            return None
+    def _with_frozen_tokens(self, name: str, outputs: StepOutputs, batch: Mapping[str, Any]) -> StepOutputs:
+        """Outputs for a term, with tokens of its frozen teacher where it has one and its loss has a weight."""
+        if name not in self.frozen_teachers or not self.frozen_teachers[name].is_active:
+            return outputs
+        frozen = self.frozen_teachers[name]
         with self._autocast(self.cfg.compute_precision.teacher.backbone):
-            outputs = self.gram_teacher.backbone([crops], masks=[None], is_training=True)
-        return outputs[0]["x_norm_patchtokens"]
+            tokens = frozen.backbone([frozen.term.images(batch)], masks=[None], is_training=True)[0]
+        return dataclasses.replace(
+            outputs,
+            frozen_class_tokens=tokens["x_norm_clstoken"].unflatten(0, (_VIEWS, -1)),
+            frozen_patch_tokens=tokens["x_norm_patchtokens"].unflatten(0, (_VIEWS, -1)),
+        )
 
     def _targets(self, teacher: _Outputs, mask_weight: Tensor, temp: float) -> tuple[Tensor, Tensor | Assignments]:
         """Probabilities of the global views' class tokens (V*B, K) and of the masked patches (M, K)."""

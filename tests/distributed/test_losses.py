@@ -16,6 +16,7 @@ from dinov2.loss import (
     sinkhorn_assignments_of,
     sinkhorn_knopp,
 )
+from dinov2.loss.spreading import koleo_loss
 from tests.helpers.loss_reference import value_and_grad
 from tests.helpers.spawn import run_ranks
 
@@ -77,6 +78,7 @@ def evaluate(x: dict[str, Tensor]) -> dict[str, Tensor]:
         "kde": lambda w: KDELoss(gather=True)(x["global_cls"][0] @ w),
         "kde as published": lambda w: KDELoss(reference_sign=True, gather=True)(x["global_cls"][0] @ w),
         "koleo": lambda w: KoLeoLoss(gather=True)(x["global_cls"][0] @ w),
+        "koleo in groups over ranks": lambda w: koleo_loss(x["global_cls"][0] @ w, gather=True, group=2),
     }
     parameter = torch.linspace(-1, 1, WIDTH * PROTOTYPES, dtype=torch.float64).sin().view(WIDTH, PROTOTYPES)
     results = {}

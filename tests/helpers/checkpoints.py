@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 import xxhash
+
+from dinov2.models.vision_transformer import DinoVisionTransformer
 
 CHECKSUMS = "checksums.xxh128"
 
@@ -38,3 +41,11 @@ def forget(teacher: Path) -> None:
     record = json.loads(beside.read_text())
     del record["checksums"]
     beside.write_text(json.dumps(record))
+
+
+def save_vit(path: Path, seed: int = 3, **sizes: int) -> Path:
+    """Save a random ViT as Meta publishes its own, of patches of 8 px, width 192 and 3 blocks where not told else."""
+    torch.manual_seed(seed)
+    sizes = {"patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3, "img_size": 48, **sizes}
+    torch.save(DinoVisionTransformer(init_values=1.0, **sizes).state_dict(), path)
+    return path

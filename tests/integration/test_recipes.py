@@ -9,6 +9,7 @@ import pytest
 
 from dinov2.configs import load_config, recipes
 from dinov2.train.train import main
+from tests.helpers.checkpoints import save_vit
 from tests.helpers.runs import NARROW_DINOV3, read_metrics
 
 NARROW = (
@@ -25,11 +26,14 @@ NARROW = (
 @pytest.mark.parametrize("recipe", recipes())
 def test_two_steps(shards: Path, tmp_path: Path, recipe: str):
     out = tmp_path / "out"
-    student = load_config(recipe, ["data.path=x"]).student
+    config = load_config(recipe, ["data.path=x"])
+    student, losses = config.student, config.losses
     options = [item for item in NARROW_DINOV3 if "ffn_layer" not in item]
     narrow = options if student.arch.startswith("dinov3") else ["student.arch=vit_demo"]
     patch = student.patch_size
     sizes = f"crops.global_crops_size={4 * patch}", f"crops.local_crops_size={2 * patch}"
+    if "distillation" in losses:
+        sizes += (f"losses.distillation.teacher={save_vit(tmp_path / 'teacher.pth')}",)
     run = "--config-file", recipe, "--output-dir", str(out)
     assert main([*run, *NARROW, *narrow, *sizes, f"data.path={shards}"]) == 0
     records = read_metrics(out)

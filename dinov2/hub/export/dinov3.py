@@ -104,6 +104,7 @@ def _ffn(model: Dinov3VisionTransformer) -> tuple[str, int]:
 def _require(model: Dinov3VisionTransformer, library: str, lacking: dict[str, bool]) -> None:
     rope = model.rope_embed
     lacking = {
+        "layer norms": not hasattr(model.norm, "bias"),
         "LayerScale": "blocks.0.ls1.gamma" not in model.state_dict(),
         "one final norm for all tokens": model.cls_norm is not None,
         "rotary positions by a base, of each side for itself": rope.base is None or rope.normalize_coords != "separate",

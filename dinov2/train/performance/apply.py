@@ -9,6 +9,7 @@ from dinov2.distributed import get_global_size
 from dinov2.layers.linear import keep_low_precision_weights, use_fp8
 from dinov2.layers.recompute import compiled_and_recomputed
 from dinov2.loss import compiled_kernels
+from dinov2.train.frozen_teacher import FrozenTeacher
 from dinov2.train.performance.capabilities import ResolvedPerformance
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.update.fused_update import FusedWeightUpdate
@@ -53,18 +54,15 @@ def accelerate(arch: SSLMetaArch, compile: bool) -> list[tuple[Tensor, Tensor]]:
         compiler = partial(torch.compile, backend=arch.cfg.debug.compile_backend, fullgraph=True, dynamic=False)
         arch.kernels = compiled_kernels(arch.cfg.debug.compile_backend)
     low_precision: list[tuple[Tensor, Tensor]] = []
-    networks = {"student": arch.student, "teacher": arch.teacher}
-    if arch.gram_teacher is not None:
-        networks["gram_teacher"] = arch.gram_teacher
-    for name, network in networks.items():
-        backbone, trained = network.backbone, name == "student"
+    for network in (arch.student, arch.teacher, *arch.frozen_teachers.values()):
+        backbone, trained = network.backbone, network is arch.student
         role = "student" if trained else "teacher"
         dtype = DTYPES[getattr(arch.cfg.compute_precision, role).backbone.mixed_precision.param_dtype]
         backbone.check_kernels(dtype, arch.device)
         # Sharded weights are gathered in 16 bit anyway.
         if arch.cfg.debug.weight_copies and dtype != torch.float32 and get_global_size() == 1:
             pairs = keep_low_precision_weights(backbone, dtype)
-            if network is arch.gram_teacher:
+            if isinstance(network, FrozenTeacher):
                 network.low_precision = pairs  # which change when it is replaced, not at every step
             else:
                 low_precision += pairs

@@ -39,7 +39,7 @@ def describe_plan(
     flops = costs.flops(plan.local_batch) * plan.accumulation
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
     accumulated = f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
-    disk = disk_needs(config, plan, costs.student, costs.gram_teacher)
+    disk = disk_needs(config, plan, costs.student, costs.saved_teachers)
     lines = [
         f"Run plan: {config.student.arch}/{config.student.patch_size}, {parameters / 1e6:.1f} M parameters",
         f"  batch     {plan.global_batch} images = {processes} x {plan.local_batch}{accumulated}",

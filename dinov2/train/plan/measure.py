@@ -95,9 +95,14 @@ class StepCosts:
         return self._arch.student
 
     @property
-    def gram_teacher(self) -> nn.Module | None:
-        """The gram teacher without its weights, where there is one."""
-        return self._arch.gram_teacher
+    def frozen_teachers(self) -> list[nn.Module]:
+        """Backbones of the terms' frozen teachers without their weights."""
+        return [frozen.backbone for frozen in self._arch.frozen_teachers.values()]
+
+    @property
+    def saved_teachers(self) -> list[nn.Module]:
+        """Those of them that checkpoints hold."""
+        return [f.backbone for f in self._arch.frozen_teachers.values() if f.term.follows_teacher]
 
     def flops(self, images: int) -> StepFlops:
         """Count a step on ``images`` images."""
@@ -126,7 +131,7 @@ class StepCosts:
             arch.to_empty(device="cpu")
             precision = config.compute_precision
             networks = [(arch.student, precision.student), (arch.teacher, precision.teacher)]
-            networks += [(arch.gram_teacher, precision.teacher)] if arch.gram_teacher is not None else []
+            networks += [(frozen, precision.teacher) for frozen in arch.frozen_teachers.values()]
             for network, precision in networks:
                 dtype = precision.backbone.mixed_precision.param_dtype
                 if dtype != "fp32":
@@ -157,9 +162,7 @@ class StepCosts:
         return self._steps[images]
 
     def _measure(self, arch: SSLMetaArch, batch: dict[str, Any]) -> tuple[Cost, Cost]:
-        backbones = [arch.student.backbone, arch.teacher.backbone]
-        if arch.gram_teacher is not None:
-            backbones.append(arch.gram_teacher.backbone)
+        backbones = [arch.student.backbone, arch.teacher.backbone, *self.frozen_teachers]
         with Meter((arch, batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
             loss = arch.compute_losses(batch, 0.07)["total_loss"]  # no cost depends on the temperature
             saved = meter.live
@@ -179,12 +182,14 @@ class StepCosts:
             networks = [network.to_empty(device="cpu") for network in (student.train(), teacher.eval())]
             batch = fake_batch(config, images)
             crops = [batch[name] for name in ("global_crops", "local_crops") if len(batch[name])]
-            with Meter((networks, batch)) as meter, one_of_each_kind(meter, student, teacher) as costs:
+            frozen = self._arch.frozen_teachers.values()
+            backbones = student, teacher, *self.frozen_teachers
+            with Meter(([*networks, *frozen], batch)) as meter, one_of_each_kind(meter, *backbones) as costs:
                 student(crops, masks=[batch["masks"], None][: len(crops)], is_training=True)
                 with torch.no_grad():
                     teacher(crops[:1], masks=[None], is_training=True)
-                    if self._arch.gram_teacher is not None:  # as large as the teacher, on crops of its own or the same
-                        teacher([batch.get("gram_crops", crops[0])], masks=[None], is_training=True)
+                    for each in frozen:
+                        each.backbone([each.term.images(batch)], masks=[None], is_training=True)
         return _total(costs).flops
 
 
@@ -214,22 +219,22 @@ def fake_batch(config: Config, images: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_of_each_kind(meter: Meter, student: nn.Module, *teachers: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
+def one_of_each_kind(meter: Meter, *networks: nn.Module) -> Iterator[list[tuple[int, Cost]]]:
     """While open, only one block of each kind runs, and the last one; the others return their first argument.
 
-    The student's blocks tell the kinds, by class, parameters and rate of stochastic depth; teachers have as many.
-    For each block that ran, of either network, the number of those like it and what one costs are listed.
+    Class, parameters and rate of stochastic depth tell the kinds. For each block that ran, of any network, the number
+    of those like it and what one costs are listed.
     """
     costs: list[tuple[int, Cost]] = []
-    kinds = [
-        (type(block), getattr(block, "drop_path_rate", 0.0), *((n, p.shape, p.requires_grad) for n, p in parameters))
-        for block, parameters in ((block, block.named_parameters()) for block in student.blocks[:-1])
-    ]
-    # The last of its kind, so that gradients go through its input where they do in most.
-    runs = {kind: i for i, kind in enumerate(kinds)}
-    counts = {i: kinds.count(kind) for kind, i in runs.items()} | {len(kinds): 1}
     with contextlib.ExitStack() as undo:
-        for network in (student, *teachers):
+        for network in networks:
+            kinds = [
+                (type(b), getattr(b, "drop_path_rate", 0.0), *((n, p.shape, p.requires_grad) for n, p in parameters))
+                for b, parameters in ((block, block.named_parameters()) for block in network.blocks[:-1])
+            ]
+            # The last of its kind, so that gradients go through its input where they do in most.
+            runs = {kind: i for i, kind in enumerate(kinds)}
+            counts = {i: kinds.count(kind) for kind, i in runs.items()} | {len(kinds): 1}
             for i, block in enumerate(network.blocks):
                 if i in counts:
 

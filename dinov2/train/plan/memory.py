@@ -105,8 +105,8 @@ class MemoryModel:
             # Before the last micro-batch they are whole, but where each one's are averaged, see `begin_micro_batch`.
             whole = accumulation > 1 and strategy != "FULL_SHARD"
             gradients += 4 * (_numel(module, trained_only=True) // (1 if whole else shards))
-            if name == "backbone" and self._costs.gram_teacher is not None:
-                weights += 4 * _numel(module) // shards
+            if name == "backbone":
+                weights += sum(4 * _numel(frozen) // shards for frozen in self._costs.frozen_teachers)
         # Two whole blocks' gradients before they are reduced.
         unreduced = 2 * 8 * max(map(_numel, student.backbone.blocks)) if self._world > 1 else 0
         crops = config.crops
@@ -133,8 +133,7 @@ class MemoryModel:
         config, total = self._costs.config, 0
         student = self._costs.student
         networks = [("student", student), ("teacher", student)]
-        if self._costs.gram_teacher is not None:
-            networks.append(("teacher", {"backbone": student.backbone}))
+        networks += [("teacher", {"backbone": backbone}) for backbone in self._costs.frozen_teachers]
         for role, network in networks:
             for name, module in network.items():
                 settings = getattr(getattr(config.compute_precision, role), name)

@@ -1,7 +1,7 @@
 """A configuration on a number of GPUs: steps, learning rate and files."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -127,7 +127,9 @@ class DiskNeeds:
         return self.checkpoints * self.checkpoint + self.exports * self.export
 
 
-def disk_needs(config: Config, plan: RunPlan, student: nn.Module, gram_teacher: nn.Module | None = None) -> DiskNeeds:
+def disk_needs(
+    config: Config, plan: RunPlan, student: nn.Module, saved_teachers: Iterable[nn.Module] = ()
+) -> DiskNeeds:
     """What a run writes: float32 student, teachers and AdamW's two moments; and teachers alone."""
     train, evaluation, steps = config.train, config.evaluation, plan.total_steps
     parameters = list(student.parameters())
@@ -136,10 +138,10 @@ def disk_needs(config: Config, plan: RunPlan, student: nn.Module, gram_teacher: 
     kept = steps // train.keep_checkpoints_every if train.keep_checkpoints_every else 0
     made = math.ceil(steps / train.checkpoint_period_iterations)
     exports = math.ceil(steps / evaluation.eval_period_iterations)
-    snapshot = [] if gram_teacher is None else gram_teacher.parameters()
+    frozen = sum(p.numel() for teacher in saved_teachers for p in teacher.parameters())
     return DiskNeeds(
         checkpoints=0 if train.skip_checkpointer else min(made, train.keep_checkpoints + 1 + kept),
-        checkpoint=2 * weights + moments + 4 * sum(p.numel() for p in snapshot),
+        checkpoint=2 * weights + moments + 4 * frozen,
         exports=min(exports, evaluation.keep_exports + 1 if evaluation.keep_exports else exports),
         export=weights,
     )

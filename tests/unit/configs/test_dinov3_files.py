@@ -100,6 +100,11 @@ def test_switches_that_are_off_leave_their_sections_out(tmp_path: Path):
     values["dino"] = {"reweight_dino_local_loss": False, "local_loss_weight_schedule": {"peak": 0.5, "start": 0.5}}
     config = load_config(write(tmp_path, values), [DATA])
     assert not config.dino.local_loss_weight_schedule.is_given
+    values["dino"] = {"koleo_loss_distributed": False, "koleo_distributed_loss_group_size": 16}
+    assert load_config(write(tmp_path, values), [DATA]).dino.koleo_group == 0
+    values["dino"]["koleo_loss_distributed"] = True
+    dino = load_config(write(tmp_path, values), [DATA]).dino
+    assert (dino.koleo_gather, dino.koleo_group) == (True, 16)
     assert config.optim.scaling_rule == "four_sqrt_wrt_1024"
 
 
@@ -121,7 +126,8 @@ def test_path_fm_on_dinov3(tmp_path: Path):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("distillation", "enabled", True), ("dino", "koleo_distributed_loss_group_size", 16),
+        ("distillation", "enabled", True), ("multidistillation", "enabled", True),
+        ("dino", "koleo_distributed_replicas", 2),
         ("student", "pos_embed_type", "fourier"), ("optim", "schedule_trunc_extra", 0.25),
         ("student", "patch_drop", 0.5),
         ("crops", "global_local_crop_pairs_ratios", [0.3, 0.7]), ("optim", "optimizer", "sgd"),

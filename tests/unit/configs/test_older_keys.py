@@ -68,7 +68,7 @@ def test_which_data_of_a_file_and_the_command_line(tmp_path: Path):
     [
         old
         for old, entry in OLDER_KEYS.items()
-        if entry.new not in ("", "data.kind", "data.path") and not old.startswith("gram.")
+        if entry.new not in ("", "data.kind", "data.path") and not old.startswith(("gram.", "distillation."))
     ],
 )
 def test_renamed(old: str):

@@ -35,6 +35,8 @@ DATA = "data.path=shards"
         (["train.batch_size_per_gpu=1"], r"dino.koleo_loss_weight = 0.1 needs another image"),
         (["train.batch_size_per_gpu=1", "dino.kde_loss_weight=0.1"], r"dino.kde_loss_weight = 0.1 needs another image"),
         (["train.batch_size_per_gpu=1", "train.centering=sinkhorn_knopp"], r"train.centering = sinkhorn_knopp shares"),
+        (["dino.koleo_group=7"], r"dino.koleo_group = 7 does not divide the 64 images"),
+        (["dino.koleo_group=4", "dino.koleo_topk=4"], r"hold no dino.koleo_topk = 4"),
         (["student.drop_path_rate=1.0"], r"student.drop_path_rate = 1.0"),
         (["crops.local_crops_scale=[0,0.3]"], r"crops.local_crops_scale"),
         (["augmentation.blur_kernel_size=4"], r"blur_kernel_size = 4 is not an odd"),

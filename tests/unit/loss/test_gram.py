@@ -46,7 +46,7 @@ def outputs_of(teacher_side: int = SIDE) -> StepOutputs:
         kernels=None,
         patch_tokens=tokens(PATCHES).requires_grad_(),
         teacher_patch_tokens=tokens(PATCHES),
-        gram_patch_tokens=tokens(teacher_side**2),
+        frozen_patch_tokens=tokens(teacher_side**2),
     )
 
 
@@ -114,10 +114,10 @@ def test_computed_in_float32_from_16_bit():
 
 def test_a_frozen_teacher_is_looked_at_where_it_is():
     term, outputs = make(ema_teacher=False, ckpt="a.pth"), outputs_of()
-    swapped = dataclasses.replace(outputs, teacher_patch_tokens=outputs.gram_patch_tokens)
+    swapped = dataclasses.replace(outputs, teacher_patch_tokens=outputs.frozen_patch_tokens)
     torch.testing.assert_close(term(outputs).item(), expected_loss(swapped, term.options), rtol=1e-5, atol=1e-6)
-    assert term.needs == {"patch_tokens", "gram_patch_tokens"} and make().needs == {"patch_tokens"}
-    assert term(dataclasses.replace(outputs, gram_patch_tokens=None)).item() == 0
+    assert term.has_teacher and not make().has_teacher
+    assert term(dataclasses.replace(outputs, frozen_patch_tokens=None)).item() == 0
 
 
 @pytest.mark.parametrize(("method", "antialias"), [("bicubic", False), ("bilinear", True)])
@@ -126,7 +126,7 @@ def test_larger_maps_are_resized_channel_by_channel(method: str, antialias: bool
     term, outputs = make(ema_teacher=False, ckpt="a.pth", **o), outputs_of(2 * SIDE)
     resized = torch.empty(VIEWS, IMAGES, PATCHES, WIDTH)
     for view, image, channel in np.ndindex(VIEWS, IMAGES, WIDTH):
-        grid = outputs.gram_patch_tokens[view, image, :, channel].reshape(1, 1, 2 * SIDE, 2 * SIDE)
+        grid = outputs.frozen_patch_tokens[view, image, :, channel].reshape(1, 1, 2 * SIDE, 2 * SIDE)
         small = torch.nn.functional.interpolate(grid, (SIDE, SIDE), mode=method, antialias=antialias)
         resized[view, image, :, channel] = small.flatten()
     same = dataclasses.replace(outputs, teacher_patch_tokens=resized)

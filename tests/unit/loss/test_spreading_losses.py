@@ -46,6 +46,33 @@ def test_koleo_of_known_neighbours():
     assert not grad.any()
 
 
+@pytest.mark.parametrize("loss", [KDELoss(), KoLeoLoss()])
+def test_a_row_without_direction_gets_no_gradient(loss):
+    """Of an untreated one it is 1e12 over the number of rows: the class token that starts from 0 and stays there."""
+    x = torch.randn(8, 64)
+    x[3] = 0
+    value, grad = value_and_grad(loss, x)
+    assert value.isfinite() and not grad[3].any()
+    assert 0 < grad.norm() < 10
+    x[3, 0] = 1e-4  # it has a direction, and the gradient that goes with it
+    assert value_and_grad(loss, x)[1][3].norm() > 100
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_rounding_does_not_part_equal_rows(bits: int):
+    x = torch.randn(6, 64)
+    x[1] = x[0]
+    equal, grad_of_equal = value_and_grad(KoLeoLoss(), x)
+    assert not grad_of_equal[:2].any()
+    x[1, 5] *= 1 + bits * 2.0**-23
+    value, grad = value_and_grad(KoLeoLoss(), x)
+    torch.testing.assert_close(grad, grad_of_equal, rtol=1e-5, atol=1e-7)
+    assert value < equal  # the value is the formula's
+    x[1] += 1e-4 * torch.randn(64)
+    apart = value_and_grad(KoLeoLoss(), x)[1]
+    assert apart[0] @ (x[1] - x[0]) > 0 > apart[1] @ (x[1] - x[0])  # descending it, they part
+
+
 @pytest.mark.parametrize("topk", [1, 3, 6])
 def test_koleo_of_several_neighbours_is_the_mean_over_them(topk: int):
     def loop(x):
@@ -58,6 +85,16 @@ def test_koleo_of_several_neighbours_is_the_mean_over_them(topk: int):
     value, grad = value_and_grad(lambda x: koleo_loss(x, topk=topk), x)
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-6, atol=1e-7)
+
+
+def test_koleo_in_groups_is_the_mean_over_them():
+    x = torch.randn(6, 5)
+    groups = [koleo_loss(rows, topk=2) for rows in x.split(3)]
+    torch.testing.assert_close(koleo_loss(x, topk=2, group=3), sum(groups) / 2)
+    assert koleo_loss(x, group=6) == koleo_loss(x)
+    for wrong in (4, 2):  # does not divide; holds no two neighbours
+        with pytest.raises(ValueError, match=str(wrong)):
+            koleo_loss(x, topk=2, group=wrong)
 
 
 def test_koleo_of_more_neighbours_than_there_are():

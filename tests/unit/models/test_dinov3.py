@@ -66,6 +66,18 @@ def test_periods_and_angles():
             torch.testing.assert_close(sin[number], torch.tensor(angles).double().sin(), atol=1e-6, rtol=0)
 
 
+def test_root_mean_square_norms():
+    """Gains alone, under Meta's names, and without a mean (arXiv:1910.07467, equation 4)."""
+    model = random_dinov3(norm_layer="rmsnorm", **UNTIED)
+    of_layer_norms = random_dinov3(**UNTIED).state_dict().keys()
+    biases = {key for key in of_layer_norms if "norm" in key and key.endswith("bias")}
+    assert model.state_dict().keys() == of_layer_norms - biases and len(biases) == 3 * 2 + 3
+    tokens = model(images(2), is_training=True)
+    x = tokens["x_prenorm"][:, 5:]
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * model.norm.weight
+    torch.testing.assert_close(tokens["x_norm_patchtokens"], expected)
+
+
 @pytest.mark.parametrize(("normalize", "over"), [("min", 2), ("max", 4)])
 def test_coordinates_over_one_side(normalize, over):
     rope = RopePositionEmbedding(4, normalize_coords=normalize)  # one period of 1
@@ -245,7 +257,7 @@ def test_fp8_stays_near():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"ffn_layer": "swiglufused"}, {"norm_layer": "rmsnorm"}, {"num_heads": 5}, {"num_heads": 48},
+        {"ffn_layer": "swiglufused"}, {"norm_layer": "batchnorm"}, {"num_heads": 5}, {"num_heads": 48},
         {"pos_embed_rope_normalize_coords": "mean"}, {"pos_embed_rope_min_period": 1.0},
     ],
     ids=str,

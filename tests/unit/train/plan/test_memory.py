@@ -28,7 +28,7 @@ def stub(*overrides: str, per_image: int = 3 * 2**29, constant: int = 2**30) -> 
     return SimpleNamespace(
         config=config,
         student=arch.student,
-        gram_teacher=arch.gram_teacher,
+        frozen_teachers=[frozen.backbone for frozen in arch.frozen_teachers.values()],
         activations=lambda images: Cost(saved=images * per_image, peak=images * per_image + constant),
     )
 

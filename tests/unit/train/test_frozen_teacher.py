@@ -1,13 +1,12 @@
-"""The frozen gram teacher: when it is replaced, what it costs, and what it holds."""
+"""Frozen teachers: when that of Gram anchoring is replaced, what they cost, and what they hold."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
+from dinov2.loss import LossContext
 from dinov2.loss.gram import Gram
-from dinov2.train.gram_teacher import GramTeacher
 from dinov2.train.performance.apply import accelerate
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -18,8 +17,8 @@ FROZEN = ("losses.gram.it_load_ema_teacher=0", "losses.gram.img_level=true")
 
 
 def replaced(**options: int | str | bool | None) -> list[int]:
-    teacher = GramTeacher(nn.Linear(2, 2), Gram.Options(**options))
-    return [step for step in range(60) if teacher.is_replaced(step)]
+    term = Gram(Gram.Options(**options), LossContext(2, 2, 2))
+    return [step for step in range(60) if term.is_replaced(step)]
 
 
 def test_steps_before_which_it_is_replaced():
@@ -35,12 +34,13 @@ def test_steps_before_which_it_is_replaced():
 def test_it_follows_in_jumps_and_is_off_before_it_exists():
     config = tiny_config("losses.gram.it_load_ema_teacher=2", "losses.gram.update_frequency=3", FROZEN[1])
     arch, batch = SSLMetaArch(config).train(), random_batch(config, 4)
-    assert not arch.gram_teacher.training and not any(p.requires_grad for p in arch.gram_teacher.parameters())
+    frozen = arch.frozen_teachers["gram"]
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
     taken, losses = {}, []
     for step in range(7):
         arch.begin_step(step, epoch=1.0)
         losses.append(arch.compute_losses(batch, 0.05)["gram_loss"].item())
-        taken[step] = arch.gram_teacher.backbone.cls_token.clone()
+        taken[step] = arch.frozen_teachers["gram"].backbone.cls_token.clone()
         with torch.no_grad():
             for parameter in arch.teacher.backbone.parameters():
                 parameter.add_(0.01)
@@ -48,7 +48,7 @@ def test_it_follows_in_jumps_and_is_off_before_it_exists():
     jumps = [step for step in range(1, 7) if not torch.equal(taken[step], taken[step - 1])]
     assert jumps == [2, 3, 6]
     arch.begin_step(9, epoch=1.0)
-    for ours, theirs in zip(arch.gram_teacher.parameters(), arch.teacher.backbone.parameters(), strict=True):
+    for ours, theirs in zip(arch.frozen_teachers["gram"].parameters(), arch.teacher.backbone.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -65,7 +65,7 @@ def test_it_does_not_run_where_its_loss_has_no_weight():
 def test_its_16_bit_weights_follow():
     arch = SSLMetaArch(tiny_config(*in_precision("bf16"), *FROZEN)).train()
     of_step = accelerate(arch, compile=False)
-    pairs = arch.gram_teacher.low_precision
+    pairs = arch.frozen_teachers["gram"].low_precision
     assert len(of_step) == 2 * len(pairs) > 0
     with torch.no_grad():
         for parameter in arch.teacher.backbone.parameters():
