@@ -25,12 +25,13 @@ from dinov2.logging.bar import ProgressBar
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.health import HealthWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks
-from dinov2.train.attempts import note_attempt
 from dinov2.train.dump import RecentBatches, with_dump
 from dinov2.train.exports import export_path, list_export
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
+from dinov2.train.output_folder import note_attempt
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
+from dinov2.train.picture_hook import PictureHook
 from dinov2.train.plan.describe import describe_plan
 from dinov2.train.plan.gpus import seen_gpu
 from dinov2.train.plan.measure import StepCosts
@@ -254,6 +255,7 @@ class Run:
         self._locations = data.locations
         if not any(source.is_remote for source in data.sources):
             self.watchdog.outage_s = 0.0
+        self._data = data
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         return data
 
@@ -287,8 +289,11 @@ class Run:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
         period = self.config.evaluation.eval_period_iterations
         hooks: list[Hook] = [PeriodicHook(period, self.export_teacher)]
+        backbone = self.arch.teacher.backbone
+        if on_main_process(lambda: sinks.takes_exports):
+            hooks.append(PictureHook(period, backbone, self.config, self._data, self.output_dir, sinks))
         if self._tasks_to_probe:
-            csv, backbone = self.output_dir / "eval" / "probes.csv", self.arch.teacher.backbone
+            csv = self.output_dir / "eval" / "probes.csv"
             to = sinks if is_main_process() else None
             hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, to))
         if not self.config.train.skip_checkpointer:
