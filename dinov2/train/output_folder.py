@@ -25,7 +25,7 @@ _WRITTEN = (
         re.compile(r""),
         re.compile(r"config\.yaml|last_checkpoint|exports\.xxh128|stream_index(\.\d+)?|(wandb|mlflow)_run_id\.txt"),
     ),
-    (re.compile(r"eval/training_\d+"), re.compile(r"teacher_checkpoint\.(pth|json)")),
+    (re.compile(r"eval/training_\d+"), re.compile(r"teacher_checkpoint\.(pth|json)|README\.md")),
 )
 
 

@@ -26,7 +26,7 @@ from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.health import HealthWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks
 from dinov2.train.dump import RecentBatches, with_dump
-from dinov2.train.exports import export_path, list_export
+from dinov2.train.exports import export_path, list_export, write_card
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
 from dinov2.train.output_folder import note_attempt
 from dinov2.train.performance.apply import build_training_step
@@ -206,6 +206,11 @@ class Run:
 
         on_main_process(export)
 
+    def write_card(self, state: TrainState) -> None:
+        """Describe the export of this step, with what probes found; all ranks may call."""
+        if is_main_process():
+            write_card(self.output_dir, state.step, self.arch.teacher.backbone)
+
     def _make_plan(self, saved: dict[str, Any] | None, num_tiles: int | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
         world, free = get_global_size(), free_memory(self.device)
@@ -296,6 +301,7 @@ class Run:
             csv = self.output_dir / "eval" / "probes.csv"
             to = sinks if is_main_process() else None
             hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, to))
+        hooks.append(PeriodicHook(period, self.write_card))
         if not self.config.train.skip_checkpointer:
             every, finish = self.config.train.checkpoint_period_iterations, self.checkpointer.finish
             hooks.append(CheckpointHook(every, self.save_checkpoint, finish))

@@ -73,6 +73,7 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
                     run = Run(config, output_dir, device, args.eval_only, watchdog)
                 if args.eval_only:
                     run.export_teacher(run.state)
+                    run.write_card(run.state)
                 else:
                     run.train()
     except MainProcessError:
