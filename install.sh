@@ -2,7 +2,8 @@
 # Makes .venv beside this file and installs Path-FM and all it needs into it. Safe to run again.
 #
 #   PYTHON=/path/to/python    Python to use, 3.11 or newer (default: the newest found)
-#   PATHFM_EXTRAS=dev,slides  optional parts: dev, slides, s3, eval, export, onnx, hdf5, tensorboard, xformers, docs
+#   PATHFM_EXTRAS=dev,slides  optional parts: dev, slides, s3, eval, export, onnx, hdf5, tensorboard, mlflow, xformers,
+#                             docs
 #   PATHFM_UNCONSTRAINED=1    newest versions within pyproject.toml's ranges instead of the tested ones
 #   UV_TORCH_BACKEND=cu126    PyTorch build to take (default: auto, the one for this machine's driver)
 #   PATHFM_ALLOW_CPU=1        accept that a GPU of this machine cannot be used

@@ -112,6 +112,7 @@ SINKS = Registry(
     {
         "wandb": "dinov2.logging.sinks:WandbSink",
         "tensorboard": "dinov2.logging.tensorboard:TensorBoardSink",
+        "mlflow": "dinov2.logging.mlflow:MlflowSink",
     },
 )
 """Receivers of records beside the console and ``metrics.jsonl``: `dinov2.logging.sinks.Sink`, made of output folder,

@@ -3,6 +3,8 @@
 #
 #   scripts/run_eva.sh CHECKPOINT OUTPUT [tasks...]        (all twelve if none is named)
 #
+# CHECKPOINT is a teacher's file, or the folder of a run, its eval or one of its exports: then the newest teacher of it.
+#
 #   DATA_ROOT            folder that has one folder per data set; docs/evaluation.md says which
 #   POOLING              cls (default) or cls_mean: class token, or it and the mean patch token (older: EMBEDDING)
 #   DOWNLOAD_DATA=true   lets eva fetch the data sets that it can fetch
@@ -32,6 +34,13 @@ data_folder() {
         panda_small) echo panda/prostate-cancer-grade-assessment ;;
         *) echo "$1" ;;
     esac
+}
+
+# The newest teacher of a run's folder, its eval or an export; nothing where there is none.
+newest_teacher() {
+    { compgen -G "$1/eval/training_[0-9]*/teacher_checkpoint.pth" ||
+        compgen -G "$1/training_[0-9]*/teacher_checkpoint.pth" || compgen -G "$1/teacher_checkpoint.pth"; } |
+        sort -V | tail -n 1
 }
 
 can_fetch() { [[ ${DOWNLOAD_DATA:-} == [Tt]rue && " bach breakhis crc monusac pcam pcam_10 " == *" $1 "* ]]; }
@@ -71,11 +80,16 @@ run_task() {
 }
 
 [[ $# -ge 2 ]] || die "CHECKPOINT and OUTPUT are expected: scripts/run_eva.sh CHECKPOINT OUTPUT [tasks...]"
-[[ -f $1 ]] || die "CHECKPOINT=$1 is not a file: name a teacher's."
+checkpoint=$1
+if [[ -d $1 ]]; then
+    checkpoint=$(newest_teacher "$1") || die "CHECKPOINT=$1 is a folder without an exported teacher."
+    note "The teacher is $checkpoint."
+fi
+[[ -f $checkpoint ]] || die "CHECKPOINT=$1 is not there: name a teacher's file, or the folder of a run."
 [[ -n $2 ]] || die "OUTPUT is empty: name a folder."
 [[ -n ${DATA_ROOT:-} ]] || die "DATA_ROOT is not set: name the folder that has one folder per data set."
 [[ -d $DATA_ROOT ]] || die "DATA_ROOT=$DATA_ROOT is not a folder."
-CHECKPOINT_PATH=$(realpath -- "$1")
+CHECKPOINT_PATH=$(realpath -- "$checkpoint")
 output=$(realpath -m -- "$2")
 data_root=$(realpath -- "$DATA_ROOT")
 export CHECKPOINT_PATH TQDM_REFRESH_RATE=${TQDM_REFRESH_RATE:-50} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

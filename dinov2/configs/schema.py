@@ -398,7 +398,9 @@ class LoggingConfig:
     samples: bool = key(False, "true: logs/samples.rankN.jsonl says which samples each step consumed")
     wandb: bool = key(True, "Weights & Biases; offline unless logged in; never prompts")
     wandb_project: str = key("path-fm", "its project")
-    sinks: tuple[str, ...] = key((), "further ones: [tensorboard]", registry="SINKS")
+    sinks: tuple[str, ...] = key((), "further ones: [tensorboard, mlflow]", registry="SINKS")
+    pictures: bool = key(True, "W&B, TensorBoard and MLflow get crops and maps of patch features at each export")
+    upload_teacher: bool = key(False, "true: W&B and MLflow keep each exported teacher, too")
 
 
 @dataclass(frozen=True)

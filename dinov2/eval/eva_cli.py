@@ -5,6 +5,8 @@ to eva's own command line, of whose subcommands and options all work. ``check`` 
 whether the checkpoint and the device are usable.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import logging
@@ -12,20 +14,18 @@ import os
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from dinov2.hub import load_teacher, trained_with
-from dinov2.hub.teacher import POOLINGS
 from dinov2.logging import setup_logging
-from dinov2.utils.cli import DONE, INTERRUPTED, run_command
+from dinov2.utils.cli import DONE, INTERRUPTED, command_parser, run_command
 from dinov2.utils.provenance import how_to_install
 
 BACKBONE = "pathfm/teacher"
 _CONFIGS = Path(__file__).parents[2] / "eval_configs"
-_EXAMPLES = """examples:
-  CHECKPOINT_PATH=teacher.pth DATA_ROOT=/data/bach pathfm eva predict_fit --config bach"""
+_COMMANDS = ("fit", "predict", "predict_fit", "test", "validate")
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger("dinov2")
 
@@ -40,6 +40,8 @@ def teacher(
         out_indices: 1 for what segmentation needs: a list with the un-normalised map (B, D, H/p, W/p) of the last
             block, whatever ``pooling`` says; another number is a ValueError.
     """
+    from dinov2.hub import load_teacher
+
     if out_indices is None:
         return load_teacher(checkpoint_path, pooling=pooling or output)
     if int(out_indices) != 1:
@@ -56,17 +58,27 @@ def fill_in(environment: MutableMapping[str, str]) -> None:
     set, nothing is filled in. A variable that is missing or has no meaning is a ValueError.
     """
     accelerator = environment.get("ACCELERATOR", "auto")
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(f"ACCELERATOR={accelerator} asks for a GPU and none is usable; leave it out or set it to cpu.")
+    if accelerator in ("gpu", "cuda"):
+        import torch  # which takes seconds, and that mistakes need not wait for
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"ACCELERATOR={accelerator} asks for a GPU and none is usable; leave it out or set it to cpu."
+            )
     if environment.setdefault("MODEL_NAME", BACKBONE) != BACKBONE or "MODEL_EXTRA_KWARGS" in environment:
         return
     if not (path := environment.get("CHECKPOINT_PATH")):
-        raise ValueError("CHECKPOINT_PATH is not set; name a teacher's file.")
+        raise ValueError("CHECKPOINT_PATH is not set; name a teacher's file, or a run's folder.")
+    from dinov2.hub import load_teacher, trained_with
+    from dinov2.hub.locate import teacher_file
+    from dinov2.hub.teacher import POOLINGS
+
     given = {name: environment[name] for name in ("POOLING", "EMBEDDING") if environment.get(name)}
     pooling = next(iter(given.values()), "cls")
     for name, value in given.items():
         if value not in POOLINGS or value != pooling:
             raise ValueError(f"{name}={value} is not {' or '.join(POOLINGS)}, or not the same as POOLING.")
+    path = teacher_file(path)
     width = load_teacher(path).embed_dim
     path = str(Path(path).resolve()) if Path(path).exists() else path  # others are ids on the hub, or URLs
     environment.setdefault("MODEL_EXTRA_KWARGS", json.dumps({"checkpoint_path": path, "pooling": pooling}))
@@ -103,10 +115,13 @@ def with_configurations(arguments: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run eva; returns the exit status."""
     arguments = with_configurations(sys.argv[1:] if argv is None else argv)
+    first = arguments[:1] if arguments[:1] != ["--version"] else []
+    if first or not arguments:
+        _parser().parse_args(first or ["--help"])  # what follows a subcommand is eva's
     setup_logging()
 
     def prepare() -> None:
-        if arguments and not {"-h", "--help", "--version"} & set(arguments):
+        if first and not {"-h", "--help"} & set(arguments):
             if arguments != ["check"]:
                 check_inputs(arguments, os.environ)
             fill_in(os.environ)
@@ -115,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status := run_command(prepare, logger):
         return status
     if arguments == ["check"]:
+        import torch
+
         logger.info("Evaluating on the %s.", "GPU" if torch.cuda.is_available() else "CPU: no GPU is usable")
         return DONE
     sys.argv = ["eva", *arguments]  # eva's callbacks read the configuration's name there, too
@@ -123,10 +140,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("Interrupted.")
         return INTERRUPTED
-    finally:
-        if {"-h", "--help"} & set(arguments):
-            sys.stdout.write(f"{_EXAMPLES}\n")
     return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "python -m dinov2.eval.eva_cli",
+        "Stock kaiko-eva on a teacher: its own command line, whose subcommands and options all work.\n\n"
+        "CHECKPOINT_PATH names the teacher or a run's folder, DATA_ROOT the data, POOLING cls or cls_mean;\n"
+        "docs/evaluation.md has the others. scripts/run_eva.sh runs all benchmarks, one after another.",
+        "predict_fit --config bach",
+        "predict_fit --help",
+        epilog="--config takes a file, or the name of one of ours: "
+        + ", ".join(sorted(path.stem for path in _CONFIGS.glob("*.yaml"))),
+    )
+    about = "of eva, which says with --help what it takes; check: only look whether teacher and device are usable"
+    parser.add_argument("subcommand", choices=(*_COMMANDS, "check"), help=about)
+    return parser
 
 
 def _registered() -> Callable[[], None]:

@@ -191,7 +191,7 @@ def extract_features(
     squares = map_ahead(read, indices, _READERS, size)
     gathered = []
     hidden = not (embedding.show_progress and is_main_process())
-    with _evaluation_mode(backbone):
+    with evaluation_mode(backbone):
         for first in tqdm(own, "features", disable=hidden or None, leave=False):
             tiles = list(islice(squares, min(size, count - first)))
             tiles += tiles[-1:] * (size - len(tiles))
@@ -228,7 +228,7 @@ def map_ahead(
 
 
 @contextmanager
-def _evaluation_mode(backbone: nn.Module) -> Iterator[None]:
+def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
     """Evaluation mode within, and for every module its own mode after."""
     modes = {module: module.training for module in backbone.modules()}
     try:

@@ -1,6 +1,7 @@
 """Where records of metrics go: the console, ``metrics.jsonl``, W&B and others. None of them can stop a run."""
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -12,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 
+import dinov2
 from dinov2.logging.metrics import is_of_training
 from dinov2.logging.names import grouped
 from dinov2.utils.secrets import public
@@ -25,12 +28,24 @@ logger = logging.getLogger("dinov2")
 _PROBED = ("/balanced_accuracy", "/value")  # the headlines of probes with labels, and without
 _COLUMNS = 100 - len("01-31 12:00:00 I ")
 _WRITE_S, _OPEN_OR_CLOSE_S = 60.0, 120.0  # that others' sinks may take; Slurm gives a run that saves five minutes
+_EXPORT_S = 600.0  # a ViT-G of 4.5 GB goes to a server in that
 _WANDB_TIMEOUT_S = 30  # W&B's own is 90; nodes without internet wait all of it
 _WANDB_FINISH_S = 100  # W&B's own is none: without a network it would never end, here or in the interpreter's end
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What sinks are shown of an export."""
+
+    step: int
+    pictures: Mapping[str, bytes] = field(default_factory=dict)  # PNG files by name
+    teacher: Path | None = None  # its file, where sinks are asked to keep it, with a JSON beside
+
+
 class Sink:
-    """Receives one record per logging period, on rank 0 only."""
+    """Receives one record per logging period, on rank 0 only; and what is exported, if it takes that."""
+
+    takes_exports: ClassVar[bool] = False  # where no sink does, nothing is drawn
 
     @property
     def name(self) -> str:
@@ -40,6 +55,9 @@ class Sink:
     def write(self, record: Mapping[str, Any]) -> None:
         """Take one record."""
         raise NotImplementedError
+
+    def export(self, exported: Exported) -> None:
+        """Take pictures and teacher of an export."""
 
     def close(self) -> None:
         """Flush and release what is held."""
@@ -60,9 +78,18 @@ class _Apart(Sink):
         """That of the sink."""
         return self._name
 
+    @property
+    def takes_exports(self) -> bool:
+        """Whether the sink does."""
+        return self._sink.takes_exports
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Hand the record on."""
         self._do(lambda: self._sink.write(record), _WRITE_S)
+
+    def export(self, exported: Exported) -> None:
+        """Hand the export on."""
+        self._do(lambda: self._sink.export(exported), _EXPORT_S)
 
     def close(self) -> None:
         """Close the sink."""
@@ -104,20 +131,30 @@ class Sinks(Sink):
         self._attempt = attempt
 
     def add(self, make: Callable[..., Sink], *arguments: Any, apart: bool = False) -> None:
-        """Make one more, ``apart`` if it may hang; raises ImportError where its library is missing."""
+        """Make one more, ``apart`` if it may hang."""
         try:
             self._sinks.append(_Apart(make, *arguments) if apart else make(*arguments))
-        except ImportError:
-            raise
         except Exception as error:  # whatever the libraries behind them raise, here and below
             logger.warning("%s cannot be made (%s); training goes on.", make.__name__, _text(error))
+
+    @property
+    def takes_exports(self) -> bool:
+        """Whether one of them does."""
+        return any(sink.takes_exports for sink in self._sinks)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Hand the record to each."""
         record = {**record, "attempt": self._attempt, "time": round(time.time(), 3)}
+        self._each(lambda sink: sink.write(record))
+
+    def export(self, exported: Exported) -> None:
+        """Hand the export to each."""
+        self._each(lambda sink: sink.export(exported))
+
+    def _each(self, hand: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
             try:
-                sink.write(record)
+                hand(sink)
             except Exception as error:
                 logger.warning("%s failed (%s) and gets no further records.", sink.name, _text(error))
                 self._sinks.remove(sink)
@@ -179,14 +216,21 @@ class JsonlSink(Sink):
 class WandbSink(Sink):
     """A Weights & Biases run whose id is kept in the output folder, so that a resume continues it.
 
-    Names are grouped (`dinov2.logging.names.grouped`), each a panel section of its dashboard.
-    Without a login or network the run is kept offline under the output folder; nothing is ever asked.
+    Names are grouped (`dinov2.logging.names.grouped`), each a panel section of its dashboard. The package's code goes
+    with it, and of each export pictures and, if asked, the teacher as an artifact of type ``model``. Runs of a sweep
+    are a group. Without a login or network the run is kept offline under the output folder; nothing is ever asked.
+    Raises ImportError, with advice, if the package is missing.
     """
 
-    def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
-        import wandb
+    takes_exports = True
 
+    def __init__(self, output_dir: Path, project: str, config: Mapping[str, Any]):
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_FINISH_S))  # older versions do not know it
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("wandb is not installed: ./install.sh installs it; or logging.wandb=false") from error
+        self._wandb = wandb
         id_file = output_dir / "wandb_run_id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -205,11 +249,28 @@ class WandbSink(Sink):
             self._run = wandb.init(mode="offline", **options)
         if os.environ.get("DINOV2_RUN_SCRIPT"):
             self._run.save(os.environ["DINOV2_RUN_SCRIPT"], policy="now")
+        self._run.log_code(str(Path(dinov2.__file__).parent))
         self._run.define_metric("*", step_metric="step")  # a resumed run goes back to an earlier step
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the record."""
         self._run.log({grouped(name): value for name, value in record.items()})
+
+    def export(self, exported: Exported) -> None:
+        """Log the pictures, and the teacher as a version of the run's artifact."""
+        from PIL import Image
+
+        images = {
+            f"pictures/{name}": self._wandb.Image(Image.open(io.BytesIO(png)))
+            for name, png in exported.pictures.items()
+        }
+        if images:
+            self._run.log({"step": exported.step, **images})
+        if exported.teacher:
+            artifact = self._wandb.Artifact(f"teacher-{self._run.id}", "model", metadata={"step": exported.step})
+            for path in (exported.teacher, exported.teacher.with_suffix(".json")):
+                artifact.add_file(str(path))
+            self._run.log_artifact(artifact, aliases=[f"step_{exported.step}"])
 
     def close(self) -> None:
         """Finish the run."""

@@ -98,7 +98,7 @@ def _draw_embedded(
         if leakage := drawn.attempt("Site leakage", lambda: _site_leakage(source, drawn.embeddings)):
             drawn.tables[f"Sites of {of}"] = [("", "nearest ten", "all"), ("tiles of the same site", *leakage)]
         shown = with_tissue(pixels, SHOWN_TILES)
-        size = max(patch, min(shown[0].shape[:2]) // patch * patch)  # about their own
+        size = map_side(shown, patch)
 
         def maps() -> Figure:
             features = {}
@@ -119,6 +119,11 @@ def _draw_embedded(
         alt = "Rows of tiles: one, then those with the nearest embeddings, with their cosines."
         title = f"Some of {of}, and the nearest to them by cosine of the class token"
         _add(drawn, "neighbours.png", title, alt, draw_neighbours(pixels, drawn.embeddings))
+
+
+def map_side(tiles: list[np.ndarray], patch: int) -> int:
+    """Side in px at which maps of tiles are made: about their own, in whole patches."""
+    return max(patch, min(tiles[0].shape[:2]) // patch * patch)
 
 
 def _site_leakage(source: Source, embeddings: np.ndarray) -> tuple[str, ...]:

@@ -135,7 +135,9 @@ def train(sweep: Sweep, runs: Iterable[Run], processes: int) -> dict[str, int]:
         line = command(sweep, run, processes)
         logger.info("%s: %s", number, shlex.join(line))
         begun = time.time()
-        status = _run(line, PATHFM_STARTED=str(int(begun)))  # from which train.time_limit counts
+        group = os.environ.get("WANDB_RUN_GROUP", sweep.output.name)
+        # The launch is what train.time_limit counts from.
+        status = _run(line, PATHFM_STARTED=str(int(begun)), WANDB_RUN_GROUP=group)
         if status in STATUS_OF.values():
             raise Stopped(f"{number}, has stopped before its end; the same command goes on from there.", status)
         if status == DONE:

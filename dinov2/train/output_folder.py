@@ -1,4 +1,4 @@
-"""The folder of a run: writable, free of what is not a run's, and used by one launch at a time."""
+"""The folder of a run: writable, free of what is not a run's, used by one launch at a time, each of which is noted."""
 
 import contextlib
 import os
@@ -10,20 +10,22 @@ from pathlib import Path
 
 from dinov2.distributed import on_main_process
 from dinov2.fsdp import Checkpointer
+from dinov2.logging.sinks import JsonlSink
 from dinov2.utils.files import leftovers, locked
+from dinov2.utils.provenance import code_version
+
+ATTEMPTS = "attempts.jsonl"
 
 _FOLDERS = ("checkpoints", "eval", "logs")
-_FILES = (
-    "config.yaml", "metrics.jsonl", "attempts.jsonl", "last_checkpoint", "stream_index", "exports.xxh128", ".lock",
-)  # fmt: skip
+_FILES = ("config.yaml", "metrics.jsonl", ATTEMPTS, "last_checkpoint", "stream_index", "exports.xxh128", ".lock")
 _PROBE = ".write_probe_"
 # What a run writes beside and renames, by the folder that it is in.
 _WRITTEN = (
     (
         re.compile(r""),
-        re.compile(r"config\.yaml|last_checkpoint|exports\.xxh128|stream_index(\.\d+)?|wandb_run_id\.txt"),
+        re.compile(r"config\.yaml|last_checkpoint|exports\.xxh128|stream_index(\.\d+)?|(wandb|mlflow)_run_id\.txt"),
     ),
-    (re.compile(r"eval/training_\d+"), re.compile(r"teacher_checkpoint\.(pth|json)")),
+    (re.compile(r"eval/training_\d+"), re.compile(r"teacher_checkpoint\.(pth|json)|README\.md")),
 )
 
 
@@ -68,6 +70,18 @@ def hold_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         on_main_process(prepare)
         yield
+
+
+def note_attempt(output_dir: Path, step: int, processes: int, device: str) -> int:
+    """Add a line on this launch, which goes on after ``step``, to ``attempts.jsonl``; return its number, from 1 on."""
+    path = output_dir / ATTEMPTS
+    before = 0
+    with contextlib.suppress(FileNotFoundError):
+        before = path.read_bytes().count(b"\n")
+    about = {"attempt": before + 1, "time": round(time.time(), 3), "step": step, "host": socket.gethostname()}
+    about |= {"processes": processes, "device": device, "commit": code_version()}
+    JsonlSink(path).write(about)
+    return before + 1
 
 
 def _sweep(output_dir: Path) -> None:

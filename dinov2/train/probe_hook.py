@@ -11,8 +11,9 @@ from dinov2.eval.datasets.benchmarks import BENCHMARKS
 from dinov2.eval.datasets.images import ParquetTiles, TileImages
 from dinov2.eval.datasets.labels import LabelledTiles, open_labelled_tiles
 from dinov2.eval.features import Embedding
+from dinov2.eval.probe.options import Probing, options_for, probe_names
 from dinov2.eval.probe.results import append_csv, as_metrics
-from dinov2.eval.probe.run import Probing, options_for, probe_names, run_probes
+from dinov2.eval.probe.run import run_probes
 from dinov2.extensions import PROBES
 from dinov2.logging.sinks import Sink
 from dinov2.train.hooks import PeriodicHook

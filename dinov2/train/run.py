@@ -30,12 +30,13 @@ from dinov2.logging.bar import ProgressBar
 from dinov2.logging.chance import ChanceWatch
 from dinov2.logging.health import HealthWatch
 from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sinks
-from dinov2.train.attempts import note_attempt
 from dinov2.train.dump import RecentBatches, with_dump
-from dinov2.train.exports import export_path, list_export
+from dinov2.train.exports import export_path, list_export, write_card
 from dinov2.train.hooks import CheckpointHook, GarbageHook, Hook, PeriodicHook
+from dinov2.train.output_folder import note_attempt
 from dinov2.train.performance.apply import build_training_step
 from dinov2.train.performance.capabilities import resolve_performance
+from dinov2.train.picture_hook import PictureHook
 from dinov2.train.plan.describe import describe_plan
 from dinov2.train.plan.gpus import seen_gpu
 from dinov2.train.plan.measure import StepCosts
@@ -213,6 +214,11 @@ class Run:
 
         on_main_process(export)
 
+    def write_card(self, state: TrainState) -> None:
+        """Describe the export of this step, with what probes found; all ranks may call."""
+        if is_main_process():
+            write_card(self.output_dir, state.step, self.arch.teacher.backbone)
+
     def _make_plan(self, saved: dict[str, Any] | None, num_tiles: int | None) -> RunPlan:
         """The plan, with ``auto`` decided; a batch that the GPU cannot hold is refused, or warned of, before."""
         world, free = get_global_size(), free_memory(self.device)
@@ -262,6 +268,7 @@ class Run:
         self._locations = data.locations
         if not any(source.is_remote for source in data.sources):
             self.watchdog.outage_s = 0.0
+        self._data = data
         self._tasks_to_probe = on_main_process(partial(open_tasks, self.config, data))
         return data
 
@@ -297,10 +304,14 @@ class Run:
         # The export precedes the checkpoint: a run killed between the two repeats the export on resume.
         period = self.config.evaluation.eval_period_iterations
         hooks: list[Hook] = [PeriodicHook(period, self.export_teacher)]
+        backbone = self.arch.teacher.backbone
+        if on_main_process(lambda: sinks.takes_exports):
+            hooks.append(PictureHook(period, backbone, self.config, self._data, self.output_dir, sinks))
         if self._tasks_to_probe:
-            csv, backbone = self.output_dir / "eval" / "probes.csv", self.arch.teacher.backbone
+            csv = self.output_dir / "eval" / "probes.csv"
             to = sinks if is_main_process() else None
             hooks.append(ProbeHook(period, backbone, self._tasks_to_probe, self.config, csv, to))
+        hooks.append(PeriodicHook(period, self.write_card))
         if not self.config.train.skip_checkpointer:
             every, finish = self.config.train.checkpoint_period_iterations, self.checkpointer.finish
             hooks.append(CheckpointHook(every, self.save_checkpoint, finish))

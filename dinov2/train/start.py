@@ -75,6 +75,7 @@ def _run(args: argparse.Namespace, read_config: Callable[[], Config]) -> None:
                 with watchdog.phase("about to train or to end", with_others=True, is_long=True):
                     if args.eval_only:
                         run.export_teacher(run.state)
+                        run.write_card(run.state)
                     else:
                         run.train()
     except MainProcessError:

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 from dinov2.eval.datasets.labels import open_labelled_tiles
 from dinov2.eval.features import Embedding, extract_features
+from dinov2.eval.probe.options import Probing, options_for
 from dinov2.eval.probe.results import as_metrics
-from dinov2.eval.probe.run import Probing, evaluate, options_for, run_probes
+from dinov2.eval.probe.run import evaluate, run_probes
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.helpers.backbones import SMALL, randomise
 from tests.helpers.spawn import run_ranks

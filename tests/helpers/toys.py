@@ -1,15 +1,16 @@
-"""Small parts of one's own, as a user adds them: a term of the loss with a network in it, and a backbone."""
+"""Small parts of one's own, as a user adds them: a term of the loss with a network in it, a backbone, and a sink."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.configs.fields import key
+from dinov2.logging.sinks import Exported, Sink
 from dinov2.loss import LossContext, LossTerm, StepOutputs
 from dinov2.models import Backbone
 
@@ -63,3 +64,20 @@ class Patches(Backbone):
             x = x + block(x)
         x = self.norm(x)
         return {"x_norm_clstoken": self.weights * x.mean(1), "x_norm_patchtokens": x}
+
+
+class Album(Sink):
+    """Keeps what it is shown of exports, for all of the process to see."""
+
+    takes_exports = True
+    seen: ClassVar[list[Exported]] = []
+
+    def __init__(self, *_: object) -> None:
+        self.seen.clear()
+
+    def write(self, record: object) -> None:
+        """Pass it over."""
+
+    def export(self, exported: Exported) -> None:
+        """Keep it."""
+        self.seen.append(exported)

@@ -167,6 +167,17 @@ def run_script(folder, *arguments, python=None, **variables):
     )
 
 
+@pytest.mark.parametrize("place", ["run", "run/eval", "run/eval/training_20"])
+def test_script_takes_the_newest_teacher_of_a_run(tmp_path, place):
+    for step in (3, 20):
+        (tmp_path / f"run/eval/training_{step}").mkdir(parents=True)
+        (tmp_path / f"run/eval/training_{step}/teacher_checkpoint.pth").write_text("weights")
+    (tmp_path / "data/bach").mkdir(parents=True)
+    assert run_script(tmp_path, place, "out", "bach").returncode == 0
+    assert "/training_20/teacher_checkpoint.pth," in (tmp_path / "out/settings.txt").read_text()
+    assert run_script(tmp_path, "data", "elsewhere", "bach").returncode == 2
+
+
 def test_script_goes_on_after_a_failure_and_from_where_it_was(tmp_path):
     (tmp_path / "teacher.pth").write_text("weights")
     for name in ("bach", "crc", "patch_camelyon", "consep"):
@@ -213,7 +224,7 @@ def test_script_without_data(tmp_path):
     ("arguments", "variables", "reason"),
     [
         ((), {}, "CHECKPOINT and OUTPUT are expected"),
-        (("nix.pth", "out"), {}, "CHECKPOINT=nix.pth is not a file"),
+        (("nix.pth", "out"), {}, "CHECKPOINT=nix.pth is not there"),
         (("teacher.pth", "out", "bach", "cam17"), {}, "There is no task cam17: name some of bach bracs"),
         (("teacher.pth", "out"), {"DATA_ROOT": ""}, "DATA_ROOT is not set"),
         (("teacher.pth", "out"), {"DATA_ROOT": "nix"}, "DATA_ROOT=nix is not a folder"),

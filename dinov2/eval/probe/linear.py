@@ -1,16 +1,17 @@
 """Linear heads on frozen features, under two published protocols."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from typing import TYPE_CHECKING, ClassVar
 
 from dinov2.configs.fields import key
 from dinov2.eval.probe.results import Result
 from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ class Head:
     step: Tensor  # after which each head's validation was best, int64 (R,)
     accuracy: Tensor  # balanced, on validation, float32 (R,)
 
-    @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
         """Class probabilities, float32 (R, N, C)."""
         return (features.float() @ self.weight + self.bias).softmax(-1)
@@ -92,6 +92,9 @@ def train_heads(
     come from generators of this call's own; run r has seed ``seed + r``. The rows to fit on and those to choose on are
     features (N, D) and class numbers, int64 (N,).
     """
+    import torch
+    from torch.nn.functional import cross_entropy
+
     features, labels = train[0].float(), train[1]
     count, width = features.shape
     batch = protocol.batch if count >= protocol.batch else protocol.small_batch
@@ -129,21 +132,24 @@ def train_heads(
     return best
 
 
-@torch.no_grad()
 def _better(
     best: Head, parameters: list[Tensor], val: tuple[Tensor, Tensor], classes: int, step: int, patience: int
 ) -> Head:
     """The best heads after a validation; those of runs that have lost patience stay as they are."""
+    import torch
+    from torch.nn.functional import one_hot
+
+    weight, bias = (parameter.detach() for parameter in parameters)
     target = one_hot(val[1], classes).float()
-    predicted = (val[0].float() @ parameters[0] + parameters[1]).argmax(-1)
+    predicted = (val[0].float() @ weight + bias).argmax(-1)
     right = (predicted == val[1]).float() @ target  # (R, C)
     present = target.sum(0) > 0
     accuracy = (right[:, present] / target.sum(0)[present]).mean(1)
     wins = (accuracy > best.accuracy) & (step - best.step <= patience)
     chosen = wins[:, None, None]
     return Head(
-        torch.where(chosen, parameters[0].detach(), best.weight),
-        torch.where(chosen, parameters[1].detach(), best.bias),
+        torch.where(chosen, weight, best.weight),
+        torch.where(chosen, bias, best.bias),
         torch.where(wins, step, best.step),
         torch.where(wins, accuracy, best.accuracy),
     )

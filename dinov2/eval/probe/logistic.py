@@ -1,15 +1,19 @@
 """Logistic regression on standardised features."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dinov2.configs.fields import key
 from dinov2.eval.probe.results import Result
 from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Logistic(Probe):
@@ -29,6 +33,7 @@ class Logistic(Probe):
 
 def logistic_scores(fold: Fold, c: float = 0.1, max_iter: int = 3000) -> Tensor:
     """Class probabilities of the test rows, float (1, M, C); of a class that no row to fit on is of, 0."""
+    import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -1,17 +1,20 @@
 """Classification without training: by the nearest neighbours, and by the nearest centroid."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize, one_hot
 
 from dinov2.configs.fields import key
 from dinov2.eval.probe.results import Result
 from dinov2.eval.probe.task import Fold, Probe, TaskFeatures
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("dinov2")
 
@@ -51,6 +54,7 @@ def standardized(fold: Fold) -> Fold:
 
     Directions without deviation are not divided.
     """
+    import torch
     from sklearn.preprocessing import StandardScaler
 
     (rows, labels), device = fold.fit, fold.test.device
@@ -59,7 +63,6 @@ def standardized(fold: Fold) -> Fold:
     return replace(fold, fit=(rows, labels), test=test)
 
 
-@torch.no_grad()
 def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE) -> Tensor:
     """Fractions of the vote of the k nearest (or all N) rows to fit on for each class, float32 (1, M, C).
 
@@ -69,6 +72,9 @@ def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE)
 
     as in DINO (Caron et al. 2021, arXiv:2104.14294), or where the temperature T is None one vote each.
     """
+    import torch
+    from torch.nn.functional import normalize, one_hot
+
     train, votes = normalize(fold.fit[0].float()), one_hot(fold.fit[1], fold.classes).float()
     scores = []
     for queries in normalize(fold.test.float()).split(_QUERIES):
@@ -114,6 +120,9 @@ def few_shot_scores(fold: Fold, shots: int, draws: int = 100, seed: int = 0) -> 
 
     Rows are drawn without replacement, by a generator of ``seed`` plus the fold's number.
     """
+    import torch
+    from torch.nn.functional import normalize
+
     train, numbers = fold.train[0].float(), fold.train[1].cpu().numpy()
     of_class = [np.flatnonzero(numbers == number) for number in range(fold.classes)]
     if (least := min(map(len, of_class))) < shots:

@@ -9,8 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dinov2.eval.datasets.labels import LabelledTiles
 from dinov2.eval.probe.folds import Division, divide
@@ -18,7 +16,10 @@ from dinov2.eval.probe.metrics import Predictions, estimate
 from dinov2.eval.probe.results import Result
 
 if TYPE_CHECKING:
-    from dinov2.eval.probe.run import Probing
+    import torch
+    from torch import Tensor
+
+    from dinov2.eval.probe.options import Probing
 
 _LABEL_FREE_ROWS = 2048
 
@@ -117,6 +118,8 @@ class TaskFeatures:
 
         Its scores of the M test rows of a fold are float (R, M, C) for R runs, the higher the likelier.
         """
+        import torch  # not for a command line that is only read
+
         rows, probing, parts = self.rows, self.probing, []
         for number, division in enumerate(self.divisions):
             train, val, test, fit = (

@@ -16,6 +16,9 @@ from dinov2.hub.layouts_dinov3 import is_dinov3
 CARD = "README.md"
 """Its name in an export, and on the Hugging Face hub."""
 
+LIBRARY = "path-fm"
+"""What the hub calls this package."""
+
 _TEMPLATE = Path(__file__).with_name("card.md")
 # Sections that say what a run learnt; of the others these keys do.
 _RECIPE = ("student", "teacher", "dino", "ibot", "losses", "crops", "augmentation", "optim", "precision")
@@ -24,7 +27,7 @@ _STARTS = {"MODEL": ("WEIGHTS",), "student": ("pretrained_weights",)}
 
 
 def model_card(
-    layout: Layout,
+    layout: Layout | None,
     model: nn.Module,
     dtype: str,
     side: int | None,
@@ -37,7 +40,8 @@ def model_card(
     """Markdown with the front matter that the hub reads.
 
     Args:
-        layout, model, dtype: the export, its backbone and the name of its floating-point type.
+        layout: of the export; None for a teacher as runs write it.
+        model, dtype: its backbone and the name of its floating-point type.
         side: of the images in px, where it is known.
         colours: mean and deviation that images are normalised with, and where these are from, in words.
         record: the JSON beside the teacher, or nothing.
@@ -51,7 +55,7 @@ def model_card(
     family = "dinov3" if is_dinov3(model) else "dinov2"
     data = ModelCardData(
         license=license_id or None,
-        library_name=layout.card_library,
+        library_name=layout.card_library if layout else LIBRARY,
         pipeline_tag="image-feature-extraction",
         tags=["pathology", "histology", "self-supervised", "vision-transformer", family],
     )
@@ -62,9 +66,9 @@ def model_card(
         trained=bool(config),
         facts=_facts(model, dtype, side, colours, record),
         width=model.embed_dim,
-        loading=layout.loading(repo or "ORG/NAME"),
-        opens_here=layout.opens_here,
-        repo=repo or "ORG/NAME",
+        loading=layout.loading(repo or "ORG/NAME") if layout else "",
+        opens_here=layout.opens_here if layout else True,
+        repo=(repo or "ORG/NAME") if layout else "",
         data=_data(config, record),
         recipe=yaml.safe_dump(_recipe(config), sort_keys=False).strip() if config else "",
         results=results,

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from huggingface_hub import ModelCard
 
+from dinov2.eval.probe.results import Result, append_csv
 from dinov2.export import save_teacher
-from dinov2.train.exports import LISTING, export_path, list_export
+from dinov2.models.vision_transformer import vit_demo
+from dinov2.train.exports import LISTING, export_path, list_export, write_card
 
 
 def make(output_dir: Path, step: int, keep: int, value: float = 0.0) -> Path:
@@ -91,3 +94,30 @@ def test_foreign_lines_of_the_list_lead_nowhere(tmp_path: Path, line: str):
     for step in (2, 3):
         make(run, step, keep=1)
     assert kept(run) == {3} and elsewhere.exists()
+
+
+def test_cards_tell_of_the_run_and_go_with_their_exports(tmp_path: Path):
+    append_csv(tmp_path / "eval/probes.csv", [Result("bach", "knn20", "balanced_accuracy", 0.5678, 0.5, 0.625)], 5)
+    backbone = vit_demo(patch_size=14, img_size=42)
+    for step in (5, 10):
+        make(tmp_path, step, keep=0)
+        write_card(tmp_path, step, backbone)
+    cards = {step: export_path(tmp_path, step).with_name("README.md") for step in (5, 10)}
+    first, second = (ModelCard.load(card) for card in cards.values())
+    assert first.data.library_name == "path-fm" and "0.5678" in first.text and "0.5678" not in second.text
+    sums = {line.split()[1]: line.split()[0] for line in (tmp_path / LISTING).read_text().splitlines()}
+    assert sums["eval/training_5/README.md"] == xxhash.xxh3_128_hexdigest(cards[5].read_bytes())
+    cards[10].write_text("gone over by hand")
+    write_card(tmp_path, 10, backbone)
+    for step in (15, 20):
+        make(tmp_path, step, keep=1)
+    assert kept(tmp_path) == {20} and not cards[5].parent.exists()
+    assert cards[10].read_text() == "gone over by hand"
+
+
+def test_a_card_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    make(tmp_path, 5, keep=0)
+    (tmp_path / "eval/probes.csv").write_text("another,table\n")
+    write_card(tmp_path, 5, vit_demo(patch_size=14, img_size=42))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert not export_path(tmp_path, 5).with_name("README.md").exists()

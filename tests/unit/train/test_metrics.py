@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -16,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import median_abs_deviation
 
 from dinov2.extensions import SINKS
 from dinov2.logging import setup_logging
 from dinov2.logging.metrics import GradNormLevel, MetricAccumulator, RunningMedian, relative_to_chance
 from dinov2.logging.names import grouped, ungrouped
-from dinov2.logging.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink
+from dinov2.logging.sinks import ConsoleSink, Exported, JsonlSink, Sink, Sinks, WandbSink
 from tests.helpers.spawn import run_ranks
 
 RECORD = {
@@ -167,6 +169,67 @@ def test_tensorboard_gets_groups_at_their_steps(tmp_path: Path):
     assert scalars == [(1010.0, 10, 12.5), (1020.0, 20, 11.25)]
     assert {"schedule/lr", "norm/grad_norm_backbone", "time/img_per_s"} <= set(events.Tags()["scalars"])
     assert "step" not in events.Tags()["scalars"]
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Exported:
+    """A red picture, and files that stand for a teacher's."""
+    teacher = tmp_path / "teacher_checkpoint.pth"
+    teacher.write_bytes(b"weights")
+    teacher.with_suffix(".json").write_text("{}")
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(buffer, "PNG")
+    return Exported(20, {"crops": buffer.getvalue()}, teacher)
+
+
+def test_tensorboard_gets_pictures(tmp_path: Path, exported: Exported):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sink = SINKS["tensorboard"](tmp_path, "path-fm", {})
+    sink.export(exported)
+    sink.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    ((step, width, height),) = [(event.step, event.width, event.height) for event in events.Images("pictures/crops")]
+    assert (step, width, height) == (20, 6, 4)
+
+
+def test_mlflow_gets_records_pictures_and_teacher_and_goes_on(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")  # which mlflow-skinny lacks
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = {"optim": {"base_lr": 1e-3, "epochs": 2}, "data": {"path": ""}}
+    for step in (10, 20):
+        sink = SINKS["mlflow"](tmp_path, "path-fm", config)
+        sink.write(RECORD | {"step": step, "time": 1000.0 + step, "total_loss": 12.5, "kde_loss": math.nan})
+        sink.export(exported)
+        sink.close()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("path-fm").experiment_id])
+    assert run.info.run_name == tmp_path.name and run.info.status == "FINISHED"
+    assert run.data.params == {"optim.base_lr": "0.001", "optim.epochs": "2"}
+    history = client.get_metric_history(run.info.run_id, "loss/total_loss")
+    assert sorted((metric.timestamp, metric.step, metric.value) for metric in history) == [
+        (1_010_000, 10, 12.5), (1_020_000, 20, 12.5),
+    ]  # fmt: skip
+    assert "loss/kde_loss" not in run.data.metrics and "step" not in run.data.metrics
+    kept = [path for path in (tmp_path / "mlflow").rglob("*") if path.is_file()]
+    assert {"config.yaml", "teacher_checkpoint.pth", "teacher_checkpoint.json"} <= {path.name for path in kept}
+    assert any(path.suffix == ".png" and Image.open(path).size == (6, 4) for path in kept)
+
+
+def test_a_sink_whose_package_is_missing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow")):
+        monkeypatch.setitem(sys.modules, module, None)
+        sinks = Sinks()
+        caplog.clear()
+        sinks.add(SINKS[name], tmp_path, "path-fm", {})
+        assert not sinks.takes_exports
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "install.sh" in caplog.text
 
 
 def test_jsonl_appends(tmp_path: Path):
@@ -327,7 +390,9 @@ sink.close()
     assert [path.name for path in (tmp_path / "wandb").glob(f"offline-run-*-{run_id}")]
 
 
-def test_wandb_stays_offline_without_login_and_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_stays_offline_without_login_and_keeps_its_id(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -336,7 +401,10 @@ def test_wandb_stays_offline_without_login_and_keeps_its_id(tmp_path: Path, monk
     for _ in range(2):
         sink = WandbSink(tmp_path, "path-fm", {"a": 1})
         sink.write(RECORD)
+        sink.export(exported)
         sink.close()
     run_id = (tmp_path / "wandb_run_id.txt").read_text()
     runs = [path.name for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline-run-")]
     assert runs and all(run_id in name for name in runs)
+    pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/pictures/crops_*.png"))
+    assert pictures and Image.open(pictures[0]).size == (6, 4)

@@ -13,7 +13,8 @@ from skimage.color import rgb2hed
 from skimage.data import immunohistochemistry
 
 from dinov2.configs import load_config
-from dinov2.eval.probe.__main__ import main, open_tasks
+from dinov2.eval.probe.__main__ import main
+from dinov2.eval.probe.command import open_tasks
 from dinov2.export import save_teacher
 from dinov2.hub import trained_with
 from dinov2.models import build_model_from_cfg

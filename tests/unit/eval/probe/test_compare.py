@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score
 from dinov2.eval.datasets.labels import LabelledTiles
 from dinov2.eval.probe.compare import compare, paired_difference
 from dinov2.eval.probe.nearest import Knn
-from dinov2.eval.probe.run import Probing
+from dinov2.eval.probe.options import Probing
 from dinov2.eval.probe.task import TaskFeatures
 
 

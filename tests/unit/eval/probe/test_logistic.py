@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dinov2.eval.datasets.labels import LabelledTiles
 from dinov2.eval.probe.logistic import Logistic, logistic_scores
-from dinov2.eval.probe.run import Probing
+from dinov2.eval.probe.options import Probing
 from dinov2.eval.probe.task import Fold, TaskFeatures
 
 

@@ -19,8 +19,9 @@ from dinov2.eval.datasets.labels import LabelledTiles
 from dinov2.eval.features import Embedding
 from dinov2.eval.probe.__main__ import parse_args
 from dinov2.eval.probe.nearest import Knn, knn_scores
+from dinov2.eval.probe.options import Probing, options_for
 from dinov2.eval.probe.results import COLUMNS, Result, append_csv, as_metrics, as_table, write_json
-from dinov2.eval.probe.run import Probing, evaluate, options_for, run_probes
+from dinov2.eval.probe.run import evaluate, run_probes
 from dinov2.eval.probe.task import Fold, Probe
 from dinov2.extensions import PROBES
 
