@@ -1,5 +1,6 @@
 """Open a teacher from any of the layouts in which such weights are passed around."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,15 +142,30 @@ def stated_backbone(path: str) -> nn.Module | None:
                 "package.module:Name."
             )
         make = BACKBONES[arch]
+        if ":" in arch and not _makes_modules(make):  # a file must not have any function called by naming it
+            raise ValueError(
+                f"The JSON beside {path!r} names arch {arch!r}, which is no backbone; a subclass of torch.nn.Module is "
+                "expected, or a function that is annotated to return one."
+            )
     try:
         with torch.device("meta"):
             model = make(**arguments)
         # A ViT gets all its tensors from the file; others may have tables that no file holds.
         return model if layouts.is_vit(model) or layouts_dinov3.is_dinov3(model) else make(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
             f"The architecture in the JSON beside {path!r} does not describe a backbone ({error})."
         ) from error
+
+
+def _makes_modules(make: Any) -> bool:
+    """Whether something is a class of modules, or a function that says it returns one."""
+    if inspect.isfunction(make):
+        try:
+            make = inspect.signature(make, eval_str=True).return_annotation
+        except (NameError, TypeError, ValueError):  # of what cannot be told
+            return False
+    return isinstance(make, type) and issubclass(make, nn.Module)
 
 
 def _trained_arch(described: Mapping[str, Any]) -> str | None:

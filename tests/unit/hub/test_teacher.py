@@ -181,6 +181,7 @@ def test_heads_are_those_of_the_architectures():
             r"teacher.json' does not describe a teacher's architecture .*architecture.*; mend or remove it",
         ),
         ('{"architecture": {"arch": "vit_vast"}}', "names arch 'vit_vast'; one of vit_demo, vit_shallow, vit_tiny"),
+        ('{"architecture": {"arch": "vit_demo", "patch_size": 0}}', "does not describe a backbone"),
         ('{"architecture": {"arch": "vit_demo", "patches": 14}}', "does not describe a backbone .*'patches'"),
         (
             '{"architecture": {"arch": "vit_tiny", "patch_size": 14}}',
@@ -447,6 +448,36 @@ def test_a_backbone_that_names_itself_is_found_by_the_runs_configuration(rotary,
     assert "\n" not in str(error.value)
     command = ["--checkpoint", str(path), "--output", str(tmp_path / "out"), "--format", "meta"]
     assert export_command(command) == 2
+
+
+def unannotated(width: int = 16):
+    return Rotary(width=width)
+
+
+def annotated(width: int = 16) -> Rotary:
+    return Rotary(width=width)
+
+
+@pytest.mark.parametrize("arch", ["os:system", "subprocess:run", "builtins:exec", "rotary_backbone:unannotated"])
+@pytest.mark.parametrize("where", ["architecture", "config"])
+def test_a_json_calls_nothing_but_backbones(rotary, arch, where, tmp_path):
+    """It may be from anywhere, as weights may."""
+    sys.modules["rotary_backbone"].unannotated = unannotated
+    path, made = tmp_path / "teacher.pth", tmp_path / "made"
+    arguments = {"command": f"touch {made}"} if arch == "os:system" else {"args": ["touch", str(made)]}
+    named = arch if where == "architecture" else "itself"
+    record = {"architecture": {"arch": named, **arguments}, "config": {"student": {"arch": arch}}}
+    save_teacher(path, {"backbone": rotary.state_dict()}, record)
+    with pytest.raises(ValueError, match="no backbone") as error:
+        load_teacher(path)
+    assert not made.exists() and "\n" not in str(error.value)
+
+
+def test_a_function_that_says_it_returns_a_backbone(rotary, tmp_path):
+    sys.modules["rotary_backbone"].annotated = annotated
+    record = {"architecture": {"arch": "rotary_backbone:annotated", "width": 16}}
+    save_teacher(tmp_path / "teacher.pth", {"backbone": rotary.state_dict()}, record)
+    assert isinstance(load_teacher(tmp_path / "teacher.pth"), Rotary)
 
 
 class Upside(DinoVisionTransformer):
