@@ -124,6 +124,7 @@ def open_data(config: Config, index_cache: Path | None = None, saved: dict[str, 
                     f"'{name}' name none; give data.groups_file, or 1.0 and data.max_tiles."
                 )
             source, validation = split.training, split.validation
+        report += _small_tiles(config, name, source)
         if data.max_tiles and not _is_endless(source):
             source = take_tiles(source, data.max_tiles, config.train.seed)
         sources.append(source)
@@ -293,6 +294,27 @@ def _find_faults(source: Source, count: int) -> tuple[int, list[str]]:
             except DecodeError as error:
                 faults.append(f"{source.describe(group, row)}: {error}")
     return seen, faults
+
+
+def _small_tiles(config: Config, name: str, source: Source) -> list[str]:
+    """A warning where tiles are smaller than global views; of those on this machine one is looked at."""
+    sides, crop = (), config.crops.global_crops_size
+    if _is_endless(source):
+        sides = (config.data.tile_size, config.data.tile_size)
+    elif not source.is_remote:
+        group = int(np.where(source.group_rows > 0, source.group_bytes, np.iinfo(np.int64).max).argmin())
+        if source.group_bytes[group] > _CHECKED_BYTES:
+            return []
+        with suppress(DecodeError, SlideError, OSError, ValueError):  # which reading them in earnest tells
+            ((slide, stored),) = source.read(group, [0])
+            sides = source.decode(EncodedSample(0, group, 0, slide, stored)).shape[:2]
+    if not sides or min(sides) >= crop:
+        return []
+    return [
+        f"warning   dataset '{name}': tiles of {sides[1]} x {sides[0]} px are smaller than crops.global_crops_size = "
+        f"{crop}, so that even a view of a whole tile is enlarged {crop / min(sides):.2g} times; give crops of at most "
+        "the tiles' side, or larger tiles"
+    ]
 
 
 def _datasets(config: Config) -> tuple[DatasetConfig, ...]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dinov2.build.networks import with_teachers
+from dinov2.configs import load_config
 from dinov2.hub import load_teacher
 from dinov2.train.plan.measure import StepCosts
 from dinov2.train.plan.memory import MemoryModel
 from dinov2.train.train import main
+from tests.helpers.backbones import random_backbone, transformers_weights
 from tests.helpers.checkpoints import save_vit
 from tests.helpers.runs import TINY, checkpoint_tensors, read_metrics
 from tests.helpers.training import tiny_config
@@ -82,6 +86,34 @@ def test_teachers_that_cannot_be_are_refused_before_data_are_opened(
             told = capsys.readouterr().err
             assert all(word in told for word in ("losses.distillation", *words)), told
             assert "Traceback" not in told and str(nowhere) not in told
+
+
+def test_what_a_teachers_folder_tells_is_in_the_runs_configuration(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """As transformers saves one: eps of its norms, and the normalisation of its images, beside the weights."""
+    folder, run = tmp_path / "published", tmp_path / "run"
+    folder.mkdir()
+    vit = random_backbone(patch_size=16, img_size=64, embed_dim=192, num_heads=3)
+    save_file(transformers_weights(vit.state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 3, "layer_norm_eps": 1e-12}))
+    colours = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours))
+    distil = (f"losses.distillation.teacher={folder}", "losses.distillation.crops_size=64")
+    assert train(shards, run, *distil, "optim.early_stop=0.25") == 0
+    found = load_config(run / "config.yaml").losses["distillation"]
+    assert (found.normalize_mean, found.normalize_std) == ((0.5,) * 3, (0.25,) * 3)
+    assert (found.architecture["patch_size"], found.architecture["layer_norm_eps"]) == (16, 1e-12)
+    teacher = found.build()
+    teacher.load_state_dict(load_teacher(folder).state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(teacher.eval()(images), load_teacher(folder)(images))
+    (folder / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert train(shards, run, *distil, "optim.early_stop=0.5") == 2  # a resumed run reads it again
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and str(folder) in told
+    assert main(["--output-dir", str(run), "--eval-only"]) == 0  # an export has no use for it
 
 
 def test_the_plan_counts_the_teacher(shards: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

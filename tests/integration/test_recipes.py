@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ NARROW = (
     *("precision=fp32", "performance.fp8=none", "crops.local_crops_number=2", "logging.period_iterations=1"),
     *("data.kind=parquet", "logging.wandb=false"),
 )
+
+
+def test_each_has_its_row():
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    named = {name for line in page.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+)`", line)}
+    assert named >= set(recipes())
 
 
 @pytest.mark.parametrize("recipe", recipes())

@@ -47,6 +47,13 @@ def test_absurd_passes_are_warned_of(shards: Path) -> None:
     assert unseen.count("warning   dataset") == 1 and "29%" in unseen
 
 
+def test_tiles_smaller_than_the_crop_are_warned_of(shards: Path) -> None:
+    assert "smaller" not in described(shards, "optim.epochs=3", "crops.global_crops_size=56")  # tiles of 64 px
+    small = described(shards, "optim.epochs=3", "crops.global_crops_size=224", "crops.local_crops_size=98")
+    (line,) = [line for line in small.splitlines() if "warning   dataset" in line]
+    assert "64 x 64 px" in line and "crops.global_crops_size = 224" in line and "3.5 times" in line
+
+
 def test_slides_and_tiles_are_restricted_by_keys(shards: Path) -> None:
     def data(*overrides: str) -> stream.OpenData:
         return stream.open_data(load_config(None, [*TINY, f"data.path={shards}", *overrides]))
