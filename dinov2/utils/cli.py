@@ -1,6 +1,7 @@
 """Common parts of all commands: exit statuses, how errors end a command, and one name for each option."""
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2.utils.secrets import hide_urls, keep_logs_public
 from dinov2.utils.signals import STATUS_OF
@@ -105,7 +106,7 @@ def run_command(
         logger.info("%s", error)
         return error.status
     except (ValueError, OSError, ImportError, DeviceError, *errors) as error:
-        logger.error("%s", error)
+        logger.error("%s", _sentence(error))
         logger.debug("Raised here:", exc_info=True)
         return USER_ERROR
     except KeyboardInterrupt:
@@ -117,6 +118,26 @@ def run_command(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error says; of the system's own the file and the reason, without its number."""
+    if isinstance(error, OSError) and str(error).startswith("[Errno ") and error.filename is not None:
+        return f"'{error.filename}' cannot be used: {error.strerror}."
+    return str(error)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, with the option that may be meant, in place of a screenful of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with the status of a user's error."""
+        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        names = [action.option_strings[0] for action in self._actions if action.option_strings]
+        near = [difflib.get_close_matches(word.partition("=")[0], names, n=1) for word in unknown]
+        meant = ", ".join(name for found in near for name in found)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        self.exit(USER_ERROR, f"{self.prog}: {message}{hint}; {self.prog} --help says what it takes.\n")
 
 
 def command_parser(
@@ -136,7 +157,7 @@ def command_parser(
     ends = [textwrap.fill(epilog, _HELP_WIDTH)] if epilog else []
     if examples:
         ends.append("\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]))
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=prog, description=description, epilog="\n\n".join(ends),
         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs,
     )  # fmt: skip
