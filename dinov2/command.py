@@ -96,7 +96,8 @@ def _help(names: Collection[str]) -> str:
     """List some commands."""
     width = max(map(len, names))
     lines = [f"  {name:{width}}  {COMMANDS[name][1]}" for name in names]
-    return "\n".join(["usage: pathfm COMMAND [...]", "", "commands:", *lines, "", "examples:", *_EXAMPLES, ""])
+    examples = _EXAMPLES if len(names) == len(COMMANDS) else [f"  pathfm {next(iter(names))} --help"]
+    return "\n".join(["usage: pathfm COMMAND [...]", "", "commands:", *lines, "", "examples:", *examples, ""])
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ def health_of_targets(outputs: StepOutputs, terms: Container[str]) -> dict[str, 
 def target_figures(targets: Tensor | Assignments, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean entropy of targets and use of prototypes, both over the rows of all ranks; all ranks must call.
 
-    ::
-
         entropy = mean_n sum_k -p_nk ln p_nk / ln K               0: one prototype a row, 1: uniform rows
         use     = exp(sum_k -q_k ln q_k) / K,  q = mean_n p_n     1 / K: one prototype for all, 1: all alike
 

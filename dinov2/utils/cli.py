@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import difflib
 import json
 import logging
 import os
@@ -106,7 +107,7 @@ def run_command(
         logger.info("%s", error)
         return error.status
     except (ValueError, OSError, ImportError, DeviceError, *errors) as error:
-        logger.error("%s", error)
+        logger.error("%s", _sentence(error))
         logger.debug("Raised here:", exc_info=True)
         return USER_ERROR
     except KeyboardInterrupt:
@@ -139,12 +140,25 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     sys.exit(ended[0])
 
 
+def _sentence(error: BaseException) -> str:
+    """What an error says; of the system's own the file and the reason, without its number."""
+    if isinstance(error, OSError) and str(error).startswith("[Errno ") and error.filename is not None:
+        return f"'{error.filename}' cannot be used: {error.strerror}."
+    return str(error)
+
+
 class _Parser(argparse.ArgumentParser):
-    """Without what is secret in its errors, which show what was given."""
+    """Says a mistake in one line, with the option that may be meant, in place of a screenful of usage."""
 
     def error(self, message: str) -> NoReturn:
+        """End the process with the status of a user's error; what is secret of what was given is not shown."""
         hide_urls(sys.argv)
-        super().error(public_text(message))
+        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        names = [action.option_strings[0] for action in self._actions if action.option_strings]
+        near = [difflib.get_close_matches(word.partition("=")[0], names, n=1) for word in unknown]
+        meant = ", ".join(name for found in near for name in found)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        self.exit(USER_ERROR, f"{self.prog}: {public_text(message)}{hint}; {self.prog} --help says what it takes.\n")
 
 
 def command_parser(

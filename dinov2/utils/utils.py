@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class CosineScheduler:
     """Value per iteration: zeros while frozen, a linear warm-up, then a half cosine; computed on request.
 
-    With F = freeze_iters, W = warmup_iters, T = total_iters::
+    With F = freeze_iters, W = warmup_iters, T = total_iters:
 
         v[i] = 0                                                             i < F
         v[i] = start + (base - start) * (i - F) / (W - 1)                    F <= i < F + W

@@ -21,7 +21,7 @@ _Fetches = dict[_Key, "Future[dict[int, EncodedSample]]"]
 class RankReader:
     """Encoded rows of one rank, one list per step, without end.
 
-    Step s on rank k holds samples start_sample + s*B + k*B/world + [0, B/world), B the global batch. It is the
+    Step s on rank k holds samples ``start_sample + s*B + k*B/world + [0, B/world)``, B the global batch. It is the
     DataLoader's batch sampler, the rows its "indices": workers keep no state, their number affects no order and no I/O.
 
     Each chunk of a row group (see `SampleOrder.members`) is fetched once and its rows are freed as they are used.

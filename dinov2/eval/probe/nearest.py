@@ -66,8 +66,6 @@ def standardized(fold: Fold) -> Fold:
 def knn_scores(fold: Fold, k: int = 20, temperature: float | None = TEMPERATURE) -> Tensor:
     """Fractions of the vote of the k nearest (or all N) rows to fit on for each class, float32 (1, M, C).
 
-    ::
-
         score(c) ~ sum_{i among the k nearest, y_i = c} exp(cos(x, x_i) / T)
 
     as in DINO (Caron et al. 2021, arXiv:2104.14294), or where the temperature T is None one vote each.

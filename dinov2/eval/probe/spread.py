@@ -32,8 +32,6 @@ class ODCorr(Probe):
 def rankme(embeddings: np.ndarray) -> float:
     """Effective rank of embeddings (N, D), not all zero: between 1 (collapsed) and min(N, D).
 
-    ::
-
         RankMe = exp(-sum_k p_k ln p_k),  p_k = sigma_k / sum_l sigma_l
 
     with the singular values sigma of the matrix, not centred (Garrido et al. 2023, arXiv:2210.02885,
@@ -47,9 +45,7 @@ def rankme(embeddings: np.ndarray) -> float:
 def mean_cosine(embeddings: np.ndarray) -> float:
     """Mean cosine between two different rows of (N, D), N >= 2: 1 collapsed, about 0 spread out.
 
-    ::
-
-        (|sum_i z_i|^2 - N) / (N (N - 1)),  z_i = row i / |row i|
+    (|sum_i z_i|^2 - N) / (N (N - 1)),  z_i = row i / |row i|
     """
     z = np.asarray(embeddings, np.float64)
     z = z / np.linalg.norm(z, axis=1, keepdims=True)
@@ -82,8 +78,6 @@ def site_leakage(embeddings: np.ndarray, origins: Sequence[Origin], neighbours: 
 
 def odcorr(embeddings: np.ndarray) -> float:
     """Off-diagonal correlation of (N, D) embeddings, N >= 2: 0 uncorrelated tiles, 1 collapsed.
-
-    ::
 
         ODCorr = sqrt(sum_{i != j} rho(z_i, z_j)^2 / (N (N - 1)))
 

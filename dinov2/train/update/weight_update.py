@@ -14,8 +14,6 @@ from dinov2.fsdp import reshard
 class WeightUpdate:
     """One update of student and teacher from the student's gradients, by PyTorch's own functions.
 
-    ::
-
         g <- g min(1, max_norm / (|g| + 1e-6))      |g| over each module of the student
         s <- AdamW(s, g)
         t <- m t + (1 - m) s

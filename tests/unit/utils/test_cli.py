@@ -133,3 +133,20 @@ def test_a_parser_says_how_its_command_was_started():
     with cli.started_as("pathfm tool"):
         assert helped().rstrip().splitlines()[-1] == "  pathfm tool a --b"
     assert helped().startswith("usage: python tool.py")
+
+
+@pytest.mark.parametrize("word", ["--outputdir", "--output-dri=x"])
+def test_a_misspelt_option_is_one_line_with_the_nearest(word: str, capsys: pytest.CaptureFixture):
+    parser = cli.command_parser("python tool.py", "A tool.")
+    for names in (("--output-dir", "--output_dir"), ("--workers",)):
+        parser.add_argument(*names)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args([word])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "--output-dir?" in line
+
+
+def test_an_error_of_the_system_names_the_file_without_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "absent/file"
+    assert cli.run_command(path.read_text, LOGGER) == 2
+    assert str(path) in caplog.text and "Errno" not in caplog.text

@@ -1,6 +1,6 @@
 """Stain augmentation in haematoxylin-eosin-DAB (HED) space, on 8-bit images.
 
-Definition of scikit-image >= 0.19 (Ruifrok and Johnston, 2001), with rgb in [0, 1] and eps = 1e-6::
+Definition of scikit-image >= 0.19 (Ruifrok and Johnston, 2001), with rgb in [0, 1] and eps = 1e-6:
 
     hed = max(0, ln(max(rgb, eps)) / ln(eps) @ HED_FROM_RGB)
     rgb = clip(exp(ln(eps) * hed @ RGB_FROM_HED), 0, 1)
