@@ -34,7 +34,9 @@ def validate(config: Config, world_size: int) -> None:
         for path, hint, key, value in keys_of(config)
         if not key.accepts(value)
     }
-    if faults := [*out_of_range.values(), *combination_faults(config, world_size, out_of_range)]:
+    faults = [*out_of_range.values(), *combination_faults(config, world_size, out_of_range)]
+    # The loader, which names other faults too, does not know the number of processes.
+    if faults := faults or [*_group_faults(config, world_size)]:
         raise ConfigError(faults)
 
 
@@ -55,7 +57,7 @@ def combination_faults(config: Config, world_size: int, faulty: Collection[str] 
     found = chain(
         _crop_faults(config), _window_faults(config), _gram_faults(config), _mask_faults(config), _data_faults(config),
         _online_faults(config), _step_faults(config, world_size), _range_faults(config), _network_faults(config),
-        _precision_faults(config), _group_faults(config, world_size),
+        _precision_faults(config),
     )  # fmt: skip
     return list(filter(is_judged, found))
 
@@ -216,7 +218,7 @@ def _group_faults(config: Config, world_size: int) -> Iterator[str]:
     images = size if size == "auto" else size * (world_size if dino.koleo_gather else 1)
     if images != "auto" and images % group:
         told = f"of train.batch_size_per_gpu = {size}"
-        told += f" in {world_size} processes with dino.koleo_gather = true" if dino.koleo_gather else ""
+        told += f" x {world_size} processes (dino.koleo_gather = true)" if dino.koleo_gather else ""
         yield f"dino.koleo_group = {group} does not divide the {images} images {told}; give a divisor, or 0 for all."
     if group <= topk:
         yield (

@@ -24,8 +24,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, distance: str = "cosine"
         cosine   1/n sum_i ( 1 - x_i.t_i / (|x_i| |t_i|) )
         mse      1/(n D) sum_i |x_i - t_i|^2
 
-    The cosine leaves out how long the teacher's tokens are, which differs between its layers' few outliers and the
-    rest; AM-RADIO (arXiv:2312.06709, section 3.4) takes it for class tokens.
+    The cosine leaves out how long the teacher's tokens are, of which a few are outliers; AM-RADIO (arXiv:2312.06709)
+    takes it for class tokens.
 
     Args:
         student, teacher: (..., D), any float dtype.

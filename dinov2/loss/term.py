@@ -128,7 +128,8 @@ class TermWithTeacher(LossTerm):
 
     weights_option: ClassVar[str]  # option that names its weights, or is empty
     # Whether it is a copy of the EMA teacher's backbone: it then begins as that, may be replaced by it, and is saved
-    # with each checkpoint. Others are always loaded from their weights.
+    # with each checkpoint. Others are always loaded from their weights; their options are those of
+    # `dinov2.loss.distillation.Distillation`, and perhaps more.
     follows_teacher: ClassVar[bool]
 
     @property
