@@ -73,7 +73,7 @@ def _export(args: argparse.Namespace) -> int:
     args.checkpoint = teacher_file(args.checkpoint)
     # Of a run's teacher, RUN/eval/training_N/teacher_checkpoint.pth, what the run measured of it.
     folder = Path(args.checkpoint).absolute().parent
-    probes = folder.with_name("probes.csv")
+    probes = folder.parent / "probes.csv"
     is_of_run = folder.name.startswith("training_") and probes.is_file()
     results = read_csv(probes, trained_with(args.checkpoint).get("step")) if is_of_run else []
     return export(args, as_table(results) if results else "")

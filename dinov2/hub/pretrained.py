@@ -104,6 +104,8 @@ def read_checkpoint(name: str) -> Any:
     except Exception as error:  # torch.load raises whatever the corrupt bytes lead to
         # What follows torch's first sentence is advice to load the file without its safeguard.
         detail = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
+        if not any(map(str.isalpha, detail)):  # a number, which the unpickler has stumbled over
+            detail = "it is another kind of file"
         expected = "a PyTorch .pth or a .safetensors file is expected"
         if path and (classes := _foreign_classes(path)):
             detail = f"it holds objects of {', '.join(classes[:_SHOWN])}"

@@ -4,6 +4,7 @@ It holds curves, facts, probes and configurations of one or several runs, and pi
 of tiles, in one file that needs nothing else. What is not there, or cannot be read, is named on the page.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"./{PAGE_OF_SEVERAL})",
     )
     parser.add_argument("--watch", action="store_true", help="serve the page on this machine; it follows the run")
-    parser.add_argument("--port", type=int, default=8123, help="of --watch; 0 takes a free one (%(default)s)")
+    parser.add_argument("--port", type=_port, default=8123, help="of --watch; 0 takes a free one (%(default)s)")
     parser.add_argument("--price", type=float, help="of an hour of one GPU, for the cost so far")
     parser.add_argument("--no-pictures", action="store_true", help="leave out all that needs tiles or a teacher")
     add_options(parser, "--device")
@@ -50,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         (make.watch if args.watch else make.make_report)(args)
 
     return run_command(body, logger)
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"it is {text}, but it must be in 0 to 65535")
+    return number
+
+
+_port.__name__ = "port"  # what argparse calls it where a text is no number
 
 
 if __name__ == "__main__":

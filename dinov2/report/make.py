@@ -43,6 +43,8 @@ def _checked_output(output: Path | None) -> Path | None:
     if output.suffix.lower() == ".html":
         if output.exists() and not is_ours(output):
             raise ValueError(f"'{output}' is not a page of an earlier report; give --output a new name.")
+    elif output.is_file():
+        raise ValueError(f"'{output}' is a file, and no page by its name; give --output a folder, or a name in .html.")
     elif output.is_dir() and any(output.iterdir()) and not (output / PAGE).exists():
         raise ValueError(f"Folder '{output}' holds other files; give --output a new folder, or a name in .html.")
     return output

@@ -201,11 +201,14 @@ def read_config(path: Path) -> dict[str, str]:
 
 
 def config_difference(runs: Iterable[Run]) -> list[tuple[str, ...]]:
-    """Keys in which configurations differ, each with every run's value; those that one lacks count as empty."""
+    """Keys in which configurations differ, each with every run's value; those that one lacks count as empty.
+
+    A run whose configuration is not known differs in none.
+    """
     configs = [run.config for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = [(key, *(config.get(key, "") for config in configs)) for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    return [row for row in rows if len({text for text, config in zip(row[1:], configs, strict=True) if config}) > 1]
 
 
 def probes_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Probed]:

@@ -2,18 +2,24 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for_connection
 from typing import TypeVar
 
 from tqdm import tqdm
 
+from dinov2.utils.cli import Terminated
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+_is_busy = False  # in a worker: with a job
 
 
 def run_jobs(
@@ -27,7 +33,8 @@ def run_jobs(
         workers: processes; 1 runs everything in this one.
         unit: what the progress bar counts.
 
-    Yields a job's index in ``jobs`` and its result, as they finish; ChildProcessError if a process was killed.
+    Yields a job's index in ``jobs`` and its result, as they finish; ChildProcessError if a process was killed. Where
+    this process is interrupted, jobs are given up where they are, and remove what they have not finished.
     """
     workers = min(workers, len(jobs))
     bar = tqdm(total=len(jobs), unit=unit, disable=None)
@@ -39,7 +46,15 @@ def run_jobs(
                 yield number, result
         return
     with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
-        numbers: dict[Future[Result], int] = {pool.submit(function, job): number for number, job in enumerate(jobs)}
+        resource_tracker.ensure_running()  # which would unblock the signal for the first worker
+        # Ctrl-C reaches all processes of a terminal: workers, which inherit the mask, leave it to this one.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            numbers: dict[Future[Result], int] = {
+                pool.submit(_work, function, job): number for number, job in enumerate(jobs)
+            }
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in as_completed(numbers):
                 result = future.result()
@@ -49,12 +64,38 @@ def run_jobs(
             raise ChildProcessError(
                 f"One of {workers} processes was killed, perhaps for want of memory; try fewer --workers."
             ) from error
+        except (KeyboardInterrupt, Terminated, GeneratorExit):
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+class _GivenUp(BaseException):
+    """Unwinds a job, so that what is unfinished is removed."""
+
+
+def _work(function: Callable[[Job], Result], job: Job) -> Result:
+    global _is_busy
+    _is_busy = True
+    try:
+        return function(job)
+    except _GivenUp:
+        os._exit(1)
+    finally:
+        _is_busy = False
+
+
+def _give_up(number: int, frame: object) -> None:
+    if _is_busy:
+        raise _GivenUp
+    os._exit(1)
+
+
 def _start_worker() -> None:
     """Keep a process to one core, and let it end when the main one is killed instead of waiting for work for ever."""
+    signal.signal(signal.SIGTERM, _give_up)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if cv2 := sys.modules.get("cv2"):  # loaded by the job's module, where that works on images
         cv2.setNumThreads(1)

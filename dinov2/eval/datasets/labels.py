@@ -97,7 +97,7 @@ def open_labelled_tiles(
     subfolders in each, or Parquet shards with a column ``label`` and perhaps ``patient``, ``split``.
 
     Args:
-        root: folder of images, or of Parquet shards.
+        root: folder of images, or of Parquet shards, or one of these.
         labels: CSV ``file,label[,slide,patient,split]`` with paths below `root`, or
             ``slide_id,label[,patient,split]``.
         slide_regex: finds a tile's slide in its path below `root`, as group 1; without it the slide is the parent
@@ -107,9 +107,11 @@ def open_labelled_tiles(
     match.
     """
     root = Path(root)
-    if not root.is_dir():
+    if root.is_file() and not is_shard(root.name):
+        raise NotADirectoryError(f"'{root}' is no folder of labelled tiles, and no Parquet shard of them.")
+    if not root.exists():
         raise FileNotFoundError(f"Folder '{root}' of labelled tiles does not exist.")
-    shards = sorted(path for path in root.rglob("*") if is_shard(path.name))
+    shards = [root] if root.is_file() else sorted(path for path in root.rglob("*") if is_shard(path.name))
     if labels is None:
         return _from_shards(shards) if shards else _from_folder(root)
     rows, key = read_labels(labels)

@@ -99,6 +99,9 @@ def test_configurations_are_compared_key_by_key(tmp_path: Path):
         (tmp_path / name / "config.yaml").write_text(text)
     runs = [read_run(tmp_path / name, name) for name in "ab"]
     assert config_difference(runs) == [("optim.base_lr", "0.1", "0.2"), ("only", "1", "")]
+    (tmp_path / "c").mkdir()  # of which nothing is known
+    assert config_difference([*runs, read_run(tmp_path / "c", "c")])[0] == ("optim.base_lr", "0.1", "0.2", "")
+    assert config_difference([runs[0], read_run(tmp_path / "c", "c")]) == []
 
 
 def test_probes_of_records_and_intervals_of_their_table(tmp_path: Path):

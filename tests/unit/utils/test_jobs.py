@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.utils.jobs import run_jobs
+from tests.helpers.commands import ROOT
 
 
 def square(number: int) -> int:
@@ -90,3 +91,46 @@ def _runs(process: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+INTERRUPTED = """
+import logging, sys
+from dinov2.utils.cli import run_command
+from dinov2.utils.jobs import run_jobs
+from tests.helpers.commands import ROOT
+from slow import work
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    jobs = [sys.argv[1]] * 3
+    sys.exit(run_command(lambda: list(run_jobs(work, jobs, 2, "job")) and None, logging.getLogger("tool")))
+"""
+SLOW = """
+import time
+from pathlib import Path
+from dinov2.utils.files import unfinished
+
+def work(folder):
+    with unfinished(Path(folder, "result")) as partial:
+        partial.touch()
+        time.sleep(600)
+"""
+
+
+def test_an_interrupted_command_gives_its_jobs_up_in_one_line(tmp_path: Path):
+    """As Ctrl-C does on a terminal, of which all processes get the signal."""
+    (tmp_path / "tool.py").write_text(INTERRUPTED)
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "made").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "tool.py", "made"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while len(list((tmp_path / "made").iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and len(errors.splitlines()) == 1
+    assert list((tmp_path / "made").iterdir()) == []

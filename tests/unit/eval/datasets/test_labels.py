@@ -110,6 +110,15 @@ def test_a_column_of_patients_makes_the_folds_and_nulls_go_by_the_slide(tmp_path
     assert open_labelled_tiles(tmp_path, labels).patients == ("one", "two") * 4
 
 
+def test_one_shard_by_its_name(tmp_path):
+    shard(tmp_path / "a.parquet", 6, label=[0, 1, 0, 1, 0, 1])
+    shard(tmp_path / "b.parquet", 2, label=[0, 1])
+    assert levels(open_labelled_tiles(tmp_path / "a.parquet")) == [0, 10, 20, 30, 40, 50]
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(NotADirectoryError):
+        open_labelled_tiles(tmp_path / "notes.txt")
+
+
 def test_a_column_with_one_split_divides_nothing(tmp_path):
     shard(tmp_path / "a.parquet", 4, label=[0, 1, 0, 1], split=["train"] * 4)
     assert open_labelled_tiles(tmp_path).splits is None
