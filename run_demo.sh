@@ -12,6 +12,8 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # A thread per core is slow as soon as anything else runs, and on a shared host there are more cores than ours.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+trap 'printf "run_demo.sh: interrupted; started again it moves what is there aside.\n" >&2; exit 130' INT
+
 die() { printf 'run_demo.sh: %s\n' "$*" >&2; exit 1; }
 stage() { printf '\n== %s\n   %s\n' "$1" "$2"; }
 

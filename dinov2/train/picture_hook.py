@@ -47,9 +47,7 @@ class PictureHook(PeriodicHook):
                 try:
                     self._read()
                 except Exception as error:  # of data and drawing alike: they are not worth a run
-                    logger.warning(
-                        "There will be no pictures for %s (%s).", ", ".join(self._config.logging.sinks), error
-                    )
+                    logger.warning("Sinks get no pictures of tiles (%s).", error)
             self._tiles = broadcast_object(self._tiles)
 
     def _read(self) -> None:
