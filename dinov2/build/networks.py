@@ -75,16 +75,14 @@ def load_frozen_teacher(backbone: nn.Module, key: str, weights: str) -> None:
 def frozen_teachers(config: Config) -> Iterator[tuple[str, str, str, bool]]:
     """Name, key and weights of each term with a frozen teacher that has some, and whether it is of the student's kind.
 
-    Weights are a path, an id on the hub or a URL; raises FileNotFoundError where there is no such file.
+    Weights are a path, an id on the hub or a URL, and may be absent.
     """
     for name, options in config.losses.items():
         term = LOSSES[name]
         if not (isinstance(term, type) and issubclass(term, TermWithTeacher) and options.is_used):
             continue
         if weights := getattr(options, term.weights_option):
-            key = f"losses.{name}.{term.weights_option}"
-            _check_is_file(key, weights)
-            yield name, key, weights, term.follows_teacher
+            yield name, f"losses.{name}.{term.weights_option}", weights, term.follows_teacher
 
 
 def with_teachers(config: Config) -> Config:
@@ -98,6 +96,7 @@ def with_teachers(config: Config) -> Config:
     for name, key, weights, follows in frozen_teachers(config):
         if follows:
             continue
+        _check_is_file(key, weights)
         options, given = losses[name], config.losses[name].architecture
         weights = teacher_file(weights)
         try:
@@ -174,6 +173,7 @@ def check_backbone(config: Config, with_weights: bool = True) -> None:
         return
     _check_weights(backbone, starting_weights(config), config.student.pretrained_pos_embed)
     for _, key, weights, follows in frozen_teachers(config):
+        _check_is_file(key, weights)
         try:
             if follows:
                 _check_weights(backbone, weights)
@@ -205,6 +205,7 @@ def try_starting_weights(network: nn.ModuleDict, backbones: Mapping[str, nn.Modu
     for name, key, weights, _ in frozen_teachers(config):
         if name not in backbones:
             continue
+        _check_is_file(key, weights)
         if needs_download(weights):
             check_found(weights)
             told.append(f"{key}: {weights} is there; it is downloaded, opened and checked when the run starts.")

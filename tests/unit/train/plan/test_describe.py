@@ -27,6 +27,7 @@ def described(
     """Lines of the plan by the word they begin with, those that continue one with it."""
     config = load_config(RECIPE, overrides)
     costs = SimpleNamespace(
+        frozen_teachers=[],
         saved_teachers=[],
         config=config,
         compiled=True,
