@@ -19,7 +19,7 @@ from dinov2.sweep.plan import Run, Sweep
 from dinov2.train.state import changes, check_resumable
 from dinov2.utils.cli import DONE, Stopped, Terminated
 from dinov2.utils.files import write_json
-from dinov2.utils.signals import STATUS_OF, receive_sigterm_when_parent_dies
+from dinov2.utils.signals import STATUS_OF, receive_when_parent_dies
 
 logger = logging.getLogger("sweep")
 
@@ -151,7 +151,7 @@ def train(sweep: Sweep, runs: Iterable[Run], processes: int) -> dict[str, int]:
 def _run(line: Sequence[str], stdout: int | None = None, **variables: str) -> int:
     """Exit status of a command, to which a signal to this process is passed on; the signal's error follows its end."""
     process = subprocess.Popen(
-        line, stdout=stdout, env=os.environ | variables, preexec_fn=receive_sigterm_when_parent_dies
+        line, stdout=stdout, env=os.environ | variables, preexec_fn=receive_when_parent_dies
     )
     try:
         return process.wait()

@@ -22,7 +22,7 @@ from dinov2.logging import setup_logging
 from dinov2.train.plan.gpus import named_gpu
 from dinov2.utils.cli import at_least, command_parser, local_folder, run_as_process, run_command
 from dinov2.utils.launch import join_launch
-from dinov2.utils.signals import receive_sigterm_when_parent_dies
+from dinov2.utils.signals import receive_when_parent_dies
 
 logger = logging.getLogger("dinov2")
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__)  # a crash in native code says where, however this process was started
     setup_logging()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        receive_sigterm_when_parent_dies()  # or this rank would train on, alone
+        receive_when_parent_dies()  # or this rank would train on, alone
     return run_command(lambda: _run(args), logger, resumable=not args.dry_run)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import threading
 import time
@@ -94,8 +93,6 @@ class Watchdog:
             if waited > phase.limit_s:
                 told = self._describe(phase, waited), phase.limit_s, self._others()
                 logger.error("%s; the limit is %.0f s, so that the run ends here. %s", *told)
-                for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
-                    worker.kill()
                 os._exit(LOST)
             if waited > due:
                 due += _SAY_S

@@ -72,8 +72,10 @@ def heed_parent_only() -> None:
     """In a child process: leave signals for the whole group to the parent, of which SIGTERM alone ends this one.
 
     Launchers and Slurm signal all processes. A worker that ended over that would take from its parent what it needs to
-    come to an end.
+    come to an end. With the parent it is killed: one that hangs would keep the lock on the run's folder, which it has
+    inherited.
     """
+    receive_when_parent_dies(signal.SIGKILL)
     signal.set_wakeup_fd(-1)  # the parent's, after a fork
     signal.pthread_sigmask(signal.SIG_BLOCK, STATUS_OF)
     parent = os.getppid()
@@ -87,11 +89,11 @@ def heed_parent_only() -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def receive_sigterm_when_parent_dies() -> None:
-    """Ask the kernel to send SIGTERM to this process when its parent ends, however that ends. On Linux only."""
+def receive_when_parent_dies(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel to signal this process when the thread that started it ends, however it does. On Linux only."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(set_death_signal, number)
 
 
 def _pass(number: int, frame: object) -> None:

@@ -94,13 +94,29 @@ for line in sys.stdin:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does it")
+def test_a_worker_that_is_stopped_ends_with_its_parent():
+    code = """
+import os, signal
+from dinov2.utils.signals import heed_parent_only
+child = os.fork()
+if not child:
+    heed_parent_only()
+    os.kill(os.getpid(), signal.SIGSTOP)
+os.waitpid(child, os.WUNTRACED)
+os._exit(0)
+"""
+    with python(code) as process:
+        process.communicate(timeout=60)  # returns when the last process that has the pipe is gone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does it")
 def test_a_child_learns_that_its_parent_is_gone():
     code = """
 import os, signal, time
-from dinov2.utils.signals import receive_sigterm_when_parent_dies
+from dinov2.utils.signals import receive_when_parent_dies
 if not os.fork():
     signal.signal(signal.SIGTERM, lambda *_: (print("told", flush=True), os._exit(0)))
-    receive_sigterm_when_parent_dies()
+    receive_when_parent_dies()
     print("ready", flush=True)
     time.sleep(100)
 time.sleep(100)
