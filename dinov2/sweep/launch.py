@@ -150,9 +150,7 @@ def train(sweep: Sweep, runs: Iterable[Run], processes: int) -> dict[str, int]:
 
 def _run(line: Sequence[str], stdout: int | None = None, **variables: str) -> int:
     """Exit status of a command, to which a signal to this process is passed on; the signal's error follows its end."""
-    process = subprocess.Popen(
-        line, stdout=stdout, env=os.environ | variables, preexec_fn=receive_when_parent_dies
-    )
+    process = subprocess.Popen(line, stdout=stdout, env=os.environ | variables, preexec_fn=receive_when_parent_dies)
     try:
         return process.wait()
     except (KeyboardInterrupt, Terminated) as asked:
