@@ -9,6 +9,10 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+# No traceback of the imports, which take seconds, until torchrun has handlers of its own; what is ignored stays so.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from torch.distributed.elastic.agent.server import WorkerGroup
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

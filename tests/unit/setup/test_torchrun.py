@@ -1,6 +1,10 @@
 """Exit statuses of our torchrun."""
 
 import importlib.util
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,3 +36,12 @@ def test_status_of_processes_of_which_the_launcher_has_ended_some(
     assert module.status_of(failures) == status
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" (")[0] for line in said] == told
+
+
+def test_an_interrupt_while_torch_is_imported_is_no_traceback():
+    process = subprocess.Popen([sys.executable, SCRIPT, "train.py"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == -signal.SIGINT
