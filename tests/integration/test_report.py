@@ -172,7 +172,7 @@ def test_in_a_browser(report: Path, tmp_path: Path):
             page.on("console", lambda message, said=said: said.append(f"{message.type}: {message.text}"))
             page.on("pageerror", lambda error, said=said: said.append(f"error: {error}"))
             page.on("request", lambda request, said=said: said.append(request.url))
-            page.goto((report / "report.html").as_uri())
+            page.goto((report / "report.html").as_uri(), timeout=300_000)  # on the busiest machine
             charts = page.locator(".chart")
             page.wait_for_function("document.querySelectorAll('.chart > *').length == "
                                    "document.querySelectorAll('.chart').length")  # fmt: skip
