@@ -174,6 +174,7 @@ def check_description(path: Path, identity: dict[str, Any]) -> bool:
 
     Returns whether there is one; raises FileExistsError where it is of another build, or corrupt.
     """
+    identity = json.loads(json.dumps(identity))  # as it is kept: tuples are lists there
     try:
         found = json.loads(path.read_text())["build"]
         differing = sorted(key for key in identity | found if identity.get(key) != found.get(key))

@@ -166,6 +166,11 @@ def test_description_is_compared_key_by_key(tmp_path: Path):
     assert not check_description(path, {"rows": 3})
     write_json(path, {"build": {"rows": 3}})
     assert check_description(path, {"rows": 3})
+    write_json(path, {"build": {"scale": (0.1, 0.5), "crops": {"sides": (48, 24)}}})
+    assert check_description(path, {"scale": (0.1, 0.5), "crops": {"sides": (48, 24)}})
+    with pytest.raises(FileExistsError):
+        check_description(path, {"scale": (0.1, 0.4), "crops": {"sides": (48, 24)}})
+    write_json(path, {"build": {"rows": 3}})
     for other in ({"rows": 4}, {"rows": 3, "seed": 0}, {}):
         with pytest.raises(FileExistsError):
             check_description(path, other)
