@@ -191,7 +191,8 @@ class Sweep:
         Raises:
             ValueError: if the configuration has faults, or leaves the batch to the GPU.
         """
-        folder = (folder or self.output / "runs" / f"{model.name}-seed{seed}").resolve()
+        # Without the colon of NAME:label, which peers take into names of runs that must have none.
+        folder = (folder or self.output / "runs" / f"{model.name.replace(':', '-')}-seed{seed}").resolve()
         own = self.keys(model)
         data = (f"data.path={self.tiles}", "data.kind=parquet", f"train.seed={seed}", "logging.wandb=false")
         recipe, batch = load_config(self.config_file, [*own, *data]), self.batch(model)
