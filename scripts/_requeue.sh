@@ -4,12 +4,16 @@
 # start would go on for ever.
 set -euo pipefail
 
+child="" asked=""
+pass_on() {
+    asked=$1
+    [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
 "$@" &
 child=$!
-for signal in USR1 TERM; do
-    # shellcheck disable=SC2064  # the signal of this turn
-    trap "kill -$signal $child 2>/dev/null || true" "$signal"
-done
+[[ -z $asked ]] || pass_on "$asked" # while it was started
 status=0
 wait "$child" || status=$?
 # A signal ends `wait`, not the command.

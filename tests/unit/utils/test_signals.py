@@ -26,6 +26,7 @@ IN_A_LIBRARY = "__import__('ctypes').CDLL(None).sleep(100)"
 
 @contextmanager
 def python(code: str, **options: object) -> Iterator[subprocess.Popen]:
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # tests may run under nohup
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **options)
     try:
         yield process
