@@ -15,9 +15,11 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, trace: Tra
         sys.__excepthook__(kind, error, trace)
 
 
-if sys.argv[:1] == ["-m"]:  # a command, whose imports take seconds, and of which a traceback would say less
-    if find_spec("torch") is None:
-        _python = Path(__file__).parents[1] / ".venv/bin/python"
-        sys.stderr.write(f"{sys.executable} has no PyTorch: use {_python}, which ./install.sh makes.\n")
-        sys.exit(2)
+_ROOT = Path(__file__).resolve().parents[1]
+_script = Path(sys.argv[0]).resolve() if sys.argv and sys.argv[0].endswith(".py") else Path()
+# A command, whose imports take seconds, and of which a traceback would say less.
+if sys.argv[:1] == ["-m"] or (_script.is_relative_to(_ROOT) and not _script.is_relative_to(_ROOT / ".venv")):
     sys.excepthook = _say_interrupted
+if sys.argv[:1] == ["-m"] and find_spec("torch") is None:
+    sys.stderr.write(f"{sys.executable} has no PyTorch: use {_ROOT}/.venv/bin/python, which ./install.sh makes.\n")
+    sys.exit(2)

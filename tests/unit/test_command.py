@@ -103,10 +103,17 @@ def test_ctrl_c_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_ctrl_c_while_torch_is_imported(tmp_path: Path):
-    """A stand-in for torch that is interrupted as it is imported."""
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
-    line = [sys.executable, "-m", "dinov2.eval.probe", "--checkpoint", "t.pth", "--data", "tiles"]
+@pytest.mark.parametrize(
+    ("library", "line"),
+    [
+        ("torch", ["-m", "dinov2.eval.probe", "--checkpoint", "t.pth", "--data", "tiles"]),
+        ("numpy", [str(ROOT / "dinov2/train/train.py"), "--config-file", "demo"]),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported(tmp_path: Path, library: str, line: list[str]):
+    """A stand-in for one that is interrupted as it is imported."""
+    (tmp_path / f"{library}.py").write_text("raise KeyboardInterrupt\n")
+    line = [sys.executable, *line]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
