@@ -80,8 +80,8 @@ def test_page_holds_everything_itself(report: Path, run_folder: Path):
 
 
 def test_an_earlier_report_is_replaced_and_nothing_left_beside(report: Path, run_folder: Path):
-    (report / "crops.png").write_bytes(b"old")
-    shutil.copytree(run_folder / "report", run_folder.parent / "copy" / "report")
+    shutil.copytree(report, run_folder.parent / "copy" / "report")
+    (run_folder.parent / "copy/report/crops.png").write_bytes(b"old")
     (run_folder.parent / "copy" / "config.yaml").symlink_to(run_folder / "config.yaml")
     assert main([str(run_folder.parent / "copy")]) == 0  # crops, of the training data, and no export
     assert (run_folder.parent / "copy/report/crops.png").read_bytes() != b"old"
