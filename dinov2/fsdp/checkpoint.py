@@ -48,6 +48,7 @@ _CHECKSUMS = "checksums.xxh128"  # as of xxhsum: that command verifies a folder,
 _STEP = re.compile(r"step_(\d{7,})")
 _BESIDE = ".incomplete"
 _ASIDE = ".corrupt"
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP)  # the file's own; not permissions, or a server that is away
 # Of each tensor beside its bytes: torch's zip around it, and its entry in the metadata.
 _TENSOR_OVERHEAD = 4096
 
@@ -206,7 +207,9 @@ class Checkpointer:
             found.fault = str(error)
             return found
         except OSError as error:
-            found.fault = _damage(error)
+            if not (fault := _damage(error)):
+                raise self._unreadable(found.step, error) from error
+            found.fault = fault
             return found
         try:
             found.state = decode(written)
@@ -236,9 +239,7 @@ class Checkpointer:
         path = self.path(found.step)
         for fault in faults:
             if isinstance(fault, OSError):
-                raise OSError(
-                    f"Checkpoint {str(path)!r} cannot be read ({fault}); mend that, or {self._way_out(found.step)}"
-                ) from fault
+                raise self._unreadable(found.step, fault) from fault
         if fault := next(filter(None, faults), ""):
             self._set_aside(path, fault)
             return False
@@ -310,6 +311,11 @@ class Checkpointer:
             return tree_map(_host_copy, tensors)
         return tree_map(_host_copy, tensors, self._host)
 
+    def _unreadable(self, step: int, error: OSError) -> OSError:
+        return OSError(
+            f"Checkpoint {str(self.path(step))!r} cannot be read ({error}); mend that, or {self._way_out(step)}"
+        )
+
     def _way_out(self, step: int) -> str:
         if earlier := [other for other in self.steps() if other < step]:
             return f"move that checkpoint out of {str(self.folder)!r} to resume from {self.path(earlier[-1]).name}."
@@ -367,18 +373,18 @@ def _fault(path: Path, expected: str) -> str:
     try:
         found = files.checksum(path)
     except OSError as error:
-        return _damage(error, path.name)
+        if not (fault := _damage(error, path.name)):
+            raise
+        return fault
     return "" if found == expected else f"{path.name} has checksum {found!r} in place of {expected!r}"
 
 
 def _damage(error: OSError, name: str = "") -> str:
-    """The fault that a failed read stands for; raises the error where it may be one of access and not of the file."""
+    """The fault of the file that a failed read stands for; empty where it may be one of access."""
     name = name or Path(error.filename or "a file").name
     if isinstance(error, FileNotFoundError):
         return f"{name} is missing"
-    if error.errno != errno.EIO:
-        raise error
-    return f"{name} cannot be read: {error.strerror}"
+    return f"{name} cannot be read: {error.strerror}" if error.errno in _DAMAGE else ""
 
 
 def _one_line(error: object) -> str:

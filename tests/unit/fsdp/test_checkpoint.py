@@ -145,11 +145,12 @@ def a_mapping(written: object) -> dict:
     return written
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Bytes of the files; None of what is none, a folder or a link to nowhere."""
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
-def assert_falls_back(run: Path, damaged: dict[str, bytes]) -> None:
+def assert_falls_back(run: Path, damaged: dict[str, bytes | None]) -> None:
     """The checkpoint of step 2 is not taken, that of step 1 is, and nothing is lost of either."""
     checkpointer = Checkpointer(run, keep=2)
     first = contents(checkpointer.path(1))
@@ -183,6 +184,15 @@ def test_truncated_and_missing_files_are_found(copy: Path, name: str, left: floa
     path.unlink()
     if left is not None:
         path.write_bytes(content[: int(left * len(content)) if left >= 0 else left])
+    assert_falls_back(copy, contents(path.parent))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to(path.name)], ids=["folder", "loop of links"])
+def test_what_is_no_file_is_found(copy: Path, name: str, put: Callable[[Path], None]):
+    path = copy / "checkpoints/step_0000002" / name
+    path.unlink()
+    put(path)
     assert_falls_back(copy, contents(path.parent))
 
 
