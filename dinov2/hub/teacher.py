@@ -18,6 +18,8 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 POOLINGS = ("cls", "cls_mean")
 """Poolings, or what a teacher returns per image: the class token, or it and the mean patch token."""
 
+_MOST_BLOCKS = 1000  # that a JSON may state: they are built before the tensors are looked at
+
 
 class _Around(nn.Module):
     def __init__(self, backbone: nn.Module):
@@ -132,9 +134,7 @@ def stated_backbone(path: str) -> nn.Module | None:
     if arch is None and "embed_dim" in arguments:
         make = DinoVisionTransformer
     else:
-        if (
-            arch not in BACKBONES
-        ):  # a name that the backbone gives itself; what trained it is in the run's configuration
+        if arch not in BACKBONES:  # a backbone's own name for itself; the one trained is in the run's configuration
             arch = _trained_arch(described) or arch
         if arch not in BACKBONES:
             raise ValueError(
@@ -148,6 +148,8 @@ def stated_backbone(path: str) -> nn.Module | None:
                 "expected, or a function that is annotated to return one."
             )
     try:
+        if isinstance(depth := arguments.get("depth"), int) and depth > _MOST_BLOCKS:
+            raise ValueError(f"depth is {depth}; at most {_MOST_BLOCKS} is expected")
         with torch.device("meta"):
             model = make(**arguments)
         # A ViT gets all its tensors from the file; others may have tables that no file holds.

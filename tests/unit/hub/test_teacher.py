@@ -184,6 +184,10 @@ def test_heads_are_those_of_the_architectures():
         ('{"architecture": {"arch": "vit_demo", "patch_size": 0}}', "does not describe a backbone"),
         ('{"architecture": {"arch": "vit_demo", "patches": 14}}', "does not describe a backbone .*'patches'"),
         (
+            '{"architecture": {"embed_dim": 8, "num_heads": 1, "depth": 10000000}}',
+            "does not describe a backbone .*1000",
+        ),
+        (
             '{"architecture": {"arch": "vit_tiny", "patch_size": 14}}',
             r"do not fit the model: they have width 128, 4 blocks, .* the model width 192, 12 blocks",
         ),
