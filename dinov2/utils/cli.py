@@ -125,7 +125,7 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
     """Exit with the status of a command once exit functions have run, without the interpreter's own teardown.
 
     During that, threads of native libraries are still there, whose next step aborts a process that has done its work:
-    seen of gloo's, after the process group was left.
+    seen of gloo's, which asks for the interpreter's lock to drop a tensor (pytorch/pytorch#190489).
     """
     ended: list[int] = []
 
