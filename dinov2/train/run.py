@@ -1,5 +1,6 @@
 """One training run in its output folder: start or resume, what it saves and exports."""
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -21,7 +22,7 @@ from dinov2.build.networks import (
     with_teachers,
 )
 from dinov2.configs import Config, public_config, save_config, trained_config, validate
-from dinov2.data.stream.loader import TrainLoader, validate_stream_state
+from dinov2.data.stream.loader import TrainLoader, validate_stream_state, worker_lost
 from dinov2.distributed import get_global_rank, get_global_size, is_main_process, on_main_process
 from dinov2.extensions import SINKS
 from dinov2.fsdp import Checkpointer, full_state_dict, local_world_size
@@ -170,7 +171,7 @@ class Run:
             phase=self.watchdog.phase,
             collapsed=lambda: config.train.on_collapse == "stop" and bool(health.collapse),
         )
-        with self.stop:
+        with self.stop, worker_lost(), contextlib.closing(self.loader):
             try:
                 trainer.fit()
             except NonFiniteError as error:

@@ -91,8 +91,11 @@ def run_command(
     hide_urls(sys.argv)
     goes_on = "the same command goes on from here." if resumable else "nothing unfinished was kept."
 
+    has_ended = False
+
     def terminate(number: int, frame: object) -> None:
-        raise Terminated(number)
+        if not has_ended:  # else what ended it is being said
+            raise Terminated(number)
 
     previous = {}
     with suppress(ValueError):  # not the main thread, which alone may set handlers
@@ -100,7 +103,10 @@ def run_command(
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, terminate)
     try:
-        return body() or DONE
+        try:
+            return body() or DONE
+        finally:
+            has_ended = True
     except ToldElsewhere:
         return USER_ERROR
     except Stopped as error:

@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -84,39 +86,62 @@ class TrainLoader:
             generator=torch.Generator(),  # DataLoader draws a seed, which must not come from the global generator
         )
 
+        self._running: Callable[[], Generator[Batch] | None] = lambda: None
+
     def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches()
+        self._running = weakref.ref(batches)  # whoever drops it ends it, too
+        return batches
+
+    def close(self) -> None:
+        """End the last iteration with its workers now, and not when a garbage collection comes by, amid anything."""
+        if (batches := self._running()) is not None:
+            batches.close()
+
+    def _batches(self) -> Generator[Batch]:
         seen, corrupt, examples = 0, 0, []
         failure: list[Exception] = []
         steps = _until_failure(self._reader, failure)
         batches = iter(self._make_loader(batch_sampler=steps))
         try:
-            for loaded in batches:
-                if isinstance(loaded, Exception):
-                    raise loaded
-                batch, samples, faults = loaded
-                seen += samples
-                corrupt += len(faults)
-                examples = (examples + faults)[:_EXAMPLES]
-                for fault in faults:
-                    logger.warning("replaced a corrupt row: %s", fault)
-                if faults and corrupt > self._max_corrupt_fraction * max(seen, _MIN_SEEN):
-                    raise ValueError(
-                        f"{corrupt} of {seen} samples ({corrupt / seen:.2%}) are corrupt, where "
-                        f"{self._max_corrupt_fraction:.2%} is allowed: {'; '.join(examples)}"
-                    )
-                yield batch
-            raise failure[0]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ChildProcessError(
-                f"A decode worker of rank {get_global_rank()} has ended ({str(error).split('. ')[0]}), as it does for "
-                "want of memory; lower train.num_workers, train.prefetch_factor or data.memory_gib."
-            ) from error
+            with worker_lost():
+                for loaded in batches:
+                    if isinstance(loaded, Exception):
+                        raise loaded
+                    batch, samples, faults = loaded
+                    seen += samples
+                    corrupt += len(faults)
+                    examples = (examples + faults)[:_EXAMPLES]
+                    for fault in faults:
+                        logger.warning("replaced a corrupt row: %s", fault)
+                    if faults and corrupt > self._max_corrupt_fraction * max(seen, _MIN_SEEN):
+                        raise ValueError(
+                            f"{corrupt} of {seen} samples ({corrupt / seen:.2%}) are corrupt, where "
+                            f"{self._max_corrupt_fraction:.2%} is allowed: {'; '.join(examples)}"
+                        )
+                    yield batch
+                raise failure[0]
         finally:
             steps.close()
             # DataLoader has no public close, and a worker's exception holds it in a reference cycle.
             getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+@contextmanager
+def worker_lost() -> Iterator[None]:
+    """Turn what DataLoader raises where one of its workers has ended into a ChildProcessError of one sentence.
+
+    It does so not only while a batch is waited for: a handler of SIGCHLD raises wherever the main thread is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"A decode worker of rank {get_global_rank()} has ended ({str(error).split('. ')[0]}), as it does for "
+            "want of memory; lower train.num_workers, train.prefetch_factor or data.memory_gib."
+        ) from error
 
 
 def validate_stream_state(saved: dict[str, Any], current: dict[str, Any], dataset: str) -> None:

@@ -43,6 +43,11 @@ def test_errors_are_told_in_their_own_words(caplog: pytest.LogCaptureFixture):
     ]
 
 
+def test_a_signal_that_comes_while_an_error_is_told_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LOGGER, "error", lambda *said: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.run_command(lambda: raising(ValueError("no such thing")), LOGGER) == 2
+
+
 def test_faults_of_ours_are_not_taken_for_the_user_s():
     with pytest.raises(AttributeError):
         cli.run_command(lambda: raising(AttributeError("a bug")), LOGGER)

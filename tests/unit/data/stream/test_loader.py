@@ -1,8 +1,12 @@
 """The training loader with real worker processes: order, resumption, damage, shutdown."""
 
+import contextlib
 import logging
 import multiprocessing
+import os
+import signal
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import torch
 
 from dinov2.data.augment.collate import Sample
 from dinov2.data.parquet.source import ParquetSource
-from dinov2.data.stream.loader import TrainLoader, validate_stream_state
+from dinov2.data.stream.loader import TrainLoader, validate_stream_state, worker_lost
 from dinov2.data.stream.order import SampleOrder
 from tests.helpers import slow_order
 from tests.helpers.shards import encode, tile, tile_number, write_dataset, write_published
@@ -124,6 +128,31 @@ def test_spawned_workers_give_the_same_stream(source: ParquetSource) -> None:
 def test_workers_use_one_thread(source: ParquetSource) -> None:
     loader = make_loader(source, num_workers=1, transform=threads_of)
     assert set(next(iter(loader))["numbers"]) == {(1, 1)}
+
+
+def test_a_worker_killed_during_a_step_is_one_that_was_lost(source: ParquetSource) -> None:
+    """Of several: the others end after it, while the loader is closed, and are told of once more."""
+    with (
+        pytest.raises(ChildProcessError),
+        worker_lost(),
+        contextlib.closing(make_loader(source, num_workers=3)) as loader,
+    ):
+        batches = iter(loader)
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        for _ in range(6000):  # the main thread is in Python, not in the loader
+            time.sleep(0.01)
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_an_iteration_that_others_still_hold(source: ParquetSource) -> None:
+    loader = make_loader(source, num_workers=1)
+    loader.close()  # before there is one
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    assert not multiprocessing.active_children()
+    assert next(batches, None) is None
 
 
 def test_the_global_generator_is_left_alone(source: ParquetSource) -> None:
