@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _MIN_SEEN = 10_000  # the fraction of corrupt rows is of at least so many, lest one early row stop a run
 _EXAMPLES = 5
+_LOST = re.compile("DataLoader worker|items of ancdata")  # the latter from the descriptors of shared memory
 _GROUPS_TRIED = 8  # row groups after one without any image; more in a row are no accident
 
 Batch = dict[str, Any]
@@ -105,7 +107,7 @@ class TrainLoader:
         batches = iter(self._make_loader(batch_sampler=steps))
         try:
             with worker_lost():
-                for loaded in batches:
+                for loaded in _received(batches):
                     if isinstance(loaded, Exception):
                         raise loaded
                     batch, samples, faults = loaded
@@ -127,6 +129,14 @@ class TrainLoader:
             getattr(batches, "_shutdown_workers", lambda: None)()
 
 
+def _received(batches: Iterator[Any]) -> Iterator[Any]:
+    """What workers send; where one ends while it sends, DataLoader may not see yet that it did."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"DataLoader worker does not answer: {error or 'end of file'}") from error
+
+
 @contextmanager
 def worker_lost() -> Iterator[None]:
     """Turn what DataLoader raises where one of its workers has ended into a ChildProcessError of one sentence.
@@ -136,7 +146,7 @@ def worker_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not _LOST.search(str(error)):
             raise
         raise ChildProcessError(
             f"A decode worker of rank {get_global_rank()} has ended ({str(error).split('. ')[0]}), as it does for "

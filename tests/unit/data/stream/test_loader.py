@@ -145,6 +145,28 @@ def test_a_worker_killed_during_a_step_is_one_that_was_lost(source: ParquetSourc
     assert not multiprocessing.active_children()
 
 
+def broken(error: type[Exception], *said: Any) -> None:
+    raise error(*said)
+
+
+class Broken:
+    """Cannot be received, as from a worker that is killed while it sends and of which the system does not know yet."""
+
+    def __init__(self, *error: Any):
+        self.error = error
+
+    def __reduce__(self):
+        return broken, self.error
+
+
+@pytest.mark.parametrize(
+    "error", [(ConnectionResetError, 104, "reset"), (EOFError,), (RuntimeError, "received 0 items of ancdata")]
+)
+def test_a_worker_that_ends_while_it_sends_is_one_that_was_lost(source: ParquetSource, error: tuple) -> None:
+    with pytest.raises(ChildProcessError):
+        next(iter(make_loader(source, num_workers=1, collate=lambda samples: {"broken": Broken(*error)})))
+
+
 def test_closing_ends_an_iteration_that_others_still_hold(source: ParquetSource) -> None:
     loader = make_loader(source, num_workers=1)
     loader.close()  # before there is one
