@@ -90,7 +90,6 @@ def run_command(
     keep_logs_public()
     hide_urls(sys.argv)
     goes_on = "the same command goes on from here." if resumable else "nothing unfinished was kept."
-
     has_ended = False
 
     def terminate(number: int, frame: object) -> None:

@@ -87,7 +87,6 @@ class TrainLoader:
             multiprocessing_context=(start_method or default_method) if num_workers else None,
             generator=torch.Generator(),  # DataLoader draws a seed, which must not come from the global generator
         )
-
         self._running: Callable[[], Generator[Batch] | None] = lambda: None
 
     def __iter__(self) -> Iterator[Batch]:
